@@ -1,0 +1,51 @@
+# Everything is set up from Python and make alone; a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench test-oldest train clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, removed and rerouted
+	$(BIN)/reroute demo
+
+test: $(VENV)/.dev ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
+	$(BIN)/python -m bench
+
+test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
+	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
+
+train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
+	$(BIN)/python -m reroute.embedded.train --out runs/embedded
+
+clean: ## Remove the environments and all caches
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	touch $(VENV)/.runtime $@
+
+.venv-oldest/.dev: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
+		-e . transformers==5.20.* pytest hypothesis
+	touch $@

@@ -1,0 +1,22 @@
+"""Tensor operations of visual-token routing: the paged pool, defer and admit, score and top-k.
+
+Knows nothing of Transformers or of methods. :mod:`reroute_kernels.reference` is the
+specification; :func:`resolve` picks the backend that runs it.
+"""
+
+from reroute_kernels.dispatch import Backend, BackendUnavailable, resolve
+from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
+from reroute_kernels.reference import Rope, Segments, Selection
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "Lease",
+    "PagedPool",
+    "PoolLimitError",
+    "PoolStats",
+    "Rope",
+    "Segments",
+    "Selection",
+    "resolve",
+]

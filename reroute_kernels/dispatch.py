@@ -1,0 +1,119 @@
+"""The choice of a backend: made once per name and device type, logged once, with its reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reroute_kernels import reference
+from reroute_kernels.reference import Rope, Segments, Selection
+
+KNOWN = ("auto", "torch", "triton")
+OVERRIDE = "REROUTE_BACKEND"
+
+_log = logging.getLogger("reroute")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for cannot run here; ``why`` says so in a clause."""
+
+    def __init__(self, name: str, why: str) -> None:
+        """Name the backend, the reason and the way out."""
+        super().__init__(f"backend={name!r} cannot run: {why}; use backend='torch' or 'auto'")
+        self.why = why
+
+
+class Admit(Protocol):
+    """The type of :func:`reroute_kernels.reference.admit`."""
+
+    def __call__(self, pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
+        """Gather rows."""
+        ...
+
+
+class ScoreTopk(Protocol):
+    """The type of :func:`reroute_kernels.reference.score_topk`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        query_rows: Tensor,
+        candidates: Tensor,
+        texts: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        rope: Rope = "half",
+    ) -> Selection:
+        """Score and select."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The four operations, as specified by :mod:`reroute_kernels.reference`."""
+
+    name: str
+    reason: str
+    defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    admit: Admit
+    select: Callable[[Tensor, Tensor, Tensor, Segments], Selection]
+    score_topk: ScoreTopk
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend ``name`` ("auto", "torch" or "triton") for tensors on ``device``.
+
+    The environment variable REROUTE_BACKEND overrides ``name``. Raises ValueError for an unknown
+    name and BackendUnavailable for a backend that cannot run. Call it once and keep the result.
+    """
+    override = os.environ.get(OVERRIDE)
+    chosen = override or name
+    if chosen not in KNOWN:
+        source = f" (from {OVERRIDE})" if override else ""
+        known = ", ".join(map(repr, KNOWN))
+        raise ValueError(f"unknown backend {chosen!r}{source}; known: {known}")
+    return _resolve(chosen, f"{OVERRIDE} asks for it" if override else "asked for", device.type)
+
+
+@cache
+def _resolve(name: str, asked: str, device_type: str) -> Backend:
+    if name == "torch":
+        backend = _torch(asked)
+    elif name == "triton":
+        backend = _triton(asked, device_type)
+    else:
+        try:
+            backend = _triton(f"tensors are on {device_type}", device_type)
+        except BackendUnavailable as error:
+            backend = _torch(error.why)
+    _log.info("backend %s on %s: %s", backend.name, device_type, backend.reason)
+    return backend
+
+
+def _torch(reason: str) -> Backend:
+    return Backend(
+        name="torch",
+        reason=reason,
+        defer=reference.defer,
+        admit=reference.admit,
+        select=reference.select,
+        score_topk=reference.score_topk,
+    )
+
+
+def _triton(reason: str, device_type: str) -> Backend:
+    # The one place where the Triton backend is built, and the only one that may import triton.
+    if device_type != "cuda":
+        raise BackendUnavailable("triton", f"it needs CUDA tensors and these are on {device_type}")
+    raise BackendUnavailable("triton", "the Triton kernels are not part of this release yet")

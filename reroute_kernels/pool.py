@@ -1,0 +1,307 @@
+"""The paged pool: home of the prompt's residual stream during a prefill.
+
+Pages let prompts of different sizes, several prefills at once and several models of one width
+share one buffer. Everything here is decided on the host from integer counts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import TracebackType
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class PoolLimitError(MemoryError):
+    """A lease does not fit below the pool's ``max_bytes``."""
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts of a pool at one moment; ``leases`` are those alive."""
+
+    pages: int
+    pages_in_use: int
+    page_size: int
+    bytes_reserved: int
+    bytes_in_use: int
+    peak_bytes_in_use: int
+    leases: int
+
+
+@dataclass(eq=False)
+class _Slab:
+    """One tensor of pages, its free page ids (ascending) and the work that may still touch it."""
+
+    memory: Tensor
+    free: list[int]
+    events: dict[int, torch.cuda.Event] = field(default_factory=dict)
+
+    @property
+    def pages(self) -> int:
+        return self.memory.shape[0]
+
+    def run(self, count: int) -> int | None:
+        """Where in ``free`` the first run of ``count`` consecutive pages begins."""
+        free = self.free
+        starts = range(len(free) - count + 1 if count else 0)
+        return next((i for i in starts if free[i + count - 1] - free[i] == count - 1), None)
+
+    def take(self, count: int) -> list[int]:
+        first = self.run(count) or 0
+        taken = self.free[first : first + count]
+        del self.free[first : first + count]
+        return taken
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        self.free.extend(pages)
+        self.free.sort()
+
+    # Pages change hands on the host, ahead of the device. On one CUDA stream order is enough; a
+    # holder on another stream has to queue behind the former ones. Events do that without a sync.
+    def enter(self) -> None:
+        if self.on_gpu():
+            stream = torch.cuda.current_stream(self.memory.device)
+            for event in self.events.values():
+                stream.wait_event(event)
+            self.memory.record_stream(stream)
+
+    def leave(self) -> None:
+        if self.on_gpu():
+            stream = torch.cuda.current_stream(self.memory.device)
+            self.events[stream.cuda_stream] = stream.record_event()
+
+    def on_gpu(self) -> bool:
+        return type(self.memory) is Tensor and self.memory.is_cuda  # a fake tensor has no stream
+
+
+class Lease:
+    """Pages for one prefill; a context manager, released on exit.
+
+    starts: first lease row of each sample, a multiple of the page size.
+    lengths: rows of each sample.
+    num_rows: R, rows of all pages; the rows after a sample's last one, its page tail, are zero.
+
+    ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. Release on
+    the CUDA stream that used the lease.
+    """
+
+    def __init__(
+        self,
+        pool: PagedPool,
+        slab: _Slab,
+        page_ids: Sequence[int],
+        starts: tuple[int, ...],
+        lengths: tuple[int, ...],
+    ) -> None:
+        """Made by :meth:`PagedPool.lease`."""
+        self._pool = pool
+        self._slab: _Slab | None = slab
+        self._page_ids = tuple(page_ids)
+        self.starts = starts
+        self.lengths = lengths
+        self.num_rows = len(page_ids) * pool.page_size
+        # From pinned memory the copy is queued; from pageable memory the host would wait for it.
+        table = torch.tensor(page_ids, dtype=torch.int64, pin_memory=slab.on_gpu())
+        self._table: Tensor | None = table.to(slab.memory.device, non_blocking=True)
+
+    @property
+    def pages(self) -> Tensor:
+        """The slab that holds the lease: (P, page_size, C)."""
+        return self._alive()[0]
+
+    @property
+    def table(self) -> Tensor:
+        """Page ids of the lease in row order: (T,) int64 on the device."""
+        return self._alive()[1]
+
+    def rows(self) -> Tensor:
+        """All rows in lease order, (R, C): a view of the pool where the pages are consecutive.
+
+        Elsewhere a gathered copy; so read from it, and write with ``defer``.
+        """
+        pages, table = self._alive()
+        ids = self._page_ids
+        if not ids or ids[-1] - ids[0] == len(ids) - 1:
+            first = ids[0] if ids else 0
+            return pages[first : first + len(ids)].view(-1, pages.shape[-1])
+        return pages[table].view(-1, pages.shape[-1])
+
+    def release(self) -> None:
+        """Return the pages to the pool; a second call does nothing."""
+        with self._pool._lock:
+            slab, self._slab, self._table = self._slab, None, None
+            if slab is not None:
+                slab.leave()
+                slab.give_back(self._page_ids)
+                self._pool._leases -= 1
+
+    def _alive(self) -> tuple[Tensor, Tensor]:
+        slab, table = self._slab, self._table
+        if slab is None or table is None:
+            raise RuntimeError("this lease was released; take a new one with PagedPool.lease()")
+        return slab.memory, table
+
+    def __enter__(self) -> Lease:
+        """Return the lease itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release, also after an exception."""
+        self.release()
+
+
+class PagedPool:
+    """Pages of ``page_size`` rows of ``width`` features, leased to prefills; thread-safe.
+
+    Growth never copies: the pool is a list of slabs and a lease lives wholly in one. Released
+    memory stays in the pool until :meth:`trim`. No call waits for the device. On CUDA, take a
+    lease before a graph capture begins, not inside it.
+    """
+
+    _shared: ClassVar[WeakValueDictionary[tuple[Any, ...], PagedPool]] = WeakValueDictionary()
+    _shared_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        page_size: int = 64,
+        max_bytes: int | None = None,
+    ) -> None:
+        """Make an empty pool; ValueError if ``max_bytes`` is below one page or a size below 1."""
+        if width < 1 or page_size < 1:
+            raise ValueError(f"width and page_size must be at least 1: got {width}, {page_size}")
+        self.width, self.dtype, self.page_size, self.max_bytes = width, dtype, page_size, max_bytes
+        self.device = _probe(device).device
+        self._page_bytes = page_size * width * dtype.itemsize
+        if max_bytes is not None and max_bytes < self._page_bytes:
+            raise ValueError(f"max_bytes={max_bytes} is below one page of {self._page_bytes} bytes")
+        self._lock = threading.Lock()
+        self._slabs: list[_Slab] = []
+        self._leases = 0
+        self._peak_pages = 0
+
+    @classmethod
+    def shared(cls, width: int, dtype: torch.dtype, device: torch.device | str) -> PagedPool:
+        """The process's pool for this width, dtype and device; it goes with its last user."""
+        probe = _probe(device)
+        # The tensor type keeps fake and real slabs apart.
+        key = (width, dtype, probe.device, type(probe))
+        with cls._shared_lock:
+            pool = cls._shared.get(key)
+            if pool is None:
+                pool = cls._shared[key] = cls(width, dtype, device)
+            return pool
+
+    def lease(self, lengths: Sequence[int]) -> Lease:
+        """Pages for one prefill of B samples with ``lengths[b]`` rows each.
+
+        A sample starts on a page of its own; an empty one takes none. Raises ValueError for a
+        negative length and PoolLimitError where ``max_bytes`` forbids the pages.
+        """
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"lengths must not be negative: got {list(lengths)}")
+        counts = [-(-length // self.page_size) for length in lengths]
+        *firsts, total = accumulate(counts, initial=0)
+        starts = tuple(first * self.page_size for first in firsts)
+        # A slab born in inference mode could not be written outside it later.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            slab = self._find(total)
+            page_ids = slab.take(total)
+            try:
+                slab.enter()
+                self._clear_tails(slab, page_ids, starts, lengths)
+                lease = Lease(self, slab, page_ids, starts, tuple(lengths))
+            except BaseException:
+                slab.give_back(page_ids)
+                raise
+            self._leases += 1
+            self._peak_pages = max(self._peak_pages, self._pages_in_use())
+        return lease
+
+    def trim(self) -> None:
+        """Drop the slabs that hold no lease."""
+        with self._lock:
+            self._trim()
+
+    def stats(self) -> PoolStats:
+        """Pages and bytes, reserved and in use."""
+        with self._lock:
+            pages, in_use = self._pages(), self._pages_in_use()
+            return PoolStats(
+                pages=pages,
+                pages_in_use=in_use,
+                page_size=self.page_size,
+                bytes_reserved=pages * self._page_bytes,
+                bytes_in_use=in_use * self._page_bytes,
+                peak_bytes_in_use=self._peak_pages * self._page_bytes,
+                leases=self._leases,
+            )
+
+    def _find(self, count: int) -> _Slab:
+        if count == 0:
+            return self._new_slab(0)  # outside the list: nothing to share, nothing to return
+        fitting = [slab for slab in self._slabs if len(slab.free) >= count]
+        if fitting:
+            return next((slab for slab in fitting if slab.run(count) is not None), fitting[0])
+        return self._grow(count)
+
+    def _grow(self, count: int) -> _Slab:
+        size = max(count, 2 * self._slabs[-1].pages if self._slabs else 0)
+        if self.max_bytes is not None:
+            limit = self.max_bytes // self._page_bytes
+            if count > limit - self._pages():
+                self._trim()  # idle slabs, each too small for this lease
+            if count > limit - self._pages():
+                raise PoolLimitError(
+                    f"the pool needs {count * self._page_bytes} bytes in one piece; "
+                    f"{self._pages_in_use() * self._page_bytes} bytes are in use (slabs with "
+                    f"leases hold {self._pages() * self._page_bytes}) and the limit is "
+                    f"{self.max_bytes}: raise max_bytes, use a smaller batch or shorter prompts, "
+                    f"or wait for running prefills to end"
+                )
+            size = min(size, limit - self._pages())
+        slab = self._new_slab(size)
+        self._slabs.append(slab)
+        return slab
+
+    def _new_slab(self, pages: int) -> _Slab:
+        shape = (pages, self.page_size, self.width)
+        memory = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return _Slab(memory, list(range(pages)))
+
+    def _clear_tails(self, slab: _Slab, page_ids: list[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        # Projections read whole pages. A tail left as found could hold another prefill's NaN, or
+        # shift the scale of a quantised projection: a result would depend on the pool's past.
+        for start, length in zip(starts, lengths, strict=True):
+            page, used = divmod(start + length, self.page_size)
+            if used:
+                slab.memory[page_ids[page], used:].zero_()
+
+    def _trim(self) -> None:
+        self._slabs = [slab for slab in self._slabs if len(slab.free) < slab.pages]
+
+    def _pages(self) -> int:
+        return sum(slab.pages for slab in self._slabs)
+
+    def _pages_in_use(self) -> int:
+        return self._pages() - sum(len(slab.free) for slab in self._slabs)
+
+
+def _probe(device: torch.device | str) -> Tensor:
+    """An empty tensor: its device has an index, and its type says whether tensors are fake now."""
+    return torch.empty(0, device=device)

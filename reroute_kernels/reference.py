@@ -1,0 +1,229 @@
+"""The same operations in plain PyTorch: the specification, the ``torch`` backend, the test oracle.
+
+Counts are host integers (:class:`Segments`), so that no operation waits for the device and every
+shape is known before a kernel runs.
+
+Two kinds of row numbers occur. A *lease row* counts over the whole lease, page tails included; a
+*local row* counts from its sample's first row. In both, -1 is a filler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Rope = Literal["half", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Host integers of one decision, one per sample.
+
+    starts: first key row. lengths: key rows the query sees, the pool P of the softmax.
+    candidates: N_b. texts: M_b, rows that are always active. keep: K_b.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    candidates: tuple[int, ...]
+    texts: tuple[int, ...]
+    keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """ValueError where the counts contradict each other."""
+        columns = (self.starts, self.lengths, self.candidates, self.texts, self.keep)
+        if not self.starts or len({len(column) for column in columns}) > 1:
+            raise ValueError(f"every field needs one integer per sample: got {self}")
+        if min(map(min, columns)) < 0:
+            raise ValueError(f"counts must not be negative: got {self}")
+        for b, (length, candidates, keep) in enumerate(zip(self.lengths, self.candidates, self.keep, strict=True)):
+            if not keep <= candidates <= length:
+                raise ValueError(
+                    f"sample {b}: keep={keep} <= candidates={candidates} <= length={length} is "
+                    f"violated; a candidate is a row that the query sees"
+                )
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Rows the stage runs per sample, M_b + K_b."""
+        return tuple(m + k for m, k in zip(self.texts, self.keep, strict=True))
+
+    @property
+    def width(self) -> int:
+        """The compact length S, the largest of ``active``."""
+        return max(self.active)
+
+
+class Selection(NamedTuple):
+    """A decision.
+
+    kept: (B, Kmax) int64, ascending ordinals into the sample's candidates, then -1.
+    active: (B, S) int64, fillers -1, then the ascending local rows of text and kept candidates.
+    scores: (B, Nmax) fp32 in candidate order, then -inf.
+    """
+
+    kept: Tensor
+    active: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
+    """Write ``hidden`` (B, S, C) in place to the lease rows ``rows`` (B, S) int64; -1 is skipped.
+
+    pages: (P, page_size, C), contiguous. table: (T,) int64 page ids. A row may occur once. The
+    pool keeps values, not autograd history.
+    """
+    if rows.numel() == 0 or table.numel() == 0:
+        return
+    memory = pages.view(-1, pages.shape[-1])
+    slots = _slots(table, rows.reshape(-1), pages.shape[1])
+    values = hidden.reshape(-1, hidden.shape[-1])
+    valid = slots >= 0
+    # Skipping needs a data-dependent shape. Instead a filler repeats the write of one real row,
+    # same slot and same value; if all are fillers, it writes back what slot 0 holds.
+    real = slots.argmax(0, keepdim=True)
+    slot = slots[real].clamp(min=0)
+    value = torch.where(valid[real, None], values[real], memory[slot])
+    memory[torch.where(valid, slots, slot)] = torch.where(valid[:, None], values, value)
+
+
+def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
+    """Gather lease rows ``rows`` (B, S) int64: (B, S, C) from the pool; -1 becomes zeros.
+
+    companions: (R, w) tensors of any dtype in lease-row order (cos, sin, position ids); each is
+    gathered to (B, S, w) behind the hidden states.
+    """
+    slots = _slots(table, rows, pages.shape[1])
+    hidden = _take(pages.view(-1, pages.shape[-1]), slots)
+    return hidden, *(_take(companion, rows) for companion in companions)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
+    """Rotary embedding of x (n, heads, D) with cos and sin (n, rot), in the dtype of x.
+
+    The first ``rot`` features rotate and the rest pass; rot = 0 means no rotary embedding. The
+    pairs are (i, i + rot/2) for "half" and (2i, 2i + 1) for "interleaved"; cos and sin come as
+    the model makes them, each angle at both places of its pair.
+    """
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if layout == "half":
+        first, second = turned.chunk(2, dim=-1)
+        quarter = torch.cat((-second, first), dim=-1)
+    elif layout == "interleaved":
+        quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        raise ValueError(f"unknown rope layout {layout!r}; known: 'half', 'interleaved'")
+    return torch.cat((turned * cos + quarter * sin, passed), dim=-1)
+
+
+def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+    """The K_b best candidates of each sample: higher score first, then lower index.
+
+    scores: (B, Nmax) fp32. candidates: (B, Nmax) and texts: (B, Mmax) int64 local rows, disjoint
+    and ascending, then -1. What lies beyond a sample's counts is never read. -0.0 equals +0.0,
+    and a NaN of any sign ranks above everything, so that a broken score shows.
+    """
+    keys = _rank_keys(scores.float())
+    kept, active = [], []
+    for b, (n, m, k) in enumerate(zip(segments.candidates, segments.texts, segments.keep, strict=True)):
+        best = torch.sort(keys[b, :n], stable=True).indices[:k].sort().values
+        kept.append(best)
+        active.append(torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values)
+    return Selection(
+        kept=_stack(kept, max(segments.keep), -1),
+        active=_stack(active, segments.width, -1, align="right"),
+        scores=_stack(
+            [scores[b, :n].float() for b, n in enumerate(segments.candidates)],
+            candidates.shape[1],
+            float("-inf"),
+        ),
+    )
+
+
+def score_topk(
+    query: Tensor,
+    keys: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_rows: Tensor,
+    candidates: Tensor,
+    texts: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    rope: Rope = "half",
+) -> Selection:
+    """Rank the candidates by the attention the last prompt token pays them, and select.
+
+    query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own
+    query norm. keys: (R, G, D) of all lease rows, before rotary embedding, after the key norm;
+    head h uses key head h * G // H. cos, sin: (R, rot). query_rows: (B,) int64 lease rows, read
+    for samples with candidates only. candidates, texts: as for :func:`select`; candidates lie
+    below ``lengths[b]``, texts may lie beyond.
+
+    The score is the mean over heads of the softmax over the sample's first ``lengths[b]`` rows
+    (text and deferred rows included). Logits, softmax and mean are fp32 after a rotation in the
+    model's dtype. Memory is O(H * L). ValueError if G does not divide H.
+    """
+    if query.shape[1] % keys.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads")
+    # One sample at a time: its result cannot depend on its neighbours in the batch.
+    scores = []
+    for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
+        if n == 0:
+            scores.append(query.new_empty(0, dtype=torch.float32))
+            continue
+        last, span = query_rows[b : b + 1], slice(start, start + length)
+        q = rotate(query[b : b + 1], cos[last], sin[last], rope)
+        k = rotate(keys[span], cos[span], sin[span], rope)
+        scores.append(_attention(q, k, scale)[candidates[b, :n]])
+    padded = _stack(scores, candidates.shape[1], float("-inf"))
+    return select(padded, candidates, texts, segments)
+
+
+def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Head mean (L,) of the softmax of rotated query (1, H, D) against rotated keys (L, G, D)."""
+    heads, groups = query.shape[1], keys.shape[1]
+    grouped = query.float().view(groups, heads // groups, -1)
+    logits = grouped @ keys.float().permute(1, 2, 0) * scale
+    return logits.softmax(-1).view(heads, -1).mean(0)
+
+
+def _rank_keys(scores: Tensor) -> Tensor:
+    """int32 keys that ascend as fp32 scores descend.
+
+    Sorting floats leaves signed zeros and NaN bits to the device; sorting integers does not.
+    """
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    largest = torch.iinfo(torch.int32).max
+    ascending = torch.where(scores.isnan(), largest, bits ^ ((bits >> 31) & largest))
+    return ~ascending
+
+
+def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
+    """Pool slots of lease rows; fillers stay -1."""
+    page_ids = _take(table.unsqueeze(1), rows // page_size).squeeze(-1)
+    return torch.where(rows >= 0, page_ids * page_size + rows % page_size, -1)
+
+
+def _take(source: Tensor, rows: Tensor) -> Tensor:
+    """Gather ``source`` (n, w) at ``rows`` (B, S) or (S,); negative rows become zeros."""
+    if source.shape[0] == 0:
+        return source.new_zeros(*rows.shape, source.shape[1])
+    return source[rows.clamp(min=0)].masked_fill_((rows < 0).unsqueeze(-1), 0)
+
+
+def _stack(parts: Sequence[Tensor], width: int, fill: float, align: Literal["left", "right"] = "left") -> Tensor:
+    """Stack vectors to (B, width)."""
+    padded = []
+    for part in parts:
+        gap = width - part.shape[0]
+        padded.append(pad(part, (0, gap) if align == "left" else (gap, 0), value=fill))
+    return torch.stack(padded)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from reroute_kernels import BackendUnavailable, dispatch, reference, resolve
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("REROUTE_BACKEND", raising=False)
+    dispatch._resolve.cache_clear()
+    yield
+    dispatch._resolve.cache_clear()
+
+
+def test_torch_is_the_reference() -> None:
+    backend = resolve("torch", CUDA)
+    assert (backend.name, backend.reason) == ("torch", "asked for")
+    for operation in ("defer", "admit", "select", "score_topk"):
+        assert getattr(backend, operation) is getattr(reference, operation)
+
+
+@pytest.mark.parametrize(("device", "why"), [(CPU, "these are on cpu"), (CUDA, "not part of this release yet")])
+def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(device: torch.device, why: str) -> None:
+    backend = resolve("auto", device)
+    assert backend.name == "torch"
+    assert why in backend.reason
+    with pytest.raises(BackendUnavailable, match=why) as caught:
+        resolve("triton", device)
+    assert "use backend='torch' or 'auto'" in str(caught.value)
+
+
+def test_unknown_names_list_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'cuda'; known: 'auto', 'torch', 'triton'"):
+        resolve("cuda", CPU)
+    monkeypatch.setenv("REROUTE_BACKEND", "nope")
+    with pytest.raises(ValueError, match=r"'nope' \(from REROUTE_BACKEND\)"):
+        resolve("auto", CPU)
+
+
+def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REROUTE_BACKEND", "torch")
+    assert resolve("triton", CPU).reason == "REROUTE_BACKEND asks for it"
+    monkeypatch.setenv("REROUTE_BACKEND", "triton")
+    with pytest.raises(BackendUnavailable):
+        resolve("torch", CPU)
+    monkeypatch.setenv("REROUTE_BACKEND", "")
+    assert resolve("torch", CPU).name == "torch"
+
+
+def test_decided_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="reroute"):
+        first = resolve("auto", CPU)
+        assert resolve("auto", CPU) is first
+        assert len(caplog.messages) == 1
+        assert "torch on cpu" in caplog.messages[0]
+        assert first.reason in caplog.messages[0]
+        resolve("auto", CUDA)
+        resolve("torch", CPU)
+        assert len(caplog.messages) == 3
+
+
+def test_triton_is_never_imported() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules\n"
+        "import reroute_kernels as r; r.resolve('auto', torch.device('cuda'))\n"
+        "assert before or 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reroute_kernels import PagedPool, PoolLimitError
+
+PAGE = 4
+WIDTH = 8
+PAGE_BYTES = PAGE * WIDTH * 4
+
+
+def make(max_pages: int | None = None) -> PagedPool:
+    limit = None if max_pages is None else max_pages * PAGE_BYTES
+    return PagedPool(WIDTH, torch.float32, "cpu", page_size=PAGE, max_bytes=limit)
+
+
+def test_layout_of_a_ragged_lease() -> None:
+    with make().lease([5, 0, 4, 1]) as lease:
+        assert lease.lengths == (5, 0, 4, 1)
+        assert lease.starts == (0, 8, 8, 12)
+        assert lease.num_rows == 16
+        assert lease.table.dtype == torch.int64
+        assert lease.table.tolist() == [0, 1, 2, 3]
+        assert lease.pages.shape == (4, PAGE, WIDTH)
+        assert lease.rows().shape == (16, WIDTH)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_empty_leases_take_nothing(lengths: list[int]) -> None:
+    pool = make(max_pages=1)
+    with pool.lease(lengths) as lease:
+        assert lease.num_rows == 0
+        assert lease.rows().shape == (0, WIDTH)
+        assert lease.pages.shape[1:] == (PAGE, WIDTH)
+        assert lease.table.shape == (0,)
+        assert pool.stats().pages == 0
+        assert pool.stats().leases == 1
+    assert pool.stats().leases == 0
+
+
+def test_consecutive_rows_are_a_view_of_the_pool() -> None:
+    with make().lease([6]) as lease:
+        lease.rows().copy_(torch.arange(64.0).view(8, 8))
+        assert torch.equal(lease.pages.view(8, 8), torch.arange(64.0).view(8, 8))
+
+
+def test_fragmented_rows_are_gathered_in_lease_order() -> None:
+    pool = make(max_pages=5)
+    pool.lease([5 * PAGE]).release()
+    held = [pool.lease([PAGE]) for _ in range(5)]
+    for index in (3, 0):
+        held[index].release()
+    with pool.lease([2 * PAGE]) as lease:
+        assert lease.table.tolist() == [0, 3]
+        lease.pages[0].fill_(1.0)
+        lease.pages[3].fill_(2.0)
+        assert lease.rows()[:, 0].tolist() == [1.0] * PAGE + [2.0] * PAGE
+
+
+def test_a_consecutive_run_is_preferred_to_lower_pages() -> None:
+    pool = make(max_pages=6)
+    pool.lease([6 * PAGE]).release()
+    held = [pool.lease([PAGE]) for _ in range(6)]
+    for index in (0, 3, 4):
+        held[index].release()
+    with pool.lease([2 * PAGE]) as pair, pool.lease([PAGE]) as single:
+        assert pair.table.tolist() == [3, 4]
+        assert single.table.tolist() == [0]
+
+
+def test_a_slab_with_a_run_is_preferred_to_an_earlier_one() -> None:
+    pool = make()
+    held = [pool.lease([3 * PAGE])]
+    held[0].release()
+    first, middle, last = (pool.lease([PAGE]) for _ in range(3))
+    second = pool.lease([2 * PAGE])
+    first.release()
+    last.release()
+    second.release()
+    with pool.lease([2 * PAGE]) as lease:
+        assert lease.pages.shape[0] == 6
+        assert lease.table.tolist() == [0, 1]
+    middle.release()
+
+
+def test_tails_are_zero_whatever_the_pages_held() -> None:
+    pool = make()
+    with pool.lease([8, 8]) as lease:
+        lease.pages.fill_(float("nan"))
+    with pool.lease([5, 2]) as lease:
+        rows = lease.rows()
+        assert torch.equal(rows[5:8], torch.zeros(3, WIDTH))
+        assert torch.equal(rows[10:12], torch.zeros(2, WIDTH))
+
+
+def test_growth_doubles_never_copies_and_stops_at_the_limit() -> None:
+    pool = make(max_pages=9)
+    first = pool.lease([2 * PAGE])
+    address = first.pages.data_ptr()
+    second = pool.lease([PAGE])
+    third = pool.lease([3 * PAGE])
+    assert [lease.pages.shape[0] for lease in (first, second, third)] == [2, 4, 4]
+    assert first.pages.data_ptr() == address
+    assert second.pages is third.pages
+    fourth = pool.lease([3 * PAGE])
+    assert fourth.pages.shape[0] == 3
+    assert pool.stats().bytes_reserved == 9 * PAGE_BYTES
+
+
+def test_limit_error_has_the_numbers_and_the_way_out() -> None:
+    pool = make(max_pages=3)
+    with pool.lease([2 * PAGE]), pytest.raises(PoolLimitError) as caught:
+        pool.lease([2 * PAGE])
+    message = str(caught.value)
+    for part in (
+        f"needs {2 * PAGE_BYTES} bytes",
+        f"{2 * PAGE_BYTES} bytes are in use",
+        f"limit is {3 * PAGE_BYTES}",
+        "raise max_bytes",
+        "smaller batch",
+    ):
+        assert part in message
+    assert isinstance(caught.value, MemoryError)
+    assert pool.stats().leases == 0
+    with pool.lease([3 * PAGE]):  # the idle slab, too small, made room
+        assert pool.stats().pages == 3
+
+
+def test_released_memory_stays_until_trim() -> None:
+    pool = make()
+    with pool.lease([PAGE]) as lease:
+        pool.lease([2 * PAGE]).release()
+        assert pool.stats().pages == 3
+        pool.trim()
+        assert pool.stats().pages == 1
+        assert lease.rows().shape == (PAGE, WIDTH)
+    assert pool.stats().pages == 1
+    pool.trim()
+    assert pool.stats().pages == 0
+
+
+def test_a_lease_ends_with_its_block_and_only_once() -> None:
+    pool = make()
+    lease = pool.lease([PAGE])
+    with pytest.raises(KeyError), lease:
+        raise KeyError
+    lease.release()
+    assert pool.stats().pages_in_use == 0
+    with pool.lease([PAGE]) as other:
+        lease.release()
+        assert pool.stats().pages_in_use == 1
+        assert other.num_rows == PAGE
+    for use in (lambda: lease.pages, lambda: lease.table, lease.rows):
+        with pytest.raises(RuntimeError, match="was released"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"width": 0}, "at least 1"),
+        ({"page_size": 0}, "at least 1"),
+        ({"max_bytes": 64 * 8 * 4 - 1}, "below one page of 2048 bytes"),
+    ],
+)
+def test_bad_pools_are_refused(arguments: dict[str, int], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        PagedPool(**{"width": 8, "dtype": torch.float32, "device": "cpu", **arguments})
+
+
+def test_bad_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"negative: got \[3, -1\]"):
+        make().lease([3, -1])
+
+
+def test_shared_is_one_per_key_and_dies_with_its_last_user() -> None:
+    pool = PagedPool.shared(24, torch.float32, "cpu")
+    assert PagedPool.shared(24, torch.float32, torch.device("cpu")) is pool
+    assert PagedPool.shared(24, torch.bfloat16, "cpu") is not pool
+    assert PagedPool.shared(25, torch.float32, "cpu") is not pool
+    reference = weakref.ref(pool)
+    lease = pool.lease([1])
+    del pool
+    gc.collect()
+    assert reference() is PagedPool.shared(24, torch.float32, "cpu")
+    lease.release()
+    del lease
+    gc.collect()
+    assert reference() is None
+
+
+def test_shared_keeps_fake_and_real_slabs_apart() -> None:
+    real = PagedPool.shared(24, torch.float32, "cpu")
+    with FakeTensorMode():
+        assert PagedPool.shared(24, torch.float32, "cpu") is not real
+    assert PagedPool.shared(24, torch.float32, "cpu") is real
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        pool = PagedPool(WIDTH, torch.bfloat16, "cpu", page_size=PAGE)
+        with pool.lease([5, 3]) as lease:
+            assert lease.rows().shape == (12, WIDTH)
+            assert lease.table.shape == (3,)
+
+
+def test_a_slab_born_in_inference_mode_can_be_written_outside() -> None:
+    pool = make()
+    with torch.inference_mode(), pool.lease([3]) as lease:
+        lease.rows().fill_(1.0)
+    with pool.lease([3]) as lease:
+        lease.rows().fill_(2.0)
+        assert lease.pages.sum() == 3 * WIDTH * 2.0 + WIDTH * 2.0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_accounting_under_any_sequence(data: st.DataObject) -> None:
+    pool = make(max_pages=12)
+    held = []
+    peak = 0
+    for mark in range(data.draw(st.integers(1, 12))):
+        action = data.draw(st.sampled_from(["lease", "lease", "release", "trim"]))
+        if action == "lease":
+            lengths = data.draw(st.lists(st.integers(0, 17), min_size=1, max_size=3))
+            try:
+                lease = pool.lease(lengths)
+            except PoolLimitError:
+                continue
+            lease.pages[lease.table] = float(mark)
+            held.append((lease, lengths, float(mark)))
+        elif action == "release" and held:
+            held.pop(data.draw(st.integers(0, len(held) - 1)))[0].release()
+        else:
+            pool.trim()
+        used = sum(-(-n // PAGE) for _, lengths, _ in held for n in lengths)
+        peak = max(peak, used)
+        stats = pool.stats()
+        assert (stats.pages_in_use, stats.leases, stats.page_size) == (used, len(held), PAGE)
+        assert used <= stats.pages <= 12
+        assert stats.bytes_in_use == used * PAGE_BYTES
+        assert stats.bytes_reserved == stats.pages * PAGE_BYTES
+        assert stats.peak_bytes_in_use == peak * PAGE_BYTES
+        for lease, _, value in held:  # nobody else wrote there
+            assert torch.equal(lease.rows(), torch.full((lease.num_rows, WIDTH), value))
+    for lease, _, _ in held:
+        lease.release()
+    pool.trim()
+    assert pool.stats().pages == 0
+
+
+def test_threads_never_share_a_page() -> None:
+    pool = make()
+    errors: list[BaseException] = []
+    gate = threading.Barrier(2)
+
+    def work(value: float) -> None:
+        try:
+            gate.wait()
+            for step in range(150):
+                with pool.lease([1 + step % 9, 5]) as lease:
+                    lease.pages[lease.table] = value
+                    assert torch.equal(lease.rows(), torch.full((lease.num_rows, WIDTH), value))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert pool.stats().pages_in_use == pool.stats().leases == 0
