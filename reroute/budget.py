@@ -1,0 +1,234 @@
+"""What a schedule costs, and which schedule costs a given amount.
+
+FLOPs count a multiply-add as 2 and leave out norms, RoPE, softmax and activations. The budget that
+methods are compared by, ``keep`` = avg_T / N, is the mean over *all* layers of the share of the N
+visual tokens that a layer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+from .errors import RerouteError, unknown
+from .schedule import Action, Schedule
+
+__all__ = [
+    "Attention",
+    "Budget",
+    "ModelShape",
+    "Shape",
+    "average_tokens",
+    "budget",
+    "kv_bytes",
+    "layer_flops",
+    "prefill_flops",
+    "scale_layers",
+    "scoring_flops",
+    "solve",
+]
+
+Attention = Literal["dense", "causal"]
+"""How attention is counted: all S * S pairs, or the S * (S + 1) / 2 that a causal mask leaves."""
+
+Shape = Literal["uniform", "pyramid", "geometric"]
+"""How keep ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
+
+_RATIO: dict[Shape, Callable[[float, int], float]] = {
+    "uniform": lambda r, stage: r,
+    "pyramid": lambda a, stage: a * 0.5 ** max(0, stage - 1),
+    "geometric": lambda r, stage: r ** (stage + 1),
+}
+
+
+def scale_layers(layers_of_32: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The routing layers of a 32-layer model, for a model of another depth.
+
+    A layer x becomes floor(x * num_layers / 32). Only the first stays as it is while that is below
+    the second: how soon visual tokens may be deferred hardly depends on depth. It becomes at least
+    1. In shallow models several layers may become one, so fewer can come out than went in: compute
+    the ratios on what comes out (``solve`` does), do not cut a list that was made for the input.
+    """
+    first, *later = layers_of_32
+    later = [layer * num_layers // 32 for layer in later]
+    if later and first >= later[0]:
+        first = max(1, first * num_layers // 32)
+    return tuple(sorted({first, *(layer for layer in later if layer > first)}))
+
+
+def solve(shape: Shape, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
+    """Keep ratios of a shape, one per routing layer, for the budget ``keep`` = avg_T / N.
+
+    The average is that of the ratios themselves, clipped to 1; rounding down to counts takes less
+    than one token off it. ``keep=1`` gives exactly 1.0 everywhere.
+
+    Raises:
+        RerouteError: unknown shape, layers that do not fit, or a budget that no ratios reach.
+    """
+    if shape not in _RATIO:
+        raise unknown("shape", shape, _RATIO)
+    Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
+    if not 0 < keep <= 1:
+        raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
+    if keep == 1:
+        return (1.0,) * len(layers)
+    target = keep * num_layers - layers[0]
+    if target <= 0:
+        raise RerouteError(
+            f"keep = {keep} is out of reach: layers before the first routing layer run all visual "
+            f"tokens, so with routing from layer {layers[0]} on, {num_layers} layers cannot get down "
+            f"to {layers[0]}/{num_layers} = {layers[0] / num_layers:.4g}. "
+            "Choose a larger keep or an earlier first routing layer."
+        )
+    widths = [end - start for start, end in pairwise((*layers, num_layers))]
+
+    def ratios(free: float) -> tuple[float, ...]:
+        return tuple(min(1.0, _RATIO[shape](free, stage)) for stage in range(len(widths)))
+
+    low, high = 0.0, 2.0 ** len(widths)
+    while low < (middle := (low + high) / 2) < high:
+        if sum(w * r for w, r in zip(widths, ratios(middle), strict=True)) < target:
+            low = middle
+        else:
+            high = middle
+    return ratios(_tidy(high))
+
+
+def _tidy(value: float) -> float:
+    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
+    near = float(Fraction(value).limit_denominator(10_000))
+    return near if near > 0 and abs(near - value) < 1e-12 else value
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices)."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def from_config(cls, text_config: Any) -> ModelShape:
+        """Read the sizes from a Hugging Face text config, or anything with the same attributes.
+
+        Raises:
+            RerouteError: an attribute is missing.
+        """
+        try:
+            hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+            return cls(
+                num_layers=text_config.num_hidden_layers,
+                hidden=hidden,
+                intermediate=text_config.intermediate_size,
+                heads=heads,
+                kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+                vocab=text_config.vocab_size,
+            )
+        except AttributeError as error:
+            raise RerouteError(
+                f"Cannot read the model's sizes: {error}. "
+                "Pass the config of the text decoder: model.config.get_text_config()."
+            ) from None
+
+
+def layer_flops(shape: ModelShape, tokens: int, attention: Attention = "dense") -> int:
+    """FLOPs of one decoder layer on ``tokens`` tokens."""
+    if attention not in get_args(Attention):
+        raise unknown("attention", attention, get_args(Attention))
+    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    weights = 2 * d * q + 2 * d * kv + 3 * d * shape.intermediate
+    pairs = 2 * tokens * tokens if attention == "dense" else tokens * (tokens + 1)
+    return 2 * tokens * weights + 2 * q * pairs
+
+
+def prefill_flops(
+    shape: ModelShape,
+    lengths_per_layer: Sequence[int],
+    *,
+    attention: Attention = "dense",
+    lm_head: bool = False,
+) -> int:
+    """FLOPs of a prefill whose layer i runs ``lengths_per_layer[i]`` tokens; scoring not included.
+
+    ``lm_head`` adds the output head on the one row that generation needs.
+    """
+    layers = sum(layer_flops(shape, tokens, attention) for tokens in lengths_per_layer)
+    return layers + 2 * shape.hidden * shape.vocab * lm_head
+
+
+def scoring_flops(shape: ModelShape, pool: int) -> int:
+    """FLOPs of one decision: one query row, the keys of ``pool`` tokens, and their logits."""
+    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 2 * d * q + 2 * pool * d * kv + 2 * q * pool
+
+
+def kv_bytes(shape: ModelShape, lengths_per_layer: Sequence[int], bytes_per_element: int = 2) -> int:
+    """Bytes of a KV cache whose layer i holds ``lengths_per_layer[i]`` tokens."""
+    return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * sum(lengths_per_layer)
+
+
+def average_tokens(counts_per_layer: Sequence[int]) -> float:
+    """avg_T: mean over all layers of the visual tokens that a layer runs."""
+    return sum(counts_per_layer) / len(counts_per_layer)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one prompt costs.
+
+    - ``avg_tokens``: avg_T, from rounded counts; ``keep``: avg_T / N.
+    - ``prefill_flops``: of the whole prefill, scoring included; ``scoring_flops``: of scoring alone.
+    - ``kv_bytes``: size of the KV cache after the prefill.
+    """
+
+    avg_tokens: float
+    keep: float
+    prefill_flops: int
+    scoring_flops: int
+    kv_bytes: int
+
+
+def budget(
+    shape: ModelShape,
+    schedule: Schedule,
+    action: Action,
+    visual: int,
+    text: int,
+    *,
+    attention: Attention = "dense",
+    lm_head: bool = False,
+    scores: bool = True,
+    bytes_per_element: int = 2,
+) -> Budget:
+    """What a prompt of ``visual`` and ``text`` tokens costs under a schedule.
+
+    A decision scores the whole prompt with ``route``, what is left of it with ``remove``, and
+    nothing if no token is to be deferred. ``scores=False``: a method that computes no attention.
+
+    Raises:
+        RerouteError: the schedule does not fit the model or the action.
+    """
+    schedule.validate(shape.num_layers, action)
+    counts = schedule.counts(visual)
+    pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
+    decides = scores and any(kept < visual for kept in counts)
+    scoring = sum(scoring_flops(shape, text + pool) for pool in pools) if decides else 0
+    per_layer = schedule.per_layer(visual, shape.num_layers)
+    lengths = [text + kept for kept in per_layer]
+    average = average_tokens(per_layer)
+    return Budget(
+        avg_tokens=average,
+        keep=average / visual if visual else 1.0,
+        prefill_flops=prefill_flops(shape, lengths, attention=attention, lm_head=lm_head) + scoring,
+        scoring_flops=scoring,
+        kv_bytes=kv_bytes(shape, lengths, bytes_per_element),
+    )

@@ -1,0 +1,58 @@
+"""FastV: rank by the last prompt token's attention early on, then keep a fixed share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..budget import scale_layers, solve
+from ..schedule import Action, Rounding, Schedule
+from .base import Method
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["FastV"]
+
+
+@dataclass(frozen=True)
+class FastV(Method):
+    """The same share at every decision.
+
+    - ``remove``: one decision, before ``layer``.
+    - ``route``: the same, and new decisions before layers 7, 15 and 23 of 32, scaled to the depth.
+
+    ``layer`` is taken literally; None is layer 3, moved forward only in shallow models. ``keep``,
+    the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers.
+    """
+
+    name = "fastv"
+
+    layer: int | None = None
+    keep: float = 0.2644
+    score_layer_offset: int = 0
+    rounding: Rounding = "floor"
+
+    @classmethod
+    def official(cls) -> Self:
+        """FastV as its authors describe it: layer 1's attention decides which half leaves before layer 2.
+
+        Meant for ``remove``.
+        """
+        return cls(layer=2, keep=0.5, score_layer_offset=-1, rounding="half_even")
+
+    def schedule(self, num_layers: int, action: Action) -> Schedule:
+        """See ``Method``."""
+        layers = self._layers(num_layers, action)
+        ratios = (self.keep,) * len(layers)
+        return Schedule(layers, ratios, self.rounding, score_layer_offset=self.score_layer_offset)
+
+    def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
+        """See ``Method``."""
+        ratios = solve("uniform", self._layers(num_layers, action), num_layers, keep)
+        return replace(self, keep=ratios[0])
+
+    def _layers(self, num_layers: int, action: Action) -> tuple[int, ...]:
+        first, *later = scale_layers((3, 7, 15, 23), num_layers)
+        first = first if self.layer is None else self.layer
+        return (first, *(x for x in later if x > first)) if action == "route" else (first,)

@@ -1,0 +1,62 @@
+"""PDrop (PyramidDrop): rank again at several depths and keep fewer visual tokens each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import floor
+from typing import TYPE_CHECKING
+
+from ..budget import Shape, scale_layers, solve
+from ..schedule import Action, Positions, Rounding, Schedule
+from .base import Method
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["PDrop"]
+
+
+@dataclass(frozen=True)
+class PDrop(Method):
+    """A share that falls from stage to stage.
+
+    - ``remove``: r, r², r³, r⁴.
+    - ``route``: a, a, a/2, a/4: the first two stages see different tokens, not fewer.
+
+    ``layers`` are routing layers, or where below 1 shares of the depth; None is (2, 7, 15, 23) of
+    32, scaled to the depth. ``keep`` has one ratio per layer, relative to the N visual tokens; None
+    is those whose budget avg_T / N is 1/3: on 32 layers the ones released for 192 of 576 tokens.
+    """
+
+    name = "pdrop"
+
+    layers: Sequence[float] | None = None
+    keep: Sequence[float] | None = None
+    rounding: Rounding = "floor"
+    positions: Positions = "preserved"
+
+    @classmethod
+    def official(cls) -> Self:
+        """PDrop as its authors released it: half leave at each quarter of the depth, the rest are renumbered.
+
+        Only for ``remove``.
+        """
+        return cls((0.25, 0.5, 0.75), (0.5, 0.25, 0.125), "floor0", "renumbered")
+
+    def schedule(self, num_layers: int, action: Action) -> Schedule:
+        """See ``Method``."""
+        if self.keep is None:
+            return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
+        layers = self._layers(num_layers)
+        return Schedule(layers, tuple(self.keep), self.rounding, self.positions)
+
+    def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
+        """See ``Method``."""
+        shape: Shape = "pyramid" if action == "route" else "geometric"
+        return replace(self, keep=solve(shape, self._layers(num_layers), num_layers, keep))
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.layers is None:
+            return scale_layers((2, 7, 15, 23), num_layers)
+        return tuple(floor(x * num_layers if x < 1 else x) for x in self.layers)
