@@ -1,0 +1,127 @@
+"""The handle that ``reroute.enable`` returns: one model, one method, one backend."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from reroute_kernels import Backend, PagedPool
+
+from .budget import ModelShape
+from .errors import RerouteError
+from .methods import Method
+from .plan import Plan
+from .prefill import Prefill, Tables
+from .schedule import Action, Schedule
+from .stats import Stats, make_stats
+from .trace import Trace
+from .transformers import Controller, family_of
+from .transformers.forwards import RoutedPrefill
+
+__all__ = ["Handle"]
+
+
+class Handle:
+    """Routing of one model, from ``enable`` to ``disable``. Also a context manager."""
+
+    def __init__(
+        self,
+        model: Any,
+        schedule: Schedule,
+        action: Action,
+        backend: Backend,
+        *,
+        method: Method | None,
+        pool: PagedPool | None,
+        trace: bool,
+    ) -> None:
+        """Check everything but leave ``model`` alone until ``attach``; ``reroute.enable`` does both.
+
+        Raises:
+            RerouteError: the model or the schedule cannot be routed; nothing is changed then.
+        """
+        family = family_of(model)
+        self.schedule, self.action, self.backend = schedule, action, backend
+        self._method, self._trace_on = method, trace
+        self._pool, self._pool_is_given = pool, pool is not None
+        self._shape = ModelShape.from_config(family.text_config)
+        if pool is not None and pool.width != self._shape.hidden:
+            raise RerouteError(
+                f"The pool holds rows of {pool.width} features, the model's have {self._shape.hidden}. "
+                f"Make it with PagedPool({self._shape.hidden}, …)."
+            )
+        self._model = weakref.ref(model)
+        names: dict[str, Any] = {"method": method.name if method else "schedule", "action": action}
+        self._names = {**names, "backend": backend.name, "backend_reason": backend.reason}
+        self._stats = Stats(**self._names)
+        self._trace: Trace | None = None
+        self._controller = Controller(family, schedule, action, self._start, self._done)
+
+    def attach(self) -> None:
+        """Hook the model."""
+        self._controller.attach(self._model())
+
+    def disable(self) -> None:
+        """Restore the model exactly. Idempotent. A cache filled while routing was on needs it on to be continued."""
+        self._controller.detach(self._model())
+        self._pool = None
+
+    def __enter__(self) -> Handle:
+        """Routing is on since ``enable``."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Disable."""
+        self.disable()
+
+    def stats(self) -> Stats:
+        """Budget of the last routed prefill, and how many there were."""
+        return self._stats
+
+    @property
+    def trace(self) -> Trace | None:
+        """Decisions of the last routed prefill (``enable(..., trace=True)``), None before the first."""
+        if not self._trace_on:
+            raise RerouteError("Tracing is off: pass trace=True to reroute.enable.")
+        return self._trace
+
+    def plan(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Any = None
+    ) -> Plan | None:
+        """Read a prompt (B, L) ahead of its prefill: the one step that waits for the device.
+
+        Returns None if there are no visual tokens. Use it with ``using``, e.g. to capture a prefill in a CUDA graph.
+        """
+        return self._controller.plan(input_ids, attention_mask, cache)
+
+    def using(self, plan: Plan) -> AbstractContextManager[None]:
+        """Run the forwards inside ``with`` on ``plan``, without looking at their ids."""
+        return self._controller.using(plan)
+
+    def _start(self, plan: Plan, hidden: torch.Tensor, tables: Tables) -> Prefill:
+        pool = self._pool
+        fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, hidden.device)
+        if pool is None or not (fits or self._pool_is_given):
+            pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, hidden.device)
+        elif not fits:
+            raise RerouteError(
+                f"The pool holds {pool.dtype} on {pool.device}, the model runs {hidden.dtype} on {hidden.device}. "
+                "Make the pool with the model's dtype and device, or pass none."
+            )
+        family = self._controller.family
+        return Prefill(plan, self.backend, pool, family, tables, method=self._method, trace=self._trace_on)
+
+    def _done(self, forward: RoutedPrefill) -> None:
+        assert forward.prefill is not None
+        cache = forward.cache
+        layers = () if cache is None else cache.layers
+        size = next(self._controller.family.text.parameters()).element_size()
+        count = self._stats.prefills + 1
+        self._stats = make_stats(forward.plan, self._shape, self._names, layers, size, count)
+        self._trace = forward.prefill.trace

@@ -1,0 +1,202 @@
+"""The plan of one prefill: everything that is known before it runs, as host integers.
+
+Reading the prompt's ids is the only moment at which the host waits for the device. From the plan on every count,
+every offset and every shape is an integer, so that the prefill itself never synchronises (design promise 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from reroute_kernels import Segments
+
+from .errors import RerouteError
+from .schedule import Action, Schedule
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Layout", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan's index tensors on one device, for one placement of the samples in the pool (R lease rows).
+
+    - ``rows`` (B, L): lease row of each logical position, -1 for padding.
+    - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
+    - ``starts`` (B, 1): first lease row of each sample.
+    - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
+    - ``queries`` (stages, B): row of each sample's query among the rows that are scored for that stage.
+    """
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    starts: torch.Tensor
+    candidates: torch.Tensor
+    texts: torch.Tensor
+    queries: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Host integers of one prefill of B prompts of L logical tokens (``make_plan`` builds it).
+
+    ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *local row* of a token.
+    """
+
+    schedule: Schedule
+    action: Action
+    past: int
+    order: Ints = field(repr=False)
+    visual: tuple[Ints, ...] = field(repr=False)
+    texts: tuple[Ints, ...] = field(repr=False)
+    query: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    _layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return int(self.order.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Logical length L of this call, padding included."""
+        return int(self.order.shape[1])
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Valid tokens of each sample."""
+        return tuple(len(v) + len(t) for v, t in zip(self.visual, self.texts, strict=True))
+
+    @cached_property
+    def visual_counts(self) -> tuple[int, ...]:
+        """Visual tokens N of each sample."""
+        return tuple(len(v) for v in self.visual)
+
+    @cached_property
+    def text_counts(self) -> tuple[int, ...]:
+        """Text tokens M of each sample: always active."""
+        return tuple(len(t) for t in self.texts)
+
+    def scores_pool(self, stage: int) -> bool:
+        """True if the decision of ``stage`` ranks rows of the pool, False if it ranks the compact rows.
+
+        ``route`` always scores the whole prompt. ``remove`` does so once; later only survivors are left.
+        """
+        return self.action == "route" or stage == 0
+
+    def segments(self, stage: int, starts: Sequence[int]) -> Segments:
+        """What the decision of ``stage`` scores; ``starts`` are the samples' first lease rows."""
+        if self.scores_pool(stage):
+            lengths = tuple(row + 1 for row in self.query)
+            candidates = self.visual_counts
+        else:
+            width, active = self.width(stage - 1), self.active(stage - 1)
+            starts = [(b + 1) * width - rows for b, rows in enumerate(active)]
+            candidates = self.kept[stage - 1]
+            lengths = tuple(self.visible_texts(b) + k for b, k in enumerate(candidates))
+        return Segments(tuple(starts), lengths, candidates, self.text_counts, self.kept[stage])
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True if every stage keeps every visual token: the plain model is the right answer, bit for bit."""
+        return all(stage == self.visual_counts for stage in self.kept)
+
+    def active(self, stage: int) -> tuple[int, ...]:
+        """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""
+        visual = self.visual_counts if stage < 0 else self.kept[stage]
+        return tuple(m + k for m, k in zip(self.text_counts, visual, strict=True))
+
+    def width(self, stage: int) -> int:
+        """Compact length S of ``stage``: the longest sample; shorter ones have fillers on the left."""
+        return max(self.active(stage)) if stage >= 0 else self.length
+
+    def visible_texts(self, sample: int) -> int:
+        """Text tokens that the query of ``sample`` may see, itself included."""
+        return int(np.searchsorted(self.texts[sample], self.query[sample], side="right"))
+
+    def layout(self, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
+        """Index tensors for samples that start at lease rows ``starts``: one upload, kept for the next use."""
+        key = (tuple(starts), num_rows, device)
+        if key not in self._layouts:
+            self._layouts[key] = _upload(self, starts, num_rows, device)
+        return self._layouts[key]
+
+
+def make_plan(
+    input_ids: Ints,
+    valid: Bools,
+    visual_ids: Sequence[int],
+    schedule: Schedule,
+    action: Action,
+    *,
+    past: int = 0,
+    prompt_ends: Sequence[int] | None = None,
+) -> Plan | None:
+    """Plan the routing of one batch of prompts, or None if no sample has visual tokens.
+
+    Args:
+        input_ids: (B, L) token ids of this call.
+        valid: (B, L) False at padding.
+        visual_ids: ids of the placeholders that stand for visual tokens.
+        past: logical length of the cache before this call.
+        prompt_ends: per sample, one past the logical position of the last prompt token (default L): the last
+            valid token before it is the query.
+
+    Raises:
+        RerouteError: a prompt with visual tokens ends in one: there is no question after the picture yet.
+    """
+    is_visual = np.isin(input_ids, np.asarray(visual_ids)) & valid
+    if not is_visual.any():
+        return None
+    order = np.where(valid, np.cumsum(valid, axis=1) - 1, -1)
+    ends = [input_ids.shape[1]] * len(input_ids) if prompt_ends is None else prompt_ends
+    visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
+    texts = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
+    query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
+    for sample, (rows, last) in enumerate(zip(visual, query, strict=True)):
+        if last < 0:
+            raise RerouteError(f"Sample {sample} has no prompt token: its attention_mask is all zeros.")
+        if len(rows) and rows[-1] >= last:
+            raise RerouteError(
+                f"The prompt of sample {sample} ends inside or right after its visual tokens, so there is no text to "
+                "rank them by. Put the question after the picture, and do not split a prompt into chunks while "
+                "routing is enabled."
+            )
+    kept = zip(*(schedule.counts(len(rows)) for rows in visual), strict=True)
+    return Plan(schedule, action, past, order, visual, texts, query, tuple(kept))
+
+
+def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
+    offsets = np.asarray(starts, dtype=np.int64)[:, None]
+    rows = np.where(plan.order >= 0, plan.order + offsets, -1)
+    tokens = np.zeros(num_rows, dtype=np.int64)
+    flat = rows.ravel()
+    tokens[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    segments = [plan.segments(stage, starts) for stage in range(len(plan.kept))]
+    queries = np.array([np.add(s.starts, s.lengths) - 1 for s in segments], dtype=np.int64)
+    parts = (rows, tokens, offsets, _padded(plan.visual), _padded(plan.texts), queries)
+    ends = list(accumulate(part.size for part in parts))
+    packed = torch.tensor(np.concatenate([part.ravel() for part in parts]))
+    packed = packed.to(device, non_blocking=True)
+    pieces = torch.tensor_split(packed, ends[:-1])
+    return Layout(*(p.view(part.shape) for p, part in zip(pieces, parts, strict=True)))
+
+
+def _padded(rows: Sequence[Ints]) -> Ints:
+    out = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+    for target, source in zip(out, rows, strict=True):
+        target[: len(source)] = source
+    return out

@@ -1,0 +1,258 @@
+"""The state of one prefill: which rows run, where all others wait, what was decided. Gone when the prefill ends.
+
+The pool is the home of the prompt. At a stage boundary the rows that ran are written back (*defer*: whoever is not
+selected simply stays there), all candidates are scored, and the selected rows are copied out (*admit*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from reroute_kernels import Backend, Lease, PagedPool, Rope, Selection
+
+from .methods import Method, ScoreView
+from .plan import Plan
+from .trace import StageTrace, Trace
+
+__all__ = ["Prefill", "Projector", "Tables"]
+
+
+class Projector(Protocol):
+    """What scoring needs from the model."""
+
+    rope: Rope
+
+    def project(self, layer: int, rows: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, D) of ``rows[query_rows]`` and keys (R, G, D) of ``rows`` (R, C), both before RoPE."""
+
+    def scale(self, layer: int) -> float:
+        """Factor on the attention logits of ``layer``."""
+
+    def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin (B, S, rot) at position ids (B, S)."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What goes with each row of hidden states into a layer: cos, sin (B, S, rot), position ids (B, S) or None."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    ids: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Rivals:
+    """Who competes at the next decision: rows within the sample (B, N), (B, M); ordinals among all visual tokens."""
+
+    candidates: torch.Tensor
+    texts: torch.Tensor
+    ordinals: torch.Tensor
+
+
+class Prefill:
+    """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
+    the end, and ``close`` in any case.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        pool: PagedPool,
+        projector: Projector,
+        tables: Tables,
+        *,
+        method: Method | None = None,
+        trace: bool = False,
+    ) -> None:
+        """Lease pool rows for ``plan`` and sort the logical ``tables`` (batch dimension B or 1) into lease order.
+
+        Raises:
+            PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
+        """
+        self.plan, self.stage, self.tables = plan, -1, tables
+        self._backend, self._projector, self._method = backend, projector, method
+        self._selection: Selection | None = None
+        self._written: torch.Tensor | None = None
+        self._trace: list[StageTrace] | None = [] if trace else None
+        self._lease: Lease = pool.lease(plan.lengths)
+        try:
+            self._layout = plan.layout(self._lease.starts, self._lease.num_rows, tables.cos.device)
+            self._home = [self._to_lease_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
+            self._rows = self._layout.rows
+            ordinals = torch.arange(self._layout.candidates.shape[1], device=self._rows.device)
+            ordinals = ordinals.expand_as(self._layout.candidates)
+            self._rivals = _Rivals(self._layout.candidates, self._layout.texts, ordinals)
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def close(self) -> None:
+        """Give the pool rows back. Idempotent."""
+        self._written = None
+        self._lease.release()
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Logical position in this call of every running row, (B, S) int64, -1 for fillers."""
+        positions = self._layout.tokens[self._rows.clamp(min=0)] % self.plan.length
+        return positions.masked_fill(self._rows < 0, -1)
+
+    @property
+    def has_fillers(self) -> bool:
+        """True if some sample is shorter than the compact length of the present stage."""
+        return min(self.plan.active(self.stage)) < self.plan.width(self.stage)
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """What the running stage's renumbered positions subtract from logical ones, (B, 1) int64; else None."""
+        if self.plan.schedule.positions == "preserved":
+            return None
+        active = self.plan.active(self.stage)
+        dropped = [n - m for n, m in zip(self.plan.lengths, active, strict=True)]
+        return torch.tensor(dropped, device=self._rows.device)[:, None]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The decisions so far, if tracing."""
+        if self._trace is None:
+            return None
+        starts = self._layout.starts
+        rows = (self._layout.candidates + starts).clamp(min=0)
+        positions = self._layout.tokens[rows] % self.plan.length
+        return Trace(tuple(self._trace), _trim(positions, self.plan.visual_counts))
+
+    def decide(self, layer: int, hidden: torch.Tensor) -> None:
+        """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""
+        stage = self.stage + 1
+        self._defer(hidden)
+        if self.plan.scores_pool(stage):
+            rows, (cos, sin) = self._lease.rows(), self._home[:2]
+        else:
+            rows, cos, sin = (t.flatten(0, 1) for t in (hidden, self.tables.cos, self.tables.sin))
+        if self._method is None or self._method.uses_attention:
+            selection = self._rank_by_attention(stage, layer, rows, cos, sin)
+        else:
+            selection = self._rank_by_method(self._method, stage, layer, rows)
+        self._selection = selection
+        self._record(stage, selection)
+
+    def advance(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Enter the decided stage: ``hidden`` (B, S, C) goes home, the selected rows (B, S', C) come out."""
+        assert self._selection is not None
+        self._defer(hidden)
+        next_stage = self.stage + 1
+        self._rows, rivals = self._resolve(next_stage, self._selection)
+        if self.plan.action == "remove":
+            self._rivals = rivals
+        self.stage, self._selection = next_stage, None
+        hidden, cos, sin, *ids = self._admit(self._rows, *self._home)
+        self._written = None
+        self.tables = Tables(cos, sin, ids[0].squeeze(-1) if ids else None)
+        if self.plan.schedule.positions == "renumbered":
+            self.tables = self._renumbered(hidden)
+        return hidden
+
+    def restore(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The latest state of every token at logical length (B, L, C), given the running rows; padding is zero."""
+        self._defer(hidden)
+        return self._admit(self._layout.rows)[0]
+
+    # --- the four kernels -----------------------------------------------------------------------------------------
+
+    def _defer(self, hidden: torch.Tensor) -> None:
+        if hidden is not self._written:  # a layer that both decides and enters a stage writes once
+            self._backend.defer(self._lease.pages, self._lease.table, self._rows, hidden)
+            self._written = hidden
+
+    def _admit(self, rows: torch.Tensor, *companions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._backend.admit(self._lease.pages, self._lease.table, rows, *companions)
+
+    def _rank_by_attention(
+        self, stage: int, layer: int, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> Selection:
+        query_rows = self._layout.queries[stage]
+        query, keys = self._projector.project(layer, rows, query_rows)
+        return self._backend.score_topk(
+            query,
+            keys,
+            cos,
+            sin,
+            query_rows,
+            self._rivals.candidates,
+            self._rivals.texts,
+            self.plan.segments(stage, self._lease.starts),
+            scale=self._projector.scale(layer),
+            rope=self._projector.rope,
+        )
+
+    def _rank_by_method(self, method: Method, stage: int, layer: int, rows: torch.Tensor) -> Selection:
+        segments = self.plan.segments(stage, self._lease.starts)
+        counts = segments.candidates
+        candidates = _trim(self._rivals.candidates, counts)
+        hidden = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
+        view = ScoreView(hidden, layer, stage, rows[self._layout.queries[stage]])
+        scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)
+        for target, score, n in zip(scores, method.score(view), counts, strict=True):
+            target[:n] = score
+        return self._backend.select(scores, self._rivals.candidates, self._rivals.texts, segments)
+
+    # --- index bookkeeping ----------------------------------------------------------------------------------------
+
+    def _to_lease_order(self, table: torch.Tensor) -> torch.Tensor:
+        """(B or 1, L) or (B or 1, L, w) in logical order -> (R, w) in lease order."""
+        table = table.unsqueeze(-1) if table.ndim == 2 else table
+        flat = table.expand(self.plan.batch, -1, -1).reshape(-1, table.shape[-1])
+        return flat.index_select(0, self._layout.tokens)
+
+    def _resolve(self, stage: int, selection: Selection) -> tuple[torch.Tensor, _Rivals]:
+        """Lease rows (B, S) of a selection, and who would compete after it under ``remove``."""
+        active, filler = selection.active, selection.active < 0
+        if self.plan.scores_pool(stage):
+            rows = self._layout.starts + active
+        else:  # the scored rows are the compact rows without their fillers
+            fillers = (self._rows < 0).sum(1, keepdim=True)
+            rows = self._rows.gather(1, (active + fillers).clamp(min=0))
+        old, dropped = self._rivals, selection.kept < 0
+        kept = selection.kept.clamp(min=0)
+        beyond = torch.iinfo(old.texts.dtype).max
+        visual = old.candidates.gather(1, kept).masked_fill(dropped, beyond)
+        texts = old.texts.masked_fill(old.texts < 0, beyond)
+        return rows.masked_fill(filler, -1), _Rivals(
+            candidates=_merged(visual, texts).masked_fill(dropped, -1),
+            texts=_merged(texts, visual).masked_fill(old.texts < 0, -1),
+            ordinals=old.ordinals.gather(1, kept),
+        )
+
+    def _renumbered(self, hidden: torch.Tensor) -> Tables:
+        """PDrop's original numbering: the rows that are left count from 0 (spec: PyramidDrop)."""
+        ids = (self._rows >= 0).cumsum(1).sub(1).clamp(min=0)
+        return Tables(*self._projector.rope_tables(hidden, ids), ids)
+
+    def _record(self, stage: int, selection: Selection) -> None:
+        if self._trace is None:
+            return
+        counts = self.plan.kept[stage - 1] if stage and self.plan.action == "remove" else self.plan.visual_counts
+        kept = self._rivals.ordinals.gather(1, selection.kept.clamp(min=0))
+        self._trace.append(
+            StageTrace(
+                layer=self.plan.schedule.layers[stage],
+                kept=_trim(kept, self.plan.kept[stage]),
+                candidates=_trim(self._rivals.ordinals, counts),
+                scores=_trim(selection.scores, counts),
+            )
+        )
+
+
+def _trim(padded: torch.Tensor, counts: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(row[:n] for row, n in zip(padded, counts, strict=True))
+
+
+def _merged(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Rank of each of ``rows`` in the ascending union of two disjoint ascending lists, per sample."""
+    ranks = torch.arange(rows.shape[1], device=rows.device)
+    return ranks + torch.searchsorted(others, rows)

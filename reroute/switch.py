@@ -1,0 +1,166 @@
+"""``reroute.enable`` and ``reroute.disable``: for one model, or for every model of the process."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any, get_args, overload
+
+import torch
+from torch import nn
+
+from reroute_kernels import PagedPool, resolve
+
+from .errors import RerouteError, unknown
+from .methods import Method, get
+from .schedule import Action, Schedule
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+__all__ = ["disable", "enable"]
+
+logger = logging.getLogger("reroute")
+DEFAULT_METHOD = "pdrop"
+
+_handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+
+
+@overload
+def enable(
+    model: nn.Module,
+    *,
+    method: str | Method | None = ...,
+    action: Action = ...,
+    keep: float | None = ...,
+    schedule: Schedule | None = ...,
+    backend: str = ...,
+    pool: PagedPool | None = ...,
+    trace: bool = ...,
+) -> Handle: ...
+
+
+@overload
+def enable(
+    model: None = None,
+    *,
+    method: str | Method | None = ...,
+    action: Action = ...,
+    keep: float | None = ...,
+    schedule: Schedule | None = ...,
+    backend: str = ...,
+    trace: bool = ...,
+) -> None: ...
+
+
+def enable(
+    model: nn.Module | None = None,
+    *,
+    method: str | Method | None = None,
+    action: Action = "route",
+    keep: float | None = None,
+    schedule: Schedule | None = None,
+    backend: str = "auto",
+    pool: PagedPool | None = None,
+    trace: bool = False,
+) -> Handle | None:
+    """Route the prefills of ``model``; without a model, of every supported model of this process, present and future.
+
+    Args:
+        model: a supported ``…ForConditionalGeneration``. Enabling it again replaces what was set before.
+        method: how visual tokens are ranked and on what schedule: a name (default ``"pdrop"``) or an instance.
+        action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
+        keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
+            ratios are solved for it. Default: the method's own ratios.
+        schedule: routing layers and ratios, instead of ``method``'s and ``keep``.
+        backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
+        pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
+        trace: keep the decisions of the last prefill in ``handle.trace``.
+
+    Returns:
+        A handle with ``stats()``, ``trace`` and ``disable()``, also a context manager; None without a model.
+
+    Raises:
+        RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
+        reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
+    """
+    if action not in get_args(Action):
+        raise unknown("action", str(action), get_args(Action))
+    if schedule is not None and keep is not None:
+        raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
+    settings = {"method": method, "action": action, "keep": keep, "schedule": schedule, "backend": backend}
+    if model is None:
+        if pool is not None:
+            raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
+        _enable_all({**settings, "trace": trace})
+        return None
+    return _enable_one(model, pool=pool, trace=trace, **settings)  # type: ignore[arg-type]
+
+
+def disable(model: nn.Module | None = None) -> None:
+    """Undo ``enable`` for ``model``, or for every model of the process."""
+    if model is not None:
+        handle = _handles.pop(model, None)
+        if handle is not None:
+            handle.disable()
+        return
+    from .transformers import process_wide
+
+    process_wide.stop()
+    for handle in list(_handles.values()):
+        handle.disable()
+    _handles.clear()
+
+
+def _enable_one(
+    model: nn.Module,
+    *,
+    method: str | Method | None,
+    action: Action,
+    keep: float | None,
+    schedule: Schedule | None,
+    backend: str,
+    pool: PagedPool | None,
+    trace: bool,
+) -> Handle:
+    from .handle import Handle
+    from .transformers import family_of
+
+    num_layers = len(family_of(model).layers)
+    chosen = None if schedule is not None and method is None else get(method or DEFAULT_METHOD)
+    if schedule is None:
+        assert chosen is not None
+        chosen = chosen if keep is None else chosen.with_budget(keep, num_layers, action)
+        schedule = chosen.schedule(num_layers, action)
+    schedule.validate(num_layers, action)
+    ops = resolve(backend, _device_of(model))
+    handle = Handle(model, schedule, action, ops, method=chosen, pool=pool, trace=trace)
+    # Everything is checked: only now may what was set before be replaced.
+    disable(model)
+    handle.attach()
+    _handles[model] = handle
+    return handle
+
+
+def _enable_all(settings: dict[str, Any]) -> None:
+    """Check what can be checked without a model, then route each model when it is first called."""
+    from .transformers import process_wide
+
+    if settings["method"] is not None:
+        get(settings["method"])
+    resolve(settings["backend"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def route(model: nn.Module) -> None:
+        if model in _handles:
+            return
+        try:
+            _enable_one(model, pool=None, **settings)
+        except RerouteError as error:
+            logger.warning("%s is not routed: %s", type(model).__name__, error)
+
+    process_wide.stop()
+    process_wide.start(route)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,135 @@
+"""Caches whose layers hold different lengths.
+
+A routed layer stores only the rows that its stage ran on, yet it answers with the *logical* length, from which
+Transformers derives positions and mask sizes. Its class is swapped in place, so that no cache is copied and
+``generate()`` keeps the object it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..errors import UnsupportedCacheError
+
+__all__ = ["RoutedLayer", "cache_of", "check_cache", "route_layer", "routed_layer"]
+
+
+class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A dynamic cache layer that lacks some rows of the logical sequence.
+
+    - ``columns`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
+      later follow one by one.
+    - ``logical``: logical length when T rows were stored.
+    - ``fillers``: whether ``columns`` has any -1.
+    - ``shift`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
+    - ``group``: the routing layers of the stages that stored here: layers of one group hold the same rows.
+    """
+
+    columns: torch.Tensor
+    logical: int
+    fillers: bool
+    shift: torch.Tensor | None
+    group: tuple[int, ...]
+
+    def get_seq_length(self) -> int:
+        """Logical length: what Transformers must believe."""
+        if not self.is_initialized or self.keys is None:
+            return 0
+        return self.logical + int(self.keys.shape[-2]) - int(self.columns.shape[1])
+
+    def columns_with(self, new: int) -> torch.Tensor:
+        """Logical positions (B, stored + new) once ``new`` more tokens are stored."""
+        later = torch.arange(self.logical, self.get_seq_length() + new, device=self.columns.device)
+        return torch.cat([self.columns, later.expand(self.columns.shape[0], -1)], dim=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; those of a routed prompt are not all here and cannot be dropped."""
+        newest = self.get_seq_length() - self.logical
+        if abs(tokens_to_remove) > newest:
+            raise UnsupportedCacheError(
+                f"Cannot crop {abs(tokens_to_remove)} tokens: only the {newest} tokens after the routed prompt can be "
+                "removed. Start a new cache for a shorter prompt."
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Become an ordinary empty layer again."""
+        super().reset()
+        del self.columns, self.logical, self.fillers, self.shift, self.group
+        self.__class__ = DynamicLayer  # type: ignore[assignment]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder samples, and with them the positions that they hold."""
+        super().reorder_cache(beam_idx)
+        self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat samples, and with them the positions that they hold."""
+        super().batch_repeat_interleave(repeats)
+        self._move(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select samples, and with them the positions that they hold."""
+        super().batch_select_indices(indices)
+        self._move(lambda t: t[indices])
+
+    def _move(self, move: Any) -> None:
+        self.columns = move(self.columns)
+        if self.shift is not None:
+            self.shift = move(self.shift)
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among keyword arguments: ``cache`` since Transformers 5.24, ``past_key_values`` before."""
+    cache: Cache | None = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def check_cache(cache: Cache, layers: Iterable[int]) -> None:
+    """Refuse a cache that cannot hold a different length in each of ``layers``.
+
+    Raises:
+        UnsupportedCacheError: static, sliding, quantised and paged caches; says what to use.
+    """
+    if isinstance(cache, DynamicCache):
+        present = [cache.layers[i] for i in layers if i < len(cache.layers)]
+        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "RoutedLayer"}
+        later = cache.layer_class_to_replicate
+        if later not in (None, DynamicLayer):
+            wrong.add(later.__name__)
+        if not wrong:
+            return
+        what = ", ".join(sorted(wrong))
+    else:
+        what = type(cache).__name__
+    raise UnsupportedCacheError(
+        f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of full-attention "
+        "layers (what generate() makes by default), or disable routing for this call."
+    )
+
+
+def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
+    """Layer ``index`` of ``cache`` if it lacks rows, else None."""
+    if cache is None or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    return layer if isinstance(layer, RoutedLayer) else None
+
+
+def route_layer(
+    cache: Cache,
+    index: int,
+    columns: torch.Tensor,
+    logical: int,
+    fillers: bool,
+    shift: torch.Tensor | None,
+    group: tuple[int, ...],
+) -> None:
+    """Mark layer ``index`` as holding just ``columns`` (B, T) of a logical sequence; see ``RoutedLayer``."""
+    layer: Any = cache.layers[index]
+    layer.__class__ = RoutedLayer
+    layer.columns, layer.logical, layer.fillers, layer.shift, layer.group = columns, logical, fillers, shift, group

@@ -1,0 +1,107 @@
+"""What routing must know of a model family. Another family is one small subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from reroute_kernels import Rope
+
+from ...errors import UnsupportedModelError
+
+__all__ = ["Family"]
+
+
+class Family:
+    """Vision-language models with a Llama-like decoder: ``input_layernorm``, ``self_attn.{q,k}_proj``, plain RoPE.
+
+    A family is bound to one model and is what ``reroute.prefill`` calls a projector.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """``config.model_type`` of the models that this family covers."""
+    text_model_types: ClassVar[tuple[str, ...]]
+    """``config.text_config.model_type`` of the decoders whose attention this family knows."""
+    rope: Rope = "half"
+    renumbers: ClassVar[bool] = True
+    """Whether position ids are one number per token, so that kept tokens may be renumbered."""
+
+    def __init__(self, model: Any) -> None:
+        """Bind to ``model``.
+
+        Raises:
+            UnsupportedModelError: the decoder inside is not one that this family knows.
+        """
+        self.config: Any = model.config
+        self.text_config: Any = self.config.get_text_config()
+        if self.text_config.model_type not in self.text_model_types:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} with a '{self.text_config.model_type}' decoder is not supported; "
+                f"known decoders: {', '.join(self.text_model_types)}."
+            )
+        self.base = self._child(model, "model")
+        self.text = self._child(self.base, "language_model")
+        self.layers: Sequence[Any] = list(self._child(self.text, "layers").children())
+
+    @property
+    def visual_ids(self) -> tuple[int, ...]:
+        """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
+        names = ("image_token_id", "video_token_id")
+        return tuple(i for name in names if (i := getattr(self.config, name, None)) is not None)
+
+    @property
+    def attention(self) -> str:
+        """The decoder's present attention implementation: ``eager``, ``sdpa``, ``flash_attention_2``…"""
+        return str(self.text_config._attn_implementation)
+
+    def is_full_attention(self, layer: int) -> bool:
+        """Whether ``layer`` attends to everything before a token, without a sliding window."""
+        types = getattr(self.text_config, "layer_types", None)
+        if types is not None:
+            return bool(types[layer] == "full_attention")
+        return getattr(self.text_config, "sliding_window", None) is None
+
+    def project(self, layer: int, rows: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``reroute.prefill.Projector``."""
+        block = self.layers[layer]
+        attention = block.self_attn
+        normed = block.input_layernorm(rows)
+        query = attention.q_proj(normed.index_select(0, query_rows))
+        keys = attention.k_proj(normed)
+        heads = (-1, attention.head_dim)
+        return query.unflatten(-1, heads), keys.unflatten(-1, heads)
+
+    def scale(self, layer: int) -> float:
+        """See ``reroute.prefill.Projector``."""
+        return float(self.layers[layer].self_attn.scaling)
+
+    def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``reroute.prefill.Projector``."""
+        cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
+        return cos, sin
+
+    def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+        """Per sample, per image: (rows, columns) of its visual tokens, in prompt order."""
+        raise NotImplementedError
+
+    def visual_runs(self, inputs: Mapping[str, Any]) -> list[list[int]]:
+        """Per sample: lengths of the runs of visual tokens in ``inputs["input_ids"]`` (B, L)."""
+        ids = inputs["input_ids"].cpu()
+        is_visual = torch.isin(ids, torch.tensor(self.visual_ids))
+        runs = []
+        for row in is_visual:
+            values, counts = torch.unique_consecutive(row, return_counts=True)
+            runs.append(counts[values].tolist())
+        return runs
+
+    @staticmethod
+    def _child(module: Any, name: str) -> Any:
+        child = getattr(module, name, None)
+        if child is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no '{name}'. Pass the whole model (…ForConditionalGeneration), "
+                "not one of its parts."
+            )
+        return child

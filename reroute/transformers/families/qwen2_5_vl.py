@@ -1,0 +1,34 @@
+"""Qwen2.5-VL: images of any size, merged 2 x 2, and three position ids per token (M-RoPE)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Family
+
+__all__ = ["Qwen25VL"]
+
+
+class Qwen25VL(Family):
+    """``Qwen2_5_VLForConditionalGeneration``."""
+
+    model_types = ("qwen2_5_vl",)
+    text_model_types = ("qwen2_5_vl_text",)
+    renumbers = False
+
+    def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+        """See ``Family``. A video counts as its frames, one grid each."""
+        merge = self.config.vision_config.spatial_merge_size
+        grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else ())
+        out = []
+        for runs in self.visual_runs(inputs):
+            sample: list[tuple[int, int]] = []
+            for length in runs:
+                covered = 0
+                while covered < length:
+                    frames, rows, columns = next(grids)
+                    sample += [(rows // merge, columns // merge)] * frames
+                    covered += frames * rows * columns // merge**2
+            out.append(sample)
+        return out

@@ -1,0 +1,186 @@
+"""The two kinds of forward that a hooked model must adapt: a routed prefill, and new tokens on a routed cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..errors import RerouteError
+from ..plan import Plan
+from ..prefill import Prefill, Tables
+from .cache import RoutedLayer, cache_of, route_layer, routed_layer
+from .families import Family
+from .masks import decode_mask, prefill_mask
+
+__all__ = ["NO_GRADIENTS", "Continuation", "Forward", "RoutedPrefill", "StartPrefill"]
+
+Kwargs = dict[str, Any]
+
+NO_GRADIENTS = (
+    "Routing is for inference: it has no gradients. Run the forward under torch.no_grad() or torch.inference_mode(), "
+    "or disable routing for training."
+)
+
+
+class Forward(Protocol):
+    """One forward of the decoder, seen from its layers."""
+
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+        """Replace the input of layer ``index``, or None to leave it."""
+
+    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Replace the output of the last layer."""
+
+
+class StartPrefill(Protocol):
+    """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
+
+    def __call__(self, plan: Plan, hidden: torch.Tensor, tables: Tables) -> Prefill:
+        """``hidden`` (B, L, C) tells width, dtype and device."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the layers of one stage get and store: keyword arguments, and the logical position of every key."""
+
+    kwargs: Kwargs
+    columns: torch.Tensor
+    fillers: bool
+    shift: torch.Tensor | None
+
+
+class RoutedPrefill:
+    """A prefill whose layers from the first decision on run compact."""
+
+    def __init__(
+        self, plan: Plan, family: Family, start: StartPrefill, cache: Cache | None, *, record_states: bool
+    ) -> None:
+        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller."""
+        self.plan = plan
+        self.prefill: Prefill | None = None
+        self.cache = cache
+        self.states: dict[int, torch.Tensor] = {}
+        self._family, self._start, self._record = family, start, record_states
+        layers = plan.schedule.layers
+        self._enters = frozenset(layers)
+        self._decides = frozenset(layer + plan.schedule.score_layer_offset for layer in layers)
+        self._last = len(family.layers) - 1
+        self._stages: dict[tuple[int, ...], _Stage] = {}
+        self._stored: dict[int, tuple[_Stage, tuple[int, ...]]] = {}
+        self._earlier_turns = Continuation(family)
+
+    def close(self) -> None:
+        """Free what the prefill holds. Idempotent."""
+        if self.prefill is not None:
+            self.prefill.close()
+
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+        """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
+        if self._record and self.prefill is not None and self.prefill.stage >= 0:
+            self.states[index] = self.prefill.restore(hidden)
+        if index in self._decides:
+            if self.prefill is None:
+                self.prefill = self._begin(hidden, kwargs)
+            self.prefill.decide(index, hidden)
+        if index in self._enters:
+            assert self.prefill is not None
+            hidden = self.prefill.advance(hidden)
+            self._stages.clear()
+        if self.prefill is None or self.prefill.stage < 0:
+            return self._earlier_turns.before_layer(index, hidden, kwargs)
+        return hidden, {**kwargs, **self._stage(self.prefill, index, hidden, kwargs).kwargs}
+
+    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoder's output at logical length again."""
+        return hidden if self.prefill is None else self.prefill.restore(hidden)
+
+    def finish(self) -> None:
+        """Tell the cache which rows its layers hold."""
+        if self.cache is None:
+            return
+        logical = self.plan.past + self.plan.length
+        for index, (stage, group) in self._stored.items():
+            route_layer(self.cache, index, stage.columns, logical, stage.fillers, stage.shift, group)
+
+    def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RerouteError(NO_GRADIENTS)
+        self.cache = cache_of(kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        return self._start(self.plan, hidden, Tables(cos, sin, kwargs.get("position_ids")))
+
+    def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
+        """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
+        layer = routed_layer(self.cache, index)
+        earlier = () if layer is None else layer.group
+        if earlier not in self._stages:
+            self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
+        stage = self._stages[earlier]
+        self._stored[index] = stage, (*earlier, self.plan.schedule.layers[prefill.stage])
+        return stage
+
+    def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
+        plan, implementation = self.plan, self._family.attention
+        rows = prefill.positions
+        columns = torch.where(rows < 0, -1, rows + plan.past)
+        fillers = prefill.has_fillers
+        if layer is not None:
+            columns, fillers = torch.cat([layer.columns_with(0), columns], 1), fillers or layer.fillers
+        elif plan.past:
+            past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
+            columns = torch.cat([past, columns], 1)
+        mask = prefill_mask(
+            kwargs.get("attention_mask"),
+            rows,
+            columns,
+            past=plan.past,
+            fillers=fillers,
+            implementation=implementation,
+            dtype=hidden.dtype,
+        )
+        adapted = {
+            "attention_mask": mask,
+            "position_embeddings": (prefill.tables.cos, prefill.tables.sin),
+            # Flash attention would take gaps in the ids for borders between packed sequences.
+            "position_ids": None if implementation.startswith("flash") else prefill.tables.ids,
+        }
+        return _Stage(adapted, columns, fillers, prefill.shift)
+
+
+class Continuation:
+    """New tokens on a cache with routed layers: decoding, or a later turn without pictures."""
+
+    def __init__(self, family: Family) -> None:
+        """For one forward; stages share the mask that their first layer needed."""
+        self._family = family
+        self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+        """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
+        layer = routed_layer(cache_of(kwargs), index)
+        if layer is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        changed: Kwargs = {}
+        if mask is not None or layer.fillers:
+            changed["attention_mask"] = self._mask(layer, mask, hidden.shape[1])
+        if layer.shift is not None:
+            changed |= self._shifted(layer.shift, hidden, kwargs)
+        return (hidden, {**kwargs, **changed}) if changed else None
+
+    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Nothing to do: new tokens run in every layer."""
+        return hidden
+
+    def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
+        if layer.group not in self._masks:
+            columns = layer.columns_with(new)
+            self._masks[layer.group] = decode_mask(mask, columns, implementation=self._family.attention)
+        return self._masks[layer.group]
+
+    def _shifted(self, shift: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:
+        ids = kwargs["position_ids"] - shift
+        return {"position_embeddings": self._family.rope_tables(hidden, ids), "position_ids": ids}
