@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import TYPE_CHECKING
@@ -31,8 +30,8 @@ class PDrop(Method):
 
     name = "pdrop"
 
-    layers: Sequence[float] | None = None
-    keep: Sequence[float] | None = None
+    layers: tuple[float, ...] | None = None
+    keep: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
     positions: Positions = "preserved"
 
@@ -48,8 +47,7 @@ class PDrop(Method):
         """See ``Method``."""
         if self.keep is None:
             return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
-        layers = self._layers(num_layers)
-        return Schedule(layers, tuple(self.keep), self.rounding, self.positions)
+        return Schedule(self._layers(num_layers), self.keep, self.rounding, self.positions)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

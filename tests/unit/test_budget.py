@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from reroute.budget import (
+    Budget,
+    ModelShape,
+    Shape,
+    average_tokens,
+    budget,
+    kv_bytes,
+    layer_flops,
+    prefill_flops,
+    scale_layers,
+    scoring_flops,
+    solve,
+)
+from reroute.errors import RerouteError
+from reroute.schedule import Action, Schedule
+
+LLAVA = ModelShape(32, 4096, 11008, 32, 32, 128, 32064)
+QWEN = ModelShape(28, 3584, 18944, 28, 4, 128, 152064)
+TOY = ModelShape(4, 8, 16, 2, 1, 4, 10)
+
+LAYERS: dict[str, dict[int, tuple[int, ...]]] = {
+    "fastv": {32: (3,), 28: (3,)},
+    "ours_vs_fastv": {32: (3, 7, 15, 23), 28: (3, 6, 13, 20)},
+    "pdrop": {32: (2, 7, 15, 23), 28: (2, 6, 13, 20)},
+    "ours_vs_pdrop": {32: (2, 7, 15, 23), 28: (2, 6, 13, 20)},
+    "official_pdrop": {32: (8, 16, 24), 28: (7, 14, 21)},
+    "official_fastv": {32: (2,), 28: (2,)},
+}
+
+# The released schedules at N=576: name, tier, ratios, counts, avg_T on LLaVA and Qwen,
+# and with M=60: TFLOP on both, KV MiB on both.
+RELEASED: list[tuple[str, int, tuple[float, ...], tuple[int, ...], tuple[float, ...], tuple[float, ...]]] = [
+    ("fastv", 192, (0.2644,), (152,), (191.75, 197.43), (3.3019, 3.3931, 125.9, 14.1)),
+    ("ours_vs_fastv", 192, (0.2644,) * 4, (152,) * 4, (191.75, 197.43), (3.3019, 3.3931, 125.9, 14.1)),
+    (
+        "pdrop",
+        192,
+        (0.5965, 0.3558, 0.2123, 0.1266),
+        (343, 204, 122, 72),
+        (191.34, 192.21),
+        (3.2980, 3.3248, 125.7, 13.8),
+    ),
+    (
+        "ours_vs_pdrop",
+        192,
+        (0.4502, 0.4502, 0.2251, 0.1126),
+        (259, 259, 129, 64),
+        (191.47, 193.43),
+        (3.2989, 3.3404, 125.7, 13.9),
+    ),
+    ("fastv", 128, (0.1418,), (81,), (127.41, 134.04), (2.4566, 2.5568, 93.7, 10.6)),
+    ("ours_vs_fastv", 128, (0.1418,) * 4, (81,) * 4, (127.41, 134.04), (2.4566, 2.5568, 93.7, 10.6)),
+    (
+        "pdrop",
+        128,
+        (0.4570, 0.2088, 0.0954, 0.0436),
+        (263, 120, 54, 25),
+        (127.63, 129.36),
+        (2.4589, 2.4942, 93.8, 10.4),
+    ),
+    (
+        "ours_vs_pdrop",
+        128,
+        (0.2655, 0.2655, 0.1328, 0.0664),
+        (152, 152, 76, 38),
+        (127.44, 130.71),
+        (2.4544, 2.5106, 93.7, 10.4),
+    ),
+    ("fastv", 64, (0.01916,), (11,), (63.97, 71.54), (1.6279, 1.7358, 62.0, 7.2)),
+    ("ours_vs_fastv", 64, (0.01916,) * 4, (11,) * 4, (63.97, 71.54), (1.6279, 1.7358, 62.0, 7.2)),
+    ("pdrop", 64, (0.2789, 0.0937, 0.0315, 0.0106), (160, 53, 18, 6), (80.44, 83.46), (1.8393, 1.8891, 70.2, 7.8)),
+    (
+        "ours_vs_pdrop",
+        64,
+        (0.1392, 0.1392, 0.0696, 0.0348),
+        (80, 80, 40, 20),
+        (84.13, 88.29),
+        (1.8864, 1.9516, 72.1, 8.1),
+    ),
+    ("official_pdrop", 0, (0.5, 0.25, 0.125), (288, 144, 72), (270.0, 270.0), (4.3508, 4.3654, 165.0, 18.0)),
+    ("official_fastv", 50, (0.5,), (288,), (306.0, 308.57), (4.8132, 4.8668, 183.0, 20.2)),
+    ("official_fastv", 75, (0.25,), (144,), (171.0, 174.86), (3.0256, 3.0921, 115.5, 12.8)),
+]
+
+
+def released(name: str, tier: int, shape: ModelShape) -> Schedule:
+    (ratios,) = (row[2] for row in RELEASED if row[:2] == (name, tier))
+    return Schedule(LAYERS[name][shape.num_layers], ratios)
+
+
+def cost(name: str, tier: int, shape: ModelShape, text: int = 60, **options: Any) -> Budget:
+    action: Action = "route" if name.startswith("ours") else "remove"
+    return budget(shape, released(name, tier, shape), action, 576, text, **options)
+
+
+@pytest.mark.parametrize(("name", "tier", "ratios", "counts", "averages", "costs"), RELEASED)
+@pytest.mark.parametrize(("column", "shape"), [(0, LLAVA), (1, QWEN)], ids=["llava", "qwen"])
+def test_released_schedules(
+    name: str,
+    tier: int,
+    ratios: tuple[float, ...],
+    counts: tuple[int, ...],
+    averages: tuple[float, ...],
+    costs: tuple[float, ...],
+    column: int,
+    shape: ModelShape,
+) -> None:
+    schedule = Schedule(LAYERS[name][shape.num_layers], ratios)
+    result = cost(name, tier, shape, scores=False)
+    assert schedule.counts(576) == counts
+    assert result.avg_tokens == pytest.approx(averages[column], abs=0.005)
+    assert result.keep == result.avg_tokens / 576
+    assert result.prefill_flops / 1e12 == pytest.approx(costs[column], abs=6e-5)
+    assert result.kv_bytes / 2**20 == pytest.approx(costs[2 + column], abs=0.051)
+
+
+def test_full_model() -> None:
+    for shape, flops, size in (LLAVA, 8.4496, 318.0), (QWEN, 8.4625, 34.8):
+        lengths = [636] * shape.num_layers
+        assert prefill_flops(shape, lengths) / 1e12 == pytest.approx(flops, abs=5e-5)
+        assert kv_bytes(shape, lengths) / 2**20 == pytest.approx(size, abs=0.05)
+    assert layer_flops(LLAVA, 1) - 4 * 4096 == 404_750_336
+    assert layer_flops(QWEN, 1) - 4 * 3584 == pytest.approx(466.09e6, abs=5e3)
+
+
+def test_without_text() -> None:
+    def teraflops(name: str, tier: int) -> float:
+        return cost(name, tier, LLAVA, text=0, scores=False).prefill_flops / 1e12
+
+    assert prefill_flops(LLAVA, [576] * 32) / 1e12 == pytest.approx(7.6343, abs=5e-5)
+    assert teraflops("fastv", 192) == pytest.approx(2.5108, abs=5e-5)
+    assert teraflops("fastv", 128) == pytest.approx(1.6696, abs=5e-5)
+    assert teraflops("fastv", 64) == pytest.approx(0.8449, abs=5e-5)
+    assert teraflops("pdrop", 64) == pytest.approx(1.0552, abs=5e-5)
+    assert teraflops("ours_vs_pdrop", 64) == pytest.approx(1.1021, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "tier", "percent"),
+    [
+        (LLAVA, 60, 192, 0.03),
+        (LLAVA, 60, 128, -0.18),
+        (LLAVA, 60, 64, 2.6),
+        (QWEN, 60, 192, 0.47),
+        (QWEN, 60, 128, 0.66),
+        (QWEN, 60, 64, 3.3),
+        (LLAVA, 0, 64, 4.4),
+        (QWEN, 0, 64, 5.7),
+    ],
+)
+def test_agreement_of_the_released_pairs(shape: ModelShape, text: int, tier: int, percent: float) -> None:
+    ours, theirs = (cost(name, tier, shape, text, scores=False) for name in ("ours_vs_pdrop", "pdrop"))
+    assert 100 * (ours.prefill_flops / theirs.prefill_flops - 1) == pytest.approx(percent, abs=0.05)
+    pair = [cost(name, tier, shape, text, scores=False) for name in ("ours_vs_fastv", "fastv")]
+    assert pair[0] == pair[1]
+
+
+def test_scoring_is_part_of_the_budget() -> None:
+    assert scoring_flops(LLAVA, 636) / 1e9 == pytest.approx(21.4, abs=0.05)
+    route, remove = cost("ours_vs_fastv", 192, LLAVA), cost("fastv", 192, LLAVA)
+    assert route.scoring_flops / 1e9 == pytest.approx(85.5, abs=0.05)
+    assert remove.scoring_flops == scoring_flops(LLAVA, 636)
+    assert route.prefill_flops - route.scoring_flops == remove.prefill_flops - remove.scoring_flops
+    assert cost("pdrop", 192, LLAVA).scoring_flops == sum(
+        scoring_flops(LLAVA, 60 + pool) for pool in (576, 343, 204, 122)
+    )
+
+
+def test_nothing_is_scored_where_nothing_is_deferred() -> None:
+    dense, schedule = Schedule((1, 3), (1.0, 1.0)), Schedule((1, 3), (0.5, 0.25))
+    assert budget(TOY, dense, "route", 8, 3).scoring_flops == 0
+    assert budget(TOY, dense, "route", 8, 3).keep == 1
+    text_only = budget(TOY, schedule, "route", 0, 3)
+    assert text_only.scoring_flops == 0
+    assert text_only.keep == 1
+    assert budget(TOY, schedule, "route", 8, 3, scores=False).scoring_flops == 0
+    with pytest.raises(RerouteError, match="does not exist"):
+        budget(TOY, Schedule((4,), (0.5,)), "route", 8, 3)
+
+
+def test_toy_budget() -> None:
+    schedule = Schedule((1, 3), (0.5, 0.25))
+    lengths = [11, 7, 7, 5]
+    assert [layer_flops(TOY, n) for n in lengths] == [16544, 9632, 9632, 6560]
+    assert [layer_flops(TOY, n, "causal") for n in lengths] == [14784, 8960, 8960, 6240]
+    assert prefill_flops(TOY, lengths, attention="causal", lm_head=True) == 38944 + 2 * 8 * 10
+    # q row 2*8*8, keys 2*P*8*4, logits 2*8*P, twice with P = 11
+    assert budget(TOY, schedule, "route", 8, 3) == Budget(4.5, 4.5 / 8, 42368 + 2 * 1008, 2 * 1008, 480)
+    assert budget(TOY, schedule, "remove", 8, 3).scoring_flops == 1008 + 128 + 7 * 80
+    assert budget(TOY, schedule, "route", 8, 3, bytes_per_element=4).kv_bytes == 960
+    assert average_tokens([8, 4, 4, 2]) == 4.5
+    attention: Any = "sparse"
+    with pytest.raises(RerouteError, match=r"Unknown attention 'sparse'; known: causal, dense"):
+        layer_flops(TOY, 3, attention)
+
+
+def test_shape_from_config() -> None:
+    fields = {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
+    config = SimpleNamespace(**fields, num_attention_heads=28, num_key_value_heads=4)
+    assert ModelShape.from_config(config) == QWEN
+    assert ModelShape.from_config(SimpleNamespace(**vars(config), head_dim=64)).head_dim == 64
+    assert ModelShape.from_config(SimpleNamespace(**fields, num_attention_heads=28)).kv_heads == 28
+    with pytest.raises(RerouteError, match=r"hidden_size.*model\.config\.get_text_config\(\)"):
+        ModelShape.from_config(SimpleNamespace(text_config=config))
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "scaled"),
+    [
+        ((3, 7, 15, 23), 32, (3, 7, 15, 23)),
+        ((3, 7, 15, 23), 28, (3, 6, 13, 20)),
+        ((2, 7, 15, 23), 28, (2, 6, 13, 20)),
+        ((3, 7, 15, 23), 12, (1, 2, 5, 8)),
+        ((2, 7, 15, 23), 12, (1, 2, 5, 8)),
+        ((3, 7, 15, 23), 8, (1, 3, 5)),
+        ((2, 7, 15, 23), 8, (1, 3, 5)),
+        ((2, 7, 15, 23), 4, (1, 2)),
+        ((2, 7, 15, 23), 80, (2, 17, 37, 57)),
+        ((3,), 12, (3,)),
+    ],
+)
+def test_scale_layers(layers: tuple[int, ...], depth: int, scaled: tuple[int, ...]) -> None:
+    assert scale_layers(layers, depth) == scaled
+
+
+@given(st.integers(3, 200))
+def test_scaled_layers_fit_the_model(depth: int) -> None:
+    for layers in (3, 7, 15, 23), (2, 7, 15, 23):
+        Schedule(scaled := scale_layers(layers, depth), (0.5,) * len(scaled)).validate(depth, "route")
+
+
+@pytest.mark.parametrize(
+    ("shape", "depth", "first", "counts"),
+    [
+        ("uniform", 32, (0.264368, 0.141762, 0.019157), ((152,), (81,), (11,))),
+        (
+            "pyramid",
+            32,
+            (0.450216, 0.265512, 0.080808),
+            ((259, 259, 129, 64), (152, 152, 76, 38), (46, 46, 23, 11)),
+        ),
+        (
+            "geometric",
+            32,
+            (0.596510, 0.456962, 0.216211),
+            ((343, 204, 122, 72), (263, 120, 54, 25), (124, 26, 5, 1)),
+        ),
+        ("uniform", 28, (0.2533, 0.1289, 0.0044), ((145,), (74,), (2,))),
+        # a = 4/9 gives 192 of 576 exactly; cut to 0.4444 it would lose a token per stage
+        ("pyramid", 28, (0.4444, 0.2559, 0.0673), ((256, 256, 128, 64), (147, 147, 73, 36), (38, 38, 19, 9))),
+        ("geometric", 28, (0.5949, 0.4522, 0.1952), ((342, 203, 121, 72), (260, 117, 53, 24), (112, 21, 4, 1))),
+    ],
+)
+def test_solved_tiers(shape: Shape, depth: int, first: tuple[float, ...], counts: tuple[tuple[int, ...], ...]) -> None:
+    layers = LAYERS["fastv" if shape == "uniform" else "pdrop"][depth]
+    for tier, expected, kept in zip((192, 128, 64), first, counts, strict=True):
+        ratios = solve(shape, layers, depth, tier / 576)
+        assert ratios[0] == pytest.approx(expected, abs=1e-6 if depth == 32 else 5e-5)
+        assert Schedule(layers, ratios).counts(576) == kept
+
+
+def test_solver_is_exact_where_a_lost_ulp_would_lose_a_token() -> None:
+    assert solve("uniform", (2,), 32, (2 + 30 * 0.5) / 32) == (0.5,)
+    assert solve("uniform", (0,), 28, 1 / 3) == (1 / 3,)
+    assert solve("geometric", (8, 16, 24), 32, 0.46875) == (0.5, 0.25, 0.125)
+    assert solve("pyramid", (2, 7, 15, 23), 32, 1.0) == (1.0,) * 4
+
+
+SHAPES: tuple[Shape, ...] = ("uniform", "pyramid", "geometric")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Shape, tuple[int, ...], int]:
+    depth = draw(st.integers(2, 64))
+    layers = sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1, max_size=min(6, depth - 1))))
+    return draw(st.sampled_from(SHAPES)), tuple(layers), depth
+
+
+def average(layers: tuple[int, ...], depth: int, ratios: tuple[float, ...]) -> float:
+    widths = [end - start for start, end in pairwise((*layers, depth))]
+    return (layers[0] + sum(w * r for w, r in zip(widths, ratios, strict=True))) / depth
+
+
+@given(problems(), st.floats(0.01, 1.0), st.integers(1, 3000))
+def test_solver_hits_the_budget(problem: tuple[Shape, tuple[int, ...], int], keep: float, n: int) -> None:
+    shape, layers, depth = problem
+    assume(keep > layers[0] / depth + 1e-9)
+    ratios = solve(shape, layers, depth, keep)
+    assert average(layers, depth, ratios) == pytest.approx(keep, abs=1e-9)
+    schedule = Schedule(layers, ratios)
+    assert keep == 1 or all(a >= b for a, b in pairwise(ratios))
+    floored = average_tokens(schedule.per_layer(n, depth))
+    assert keep * n - 1 - 1e-6 < floored < keep * n + 1 + 1e-6
+
+
+@given(problems(), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_solver_is_monotone(problem: tuple[Shape, tuple[int, ...], int], a: float, b: float) -> None:
+    shape, layers, depth = problem
+    assume(min(a, b) > layers[0] / depth + 1e-9)
+    low, high = (solve(shape, layers, depth, keep) for keep in sorted((a, b)))
+    assert all(x <= y + 2e-12 for x, y in zip(low, high, strict=True))
+
+
+def test_impossible_budgets() -> None:
+    with pytest.raises(RerouteError, match=r"from layer 8 on, 32 layers cannot get down to 8/32 = 0\.25.*larger keep"):
+        solve("uniform", (8, 16), 32, 0.25)
+    for keep in (0.0, -1.0, 1.1, float("nan")):
+        with pytest.raises(RerouteError, match=r"above 0 and at most 1"):
+            solve("uniform", (3,), 32, keep)
+    shape: Any = "pyramids"
+    with pytest.raises(RerouteError, match=r"Unknown shape 'pyramids'; .* Did you mean 'pyramid'\?"):
+        solve(shape, (3,), 32, 0.5)
+    with pytest.raises(RerouteError, match="does not exist"):
+        solve("uniform", (3,), 3, 0.5)
+    with pytest.raises(RerouteError, match="strictly increasing"):
+        solve("uniform", (3, 3), 32, 0.5)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reroute.errors import RerouteError
+from reroute.methods import METHODS, FastV, Method, PDrop, Random, ScoreView, get
+from reroute.schedule import Action, Schedule
+
+
+def view(*counts: int, stage: int = 0) -> ScoreView:
+    hidden = [torch.zeros(n, 4) for n in counts]
+    return ScoreView(hidden, layer=3, stage=stage, query=torch.zeros(len(counts), 4))
+
+
+@pytest.mark.parametrize("depth", [32, 28])
+def test_fastv_is_the_released_pair(depth: int) -> None:
+    later = (7, 15, 23) if depth == 32 else (6, 13, 20)
+    assert FastV().schedule(depth, "remove") == Schedule((3,), (0.2644,))
+    assert FastV().schedule(depth, "route") == Schedule((3, *later), (0.2644,) * 4)
+
+
+def test_fastv_takes_an_explicit_layer_literally() -> None:
+    assert FastV(layer=2).schedule(12, "remove").layers == (2,)
+    assert FastV(layer=2).schedule(12, "route").layers == (2, 5, 8)
+    assert FastV(layer=10).schedule(32, "route").layers == (10, 15, 23)
+    assert FastV(layer=0).schedule(32, "route").layers == (0, 7, 15, 23)
+
+
+def test_official_fastv() -> None:
+    schedule = FastV.official().schedule(32, "remove")
+    assert schedule == Schedule((2,), (0.5,), "half_even", score_layer_offset=-1)
+    assert schedule.counts(5) == (2,)
+    cheaper = FastV.official().with_budget(0.25, 32, "remove").schedule(32, "remove")
+    assert (cheaper.rounding, cheaper.score_layer_offset, cheaper.keep) == ("half_even", -1, (0.2,))
+
+
+def test_pdrop_is_the_released_pair() -> None:
+    removing = PDrop().schedule(32, "remove")
+    assert removing.layers == (2, 7, 15, 23)
+    assert removing.keep == pytest.approx((0.5965, 0.3558, 0.2123, 0.1266), abs=5e-5)
+    assert removing.counts(576) == (343, 204, 122, 72)
+    routing = PDrop().schedule(32, "route")
+    assert routing.layers == (2, 7, 15, 23)
+    assert routing.keep == pytest.approx((0.4502, 0.4502, 0.2251, 0.1126), abs=6e-5)
+    assert routing.counts(576) == (259, 259, 129, 64)
+    assert PDrop().schedule(28, "route").layers == (2, 6, 13, 20)
+    assert PDrop().schedule(8, "route").layers == (1, 3, 5)
+
+
+def test_pdrop_takes_explicit_values_literally() -> None:
+    explicit = PDrop(layers=(4, 8), keep=(0.5, 0.1), rounding="half_even")
+    for action in ("route", "remove"):
+        assert explicit.schedule(12, action) == Schedule((4, 8), (0.5, 0.1), "half_even")
+    assert PDrop(keep=(0.1, 0.2, 0.3, 0.4)).schedule(32, "route").keep == (0.1, 0.2, 0.3, 0.4)
+    assert PDrop(layers=(2, 0.5, 0.8)).schedule(12, "route").layers == (2, 6, 9)
+    with pytest.raises(RerouteError, match=r"one keep ratio per routing layer: .* \(1, 3, 5\)"):
+        PDrop(keep=(0.1, 0.2, 0.3, 0.4)).schedule(8, "route")
+    ratio: Any = 0.5
+    with pytest.raises(RerouteError, match=r"sequence of keep ratios.* got .* keep=0\.5"):
+        PDrop(keep=ratio).schedule(32, "route")
+
+
+def test_official_pdrop() -> None:
+    schedule = PDrop.official().schedule(32, "remove")
+    assert schedule == Schedule((8, 16, 24), (0.5, 0.25, 0.125), "floor0", "renumbered")
+    assert schedule.counts(8) == (4, 2, 1)
+    assert schedule.counts(4) == (2, 1, 0)
+    assert PDrop.official().schedule(28, "remove").layers == (7, 14, 21)
+
+
+@pytest.mark.parametrize("method", [FastV(), FastV(layer=2), PDrop(), PDrop(layers=(1, 4)), Random()])
+@pytest.mark.parametrize("action", ["route", "remove"])
+@pytest.mark.parametrize("depth", [8, 12, 28, 32])
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_budget_is_met_whatever_the_depth(method: Method, action: Action, depth: int, keep: float) -> None:
+    schedule = method.with_budget(keep, depth, action).schedule(depth, action)
+    schedule.validate(depth, action)
+    assert schedule.is_dense == (keep == 1)
+    n = 100_000
+    assert sum(schedule.per_layer(n, depth)) / depth / n == pytest.approx(keep, abs=1e-5)
+
+
+def test_unreachable_budget() -> None:
+    with pytest.raises(RerouteError, match=r"3/32 = 0\.09375"):
+        FastV().with_budget(0.05, 32, "remove")
+
+
+def test_registry() -> None:
+    assert {"fastv": FastV, "pdrop": PDrop, "random": Random} == METHODS
+    assert all(get(name) == kind() for name, kind in METHODS.items())
+    method = FastV(layer=5)
+    assert get(method) is method
+    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: fastv, pdrop, random\. .*'fastv'\?"):
+        get("FastVV")
+    kind: Any = FastV
+    with pytest.raises(RerouteError, match=r"one of the names fastv, pdrop, random or a Method such as FastV\("):
+        get(kind)
+
+
+def test_attention_methods_leave_ranking_to_the_kernel() -> None:
+    assert FastV.uses_attention
+    assert PDrop.uses_attention
+    with pytest.raises(NotImplementedError, match="fastv is ranked by attention"):
+        FastV().score(view(3))
+
+
+def test_random_ignores_neighbours_and_varies_with_seed_and_stage() -> None:
+    assert not Random.uses_attention
+    alone, (_, batched) = Random().score(view(9)), Random().score(view(5, 9))
+    assert torch.equal(alone[0], batched)
+    assert batched.dtype == torch.float32
+    assert len(set(batched.tolist())) == 9
+    assert not torch.equal(batched, Random(seed=1).score(view(9))[0])
+    assert not torch.equal(batched, Random().score(view(9, stage=1))[0])
+    assert Random().schedule(32, "route") == FastV().schedule(32, "route")
+
+
+def test_random_leaves_the_global_generator_alone_and_needs_no_data() -> None:
+    before = torch.get_rng_state()
+    Random().score(view(9))
+    assert torch.equal(before, torch.get_rng_state())
+    with FakeTensorMode():
+        assert Random().score(view(9))[0].shape == (9,)
+
+
+def test_a_method_of_ones_own() -> None:
+    @dataclass(frozen=True)
+    class Norm(FastV):
+        name = "norm"
+
+        def score(self, view: ScoreView) -> list[torch.Tensor]:
+            return [hidden.float().norm(dim=-1) for hidden in view.hidden]
+
+    assert not Norm.uses_attention
+    method = get(Norm(layer=2).with_budget(0.25, 32, "route"))
+    assert isinstance(method, Norm)
+    hidden = torch.tensor([[0.0, 1.0], [3.0, 4.0]], dtype=torch.bfloat16)
+    (scores,) = method.score(ScoreView([hidden], 2, 0, hidden[:1]))
+    assert scores.tolist() == [1.0, 5.0]
+
+
+def test_methods_do_not_import_transformers() -> None:
+    code = "import reroute.methods, sys; raise SystemExit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

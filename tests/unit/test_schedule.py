@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
+from reroute.schedule import Rounding, Schedule, count
+
+ratios = st.floats(min_value=1e-6, max_value=1.0)
+ROUNDINGS: tuple[Rounding, ...] = ("floor", "floor0", "half_even")
+roundings = st.sampled_from(ROUNDINGS)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    layers = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=6)))
+    keep = draw(st.lists(ratios, min_size=len(layers), max_size=len(layers)))
+    offset = draw(st.sampled_from([0, -1]))
+    return Schedule(tuple(layers), tuple(keep), draw(roundings), score_layer_offset=offset)
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "kept"),
+    [
+        (576, 0.2644, 152),
+        (576, 0.1418, 81),
+        (576, 0.01916, 11),
+        (576, 0.4502, 259),
+        (576, 0.2251, 129),
+        (576, 0.1126, 64),
+        (576, 0.5965, 343),
+        (576, 0.3558, 204),
+        (576, 0.0106, 6),
+        (437, 0.2644, 115),
+        (437, 0.01916, 8),
+        (8, 0.25, 2),
+        (10, 0.05, 1),
+        (100, 0.29, 28),  # 100 * 0.29 is just below 29 in binary
+        (0, 0.5, 0),
+        (1, 0.001, 1),
+        (1, 1.0, 1),
+    ],
+)
+def test_floor_keeps_at_least_one(n: int, ratio: float, kept: int) -> None:
+    assert count(n, ratio) == kept
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "rounding", "kept"),
+    [
+        (10, 0.05, "floor0", 0),
+        (576, 0.125, "floor0", 72),
+        (10, 0.25, "half_even", 2),
+        (6, 0.75, "half_even", 4),
+        (576, 0.25, "half_even", 144),
+        (0, 1.0, "half_even", 0),
+    ],
+)
+def test_other_roundings(n: int, ratio: float, rounding: Rounding, kept: int) -> None:
+    assert count(n, ratio, rounding) == kept
+
+
+@given(st.integers(0, 5000), ratios, ratios, roundings)
+def test_count_is_bounded_and_monotone(n: int, a: float, b: float, rounding: Rounding) -> None:
+    low, high = count(n, min(a, b), rounding), count(n, max(a, b), rounding)
+    assert 0 <= low <= high <= n
+    assert count(n, 1.0, rounding) == n
+
+
+def test_counts_per_stage_and_layer() -> None:
+    schedule = Schedule((2, 4, 6), (0.5, 0.5, 0.25))
+    assert schedule.counts(8) == (4, 4, 2)
+    assert schedule.per_layer(8, 8) == [8, 8, 4, 4, 4, 4, 2, 2]
+    assert [schedule.stage_of(layer) for layer in range(8)] == [-1, -1, 0, 0, 1, 1, 2, 2]
+    assert Schedule((2, 5, 8), (0.5, 0.4, 0.3)).counts(16) == (8, 6, 4)
+
+
+@given(schedules(), st.integers(0, 3000))
+def test_per_layer_is_every_stage_times_its_width(schedule: Schedule, n: int) -> None:
+    widths = [end - start for start, end in pairwise((*schedule.layers, 32))]
+    stages = sum(w * k for w, k in zip(widths, schedule.counts(n), strict=True))
+    assert sum(schedule.per_layer(n, 32)) == schedule.layers[0] * n + stages
+
+
+@given(schedules())
+def test_json_round_trip(schedule: Schedule) -> None:
+    assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+def test_lists_become_tuples() -> None:
+    sequences: Any = [2, 7], [1, 0.5]
+    schedule = Schedule(*sequences)
+    assert schedule == Schedule((2, 7), (1.0, 0.5))
+    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5)))
+
+
+def test_is_dense() -> None:
+    assert Schedule((2, 7), (1.0, 1.0)).is_dense
+    assert not Schedule((2, 7), (1.0, 0.999)).is_dense
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": 3, "keep": 0.5}, r"sequence of layer numbers .* got layers=3, keep=0.5"),
+        ({"layers": (2.5,), "keep": (0.5,)}, r"sequence of layer numbers"),
+        ({"layers": (2,), "keep": ("half",)}, r"sequence of keep ratios"),
+        ({"layers": (), "keep": ()}, r"at least one routing layer; to run the plain model, disable"),
+        ({"layers": (2, 7), "keep": (0.5,)}, r"one keep ratio per routing layer: got ratios \(0.5,\)"),
+        ({"layers": (7, 2), "keep": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
+        ({"layers": (2, 2), "keep": (0.5, 0.5)}, r"strictly increasing"),
+        ({"layers": (-1,), "keep": (0.5,)}, r"must be 0 or later .* not -1"),
+        ({"layers": (0,), "keep": (0.5,), "score_layer_offset": -1}, r"must be 1 or later .* not 0"),
+        ({"layers": (2,), "keep": (0.0,)}, r"above 0 and at most 1, not \(0.0,\)"),
+        ({"layers": (2,), "keep": (1.01,)}, r"above 0 and at most 1"),
+        ({"layers": (2,), "keep": (float("nan"),)}, r"above 0 and at most 1"),
+        ({"layers": (2,), "keep": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
+        (
+            {"layers": (2,), "keep": (0.5,), "rounding": "flor"},
+            r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
+        ),
+        (
+            {"layers": (2,), "keep": (0.5,), "positions": "kept"},
+            r"Unknown positions 'kept'; known: preserved, renumbered",
+        ),
+    ],
+)
+def test_impossible_schedules(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RerouteError, match=message):
+        Schedule(**fields)
+
+
+def test_validate_against_the_model() -> None:
+    growing = Schedule((2, 7), (0.25, 0.5))
+    growing.validate(8, "route")
+    with pytest.raises(RerouteError, match=r"layer 7 does not exist: the model has 7 layers, 0 to 6"):
+        growing.validate(7, "route")
+    with pytest.raises(RerouteError, match=r"must not grow \(0.25, then 0.5\).*Use action 'route'"):
+        growing.validate(8, "remove")
+    renumbered = Schedule((2, 7), (0.5, 0.5), positions="renumbered")
+    renumbered.validate(8, "remove")
+    with pytest.raises(RerouteError, match=r"need action 'remove'.*positions='preserved'"):
+        renumbered.validate(8, "route")
+    action: Any = "delete"
+    with pytest.raises(RerouteError, match=r"Unknown action 'delete'; known: remove, route"):
+        growing.validate(8, action)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"layers": [3]}', '{"layers": [3], "keep": [1], "x": 1}', "null"])
+def test_bad_json(text: str) -> None:
+    with pytest.raises(RerouteError, match=r"Not a schedule: .* such as \{"):
+        Schedule.from_json(text)
+
+
+def test_errors() -> None:
+    assert issubclass(RerouteError, ValueError)
+    assert issubclass(UnsupportedModelError, RerouteError)
+    assert issubclass(UnsupportedCacheError, RerouteError)
+    assert str(unknown("method", "FastVee", ["pdrop", "fastv"])) == (
+        "Unknown method 'FastVee'; known: fastv, pdrop. Did you mean 'fastv'?"
+    )
+    assert str(unknown("method", 3, ["fastv"])) == "Unknown method 3; known: fastv."
