@@ -86,14 +86,13 @@ class Family:
         """Per sample, per image: (rows, columns) of its visual tokens, in prompt order."""
         raise NotImplementedError
 
-    def visual_runs(self, inputs: Mapping[str, Any]) -> list[list[int]]:
-        """Per sample: lengths of the runs of visual tokens in ``inputs["input_ids"]`` (B, L)."""
-        ids = inputs["input_ids"].cpu()
-        is_visual = torch.isin(ids, torch.tensor(self.visual_ids))
+    def visual_runs(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+        """Per sample: (placeholder id, length) of each run of visual tokens in ``inputs["input_ids"]`` (B, L)."""
         runs = []
-        for row in is_visual:
-            values, counts = torch.unique_consecutive(row, return_counts=True)
-            runs.append(counts[values].tolist())
+        for row in inputs["input_ids"].cpu():
+            ids, lengths = torch.unique_consecutive(row, return_counts=True)
+            pairs = zip(ids.tolist(), lengths.tolist(), strict=True)
+            runs.append([(token, length) for token, length in pairs if token in self.visual_ids])
         return runs
 
     @staticmethod

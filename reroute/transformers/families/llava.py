@@ -20,4 +20,4 @@ class Llava(Family):
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``Family``. Images that follow one another without text between them form one run."""
         side = isqrt(self.config.image_seq_length)
-        return [[(side, side)] * sum(n // side**2 for n in runs) for runs in self.visual_runs(inputs)]
+        return [[(side, side)] * sum(n // side**2 for _, n in runs) for runs in self.visual_runs(inputs)]

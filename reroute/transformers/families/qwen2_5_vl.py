@@ -20,14 +20,15 @@ class Qwen25VL(Family):
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``Family``. A video counts as its frames, one grid each."""
         merge = self.config.vision_config.spatial_merge_size
-        grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else ())
+        names = {self.config.image_token_id: "image_grid_thw", self.config.video_token_id: "video_grid_thw"}
+        grids = {token: iter(inputs[name].tolist()) for token, name in names.items() if inputs.get(name) is not None}
         out = []
         for runs in self.visual_runs(inputs):
             sample: list[tuple[int, int]] = []
-            for length in runs:
+            for token, length in runs:
                 covered = 0
                 while covered < length:
-                    frames, rows, columns = next(grids)
+                    frames, rows, columns = next(grids[token])
                     sample += [(rows // merge, columns // merge)] * frames
                     covered += frames * rows * columns // merge**2
             out.append(sample)
