@@ -96,7 +96,7 @@ def _resolve(name: str, asked: str, device_type: str) -> Backend:
         try:
             backend = _triton(f"tensors are on {device_type}", device_type)
         except BackendUnavailable as error:
-            backend = _torch(error.why)
+            backend = _torch(f"triton cannot run: {error.why}")
     _log.info("backend %s on %s: %s", backend.name, device_type, backend.reason)
     return backend
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroute_kernels import PagedPool, PoolLimitError
+from reroute_kernels.pool import _Slab
 
 PAGE = 4
 WIDTH = 8
@@ -257,15 +261,27 @@ def test_accounting_under_any_sequence(data: st.DataObject) -> None:
     assert pool.stats().pages == 0
 
 
-def test_threads_never_share_a_page() -> None:
+def test_threads_never_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make()
     errors: list[BaseException] = []
-    gate = threading.Barrier(2)
+    inside: list[int] = []
+
+    def slowly(method: Callable[..., Any]) -> Callable[..., Any]:
+        def alone(*args: Any) -> Any:
+            inside.append(threading.get_ident())
+            time.sleep(0.001)  # an invitation to the other thread
+            assert len(inside) == 1
+            inside.pop()
+            return method(*args)
+
+        return alone
+
+    for name in ("take", "give_back"):
+        monkeypatch.setattr(_Slab, name, slowly(getattr(_Slab, name)))
 
     def work(value: float) -> None:
         try:
-            gate.wait()
-            for step in range(150):
+            for step in range(50):
                 with pool.lease([1 + step % 9, 5]) as lease:
                     lease.pages[lease.table] = value
                     assert torch.equal(lease.rows(), torch.full((lease.num_rows, WIDTH), value))
@@ -279,3 +295,15 @@ def test_threads_never_share_a_page() -> None:
         thread.join()
     assert not errors
     assert pool.stats().pages_in_use == pool.stats().leases == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_page_changes_streams_in_order() -> None:
+    pool = PagedPool(WIDTH, torch.float32, "cuda", page_size=PAGE)
+    with torch.cuda.stream(torch.cuda.Stream()), pool.lease([PAGE]) as lease:
+        torch.cuda._sleep(100_000_000)
+        lease.pages.fill_(1.0)
+    with pool.lease([PAGE]) as lease:
+        lease.pages.fill_(2.0)
+        torch.cuda.synchronize()
+        assert torch.equal(lease.rows().cpu(), torch.full((PAGE, WIDTH), 2.0))
