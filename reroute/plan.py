@@ -48,7 +48,7 @@ class Layout:
     queries: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Host integers of one prefill of B prompts of L logical tokens (``make_plan`` builds it).
 
@@ -63,7 +63,7 @@ class Plan:
     texts: tuple[Ints, ...] = field(repr=False)
     query: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
-    _layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict, repr=False, compare=False)
+    _layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:

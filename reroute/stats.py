@@ -43,12 +43,13 @@ class Stats:
         head = f"{self.method}, {self.action}, backend {self.backend} ({self.backend_reason})"
         if not self.prefills:
             return f"{head}\nno prefill was routed yet"
-        stages = ", ".join(f"layer {at}: {k}" for at, k in zip(self.layers, zip(*self.kept, strict=True), strict=True))
+        counts = zip(self.layers, zip(*self.kept, strict=True), strict=True)
+        stages = ", ".join(f"layer {layer}: {_slashed(kept)}" for layer, kept in counts)
         ratio = self.prefill_flops / self.prefill_flops_dense
         return "\n".join(
             (
                 head,
-                f"visual tokens {self.visual} -> kept per sample from {stages}",
+                f"visual tokens {_slashed(self.visual)}, kept from {stages}",
                 f"avg_T {self.avg_tokens:.1f} ({self.keep:.1%} of all visual tokens, mean over all layers)",
                 f"prefill {self.prefill_flops / 1e9:.4g} GFLOP with scoring ({self.scoring_flops / 1e9:.3g}); "
                 f"dense {self.prefill_flops_dense / 1e9:.4g}, ratio {ratio:.3f}",
@@ -56,6 +57,11 @@ class Stats:
                 f"{self.prefills} prefills routed",
             )
         )
+
+
+def _slashed(counts: Sequence[int]) -> str:
+    """One count per sample: 576/576/0."""
+    return "/".join(map(str, counts))
 
 
 def make_stats(
