@@ -1,0 +1,5 @@
+"""``python -m reroute``."""
+
+from .cli import main
+
+raise SystemExit(main())

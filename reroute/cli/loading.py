@@ -1,0 +1,144 @@
+"""Open a picture, load a model, put a question to it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RerouteError, UnsupportedModelError
+from .common import refusals, shorten
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+__all__ = ["Loaded", "Prompt", "load_model", "open_image"]
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture at ``path``, upright and in RGB.
+
+    Raises:
+        RerouteError: there is none; says what is there.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise RerouteError(f"{path} is a folder, not a picture." if path.is_dir() else f"There is no picture {path}.")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise RerouteError(f"{path} is not a picture that can be read: give a PNG, JPEG, WebP, GIF or BMP.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RerouteError(f"The picture {path} cannot be read ({shorten(error)}).") from None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about a picture. ``image`` is what the model sees of it, ``inputs`` a batch of one."""
+
+    question: str
+    image: Image.Image
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor. ``embedded``: it is the one that ships with this package."""
+
+    name: str
+    model: Any
+    processor: Any
+    embedded: bool
+
+    def prompt(self, image: Image.Image, question: str) -> Prompt:
+        """One question about one picture, in the model's own chat format, on its device.
+
+        Raises:
+            RerouteError: the model has no chat format.
+        """
+        if getattr(self.processor, "chat_template", None) is None:
+            raise RerouteError(f"{self.name} has no chat template, so it is not made for questions. Use a chat model.")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        return Prompt(question, self._seen(inputs, image), inputs.to(self.model.device, self.model.dtype))
+
+    def _seen(self, inputs: Mapping[str, Any], image: Image.Image) -> Image.Image:
+        """What the processor made of ``image``, where that can be read off its output."""
+        pixels = inputs["pixel_values"]
+        if pixels.ndim != 4:  # patches already: the whole picture, so the original shows the same
+            return image
+        import torch
+        from PIL import Image
+
+        prepare = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (prepare.image_mean, prepare.image_std))
+        colours = (pixels[0].float().cpu() * std + mean).clamp(0, 1) * 255
+        return Image.fromarray(colours.round().byte().permute(1, 2, 0).numpy())
+
+
+def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:
+    """The model in a folder or on the Hub; None is the embedded one.
+
+    Raises:
+        RerouteError: it cannot be found, loaded or routed; says which.
+    """
+    import torch
+
+    if name is not None:
+        return _from_transformers(name, dtype, device)
+    from .. import embedded
+
+    with refusals(FileNotFoundError, ValueError):
+        model, processor = embedded.load(None if dtype == "auto" else getattr(torch, dtype))
+    return Loaded("the embedded model", model.to(device), processor, embedded=True)  # type: ignore[arg-type]
+
+
+def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
+    import torch
+    import transformers
+
+    from ..transformers import SUPPORTED
+
+    auto: Any = transformers  # its loaders are annotated only in part
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
+        raise RerouteError(f"{name} is no model folder, nor a name on the Hub such as llava-hf/llava-1.5-7b-hf.")
+    source = str(folder) if folder.is_dir() else name
+    try:
+        config = auto.AutoConfig.from_pretrained(source)
+    except Exception as error:  # the Hub's clients and damaged folders raise all kinds
+        raise _unloadable(name, error) from None
+    if config.model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"The model {name} is of type {config.model_type!r}, which cannot be routed. "
+            f"Supported: {', '.join(SUPPORTED)}."
+        )
+    try:
+        processor = auto.AutoProcessor.from_pretrained(source)
+        model, report = auto.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _unloadable(name, error) from None
+    if report["missing_keys"]:
+        print(f"{name} lacks {len(report['missing_keys'])} weights, which are random now.", file=sys.stderr)
+    return Loaded(name, model, processor, embedded=False)
+
+
+def _unloadable(name: str, error: Exception) -> RerouteError:
+    first_sentence = re.split(r"(?<=[.!?])\s", shorten(error))[0].rstrip(".")
+    hint = " Without a network, name a folder that holds the model." if "huggingface.co" in first_sentence else ""
+    return RerouteError(f"The model {name} cannot be loaded: {first_sentence}.{hint}")

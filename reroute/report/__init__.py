@@ -1,0 +1,30 @@
+"""What a run showed, as a table for the terminal and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from .chart import charts
+from .findings import findings
+from .page import Page, check_writable, write
+from .results import Cost, Results, Row, Setup
+from .scene import Answer, Routed, Scene, Stage
+from .table import html_costs, html_table, text_costs, text_table
+
+__all__ = [
+    "Answer",
+    "Cost",
+    "Page",
+    "Results",
+    "Routed",
+    "Row",
+    "Scene",
+    "Setup",
+    "Stage",
+    "charts",
+    "check_writable",
+    "findings",
+    "html_costs",
+    "html_table",
+    "text_costs",
+    "text_table",
+    "write",
+]

@@ -1,0 +1,148 @@
+"""What was measured: ways to run a model, what each cost, how often each was right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import isclose, sqrt
+from statistics import fmean, variance
+from typing import TYPE_CHECKING, Final
+
+from ..schedule import Action
+
+if TYPE_CHECKING:
+    from ..embedded.evaluation import Outcome, Tally
+
+__all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
+
+FAMILIES: Final = (
+    "one-hop grounding",
+    "two-hop grounding",
+    "riddle grounding",
+    "one-hop VQA",
+    "two-hop VQA",
+    "riddle VQA",
+)
+"""The columns of the table, in order."""
+
+_TITLES: Final = {"fastv": "FastV", "pdrop": "PDrop", "random": "Random"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to run the model: a method, an action and a budget ``keep`` = avg_T / N; without a method, dense."""
+
+    method: str | None = None
+    action: Action = "route"
+    keep: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """The method as its authors write it."""
+        return "dense" if self.method is None else _TITLES.get(self.method, self.method)
+
+    @property
+    def name(self) -> str:
+        """Method and action."""
+        return self.title if self.method is None else f"{self.title} {self.action}"
+
+    @property
+    def budget(self) -> str:
+        """``keep`` as a simple fraction where it is one."""
+        near = Fraction(self.keep).limit_denominator(9)
+        return str(near) if isclose(near, self.keep, abs_tol=1e-9) else f"{self.keep:g}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means over the timed prompts, each alone in its batch.
+
+    - ``visual``: visual tokens N; ``avg_tokens``: avg_T, their number per layer, mean over all layers.
+    - ``flops``: of the decoder's prefill, scoring included (computed); ``kv_bytes``: of the cache after it.
+    - ``seconds``: median prefill; ``time_ratio``: median of its ratios to the dense prefill of the same round.
+    """
+
+    visual: float
+    avg_tokens: float
+    flops: float
+    kv_bytes: float
+    seconds: float
+    time_ratio: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setup, what it cost, and its outcome for every question.
+
+    ``cost`` is that of single prompts; ``batch_ratio`` is its ``time_ratio`` for a batch of ``Results.batch``.
+    """
+
+    setup: Setup
+    cost: Cost
+    batch_ratio: float
+    outcomes: Sequence[Outcome]
+    tallies: dict[str, Tally]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two setups on the same questions: accuracies, and their difference with the standard error of paired samples."""
+
+    n: int
+    first: float
+    second: float
+    error: float
+
+    @property
+    def value(self) -> float:
+        """``first`` - ``second``."""
+        return self.first - self.second
+
+    @property
+    def verdict(self) -> int:
+        """1: the first is ahead by more than two standard errors; -1: the second is; 0: chance may explain it."""
+        return (self.value > 2 * self.error) - (self.value < -2 * self.error)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows, the dense one first. ``families[i]`` is the kind of question ``i``."""
+
+    families: Sequence[str]
+    rows: Sequence[Row]
+    batch: int
+
+    @property
+    def dense(self) -> Row:
+        """The plain model."""
+        return self.rows[0]
+
+    @cached_property
+    def pairs(self) -> list[tuple[Row, Row]]:
+        """(route, remove) rows of one method and budget."""
+        by_setup = {row.setup: row for row in self.rows}
+        pairs = []
+        for row in self.rows:
+            other = by_setup.get(Setup(row.setup.method, "remove", row.setup.keep))
+            if row.setup.method and row.setup.action == "route" and other:
+                pairs.append((row, other))
+        return pairs
+
+    def accuracy(self, row: Row, families: Iterable[str]) -> float:
+        """Share of right answers to the questions of some families."""
+        return fmean(row.outcomes[i].correct for i in self._of(families))
+
+    def difference(self, families: Iterable[str]) -> Difference:
+        """Route against remove: every question counts once, by its mean over all pairs of setups."""
+        questions = self._of(families)
+        routed = [fmean(route.outcomes[i].correct for route, _ in self.pairs) for i in questions]
+        removed = [fmean(remove.outcomes[i].correct for _, remove in self.pairs) for i in questions]
+        gaps = [a - b for a, b in zip(routed, removed, strict=True)]
+        error = sqrt(variance(gaps) / len(gaps)) if len(gaps) > 1 else float("inf")
+        return Difference(len(gaps), fmean(routed), fmean(removed), error)
+
+    def _of(self, families: Iterable[str]) -> list[int]:
+        wanted = set(families)
+        return [i for i, family in enumerate(self.families) if family in wanted]

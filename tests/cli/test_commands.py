@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from PIL import Image
+
+from reroute import embedded
+from reroute.cli import demo, doctor, main
+from reroute.cli.scenes import pick
+from reroute.embedded.evaluation import examples
+from reroute.embedded.questions import KINDS
+from reroute.report.results import FAMILIES
+
+QUESTION = "Where is the leftmost digit?"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    examples("test", {"ext": 1})[0].image.save(path)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "page.html"
+
+
+def data_of(page: Path) -> list[dict]:
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"https?://(?!www\.w3\.org)", text)
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])["scenes"]
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from reroute.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print([m for m in ('torch', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("demo", "run", "doctor"))
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m_reroute_works():
+    done = subprocess.run([sys.executable, "-m", "reroute", "run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "IMAGE" in done.stderr
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_a_healthy_machine(capsys, monkeypatch):
+    monkeypatch.delenv("REROUTE_BACKEND", raising=False)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "auto means torch: " in said or "auto means triton: " in said
+    assert "qwen2_5_vl" in said
+    assert re.search(r"loads and routes: 4\d\.\d of 144", said)
+
+
+def test_doctor_says_what_to_do(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("REROUTE_BACKEND", "tritn")
+    monkeypatch.setattr(embedded, "CHECKPOINT", tmp_path)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "Unset REROUTE_BACKEND" in said
+    assert "--force-reinstall" in said
+    assert "2 of 8 checks failed" in said
+
+
+def test_doctor_knows_old_packages(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=99", "nothing; extra == 'dev'"])
+    with pytest.raises(RuntimeError, match=r"torch .* too old"):
+        doctor._packages()
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_run_answers_three_ways_and_writes_the_page(picture, out, capsys):
+    assert main(["run", str(picture), QUESTION, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "where is the leftmost digit ?" in said
+    for name in ("dense", "PDrop remove", "PDrop route"):
+        assert len(re.findall(f"^{name}", said, re.MULTILINE)) >= 2  # answer and cost
+    (scene,) = data_of(out)
+    assert scene["grid"] == [12, 12]
+    assert [run["action"] for run in scene["runs"]] == ["remove", "route"]
+    assert [len(stage["kept"]) for stage in scene["runs"][1]["stages"]] == [144, 65, 65, 32, 16]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "scene.png"]
+
+
+def test_run_can_do_one_action_of_a_model_in_a_folder(picture, out, capsys):
+    options = ["--model", str(embedded.CHECKPOINT), "--method", "fastv", "--action", "route", "--keep", "0.2"]
+    question = "where is the leftmost digit ?"
+    assert main(["run", str(picture), question, *options, "--out", str(out)]) == 0
+    (scene,) = data_of(out)
+    assert scene["dense"] is None
+    assert [run["action"] for run in scene["runs"]] == ["route"]
+    assert main(["run", str(picture), question, *options, "--compare", "--out", str(out)]) == 0
+    assert data_of(out)[0]["dense"] is not None
+
+
+def test_run_shows_what_the_model_saw(tmp_path, out):
+    wide = tmp_path / "wide.jpg"
+    Image.new("RGB", (300, 100), "red").save(wide)
+    assert main(["run", str(wide), "what is the red digit ?", "--out", str(out)]) == 0
+    assert data_of(out)[0]["size"] == [96, 96]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "fastw"], r"Unknown method 'fastw'; known: fastv, pdrop, random"),
+        (["--keep", "0.05"], r"keep = 0.05 is out of reach"),
+        (["--keep", "1"], r"--keep must lie between 0 and 1"),
+        (["--model", "./nowhere"], r"\./nowhere is no model folder"),
+        (["--model", "nobody/nothing"], r"The model nobody/nothing cannot be loaded: .* Without a network"),
+        (["--device", "abacus"], r"Device 'abacus' cannot be used here"),
+        (["--backend", "triton", "--device", "cpu"], r"backend='triton' cannot run"),
+        (["--out", "/nowhere/page.html"], r"the folder /nowhere does not exist"),
+        (["--out", "/proc/page.html"], r"Cannot write /proc/page.html"),
+    ],
+)
+def test_run_refuses_in_one_sentence(options, says, picture, out, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["run", str(picture), QUESTION, "--out", str(out), *options]) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"reroute run: .*{says}", said)
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.png", None, "There is no picture"),
+        ("text.png", b"hello", "not a picture that can be read"),
+        ("cut.png", "cut", "cannot be read"),
+        (".", None, "is a folder"),
+    ],
+)
+def test_run_refuses_what_is_no_picture(name, content, says, picture, out, capsys):
+    path = out.parent / name
+    if content is not None:
+        path.write_bytes(picture.read_bytes()[:3000] if content == "cut" else content)
+    assert main(["run", str(path), QUESTION, "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_run_refuses_models_and_questions_it_cannot_treat(picture, out, capsys):
+    folder = out.parent / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert main(["run", str(picture), QUESTION, "--model", str(folder), "--out", str(out)]) == 2
+    assert "of type 'bert', which cannot be routed. Supported: llava" in capsys.readouterr().err
+    assert main(["run", str(picture), "is this a dog ?", "--out", str(out)]) == 2
+    assert "does not know 'this', 'dog'" in capsys.readouterr().err
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_prints_the_table_and_writes_the_page(out, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "TIMED_PROMPTS", 1)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    assert main(["demo", "--questions", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^  (?:FastV|PDrop|Random) ", said, re.MULTILINE)) == 15
+    assert "n = 2 questions per column" in said
+    assert f"Page: {out}" in said
+    scenes = data_of(out)
+    assert {"two-hop grounding", "riddle grounding", "one-hop grounding"} <= {scene["kind"] for scene in scenes}
+    assert all(len(scene["runs"]) == 12 for scene in scenes)
+    routes = [run for run in scenes[0]["runs"] if run["action"] == "route"]
+    assert all(set(stage["back"]) <= set(stage["kept"]) for run in routes for stage in run["stages"])
+
+
+def test_demo_refuses_before_it_works(capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_every_kind_gets_its_share():
+    families = Counter()
+    for kind, count in demo._counts(7).items():
+        families[KINDS[kind].family] += count
+    assert dict(families) == dict.fromkeys(FAMILIES, 7)
+
+
+def test_scenes_are_picked_for_and_against_routing(make_results):
+    results = make_results(lambda setup, family: 0.5)
+    chosen = pick(results)
+    kinds = [results.families[i] for i, _ in chosen]
+    assert kinds[:5] == ["two-hop grounding", "two-hop grounding", "riddle grounding", "two-hop VQA", "riddle VQA"]
+    assert kinds[5] == "one-hop grounding"
+    leads = [int(a) - int(b) for _, why in chosen for a, b in re.findall(r"in (\d) of 6 routed and (\d)", why)]
+    assert min(leads[:5]) > 0
+    assert leads[-1] < 0
+    assert len({i for i, _ in chosen}) == len(chosen)

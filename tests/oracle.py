@@ -1,0 +1,208 @@
+"""What routing must compute, in the most obvious way: every layer on the full-length sequence, with masks.
+
+No cache, no compaction, no hooks, nothing of the product. A conversation is one sequence of calls of the model: the
+first with a prompt, later ones with more turns or with single generated tokens. In layer ``l`` only active tokens are
+keys, and only their states change; everyone else keeps the state it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from models import Sample, Tiny, text
+from torch import Tensor
+
+MARGIN = 1e-6
+"""The margin rule: a selection is defined only where the scores of the last token kept and of the first one not kept
+are further apart than this. Closer ones may swap with the rounding of a matrix product; exact ties are tested apart."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When and how decisions are made."""
+
+    layers: tuple[int, ...]
+    keep: tuple[float, ...]
+    action: str = "route"
+    rounding: str = "floor"
+    positions: str = "preserved"
+    score_layer_offset: int = 0
+
+    def count(self, n: int, stage: int) -> int:
+        """How many of ``n`` visual tokens stay."""
+        exact = n * self.keep[stage]
+        if self.rounding == "half_even":
+            return min(n, round(exact))
+        least = 1 if self.rounding == "floor" else 0
+        return min(n, max(least, math.floor(exact)))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``kept`` and ``candidates`` count the visual tokens of their call; ``margin`` is explained at ``MARGIN``."""
+
+    layer: int
+    kept: list[int]
+    candidates: list[int]
+    scores: Tensor = field(repr=False)
+    margin: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """``logits`` (L, V); ``hidden``: input of every layer and, normed, the output of the last, each (L, C).
+
+    ``decisions[i]`` are those of call i, ``active`` (layers, L) tells who ran.
+    """
+
+    logits: Tensor
+    hidden: list[Tensor]
+    decisions: list[list[Decision]]
+    active: Tensor
+
+    @property
+    def kv_lengths(self) -> list[int]:
+        """What each layer's cache holds in the end."""
+        return self.active.sum(1).tolist()
+
+    @property
+    def margin(self) -> float:
+        """The smallest of all decisions."""
+        return min((d.margin for call in self.decisions for d in call), default=math.inf)
+
+
+def predict(
+    tiny: Tiny, calls: Sample | Sequence[Sample], rules: Rules, *, then: Sequence[int] = (), query: int | None = None
+) -> Result:
+    """Run a conversation: ``calls``, and ``then`` generated tokens one by one.
+
+    ``query`` is the position in the first call of the token whose attention decides there (default: its last one).
+    """
+    calls = [calls] if isinstance(calls, Sample) else list(calls)
+    calls += [text(token) for token in then]
+    whole = Sample(())
+    turns = []
+    for call in calls:
+        start = len(whole)
+        last = query if query is not None and not turns else len(call) - 1
+        turns.append(_Turn(start, start + last, [start + i for i in call.visual]))
+        whole += call
+    base = tiny.model.model.language_model
+    return run(base, tiny.model.lm_head, tiny.embeds(whole), tiny.positions(whole), turns, rules)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One call: its first position, its query's, and those of its visual tokens."""
+
+    start: int
+    query: int
+    visual: list[int]
+
+
+def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Sequence[_Turn], rules: Rules) -> Result:
+    """``states`` (L, C) at ``positions`` (L,) or (3, L) through ``decoder`` and ``head``."""
+    length, depth = len(states), len(decoder.layers)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    active = torch.ones(length, dtype=torch.bool)
+    rope = _rope(decoder, states, positions)
+    decisions: list[list[Decision]] = [[] for _ in turns]
+    chosen: list[Decision | None] = [None] * len(turns)
+    hidden, history = [], []
+    for index, layer in enumerate(decoder.layers):
+        hidden.append(states)
+        enters, decides = index in rules.layers, index - rules.score_layer_offset in rules.layers
+        order = ("decide", "enter") if rules.score_layer_offset == 0 else ("enter", "decide")
+        for step in order:
+            if step == "decide" and decides:
+                stage = rules.layers.index(index - rules.score_layer_offset)
+                weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
+                chosen = [_decide(rules, stage, weights, turn, active) for turn in turns]
+            if step == "enter" and enters:
+                active = active.clone()
+                for turn, decision, made in zip(turns, chosen, decisions, strict=True):
+                    if decision is not None:
+                        active[turn.visual] = False
+                        active[[turn.visual[i] for i in decision.kept]] = True
+                        made.append(decision)
+                if rules.positions == "renumbered":
+                    rope = _rope(decoder, states, (active.cumsum(0) - 1).clamp(min=0))
+        new = _block(layer, states, rope, causal & active)
+        states = torch.where(active[:, None], new, states)
+        history.append(active)
+    assert len(hidden) == depth
+    hidden.append(decoder.norm(states))
+    return Result(head(hidden[-1]), hidden, decisions, torch.stack(history))
+
+
+def _decide(rules: Rules, stage: int, weights: Any, turn: _Turn, active: Tensor) -> Decision | None:
+    if not turn.visual:
+        return None
+    pool = list(range(turn.start, turn.query + 1))
+    candidates = list(range(len(turn.visual)))
+    if rules.action == "remove":
+        pool = [i for i in pool if active[i]]
+        candidates = [i for i in candidates if active[turn.visual[i]]]
+    row = weights(queries=[turn.query], keys=pool)[:, 0].mean(0)  # (H, 1, P) -> (P,): mean of probabilities
+    score = dict(zip(pool, row.tolist(), strict=True))
+    ranked = sorted(candidates, key=lambda i: (-score[turn.visual[i]], i))
+    count = rules.count(len(turn.visual), stage)
+    assert count <= len(ranked), "a removed token cannot return"
+    margin = math.inf
+    if 0 < count < len(ranked):
+        last, first = (score[turn.visual[ranked[i]]] for i in (count - 1, count))
+        margin = last - first
+    scores = torch.tensor([score[turn.visual[i]] for i in candidates])
+    return Decision(rules.layers[stage], sorted(ranked[:count]), candidates, scores, margin)
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
+def _block(layer: Any, states: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+    attn = layer.self_attn
+    normed = layer.input_layernorm(states)
+    everyone = list(range(len(states)))
+    # A row that may see nobody is nobody's key, and its output is thrown away.
+    allowed = allowed | torch.eye(len(states), dtype=torch.bool)
+    weights = _attention(attn, normed, rope)(everyone, everyone, allowed)  # (H, L, L)
+    values = _heads(attn.v_proj(normed), attn.head_dim)
+    values = values.repeat_interleave(len(weights) // len(values), dim=0)
+    mixed = (weights @ values).transpose(0, 1).flatten(1)
+    states = states + attn.o_proj(mixed)
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def _attention(attn: Any, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
+    """Probabilities of ``queries`` over ``keys`` (lists of positions), all of them visible unless ``allowed`` says."""
+    q = _rotate(_heads(attn.q_proj(normed), attn.head_dim), rope)
+    k = _rotate(_heads(attn.k_proj(normed), attn.head_dim), rope)
+    k = k.repeat_interleave(len(q) // len(k), dim=0)
+
+    def weights(queries: list[int], keys: list[int], allowed: Tensor | None = None) -> Tensor:
+        logits = q[:, queries] @ k[:, keys].transpose(1, 2) * attn.scaling
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        return logits.softmax(-1)
+
+    return weights
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+
+
+def _rope(decoder: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = decoder.rotary_emb(states[None], positions.unsqueeze(-2))
+    return cos[0], sin[0]
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin

@@ -1,0 +1,144 @@
+"""What the tests of routing share: the product on one side, the oracle on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from models import CACHE, LAYERS, Sample, Tiny, tiny
+from oracle import MARGIN, Decision, Result, Rules
+from torch import Tensor
+
+import reroute
+from reroute.methods import FastV, ScoreView
+
+RULES = (
+    Rules((2, 4, 6), (0.5, 0.25, 0.125)),
+    Rules((0, 3), (0.3, 0.6)),
+    Rules((2, 4, 6), (0.5, 0.25, 0.125), action="remove"),
+)
+"""A pyramid, a growing schedule from layer 0 on, and pruning."""
+
+
+def schedule(rules: Rules) -> reroute.Schedule:
+    fields = asdict(rules)
+    del fields["action"]
+    return reroute.Schedule(**fields)
+
+
+def enable(tiny: Tiny, rules: Rules, **settings: Any) -> Any:
+    return reroute.enable(tiny.model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """fp32 against fp32, for logits of size 1 to 10."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def cache_of(output: Any) -> Any:
+    return getattr(output, CACHE)
+
+
+def kv_lengths(cache: Any) -> list[int]:
+    return [layer.keys.shape[-2] for layer in cache.layers]
+
+
+def rows(values: Tensor, mask: Tensor) -> list[Tensor]:
+    """The valid rows of each sample, without padding."""
+    return [row[valid.bool()] for row, valid in zip(values, mask, strict=True)]
+
+
+def same_decisions(trace: Any, expected: Sequence[Result | Sequence[Decision]]) -> None:
+    """Selections are exact, wherever the margin rule says that they are defined; scores are close."""
+    assert trace is not None
+    for b, result in enumerate(expected):
+        decisions = result.decisions[0] if isinstance(result, Result) else result
+        if not decisions:
+            assert all(len(stage.kept[b]) == 0 for stage in trace)
+            continue
+        assert len(trace) == len(decisions)
+        for stage, decision in zip(trace, decisions, strict=True):
+            assert decision.margin > MARGIN, "choose another seed: this selection is a matter of rounding"
+            assert stage.layer == decision.layer
+            assert stage.candidates[b].tolist() == decision.candidates
+            close(stage.scores[b], decision.scores)
+            assert stage.kept[b].tolist() == decision.kept
+
+
+def generate(tiny: Tiny, prompts: Sequence[Sample] | dict[str, Tensor], tokens: int = 6, **settings: Any) -> Any:
+    """Greedy unless told otherwise; with the raw logits of every step. ``prompts``: samples, or inputs made of them."""
+    inputs = prompts if isinstance(prompts, dict) else tiny.inputs(prompts)
+    given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **inputs, **settings}
+    return tiny.model.generate(**given, max_new_tokens=tokens)
+
+
+def new_tokens(output: Any, prompt: int, b: int = 0) -> list[int]:
+    """What was generated after a prompt of ``prompt`` tokens, padding included."""
+    return output.sequences[b, prompt:].tolist()
+
+
+def snapshot(model: Any) -> Any:
+    """A module's own attributes and hooks, deep enough to see anything that was added."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: id(item) for key, item in value.items()}
+        return id(value)
+
+    return {
+        name: {key: frozen(value) for key, value in module.__dict__.items() if key != "rope_deltas"}
+        for name, module in model.named_modules()
+    }
+
+
+@dataclass(frozen=True)
+class Fixed(FastV):
+    """A method of one's own whose scores are given: per stage, for each of a sample's visual tokens."""
+
+    name = "fixed"
+    stages: tuple[tuple[int, float], ...] = ((2, 0.5),)
+    table: tuple[tuple[float, ...], ...] = ()
+    survivors: tuple[tuple[int, ...], ...] = ()
+
+    def schedule(self, num_layers: int, action: Any) -> reroute.Schedule:
+        layers, keep = zip(*self.stages, strict=True)
+        return reroute.Schedule(layers, keep)
+
+    def score(self, view: ScoreView) -> list[Tensor]:
+        scores = self.table[view.stage]
+        if self.survivors and view.stage:
+            scores = tuple(scores[i] for i in self.survivors[view.stage - 1])
+        assert all(len(hidden) == len(scores) for hidden in view.hidden)
+        return [torch.tensor(scores) for _ in view.hidden]
+
+
+# --- random cases -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
+    """Every action, rounding and score layer; ratios may grow under ``route`` only."""
+    action = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
+    offset = draw(st.sampled_from([0, 0, -1]))
+    layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
+    ratio = st.one_of(st.sampled_from([0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
+    keep = draw(st.lists(ratio, min_size=len(layers), max_size=len(layers)))
+    if action == "remove":
+        keep.sort(reverse=True)
+    rounding = draw(st.sampled_from(["floor", "floor0", "half_even"]))
+    positions = "renumbered" if renumbered else "preserved"
+    return Rules(tuple(layers), tuple(keep), action, rounding, positions, offset)
+
+
+@st.composite
+def any_prompt(draw: st.DrawFn, name: str, *, pictures: tuple[int, int] = (0, 3)) -> Sample:
+    """Text around up to three pictures, which touch in places (never with Qwen2.5-VL); text comes last."""
+    model = tiny(name)
+    parts: list[Any] = [draw(st.integers(1, 5))]
+    for _ in range(draw(st.integers(*pictures))):
+        size = draw(st.tuples(st.integers(1, 4), st.integers(1, 5))) if model.is_qwen else model.grid
+        parts += [size, draw(st.integers(int(model.is_qwen), 3))]
+    return model.prompt(draw(st.integers(0, 10**6)), *parts, draw(st.integers(1, 5)))
