@@ -5,24 +5,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import errors, methods
+from . import errors
 from .schedule import Schedule
-from .switch import disable, enable
 
 if TYPE_CHECKING:
+    from . import methods
     from .handle import Handle
+    from .switch import disable, enable
 
 __all__ = ["Handle", "Schedule", "disable", "enable", "errors", "methods"]
 
 __version__ = "0.1.0"
 
+# Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
+_LAZY = {"Handle": ".handle", "disable": ".switch", "enable": ".switch"}
+
 
 def __getattr__(name: str) -> Any:
-    # Transformers takes seconds to import: only when a model is there to be routed.
-    if name == "Handle":
-        from .handle import Handle
-
-        return Handle
+    if name == "methods":
+        return import_module(".methods", __name__)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,6 +114,12 @@ class Plan:
         """True if every stage keeps every visual token: the plain model is the right answer, bit for bit."""
         return all(stage == self.visual_counts for stage in self.kept)
 
+    @cached_property
+    def drafted(self) -> int:
+        """Trailing tokens that follow the query in every sample: drafts and answers, not part of the prompt."""
+        after: Bools = np.all(self.order > np.asarray(self.query)[:, None], axis=0)
+        return int(np.cumprod(after[::-1]).sum())
+
     def active(self, stage: int) -> tuple[int, ...]:
         """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""
         visual = self.visual_counts if stage < 0 else self.kept[stage]

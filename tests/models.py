@@ -46,9 +46,7 @@ class Sample:
 
     def __add__(self, other: Sample) -> Sample:
         moved = tuple(len(self) + i for i in other.visual)
-        return Sample(
-            self.ids + other.ids, self.visual + moved, self.pixels + other.pixels, self.grids + other.grids
-        )
+        return Sample(self.ids + other.ids, self.visual + moved, self.pixels + other.pixels, self.grids + other.grids)
 
     @property
     def texts(self) -> int:

@@ -54,8 +54,8 @@ NOTES: Final = (
     "Prefill FLOPs are computed: the decoder's, scoring included, without the vision tower and the output head. "
     "KV bytes are read off the cache after the prefill (dense: computed).",
     "Prefill time is measured in this run, vision tower included: median of the ratios to the dense prefill of the "
-    f"same round, all setups in turn, for single prompts and for a batch of {TIMED_BATCH}. With one prompt of so small a "
-    "model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures prefills of the "
+    f"same round, all setups in turn, for single prompts and for a batch of {TIMED_BATCH}. With one prompt of so "
+    "small a model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures prefills of the "
     "size of a 7B model.",
 )
 LEAD: Final = (

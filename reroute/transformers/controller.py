@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,7 @@ class Controller:
         self._start, self._done = start, done
         self._state = _ThreadState()
         self._undo: list[Callable[[], None]] = []
+        self._attached = False
         self._warned = False
 
     # --- attaching ------------------------------------------------------------------------------------------------
@@ -89,39 +91,34 @@ class Controller:
             hook = functools.partial(self._before_layer, index)
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         undo.append(family.layers[-1].register_forward_hook(self._after_last_layer).remove)
-        undo.append(self._wrap_generate(model))
+        model.generate = generate = _Generate(self, model)
+        undo.append(generate.restore)
+        self._attached = True
 
     def detach(self, model: nn.Module | None) -> None:
         """Undo ``attach``. Idempotent; ``model`` may be gone."""
+        self._abandon()
         if model is not None and self._undo:
             _forget_compiled(model)
         while self._undo:
             self._undo.pop()()
 
-    def _wrap_generate(self, model: Any) -> Callable[[], None]:
-        """Let ``generate`` tell where the prompt ends: later tokens must not choose for it."""
-        original = model.generate
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        """What the hooks of a copied model call: nothing. The copy is a plain model of its own."""
+        inert = object.__new__(Controller)
+        inert._state, inert._attached = _ThreadState(), False
+        return inert
 
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._refuse_chunks(model, kwargs, ids)
-            outer, self._state.prompt_end = self._state.prompt_end, None if ids is None else ids.shape[1]
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._state.prompt_end = outer
-
-        own = model.__dict__.get("generate")
-        model.generate = generate
-
-        def restore() -> None:
-            if own is None:
-                model.__dict__.pop("generate", None)
-            else:
-                model.generate = own
-
-        return restore
+    @contextmanager
+    def generating(self, model: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Iterator[None]:
+        """Know where the prompt of a ``generate`` ends: later tokens must not choose for it."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._refuse_chunks(model, kwargs, ids)
+        outer, self._state.prompt_end = self._state.prompt_end, None if ids is None else ids.shape[1]
+        try:
+            yield
+        finally:
+            self._state.prompt_end = outer
 
     def _refuse_chunks(self, model: Any, kwargs: Kwargs, ids: torch.Tensor | None) -> None:
         configs = (kwargs.get("generation_config"), model.generation_config)
@@ -180,10 +177,10 @@ class Controller:
             return [length] * batch
         ends = []
         for row, labels in zip(is_visual, self._state.labels.cpu().numpy(), strict=True):
-            labelled = np.flatnonzero(labels != -100)
-            first = int(labelled[0]) if len(labelled) else length
-            after_picture = not row[max(first - 1, 0) :].any()
-            ends.append(first if after_picture else length)
+            picture = np.flatnonzero(row).max(initial=-1)
+            answer = np.flatnonzero(labels[picture + 1 :] != -100)
+            # Labels from the picture on leave no question: then all of the text is the prompt.
+            ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)
         return ends
 
     def _open(self, args: tuple[Any, ...], kwargs: Kwargs) -> Forward | None:
@@ -231,8 +228,15 @@ class Controller:
         self._state.labels = None
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
-        self._state.forward = None
-        self._state.forward = self._open(args, kwargs)
+        self._abandon()
+        if self._attached:
+            self._state.forward = self._open(args, kwargs)
+
+    def _abandon(self) -> None:
+        """Close a forward that ended without a word: torch runs no hooks after Ctrl-C."""
+        forward, self._state.forward = self._state.forward, None
+        if isinstance(forward, RoutedPrefill):
+            forward.close()
 
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._state.forward = self._state.forward, None
@@ -261,6 +265,32 @@ class Controller:
     def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         forward = self._state.forward
         return output if forward is None else forward.after_last_layer(output)
+
+
+class _Generate:
+    """``model.generate`` while routing is on. Holds the model weakly, and a copied model gets its own back."""
+
+    def __init__(self, controller: Controller, model: Any) -> None:
+        self.__doc__ = model.generate.__doc__
+        self._controller, self._model, self._own = controller, weakref.ref(model), model.__dict__.get("generate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        with self._controller.generating(model, args, kwargs):
+            return self._original(model)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._original(memo[id(self._model())])
+
+    def restore(self) -> None:
+        model: Any = self._model()
+        if model is not None and self._own is None:
+            model.__dict__.pop("generate", None)
+        elif model is not None:
+            model.generate = self._own
+
+    def _original(self, model: Any) -> Any:
+        return functools.partial(type(model).generate, model) if self._own is None else self._own
 
 
 def _forget_compiled(model: nn.Module) -> None:

@@ -79,31 +79,39 @@ class RoutedPrefill:
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
         """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
-        if self._record and self.prefill is not None and self.prefill.stage >= 0:
-            self.states[index] = self.prefill.restore(hidden)
+        if self._record:
+            self.states[index] = self.after_last_layer(hidden)
+        scores_before = self.plan.schedule.score_layer_offset < 0
+        if index in self._enters and scores_before:
+            hidden = self._advance(hidden)
         if index in self._decides:
             if self.prefill is None:
                 self.prefill = self._begin(hidden, kwargs)
             self.prefill.decide(index, hidden)
-        if index in self._enters:
-            assert self.prefill is not None
-            hidden = self.prefill.advance(hidden)
-            self._stages.clear()
+        if index in self._enters and not scores_before:
+            hidden = self._advance(hidden)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
         return hidden, {**kwargs, **self._stage(self.prefill, index, hidden, kwargs).kwargs}
 
     def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
         """The decoder's output at logical length again."""
-        return hidden if self.prefill is None else self.prefill.restore(hidden)
+        return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
 
     def finish(self) -> None:
-        """Tell the cache which rows its layers hold."""
+        """Tell the cache which rows its layers hold; drafted tokens after the prompt may be cropped later."""
         if self.cache is None:
             return
-        logical = self.plan.past + self.plan.length
+        drafted = self.plan.drafted
+        logical = self.plan.past + self.plan.length - drafted
         for index, (stage, group) in self._stored.items():
-            route_layer(self.cache, index, stage.columns, logical, stage.fillers, stage.shift, group)
+            columns = stage.columns[:, : stage.columns.shape[1] - drafted]
+            route_layer(self.cache, index, columns, logical, stage.fillers, stage.shift, group)
+
+    def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.prefill is not None
+        self._stages.clear()
+        return self.prefill.advance(hidden)
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         if torch.is_grad_enabled() and hidden.requires_grad:

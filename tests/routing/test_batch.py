@@ -34,7 +34,9 @@ def check_rows(tiny: Tiny, samples: Sequence[Sample], rules: Rules, side: str, *
     expected = [predict(tiny, sample, rules) for sample in samples]
     with enable(tiny, rules) as handle:
         out = tiny.model(**given, use_cache=True)
-    if any(len(d.kept) < len(sample.visual) for sample, r in zip(samples, expected, strict=True) for d in r.decisions[0]):
+    if any(
+        len(d.kept) < len(sample.visual) for sample, r in zip(samples, expected, strict=True) for d in r.decisions[0]
+    ):
         same_decisions(handle.trace, expected)
     for logits, result in zip(rows(out.logits, given["attention_mask"]), expected, strict=True):
         close(logits, result.logits)

@@ -130,7 +130,12 @@ def test_assistant_model(tiny: Tiny) -> None:
         pytest.skip("Transformers hands the assistant arguments that only Qwen2.5-VL knows")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=None,
     )
     assistant = LlamaForCausalLM(config).eval().requires_grad_(False)
     assistant.generation_config.update(pad_token_id=PAD, eos_token_id=None, num_assistant_tokens=3)

@@ -17,9 +17,7 @@ def toy() -> Any:
     """One head of one dimension: no norm, no RoPE, no MLP, scale 1."""
     same = nn.Identity()
     attn = SimpleNamespace(q_proj=same, k_proj=same, v_proj=same, o_proj=same, head_dim=1, scaling=1.0)
-    layer = SimpleNamespace(
-        self_attn=attn, input_layernorm=same, post_attention_layernorm=same, mlp=torch.zeros_like
-    )
+    layer = SimpleNamespace(self_attn=attn, input_layernorm=same, post_attention_layernorm=same, mlp=torch.zeros_like)
     no_turn = lambda x, positions: (torch.ones_like(x), torch.zeros_like(x))
     return SimpleNamespace(layers=[layer] * 3, norm=same, rotary_emb=no_turn)
 
@@ -58,7 +56,9 @@ def test_second_decision_by_hand_removed() -> None:
     second = result.decisions[0][1]
     assert (second.candidates, second.kept) == ([0, 1], [0, 1])
     assert second.scores.tolist() == pytest.approx([0.111876, 0.319557], abs=1e-5)
-    assert [column(result, 3)[i] for i in (0, 1, 2, 5)] == pytest.approx([-5.6, -3.138296, -0.094813, 1.481198], abs=1e-5)
+    assert [column(result, 3)[i] for i in (0, 1, 2, 5)] == pytest.approx(
+        [-5.6, -3.138296, -0.094813, 1.481198], abs=1e-5
+    )
 
 
 def test_nobody_left_out_is_the_plain_model(tiny: Tiny) -> None:
@@ -85,6 +85,11 @@ def test_prompts_are_hard_enough(tiny: Tiny) -> None:
 
 
 def test_counts() -> None:
-    assert [Rules((1,), (r,)).count(n, 0) for n, r in ((576, 0.2644), (10, 0.05), (100, 0.29), (0, 0.5))] == [152, 1, 28, 0]
+    assert [Rules((1,), (r,)).count(n, 0) for n, r in ((576, 0.2644), (10, 0.05), (100, 0.29), (0, 0.5))] == [
+        152,
+        1,
+        28,
+        0,
+    ]
     assert Rules((1,), (0.05,), rounding="floor0").count(10, 0) == 0
     assert [Rules((1,), (r,), rounding="half_even").count(n, 0) for n, r in ((10, 0.25), (6, 0.75))] == [2, 4]
