@@ -65,6 +65,11 @@ class Handle:
         """Hook the model."""
         self._controller.attach(self._model())
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the model is routed by this handle."""
+        return self._controller.is_attached
+
     def disable(self) -> None:
         """Restore the model exactly. Idempotent. A cache filled while routing was on needs it on to be continued."""
         self._controller.detach(self._model())

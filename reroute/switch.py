@@ -151,7 +151,8 @@ def _enable_all(settings: dict[str, Any]) -> None:
     resolve(settings["backend"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def route(model: nn.Module) -> None:
-        if model in _handles:
+        own = _handles.get(model)
+        if own is not None and own.is_enabled:
             return
         try:
             _enable_one(model, pool=None, **settings)

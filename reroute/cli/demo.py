@@ -55,8 +55,8 @@ NOTES: Final = (
     "KV bytes are read off the cache after the prefill (dense: computed).",
     "Prefill time is measured in this run, vision tower included: median of the ratios to the dense prefill of the "
     f"same round, all setups in turn, for single prompts and for a batch of {TIMED_BATCH}. With one prompt of so "
-    "small a model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures prefills of the "
-    "size of a 7B model.",
+    "small a model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures larger "
+    "prefills.",
 )
 LEAD: Final = (
     "A vision-language model reads a picture as many visual tokens. In its first layers it is too early to say which "

@@ -100,8 +100,14 @@ class Controller:
         self._abandon()
         if model is not None and self._undo:
             _forget_compiled(model)
+        self._attached = False
         while self._undo:
             self._undo.pop()()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a model is hooked."""
+        return self._attached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         """What the hooks of a copied model call: nothing. The copy is a plain model of its own."""

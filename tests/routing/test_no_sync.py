@@ -1,0 +1,102 @@
+"""Once the plan is made the host never waits for the device, and no shape depends on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import CACHE, Tiny
+from oracle import Rules
+from support import RULES, cache_of, enable, kv_lengths
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reroute.transformers import Controller
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
+"""ATen operations whose result the host must have before it can go on."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        boolean = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert name not in WAITING, f"{name} waits for the device"
+        assert not boolean, f"{name} with a boolean mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rules", [*RULES, Rules((2, 4), (0.5, 0.3), "remove", score_layer_offset=-1)])
+@pytest.mark.parametrize("name", ["llava-mha", "llava-gqa"])
+def test_fake_tensors(name: str, rules: Rules) -> None:
+    """Fake tensors have no data: whoever asks for it raises."""
+    real = models.tiny(name)
+    samples = [real.prompt(0, 5, real.grid, 4), real.prompt(1, 2, real.grid, 3, real.grid, 2)]
+    with enable(real, rules) as handle:
+        given = real.inputs(samples)
+        plan = handle.plan(given["input_ids"], given["attention_mask"])
+        expected = kv_lengths(cache_of(real.model(**given, use_cache=True)))
+    embeds = [real.embeds(sample).shape for sample in samples]
+    length = max(shape[0] for shape in embeds)
+    with FakeTensorMode():
+        fake = models.BUILDERS[name]()
+        with enable(fake, rules) as handle, handle.using(plan), torch.no_grad():
+            # Pictures are merged by Transformers, with a wait of its own: start behind that.
+            output = fake.model(inputs_embeds=torch.empty(len(samples), length, 64), use_cache=True)
+    assert output.logits.shape[:2] == (2, length)
+    assert kv_lengths(getattr(output, CACHE)) == expected
+    assert handle.stats().prefills == 1
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs every hook that routing puts on a layer under ``NoWaiting``, and lists those that ran.
+
+    Transformers itself waits when it makes a mask, so the whole forward cannot be guarded.
+    """
+    ran: list[str] = []
+
+    def guard(name: str) -> Callable[..., Any]:
+        original = getattr(Controller, name)
+
+        def hook(*args: Any) -> Any:
+            ran.append(name)
+            with NoWaiting():
+                return original(*args)
+
+        return hook
+
+    for name in ("_before_layer", "_after_last_layer", "_after_text"):
+        monkeypatch.setattr(Controller, name, guard(name))
+    return ran
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_operation_waits(tiny: Tiny, rules: Rules, attention: str, guarded: list[str]) -> None:
+    """Decisions and all, in a batch with fillers, and in a decoding step."""
+    tiny.model.set_attn_implementation(attention)
+    try:
+        samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
+        given = tiny.inputs(samples)
+        with enable(tiny, rules) as handle:
+            output = tiny.model(**given, use_cache=True, output_hidden_states=True)
+            assert handle.stats().prefills == 1
+            assert guarded.count("_before_layer") == tiny.num_layers
+            assert {"_after_last_layer", "_after_text"} <= set(guarded)
+            tiny.model(**tiny.follow(samples, [models.text(3), models.text(4)]), **{CACHE: cache_of(output)})
+    finally:
+        tiny.model.set_attn_implementation("sdpa")
+
+
+def test_the_test_can_fail() -> None:
+    with NoWaiting():
+        for wait in (lambda x: x.item(), lambda x: x.nonzero(), lambda x: torch.zeros(1)[x > 0]):
+            with pytest.raises(AssertionError):
+                wait(torch.ones(1))

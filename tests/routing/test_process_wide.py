@@ -1,0 +1,118 @@
+"""Routing without naming a model, and the one warning when a picture is there and nothing was routed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import models
+import pytest
+import torch
+from models import Tiny
+from support import cache_of, generate, kv_lengths, snapshot
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import reroute
+
+
+def test_present_and_future_models(tiny: Tiny) -> None:
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    plain, before = tiny.model(**tiny.inputs([sample])).logits, snapshot(tiny.model)
+    methods = PreTrainedModel.__call__, GenerationMixin.generate
+    with reroute.enable(tiny.model, method="fastv", keep=0.5):
+        expected = tiny.model(**tiny.inputs([sample])).logits
+    reroute.enable(method="fastv", keep=0.5, backend="torch")
+    try:
+        assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
+        later = models.llava(layers=4)
+        shorter = kv_lengths(cache_of(generate(later, [later.prompt(0, 5, later.grid, 4)], 2)))
+        assert min(shorter) < max(shorter)
+    finally:
+        reroute.disable()
+    assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, plain)
+    assert snapshot(tiny.model) == before
+    assert (PreTrainedModel.__call__, GenerationMixin.generate) == methods
+    assert len(set(kv_lengths(cache_of(generate(later, [later.prompt(0, 5, later.grid, 4)], 2))))) == 1
+
+
+def test_the_first_generation_is_routed_as_the_later_ones() -> None:
+    """Also without a cache, where the end of the prompt must be known."""
+    tiny = models.llava(layers=4)
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    reroute.enable(keep=0.5)
+    try:
+        first = generate(tiny, [sample], use_cache=False).sequences
+        assert torch.equal(generate(tiny, [sample], use_cache=False).sequences, first)
+        assert torch.equal(generate(tiny, [sample]).sequences, first)
+    finally:
+        reroute.disable()
+
+
+def test_settings_of_one_model_come_first(tiny: Tiny) -> None:
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    own = reroute.enable(tiny.model, schedule=reroute.Schedule((1,), (0.25,)))
+    reroute.enable(keep=0.5)
+    try:
+        lengths = kv_lengths(cache_of(tiny.model(**tiny.inputs([sample]), use_cache=True)))
+        assert lengths == [25] + [13] * 7
+        assert own.stats().prefills == 1
+    finally:
+        reroute.disable()
+
+
+def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    expected = model(torch.tensor([[1, 2]])).logits
+    small = models.llava(layers=2)
+    reroute.enable(schedule=reroute.Schedule((3,), (0.5,)))
+    try:
+        assert torch.equal(model(torch.tensor([[1, 2]])).logits, expected)
+        with caplog.at_level(logging.WARNING, logger="reroute"):
+            for _ in range(2):
+                small.model(**small.inputs([small.prompt(0, 5, small.grid, 4)]))
+        assert len(caplog.records) == 1
+        assert "is not routed: Routing layer 3 does not exist" in caplog.text
+    finally:
+        reroute.disable()
+
+
+def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    from reroute_kernels import dispatch
+
+    dispatch._resolve.cache_clear()
+    with caplog.at_level(logging.INFO, logger="reroute"):
+        for name in ("llava-mha", "llava-gqa"):
+            reroute.enable(models.tiny(name).model)
+    assert [r.message for r in caplog.records] == [
+        "backend torch on cpu: triton cannot run: it needs CUDA tensors and these are on cpu"
+    ]
+
+
+# --- warnings -----------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_hide_the_picture() -> None:
+    """With ``inputs_embeds`` alone nobody can tell which tokens are visual."""
+    tiny = models.llava(layers=4)
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    given = tiny.inputs([sample])
+    embeds = tiny.model.get_input_embeddings()(given.pop("input_ids"))
+    with reroute.enable(tiny.model, keep=0.5) as handle:
+        with pytest.warns(UserWarning, match="nothing was routed: the prompt came as inputs_embeds"):
+            tiny.model(**given, inputs_embeds=embeds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.model(**given, inputs_embeds=embeds)
+        assert handle.stats().prefills == 0
+        assert "no prefill was routed yet" in str(handle.stats())
+
+
+def test_silence_where_all_is_well(tiny: Tiny) -> None:
+    picture, plain = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 9)
+    for keep in (0.5, 1.0):
+        with reroute.enable(tiny.model, keep=keep), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.model(**tiny.inputs([picture]))
+            tiny.model(**tiny.inputs([plain]))
+            generate(tiny, [picture, plain], 2)

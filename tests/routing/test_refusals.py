@@ -1,0 +1,231 @@
+"""What cannot be right is refused with a sentence that says what to do, and nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import CACHE, Tiny
+from oracle import Rules
+from support import RULES, close, enable, generate, snapshot
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import reroute
+from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
+from reroute.methods import FastV, PDrop
+from reroute_kernels import BackendUnavailable, PagedPool, PoolLimitError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "fastvv"}, "Unknown method 'fastvv'; known: fastv, pdrop, random. Did you mean 'fastv'"),
+        ({"method": 3}, "fastv, pdrop, random"),
+        ({"action": "prune"}, "Unknown action 'prune'; known: remove, route"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'; known: 'auto', 'torch', 'triton'"),
+        ({"keep": 0.01}, "out of reach"),
+        ({"keep": 0}, "above 0"),
+        ({"keep": 1.5}, "at most 1"),
+        ({"keep": 0.5, "schedule": reroute.Schedule((2,), (0.5,))}, "not both"),
+        ({"schedule": reroute.Schedule((2, 8), (0.5, 0.5))}, "Routing layer 8 does not exist: the model has 8 layers"),
+        ({"schedule": reroute.Schedule((2, 4), (0.2, 0.5)), "action": "remove"}, "a removed token cannot return"),
+        ({"schedule": reroute.Schedule((2,), (0.5,), positions="renumbered")}, "need action 'remove'"),
+        ({"method": FastV(layer=9, keep=0.5)}, "does not exist"),
+        ({"method": PDrop((2, 4), (0.5,))}, "one keep ratio per routing layer"),
+    ],
+)
+def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
+    before = snapshot(tiny.model)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        reroute.enable(tiny.model, **settings)
+    assert snapshot(tiny.model) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": (2, 2), "keep": (0.5, 0.5)}, "strictly increasing"),
+        ({"layers": (4, 2), "keep": (0.5, 0.5)}, "strictly increasing"),
+        ({"layers": (-1,), "keep": (0.5,)}, "0 or later"),
+        ({"layers": (2,), "keep": (0.0,)}, "above 0 and at most 1"),
+        ({"layers": (2,), "keep": (1.01,)}, "above 0 and at most 1"),
+        ({"layers": (2,), "keep": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
+        ({"layers": (2,), "keep": (0.5,), "positions": "gone"}, "known: preserved, renumbered"),
+        ({"layers": (0,), "keep": (0.5,), "score_layer_offset": -1}, "1 or later"),
+    ],
+)
+def test_schedules(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RerouteError, match=message):
+        reroute.Schedule(**fields)
+
+
+def test_backend_says_why(tiny: Tiny) -> None:
+    with pytest.raises(BackendUnavailable, match="cpu"):
+        reroute.enable(tiny.model, backend="triton")
+
+
+def test_backend_by_environment(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REROUTE_BACKEND", "torch")
+    with reroute.enable(tiny.model, backend="triton") as handle:
+        assert handle.stats().backend == "torch"
+    monkeypatch.setenv("REROUTE_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="REROUTE_BACKEND"):
+        reroute.enable(tiny.model)
+
+
+def test_models() -> None:
+    text_only = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    )
+    for model in (text_only, models.tiny("llava-gqa").model.model.language_model, torch.nn.Linear(1, 1)):
+        with pytest.raises(UnsupportedModelError, match="Supported model types: llava, qwen2_5_vl"):
+            reroute.enable(model)
+    with pytest.raises(UnsupportedModelError, match="ForConditionalGeneration"):
+        reroute.enable(models.tiny("llava-gqa").model.model)
+
+
+def test_unknown_decoder_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.llava(layers=2).model
+    monkeypatch.setattr(type(model.config.text_config), "model_type", "mystery")
+    with pytest.raises(UnsupportedModelError, match=r"mystery.*llama, mistral, qwen2"):
+        reroute.enable(model)
+
+
+def test_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = models.qwen(layers=4)
+    text = tiny.model.config.get_text_config()
+    text.layer_types = ["full_attention", "full_attention", "full_attention", "sliding_attention"]
+    with pytest.raises(RerouteError, match=r"Layers \[3\] use sliding-window"):
+        reroute.enable(tiny.model, method="fastv", keep=0.6)
+    text.layer_types = ["sliding_attention", *["full_attention"] * 3]
+    reroute.enable(tiny.model, schedule=reroute.Schedule((1,), (0.5,))).disable()
+
+
+def test_renumbered_m_rope() -> None:
+    with pytest.raises(RerouteError, match="M-RoPE"):
+        reroute.enable(models.tiny("qwen").model, method=PDrop.official(), action="remove")
+
+
+# --- while running ------------------------------------------------------------------------------------------------
+
+
+def refuses(tiny: Tiny, kind: type[Exception], message: str, call: Callable[[], Any], **settings: Any) -> None:
+    """``call`` raises; the model, its pool and the next forward are as if it had not been made."""
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    with enable(tiny, RULES[0], **settings) as handle:
+        expected = tiny.model(**tiny.inputs([sample])).logits if "pool" not in settings else None
+        count, before = handle.stats().prefills, snapshot(tiny.model)
+        with pytest.raises(kind, match=message):
+            call()
+        assert handle.stats().prefills == count
+        assert snapshot(tiny.model) == before
+        if expected is not None:
+            assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["argument", "model"])
+def test_chunked_prefill(tiny: Tiny, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    given = {"prefill_chunk_size": 8} if where == "argument" else {}
+    if where == "model":
+        monkeypatch.setattr(tiny.model.generation_config, "prefill_chunk_size", 8, raising=False)
+    refuses(tiny, RerouteError, "[Cc]hunked prefill", lambda: generate(tiny, [sample], **given))
+
+
+def test_a_prompt_without_a_question(tiny: Tiny) -> None:
+    chunk = tiny.inputs([tiny.prompt(0, 5, tiny.grid)])
+    refuses(tiny, RerouteError, "question after the picture", lambda: tiny.model(**chunk))
+
+
+def test_static_cache(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
+    refuses(tiny, UnsupportedCacheError, "StaticCache|StaticLayer", lambda: tiny.model(**given, **{CACHE: cache}))
+    assert cache.get_seq_length() == 0
+
+
+def test_sliding_cache(tiny: Tiny) -> None:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(tiny.num_layers)]
+    refuses(tiny, UnsupportedCacheError, "DynamicSlidingWindowLayer", lambda: tiny.model(**given, **{CACHE: cache}))
+
+
+def test_text_goes_with_any_cache(tiny: Tiny) -> None:
+    """Nothing is routed, so nothing is asked of the cache."""
+    given = tiny.inputs([tiny.prompt(0, 9)])
+    expected = tiny.model(**given).logits
+    with enable(tiny, RULES[0]):
+        cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
+        close(tiny.model(**given, **{CACHE: cache}).logits, expected)
+
+
+def test_prepared_masks(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)], positions=True)
+    length = given["input_ids"].shape[1]
+    given["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    refuses(tiny, RerouteError, "2-D attention_mask", lambda: tiny.model(**given))
+
+
+def test_a_row_of_padding_only(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 6)])
+    given["attention_mask"][1] = 0
+    refuses(tiny, RerouteError, "Sample 1 has no prompt token", lambda: tiny.model(**given))
+
+
+def test_gradients(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    tiny.model.model.language_model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    try:
+        with enable(tiny, RULES[0]):
+            with pytest.raises(RerouteError, match=r"torch\.no_grad"):
+                tiny.model(**given)
+            with torch.no_grad():
+                tiny.model(**given)
+    finally:
+        tiny.model.requires_grad_(False)
+
+
+def test_pool_limit(tiny: Tiny) -> None:
+    """25 rows of 64 floats need two pages of 16 rows; the limit is one page."""
+    pool = PagedPool(64, torch.float32, "cpu", page_size=16, max_bytes=4096)
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    refuses(tiny, PoolLimitError, "8192 bytes.*limit is 4096", lambda: tiny.model(**given), pool=pool)
+    assert pool.stats().leases == 0
+
+
+def test_pool_of_another_kind(tiny: Tiny) -> None:
+    with pytest.raises(RerouteError, match="rows of 32 features, the model's have 64"):
+        enable(tiny, RULES[0], pool=PagedPool(32, torch.float32, "cpu"))
+    half = PagedPool(64, torch.float16, "cpu")
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    refuses(tiny, RerouteError, "float16 on cpu, the model runs torch.float32", lambda: tiny.model(**given), pool=half)
+
+
+def test_renumbered_later_turn() -> None:
+    tiny = models.tiny("llava-gqa")
+    first, second = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)
+    with enable(tiny, Rules((2,), (0.5,), "remove", positions="renumbered")):
+        cache = getattr(tiny.model(**tiny.inputs([first]), use_cache=True), CACHE)
+        with pytest.raises(RerouteError, match="one prompt only"):
+            tiny.model(**tiny.follow([first], [second]), **{CACHE: cache})
+
+
+def test_trace_is_off() -> None:
+    with reroute.enable(models.tiny("qwen").model) as handle, pytest.raises(RerouteError, match="trace=True"):
+        handle.trace  # noqa: B018
+
+
+def test_process_wide_settings_are_checked_at_once() -> None:
+    with pytest.raises(RerouteError, match="Unknown method"):
+        reroute.enable(method="fastvv")
+    with pytest.raises(BackendUnavailable):
+        reroute.enable(backend="triton")
+    with pytest.raises(RerouteError, match="pass the model"):
+        reroute.enable(pool=PagedPool(64, torch.float32, "cpu"))
