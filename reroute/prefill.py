@@ -146,9 +146,10 @@ class Prefill:
         assert self._selection is not None
         self._defer(hidden)
         next_stage = self.stage + 1
-        self._rows, rivals = self._resolve(next_stage, self._selection)
+        rows = self._lease_rows(next_stage, self._selection.active)
         if self.plan.action == "remove":
-            self._rivals = rivals
+            self._rivals = self._survivors(self._selection.kept)
+        self._rows = rows
         self.stage, self._selection = next_stage, None
         hidden, cos, sin, *ids = self._admit(self._rows, *self._home)
         self._written = None
@@ -209,20 +210,23 @@ class Prefill:
         flat = table.expand(self.plan.batch, -1, -1).reshape(-1, table.shape[-1])
         return flat.index_select(0, self._layout.tokens)
 
-    def _resolve(self, stage: int, selection: Selection) -> tuple[torch.Tensor, _Rivals]:
-        """Lease rows (B, S) of a selection, and who would compete after it under ``remove``."""
-        active, filler = selection.active, selection.active < 0
+    def _lease_rows(self, stage: int, active: torch.Tensor) -> torch.Tensor:
+        """Lease rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
         if self.plan.scores_pool(stage):
             rows = self._layout.starts + active
         else:  # the scored rows are the compact rows without their fillers
             fillers = (self._rows < 0).sum(1, keepdim=True)
             rows = self._rows.gather(1, (active + fillers).clamp(min=0))
-        old, dropped = self._rivals, selection.kept < 0
-        kept = selection.kept.clamp(min=0)
+        return rows.masked_fill(active < 0, -1)
+
+    def _survivors(self, kept: torch.Tensor) -> _Rivals:
+        """Who competes after a removal: ``kept`` (B, K) are ordinals into the former candidates, padded with -1."""
+        old, dropped = self._rivals, kept < 0
+        kept = kept.clamp(min=0)
         beyond = torch.iinfo(old.texts.dtype).max
         visual = old.candidates.gather(1, kept).masked_fill(dropped, beyond)
         texts = old.texts.masked_fill(old.texts < 0, beyond)
-        return rows.masked_fill(filler, -1), _Rivals(
+        return _Rivals(
             candidates=_merged(visual, texts).masked_fill(dropped, -1),
             texts=_merged(texts, visual).masked_fill(old.texts < 0, -1),
             ordinals=old.ordinals.gather(1, kept),

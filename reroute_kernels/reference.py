@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 Rope = Literal["half", "interleaved"]
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -86,11 +88,13 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     values = hidden.reshape(-1, hidden.shape[-1])
     valid = slots >= 0
     # Skipping needs a data-dependent shape. Instead a filler repeats the write of one real row,
-    # same slot and same value; if all are fillers, it writes back what slot 0 holds.
+    # same slot and same value; if all are fillers, slot 0 gets back what it holds.
     real = slots.argmax(0, keepdim=True)
     slot = slots[real].clamp(min=0)
-    value = torch.where(valid[real, None], values[real], memory[slot])
-    memory[torch.where(valid, slots, slot)] = torch.where(valid[:, None], values, value)
+    held = memory.index_select(0, slot)
+    source = torch.where(valid, torch.arange(len(slots), device=slots.device), real)
+    memory.index_copy_(0, torch.where(valid, slots, slot), values.index_select(0, source))
+    memory.index_copy_(0, slot, torch.where(valid[real, None], values[real], held))
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
@@ -112,15 +116,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
     the model makes them, each angle at both places of its pair.
     """
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    rot = cos.shape[-1]
     if layout == "half":
-        first, second = turned.chunk(2, dim=-1)
-        quarter = torch.cat((-second, first), dim=-1)
+        first, second = slice(0, rot // 2), slice(rot // 2, rot)
     elif layout == "interleaved":
-        quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+        first, second = slice(0, rot, 2), slice(1, rot, 2)
     else:
         raise ValueError(f"unknown rope layout {layout!r}; known: 'half', 'interleaved'")
-    return torch.cat((turned * cos + quarter * sin, passed), dim=-1)
+    # In place on one copy: temporaries of the size of all keys cost more than the arithmetic.
+    out = x * cos if rot == x.shape[-1] else torch.cat((x[..., :rot] * cos, x[..., rot:]), dim=-1)
+    out[..., first].sub_(x[..., second] * sin[..., first])
+    out[..., second].add_(x[..., first] * sin[..., second])
+    return out
 
 
 def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
@@ -217,7 +224,11 @@ def _take(source: Tensor, rows: Tensor) -> Tensor:
     """Gather ``source`` (n, w) at ``rows`` (B, S) or (S,); negative rows become zeros."""
     if source.shape[0] == 0:
         return source.new_zeros(*rows.shape, source.shape[1])
-    return source[rows.clamp(min=0)].masked_fill_((rows < 0).unsqueeze(-1), 0)
+    taken = source.index_select(0, rows.clamp(min=0).flatten())
+    # On bits, so that NaN becomes zero too; much faster than a masked fill with a broadcast mask.
+    bits = taken.view(_BITS[taken.itemsize])
+    bits.bitwise_and_((rows >= 0).flatten().to(bits.dtype).neg_().unsqueeze(-1))
+    return taken.view(*rows.shape, source.shape[1])
 
 
 def _stack(parts: Sequence[Tensor], width: int, fill: float, align: Literal["left", "right"] = "left") -> Tensor:
