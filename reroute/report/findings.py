@@ -1,4 +1,4 @@
-"""Two sentences that say what the table shows, whichever way it came out."""
+"""Sentences that say what the table shows, whichever way it came out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ HARD: Final = [family for family in FAMILIES if not family.startswith("one-hop")
 EASY: Final = [family for family in FAMILIES if family.startswith("one-hop")]
 
 
-def findings(results: Results) -> tuple[str, str]:
-    """One sentence on accuracy, one on cost; both follow from ``results`` alone."""
-    return _on_accuracy(results), _on_cost(results)
+def findings(results: Results) -> tuple[str, ...]:
+    """On accuracy, on cost and, if removing at random was tried, on chance; all follow from ``results`` alone."""
+    chance = (_on_chance(results),) if results.chances else ()
+    return _on_accuracy(results), _on_cost(results), *chance
 
 
 def _on_accuracy(results: Results) -> str:
-    hard, easy = results.difference(HARD), results.difference(EASY)
+    hard, easy = (results.difference(families, results.pairs) for families in (HARD, EASY))
     dense = results.accuracy(results.dense, HARD)
     head = {
         1: "Tokens that may come back help where importance moves with depth",
@@ -34,6 +35,25 @@ def _on_accuracy(results: Results) -> str:
         f"{head}: on two-hop and riddle questions routing answered {hard.first:.0%} and removing {hard.second:.0%} "
         f"(dense {dense:.0%}; the same {hard.n} questions, mean over {len(results.pairs)} pairs of equal schedules, "
         f"difference {_points(hard)}), while on one-hop questions {control}."
+    )
+
+
+def _on_chance(results: Results) -> str:
+    gap = results.difference(FAMILIES, results.chances)
+    verdict = {
+        1: "does better than",
+        0: "does not differ clearly from",
+        -1: "does worse than",
+    }[gap.verdict]
+    why = {
+        1: "",
+        0: "",
+        -1: ": where the first decision falls, the last token does not look at what it will need, and a removed token "
+        "cannot be fetched back",
+    }[gap.verdict]
+    return (
+        f"Removing by attention {verdict} removing at random ({gap.first:.0%} against {gap.second:.0%} of all "
+        f"questions, difference {_points(gap)}){why}."
     )
 
 

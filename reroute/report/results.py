@@ -130,18 +130,26 @@ class Results:
                 pairs.append((row, other))
         return pairs
 
+    @cached_property
+    def chances(self) -> list[tuple[Row, Row]]:
+        """(remove by attention, remove at random) rows of one budget."""
+        removed = [row for row in self.rows if row.setup.action == "remove"]
+        chance = {row.setup.keep: row for row in removed if row.setup.method == "random"}
+        ranked = [row for row in removed if row.setup.method != "random"]
+        return [(row, chance[row.setup.keep]) for row in ranked if row.setup.keep in chance]
+
     def accuracy(self, row: Row, families: Iterable[str]) -> float:
         """Share of right answers to the questions of some families."""
         return fmean(row.outcomes[i].correct for i in self._of(families))
 
-    def difference(self, families: Iterable[str]) -> Difference:
-        """Route against remove: every question counts once, by its mean over all pairs of setups."""
+    def difference(self, families: Iterable[str], pairs: Sequence[tuple[Row, Row]]) -> Difference:
+        """The first rows of ``pairs`` against the second: a question counts once, by its mean over all pairs."""
         questions = self._of(families)
-        routed = [fmean(route.outcomes[i].correct for route, _ in self.pairs) for i in questions]
-        removed = [fmean(remove.outcomes[i].correct for _, remove in self.pairs) for i in questions]
-        gaps = [a - b for a, b in zip(routed, removed, strict=True)]
+        firsts = [fmean(first.outcomes[i].correct for first, _ in pairs) for i in questions]
+        seconds = [fmean(second.outcomes[i].correct for _, second in pairs) for i in questions]
+        gaps = [a - b for a, b in zip(firsts, seconds, strict=True)]
         error = sqrt(variance(gaps) / len(gaps)) if len(gaps) > 1 else float("inf")
-        return Difference(len(gaps), fmean(routed), fmean(removed), error)
+        return Difference(len(gaps), fmean(firsts), fmean(seconds), error)
 
     def _of(self, families: Iterable[str]) -> list[int]:
         wanted = set(families)

@@ -38,7 +38,7 @@ def hurts(setup: Setup, family: str) -> float:
     ],
 )
 def test_the_first_sentence_follows_the_accuracies(make_results, accuracy, says):
-    first, _ = findings(make_results(accuracy))
+    first, *_ = findings(make_results(accuracy))
     assert first.startswith(says)
 
 
@@ -59,21 +59,34 @@ def test_the_first_sentence_tells_of_one_hop_questions(make_results, accuracy, s
     ],
 )
 def test_the_second_sentence_follows_the_times(make_results, ratio, says):
-    _, second = findings(make_results(equal, ratio))
+    _, second, *_ = findings(make_results(equal, ratio))
     assert "11% of the visual tokens" in second
     assert says in second
 
 
+@pytest.mark.parametrize(
+    ("chance", "says"), [(0.1, "does better than"), (0.4, "does not differ clearly from"), (0.8, "does worse than")]
+)
+def test_the_third_sentence_compares_with_chance(make_results, chance, says):
+    def accuracy(setup, family):
+        return chance if setup.method == "random" else 0.4
+
+    _, _, third = findings(make_results(accuracy))
+    assert third.startswith(f"Removing by attention {says} removing at random (")
+    assert ("cannot be fetched back" in third) == (chance == 0.8)
+
+
 def test_a_difference_is_paired(make_results):
     results = make_results(lambda setup, family: 1.0 if setup.action == "route" else 0.0)
-    difference = results.difference(FAMILIES)
+    difference = results.difference(FAMILIES, results.pairs)
     assert (difference.value, difference.error, difference.verdict) == (1.0, 0.0, 1)
     assert difference.n == 40 * len(FAMILIES)
     assert len(results.pairs) == 6
 
 
 def test_one_question_decides_nothing(make_results):
-    assert make_results(helps, n=1).difference(["one-hop VQA"]).verdict == 0
+    single = make_results(helps, n=1)
+    assert single.difference(["one-hop VQA"], single.pairs).verdict == 0
 
 
 def test_the_table_has_a_line_per_setup(make_results):
