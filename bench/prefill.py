@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -56,11 +56,16 @@ class RoutingShare:
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """Ratios are routed over dense; ``flops_ratio`` is what the FLOP model says, scoring included."""
+    """Ratios are routed over dense; ``flops_ratio`` is what the FLOP model says, scoring included.
+
+    ``layers_ratio`` is that of the decoder layers alone, called on as many rows without any routing: what short
+    sequences cost on this machine, and the least that a routed prefill can take.
+    """
 
     visual: int
     ratio: Spread
     cpu_ratio: Spread
+    layers_ratio: Spread
     flops_ratio: float
     dense_ms: float
     routed_ms: float
@@ -82,11 +87,25 @@ def measure(size: Size, rounds: int) -> PrefillResult:
         visual=size.visual,
         ratio=times.ratio,
         cpu_ratio=times.cpu_ratio,
+        layers_ratio=_layers_alone(plain, stats.layer_lengths, rounds),
         flops_ratio=stats.prefill_flops / stats.prefill_flops_dense,
         dense_ms=1e3 * Spread.of(times.plain).median,
         routed_ms=1e3 * Spread.of(times.routed).median,
         routing=_routing_share(routed, inputs, rounds),
     )
+
+
+def _layers_alone(model: Any, lengths: Sequence[int], rounds: int) -> Spread:
+    decoder = model.model.language_model
+    rows = {n: torch.randn(1, n, decoder.config.hidden_size) for n in set(lengths)}
+    tables = {n: decoder.rotary_emb(x, torch.arange(n)[None]) for n, x in rows.items()}
+
+    def run(lengths: Sequence[int]) -> None:
+        for layer, n in zip(decoder.layers, lengths, strict=True):
+            layer(rows[n], attention_mask=None, position_embeddings=tables[n])
+
+    with torch.no_grad():
+        return interleaved(lambda: run([lengths[0]] * len(lengths)), lambda: run(lengths), rounds).ratio
 
 
 def _routing_share(model: Any, inputs: dict[str, Any], rounds: int) -> RoutingShare:

@@ -29,6 +29,7 @@ def print_measured(
         name = f"prefill time, N={result.visual}, routed / dense"
         target = PREFILL_TARGETS[result.visual] if targets else None
         about = f"CPU time {result.cpu_ratio.median:.3f}, FLOP model {result.flops_ratio:.3f}"
+        about += f", layers alone {result.layers_ratio.median:.3f}"
         about += f"; dense {result.dense_ms:.0f} ms, routed {result.routed_ms:.0f} ms"
         rows.append(_timed(name, result.ratio, target, about))
         routing = result.routing

@@ -87,13 +87,12 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     slots = _slots(table, rows.reshape(-1), pages.shape[1])
     values = hidden.reshape(-1, hidden.shape[-1])
     valid = slots >= 0
-    # Skipping needs a data-dependent shape. Instead a filler repeats the write of one real row,
-    # same slot and same value; if all are fillers, slot 0 gets back what it holds.
+    # Skipping needs a data-dependent shape. Instead fillers go to the slot of one real row, which is
+    # written once more at the end; if all are fillers, slot 0 gets back what it holds.
     real = slots.argmax(0, keepdim=True)
     slot = slots[real].clamp(min=0)
     held = memory.index_select(0, slot)
-    source = torch.where(valid, torch.arange(len(slots), device=slots.device), real)
-    memory.index_copy_(0, torch.where(valid, slots, slot), values.index_select(0, source))
+    memory.index_copy_(0, torch.where(valid, slots, slot), values)
     memory.index_copy_(0, slot, torch.where(valid[real, None], values[real], held))
 
 
@@ -236,5 +235,5 @@ def _stack(parts: Sequence[Tensor], width: int, fill: float, align: Literal["lef
     padded = []
     for part in parts:
         gap = width - part.shape[0]
-        padded.append(pad(part, (0, gap) if align == "left" else (gap, 0), value=fill))
+        padded.append(pad(part, (0, gap) if align == "left" else (gap, 0), value=fill) if gap else part)
     return torch.stack(padded)
