@@ -9,7 +9,6 @@ tensors that are not contiguous are copied first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -88,8 +87,8 @@ def _admit_kernel(
     UNIT: tl.constexpr,
     WIDTHS: tl.constexpr,
     UNITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PASSES: tl.constexpr,
+    SPAN: tl.constexpr,
+    TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
@@ -102,21 +101,21 @@ def _admit_kernel(
         target, wanted = _tile(hidden, number, inside, first, WIDTH, UNIT, BLOCK)
         tl.store(target, tl.load(source, mask=exists, other=0), mask=wanted)
     else:
-        for turn in range(PASSES):
-            _gather(companions, gathered, row, number, inside, turn, WIDTHS, UNITS, BLOCKS)
+        for turn in range(TURNS):
+            _gather(companions, gathered, row, number, inside, turn * SPAN, WIDTHS, UNITS, SPAN)
 
 
 @triton.jit
 def _gather(
-    companions, gathered, row, number, inside, turn, WIDTHS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr
+    companions, gathered, row, number, inside, first, WIDTHS: tl.constexpr, UNITS: tl.constexpr, SPAN: tl.constexpr
 ):
-    """The turn-th block of every companion. All loads come before the stores: one wait for memory, not many."""
+    """Units first..first+SPAN of every companion. All loads come before the stores: one wait for memory, not many."""
     values = ()
     for i in tl.static_range(len(companions)):
-        source, exists = _tile(companions[i], row, row >= 0, turn * BLOCKS[i], WIDTHS[i], UNITS[i], BLOCKS[i])
+        source, exists = _tile(companions[i], row, row >= 0, first, WIDTHS[i], UNITS[i], SPAN)
         values = values + (tl.load(source, mask=exists, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     for i in tl.static_range(len(companions)):
-        target, wanted = _tile(gathered[i], number, inside, turn * BLOCKS[i], WIDTHS[i], UNITS[i], BLOCKS[i])
+        target, wanted = _tile(gathered[i], number, inside, first, WIDTHS[i], UNITS[i], SPAN)
         tl.store(target, values[i], mask=wanted)
 
 
@@ -162,7 +161,9 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tenso
         return [hidden, *gathered]
     width, unit = _units(features * pages.element_size(), pages, hidden)
     shapes = tuple(_units(source.shape[1] * source.element_size(), source, target) for source, target in pairs)
-    blocks, passes = _blocks(tuple(w for w, _ in shapes))
+    widest = max((w for w, _ in shapes), default=1)
+    # One span for all companions, so that their rows are laid out over the threads once.
+    span = min(max(1 << (widest - 1).bit_length(), NARROW), BLOCK)
     _admit_kernel[(-(-count // ROWS), -(-width // BLOCK) + bool(pairs))](
         _plain(pages),
         table.contiguous(),
@@ -176,8 +177,8 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tenso
         UNIT=unit,
         WIDTHS=tuple(w for w, _ in shapes),
         UNITS=tuple(u for _, u in shapes),
-        BLOCKS=blocks,
-        PASSES=passes,
+        SPAN=span,
+        TURNS=-(-widest // span),
         ROWS=ROWS,
         BLOCK=BLOCK,
         WARPS=WARPS,
@@ -192,13 +193,6 @@ def _units(size: int, source: Tensor, target: Tensor) -> tuple[int, tl.dtype]:
     bits = size | source.data_ptr() | target.data_ptr() | 8
     unit = bits & -bits
     return size // unit, _UNITS[unit]
-
-
-@cache
-def _blocks(widths: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Units of each companion that a program moves in one turn, and the number of turns."""
-    blocks = tuple(min(max(triton.next_power_of_2(width), NARROW), BLOCK) for width in widths)
-    return blocks, max((-(-width // block) for width, block in zip(widths, blocks, strict=True)), default=0)
 
 
 def _plain(tensor: Tensor) -> Tensor:
