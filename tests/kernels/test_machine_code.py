@@ -32,7 +32,7 @@ BUDGETS = {
     "defer, 7B bf16": Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1),
     "defer, 7B fp32": Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1),
     "admit, 7B bf16": Budget(registers=40, barriers=4, instructions=290, wide=12, narrow=5, occupancy=1),
-    "admit, 7B fp32": Budget(registers=40, barriers=12, instructions=390, wide=16, narrow=8),
+    "admit, 7B fp32": Budget(registers=48, barriers=12, instructions=390, wide=16, narrow=8),
     "restore, 7B bf16": Budget(registers=40, barriers=3, instructions=180, wide=8, narrow=2, occupancy=1),
 }
 
