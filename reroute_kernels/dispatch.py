@@ -17,6 +17,7 @@ from reroute_kernels.reference import Rope, Segments, Selection
 
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
+OLDEST_TRITON = (3, 4)
 
 _log = logging.getLogger("reroute")
 
@@ -116,4 +117,22 @@ def _triton(reason: str, device_type: str) -> Backend:
     # The one place where the Triton backend is built, and the only one that may import triton.
     if device_type != "cuda":
         raise BackendUnavailable("triton", f"it needs CUDA tensors and these are on {device_type}")
-    raise BackendUnavailable("triton", "the Triton kernels are not part of this release yet")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("triton", "PyTorch finds no CUDA device")
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendUnavailable("triton", f"triton cannot be imported ({error})") from None
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise BackendUnavailable("triton", f"it needs triton {oldest} or newer and this is {triton.__version__}")
+    from reroute_kernels import ops
+
+    return Backend(
+        name="triton",
+        reason=reason,
+        defer=ops.defer,
+        admit=ops.admit,
+        select=ops.select,
+        score_topk=ops.score_topk,
+    )

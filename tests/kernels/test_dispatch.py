@@ -21,6 +21,15 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._resolve.cache_clear()
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: str | None) -> None:
+    """Of this machine: a GPU and a release of triton."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if installed is None:
+        monkeypatch.setitem(sys.modules, "triton", None)  # what makes an import fail
+    else:
+        monkeypatch.setattr(pytest.importorskip("triton"), "__version__", installed)
+
+
 def test_torch_is_the_reference() -> None:
     backend = resolve("torch", CUDA)
     assert (backend.name, backend.reason) == ("torch", "asked for")
@@ -28,14 +37,32 @@ def test_torch_is_the_reference() -> None:
         assert getattr(backend, operation) is getattr(reference, operation)
 
 
-@pytest.mark.parametrize(("device", "why"), [(CPU, "these are on cpu"), (CUDA, "not part of this release yet")])
-def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(device: torch.device, why: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "gpu", "installed", "why"),
+    [
+        (CPU, True, "3.7.1", "these are on cpu"),
+        (CUDA, False, "3.7.1", "PyTorch finds no CUDA device"),
+        (CUDA, True, None, "triton cannot be imported"),
+        (CUDA, True, "3.3.1", "needs triton 3.4 or newer and this is 3.3.1"),
+    ],
+)
+def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, gpu: bool, installed: str | None, why: str
+) -> None:
+    pretend(monkeypatch, gpu, installed)
     backend = resolve("auto", device)
     assert backend.name == "torch"
     assert why in backend.reason
     with pytest.raises(BackendUnavailable, match=why) as caught:
         resolve("triton", device)
     assert "use backend='torch' or 'auto'" in str(caught.value)
+
+
+def test_auto_is_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, True, "3.10.0+git1")
+    backend = resolve("auto", CUDA)
+    assert (backend.name, backend.reason) == ("triton", "tensors are on cuda")
+    assert resolve("triton", CUDA).defer is backend.defer is torch.ops.reroute_kernels.defer.default
 
 
 def test_unknown_names_list_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +83,8 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("torch", CPU).name == "torch"
 
 
-def test_decided_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_decided_and_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, False, None)
     with caplog.at_level(logging.INFO, logger="reroute"):
         first = resolve("auto", CPU)
         assert resolve("auto", CPU) is first
@@ -71,7 +99,7 @@ def test_decided_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_triton_is_never_imported() -> None:
     code = (
         "import sys, torch; before = 'triton' in sys.modules\n"
-        "import reroute_kernels as r; r.resolve('auto', torch.device('cuda'))\n"
+        "import reroute_kernels as r; r.resolve('auto', torch.device('cpu'))\n"
         "assert before or 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

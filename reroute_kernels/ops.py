@@ -1,0 +1,154 @@
+"""The Triton kernels as PyTorch operators, ``torch.ops.reroute_kernels.*``, and with the signatures of the reference.
+
+An operator is opaque to ``torch.compile`` and CUDA graph capture, has a fake kernel for tracing and a FLOP
+formula. Each is defined once in a :class:`torch.library.Library`: that costs about 2 microseconds a call on the
+host, against about 15 for ``torch.library.custom_op`` and ``triton_op`` (``python -m bench.overhead``). Nothing
+of what those two add is wanted here: the operations have no gradient, as those of the reference have none.
+
+Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from reroute_kernels.reference import Rope, Segments, Selection
+from reroute_kernels.triton_kernels import rows as _rows
+from reroute_kernels.triton_kernels import score as _score
+from reroute_kernels.triton_kernels import select as _select
+
+NAMESPACE = "reroute_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int]
+) -> torch._ops.OpOverload[..., Any]:
+    """Define the operator ``schema`` and return it; ``flops`` takes shapes where ``run`` takes tensors."""
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # For every device: CPU tensors are for the interpreter. The choice of a backend is made in `dispatch`.
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    # No gradients: without this, PyTorch looks for a formula whenever an input requires one.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    register_flop_formula(packet)(flops)
+    overload: torch._ops.OpOverload[..., Any] = packet.default
+    return overload
+
+
+def _no_flops(*_: object, **__: object) -> int:
+    return 0
+
+
+# --- defer and admit -------------------------------------------------------------------------
+
+
+def _fake_admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tensor]) -> list[Tensor]:
+    hidden = pages.new_empty(*rows.shape, pages.shape[2])
+    return [hidden, *(companion.new_empty(*rows.shape, companion.shape[1]) for companion in companions)]
+
+
+defer = _register(
+    "defer(Tensor(a!) pages, Tensor table, Tensor rows, Tensor hidden) -> ()",
+    _rows.defer,
+    lambda pages, table, rows, hidden: None,
+    _no_flops,
+)
+_admit = _register(
+    "admit(Tensor pages, Tensor table, Tensor rows, Tensor[] companions) -> Tensor[]",
+    _rows.admit,
+    _fake_admit,
+    _no_flops,
+)
+
+
+def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
+    """:func:`reroute_kernels.reference.admit` by the Triton kernel."""
+    return tuple(_admit(pages, table, rows, companions))
+
+
+# --- select and score_topk -------------------------------------------------------------------
+
+# Segments travel as lists of integers, one a field: operators take no objects.
+_COUNTS = "int[] starts, int[] lengths, int[] candidate_counts, int[] text_counts, int[] keep"
+_SELECTION = "(Tensor kept, Tensor active, Tensor scores)"
+
+
+def _columns(segments: Segments) -> tuple[tuple[int, ...], ...]:
+    return segments.starts, segments.lengths, segments.candidates, segments.texts, segments.keep
+
+
+@lru_cache(maxsize=256)
+def _segments(*columns: tuple[int, ...]) -> Segments:
+    return Segments(*columns)
+
+
+def _fake_selection(candidates: Tensor, text_counts: Sequence[int], keep: Sequence[int]) -> Selection:
+    batch, widest = candidates.shape
+    width = max(m + k for m, k in zip(text_counts, keep, strict=True))
+    return Selection(
+        kept=candidates.new_empty(batch, max(keep)),
+        active=candidates.new_empty(batch, width),
+        scores=candidates.new_empty(batch, widest, dtype=torch.float32),
+    )
+
+
+def _run_select(scores: Tensor, candidates: Tensor, texts: Tensor, *counts: Sequence[int]) -> Selection:
+    return _select.select(scores, candidates, texts, _segments(*map(tuple, counts)))
+
+
+def _run_score_topk(*arguments: Any) -> Selection:
+    tensors, counts, (scale, rope) = arguments[:7], arguments[7:12], arguments[12:]
+    launch: Callable[..., Selection] = _score.score_topk
+    return launch(*tensors, _segments(*map(tuple, counts)), scale=scale, rope=rope)
+
+
+def _score_flops(*arguments: Any, **_: object) -> int:
+    """Of the logits: 2 H D for every key row of a sample with candidates."""
+    (_, heads, features), lengths, candidates = arguments[0], arguments[8], arguments[9]
+    return 2 * heads * features * sum(n for n, c in zip(lengths, candidates, strict=True) if c)  # type: ignore[no-any-return]
+
+
+_select_op = _register(
+    f"select(Tensor scores, Tensor candidates, Tensor texts, {_COUNTS}) -> {_SELECTION}",
+    _run_select,
+    lambda scores, candidates, texts, starts, lengths, n, m, keep: _fake_selection(candidates, m, keep),
+    _no_flops,
+)
+_score_op = _register(
+    "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
+    f"Tensor texts, {_COUNTS}, float scale, str rope) -> {_SELECTION}",
+    _run_score_topk,
+    lambda *arguments: _fake_selection(arguments[5], arguments[10], arguments[11]),
+    _score_flops,
+)
+
+
+def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+    """:func:`reroute_kernels.reference.select` by the Triton kernel."""
+    return Selection(*_select_op(scores, candidates, texts, *_columns(segments)))
+
+
+def score_topk(
+    query: Tensor,
+    keys: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_rows: Tensor,
+    candidates: Tensor,
+    texts: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    rope: Rope = "half",
+) -> Selection:
+    """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
+    tensors = query, keys, cos, sin, query_rows, candidates, texts
+    return Selection(*_score_op(*tensors, *_columns(segments), scale, rope))

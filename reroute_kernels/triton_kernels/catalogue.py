@@ -1,0 +1,61 @@
+"""The launches whose machine code is inspected and budgeted: every kernel, at shapes of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from reroute_kernels.triton_kernels import rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A name, and a call of a launcher with CPU tensors that launches one or more kernels."""
+
+    name: str
+    launch: Callable[[], object]
+
+
+def _moved(features: int, rot: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Pages, table, rows, hidden, cos, sin and position ids of a compact sequence of 64 rows."""
+    empty = torch.empty
+    return (
+        empty(4, 64, features, dtype=dtype),
+        torch.arange(4),
+        torch.arange(64)[None],
+        empty(1, 64, features, dtype=dtype),
+        empty(256, rot, dtype=dtype),
+        empty(256, rot, dtype=dtype),
+        torch.zeros(256, 1, dtype=torch.int64),
+    )
+
+
+def _defer(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    return lambda: rows.defer(*_moved(features, 128, dtype)[:4])
+
+
+def _admit(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    def launch() -> object:
+        pages, table, index, _, *companions = _moved(features, 128, dtype)
+        return rows.admit(pages, table, index, companions)
+
+    return launch
+
+
+def _restore(features: int) -> Callable[[], object]:
+    def launch() -> object:
+        pages, table, index, *_ = _moved(features, 128, torch.bfloat16)
+        return rows.admit(pages, table, index, [])
+
+    return launch
+
+
+CASES = (
+    Case("defer, 7B bf16", _defer(3584)),
+    Case("defer, 7B fp32", _defer(3584, torch.float32)),
+    Case("admit, 7B bf16", _admit(3584)),
+    Case("admit, 7B fp32", _admit(3584, torch.float32)),
+    Case("restore, 7B bf16", _restore(3584)),
+)

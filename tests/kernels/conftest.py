@@ -1,0 +1,79 @@
+"""``pytest tests/kernels --executor NAME`` chooses how Triton kernels run in a process (executors.py).
+
+A test runs on executors if it uses the fixture ``executor`` or ``device``. Without --executor those tests are
+left to test_executors.py, which starts one process for each executor that can run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from executors import NAMES, Executor, poisoned
+from hypothesis import HealthCheck, settings
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
+
+
+def chosen(config: pytest.Config) -> Executor | None:
+    # Of a run over all of tests/ this is not an initial conftest, and the option is unknown.
+    name = config.getoption("--executor", None)
+    return None if name is None else Executor(name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (executor := chosen(config)) is not None:
+        try:
+            executor.start()
+        except RuntimeError as error:
+            raise pytest.UsageError(f"--executor {executor.name}: {error}") from None
+        # A new shape compiles, so a first example may take seconds.
+        settings.register_profile("executor", settings(), deadline=None, suppress_health_check=list(HealthCheck))
+        settings.load_profile("executor")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    executor = chosen(config)
+    return f"kernels run on: {executor.name}" if executor else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that use an executor if there is one, and the others if there is none."""
+    wanted = chosen(config) is not None
+    others = [i for i in items if HERE in i.path.parents and ("executor" in getattr(i, "fixturenames", ())) != wanted]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [i for i in items if i not in others]
+
+
+@pytest.fixture(scope="session")
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    """How kernels run: ``.name``, ``.kind`` and ``.device``. Uninitialised memory is poisoned."""
+    executor = chosen(request.config)
+    assert executor is not None
+    with poisoned(executor):
+        yield executor
+
+
+@pytest.fixture(scope="session")
+def device(executor: Executor) -> torch.device:
+    """Where the tensors go."""
+    return executor.device
+
+
+@pytest.fixture
+def launches(executor: Executor) -> Iterator[list[Any]]:
+    """simt's reports of the launches of a test; skipped where nothing counts traffic."""
+    if executor.kind != "simt":
+        pytest.skip("only simt counts traffic")
+    from simt.driver import capture
+
+    with capture() as reports:
+        yield reports

@@ -1,0 +1,65 @@
+"""Decisions to make: tensors and counts as a prefill would hand them to the score and select operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroute_kernels import Segments
+
+PAGE = 64
+
+
+def rows_of(rows: list[Tensor], device: torch.device, *, width: int = 0) -> Tensor:
+    """(B, longest) int64, -1 behind each list."""
+    out = torch.full((len(rows), max(width, *map(len, rows))), -1)
+    for target, source in zip(out, rows, strict=True):
+        target[: len(source)] = source
+    return out.to(device)
+
+
+def split(length: int, candidates: int, *, gaps: int = 0) -> tuple[Tensor, Tensor]:
+    """Random disjoint ascending candidates (the last row is not one) and texts; ``gaps`` rows are neither."""
+    order = torch.randperm(max(length - 1, 0))
+    chosen = order[:candidates]
+    texts = torch.cat((order[candidates + gaps :], torch.tensor([length - 1] if length else [], dtype=torch.int64)))
+    return chosen.sort().values, texts.sort().values
+
+
+def decision(
+    lengths: list[int],
+    counts: list[int],
+    keep: list[int],
+    device: torch.device,
+    *,
+    heads: int = 4,
+    groups: int = 2,
+    features: int = 16,
+    rot: int | None = None,
+    rope: Any = "half",
+    dtype: torch.dtype = torch.float32,
+    table_dtype: torch.dtype | None = None,
+    gaps: int = 0,
+    poison: float = 0.0,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of score_topk. Samples start on pages of their own, and page tails hold ``poison``."""
+    rot = features if rot is None else rot
+    pages = [-(-length // PAGE) for length in lengths]
+    starts = [PAGE * sum(pages[:b]) for b in range(len(pages))]
+    total = max(PAGE * sum(pages), 1)
+    keys = torch.full((total, groups, features), poison)
+    angles = torch.full((total, rot // 2), poison)
+    for start, length in zip(starts, lengths, strict=True):
+        keys[start : start + length] = torch.randn(length, groups, features)
+        angles[start : start + length] = torch.randn(length, rot // 2) * 3
+    query = torch.randn(len(lengths), heads, features) * 2
+    both = angles.repeat_interleave(2, -1) if rope == "interleaved" else angles.repeat(1, 2)
+    cos, sin = (t.to(table_dtype or dtype).to(device) for t in (both.cos(), both.sin()))
+    last = torch.tensor([s + max(n, 1) - 1 for s, n in zip(starts, lengths, strict=True)], device=device)
+    parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
+    candidates, texts = (rows_of([part[i] for part in parts], device) for i in (0, 1))
+    segments = Segments(tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
+    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, last, candidates, texts, segments)
+    return tensors, {"scale": features**-0.5, "rope": rope}

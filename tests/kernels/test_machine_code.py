@@ -1,0 +1,76 @@
+"""Budgets on what the compiler makes of the kernels, read from the binaries of four architectures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("triton")
+
+from reroute_kernels.inspect import ARCHITECTURES, Facts, inspect
+from reroute_kernels.triton_kernels.catalogue import CASES
+from reroute_kernels.triton_kernels.offline import compiling_for
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most, but for ``wide``: the fewest 16-byte loads and stores. ``narrow`` counts the other ones."""
+
+    registers: int
+    barriers: int
+    instructions: int
+    wide: int
+    narrow: int
+    occupancy: float = 0.75
+
+
+# A whole tile is 4 loads and 4 stores of 16 bytes. Narrow are the lease row, its page and a position id.
+BUDGETS = {
+    "defer, 7B bf16": Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1),
+    "defer, 7B fp32": Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1),
+    "admit, 7B bf16": Budget(registers=40, barriers=4, instructions=290, wide=12, narrow=5, occupancy=1),
+    "admit, 7B fp32": Budget(registers=48, barriers=12, instructions=390, wide=16, narrow=8),
+    "restore, 7B bf16": Budget(registers=40, barriers=3, instructions=180, wide=8, narrow=2, occupancy=1),
+}
+
+
+def test_every_case_has_a_budget() -> None:
+    assert BUDGETS.keys() == {case.name for case in CASES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", BUDGETS)
+def test_budget(case: str, arch: int) -> None:
+    facts = [f for f in inspect(arch, case) if f.case == case]
+    assert facts
+    for fact in facts:
+        check(fact, BUDGETS[case])
+
+
+def check(fact: Facts, budget: Budget) -> None:
+    assert fact.spills == 0
+    assert fact.registers <= budget.registers
+    assert fact.barriers <= budget.barriers
+    assert fact.instructions <= budget.instructions
+    assert fact.wide >= budget.wide
+    assert fact.narrow <= budget.narrow
+    assert fact.occupancy >= budget.occupancy
+
+
+def test_fp_fusion_is_off_by_choice() -> None:
+    """Its default differs between releases of Triton, and it changes bits."""
+    with compiling_for(90) as launches:
+        for case in CASES:
+            case.launch()
+    assert len(launches) >= len(CASES)
+    assert not any(launch.fp_fusion for launch in launches)
+
+
+def test_the_command_prints_a_table() -> None:
+    command = [sys.executable, "-m", "reroute_kernels.inspect", "--arch", "90", "--only", "defer"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].split()[:5] == ["case", "kernel", "arch", "registers", "spills"]
+    assert len(lines) == 1 + sum("defer" in case.name for case in CASES)

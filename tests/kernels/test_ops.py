@@ -1,0 +1,130 @@
+"""The four operations as PyTorch operators, on every executor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from reroute_kernels import PagedPool, Segments, Selection, reference
+
+HEADS, GROUPS, FEATURES = 4, 2, 16
+
+
+@pytest.fixture(scope="module")
+def ops(executor: Any) -> Any:
+    from reroute_kernels import ops
+
+    return ops
+
+
+class Problem:
+    """Two prompts in a pool, of which the second has no candidates."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        random = lambda *shape: torch.randn(*shape, device=device)
+        integers = lambda *values: torch.tensor(values, device=device)
+        self.pages, self.table = random(5, 8, 16), integers(4, 0, 2)
+        self.rows = integers([0, 1, 2, 3, 12, 13], [-1, -1, -1, 16, 17, 18])
+        angles = random(24, FEATURES // 2).repeat(1, 2)  # each at both places of its pair
+        self.hidden, self.cos, self.sin = random(2, 6, 16), angles.cos(), angles.sin()
+        self.query, self.keys = random(2, HEADS, FEATURES), random(24, GROUPS, FEATURES)
+        self.query_rows = integers(13, 18)
+        self.candidates = integers([*range(2, 12)], [-1] * 10)
+        self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
+        self.segments = Segments((0, 16), (14, 3), (10, 0), (4, 3), (3, 0))
+        self.scores = random(2, 10)
+
+    @property
+    def scored(self) -> tuple[Tensor, ...]:
+        return self.query, self.keys, self.cos, self.sin, self.query_rows, self.candidates, self.texts
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        s = self.segments
+        return s.starts, s.lengths, s.candidates, s.texts, s.keep
+
+    def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        """A stage boundary; ``pages`` changes."""
+        operations.defer(pages, self.table, self.rows, hidden * 2)
+        selection = operations.score_topk(*self.scored, self.segments, scale=0.25, rope="half")
+        again = operations.select(selection.scores, self.candidates, self.texts, self.segments)
+        return *operations.admit(pages, self.table, selection.active, self.cos, self.rows.new_ones(24, 1)), *again
+
+
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_boundary_equals_the_reference(ops: Any, device: torch.device) -> None:
+    problem = Problem(device)
+    pages, expected = problem.pages.clone(), problem.pages.clone()
+    same(problem.step(ops, pages, problem.hidden), problem.step(reference, expected, problem.hidden))
+    assert torch.equal(pages, expected)
+
+
+def test_under_compile(ops: Any, device: torch.device) -> None:
+    problem = Problem(device)
+    pages, expected = problem.pages.clone(), problem.pages.clone()
+    compiled = torch.compile(problem.step, backend="aot_eager", fullgraph=True)
+    same(compiled(ops, pages, problem.hidden), problem.step(reference, expected, problem.hidden))
+    assert torch.equal(pages, expected)
+
+
+def test_opcheck(ops: Any, device: torch.device) -> None:
+    p, registered = Problem(device), torch.ops.reroute_kernels
+    index = (p.pages, p.table, p.rows)
+    torch.library.opcheck(registered.defer, (*index, p.hidden))
+    torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
+    torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
+    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, *p.counts))
+    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half"))
+
+
+def test_no_autograd_history(ops: Any, device: torch.device) -> None:
+    p = Problem(device)
+    for tensor in (p.hidden, p.cos, p.query, p.keys, p.scores):
+        tensor.requires_grad_()
+    outputs = p.step(ops, p.pages, p.hidden)
+    assert not any(t.requires_grad for t in (p.pages, *outputs))
+
+
+def test_flops(ops: Any, device: torch.device) -> None:
+    p = Problem(device)
+    with FlopCounterMode(display=False) as counter:
+        p.step(ops, p.pages, p.hidden)
+    assert counter.get_total_flops() == 2 * HEADS * FEATURES * 14  # the logits of the sample that has candidates
+
+
+def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if executor.kind != "interpreter":
+        pytest.skip("fakes are the same everywhere")
+    with FakeTensorMode():
+        problem = Problem(torch.device("cpu"))
+        with PagedPool(16, torch.float32, "cpu", page_size=8).lease([14, 3]) as lease:
+            hidden, cos, _, *selection = problem.step(ops, lease.pages, problem.hidden)
+            kept, active, scores = Selection(*selection)
+    assert (hidden.shape, cos.shape) == ((2, 7, 16), (2, 7, FEATURES))
+    assert (kept.shape, active.shape, scores.shape) == ((2, 3), (2, 7), (2, 10))
+
+
+def test_cuda_graph(ops: Any, executor: Any, device: torch.device) -> None:
+    if executor.kind != "cuda":
+        pytest.skip("of a GPU")
+    problem = Problem(device)
+    problem.step(ops, problem.pages, problem.hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = problem.step(ops, problem.pages, problem.hidden)
+    problem.hidden.normal_()
+    problem.keys.normal_()
+    graph.replay()
+    same(outputs, problem.step(reference, problem.pages.clone(), problem.hidden))

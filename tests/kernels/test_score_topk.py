@@ -1,0 +1,218 @@
+"""The score kernel and the selection behind it, on every executor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from routing_cases import decision
+from torch import Tensor
+
+from reroute_kernels import Segments, Selection, reference
+
+INF, NAN = math.inf, math.nan
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def kernel(executor: Any) -> Any:
+    from reroute_kernels.triton_kernels import score
+
+    return score
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def exact(arguments: tuple[Any, ...], got: Selection) -> None:
+    """The selection is that of a stable sort of the kernel's own scores."""
+    candidates, texts, segments = arguments[5:]
+    wanted = reference.select(got.scores, candidates, texts, segments)
+    assert torch.equal(got.kept, wanted.kept)
+    assert torch.equal(got.active, wanted.active)
+    bits = [t.view(torch.int32) for t in (got.scores, wanted.scores)]
+    assert torch.equal(*bits)  # -inf behind the counts included
+
+
+def truth(arguments: tuple[Any, ...], scale: float, rope: Any, work: torch.dtype, rotate: torch.dtype) -> list[Tensor]:
+    """Scores per sample with rotations in one dtype, and logits and softmax in another."""
+    query, keys, cos, sin, last, candidates, _, segments = arguments
+    scores = []
+    for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
+        row, span = last[b : b + 1], slice(start, start + length)
+        q = reference.rotate(query[b : b + 1].to(rotate), cos[row], sin[row], rope).to(work)[0]
+        k = reference.rotate(keys[span].to(rotate), cos[span], sin[span], rope).to(work)
+        k = k.repeat_interleave(q.shape[0] // k.shape[1], 1)
+        logits = torch.einsum("hd,lhd->hl", q, k) * scale
+        scores.append(logits.softmax(-1).mean(0)[candidates[b, :n]].double())
+    return scores
+
+
+def close(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection) -> None:
+    """To fp64 logits after the same rotation; and to fp64 throughout, no worse than all in the model's dtype."""
+    dtype, counts = arguments[0].dtype, arguments[7].candidates
+    scores = [row[:n].double() for row, n in zip(got.scores, counts, strict=True)]
+    for score, near, far, plain in zip(
+        scores,
+        truth(arguments, **named, work=torch.float64, rotate=dtype),
+        truth(arguments, **named, work=torch.float64, rotate=torch.float64),
+        truth(arguments, **named, work=dtype, rotate=dtype),
+        strict=True,
+    ):
+        assert torch.allclose(score, near, rtol=3e-5, atol=1e-9)
+        if len(score):
+            # The rounding of the rotation, which all share, is most of the error: hence a mean and a margin.
+            assert (score - far).abs().mean() <= 1.25 * (plain - far).abs().mean() + 1e-6
+
+
+SHAPES = [
+    # heads, groups, features, rot, rope, dtype
+    (28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
+    (8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
+    (16, 2, 80, 80, "half", BF16),
+    (4, 2, 96, 48, "half", FP16),  # partial
+    (12, 2, 64, 64, "interleaved", BF16),
+    (4, 1, 128, 64, "interleaved", FP16),  # partial, one key head
+    (40, 2, 16, 16, "half", BF16),  # more than a block of query heads for a key head
+    (3, 3, 256, 256, "half", BF16),
+    (6, 3, 32, 0, "half", BF16),  # no rotary embedding
+    (6, 2, 64, 32, "half", FP32),
+    (4, 2, 32, 24, "interleaved", FP32),
+]
+
+
+@pytest.mark.parametrize(("heads", "groups", "features", "rot", "rope", "dtype"), SHAPES)
+def test_models(
+    kernel: Any, device: torch.device, heads: int, groups: int, features: int, rot: int, rope: Any, dtype: torch.dtype
+) -> None:
+    arguments, named = decision(
+        [150, 65],
+        [100, 64],
+        [33, 20],
+        device,
+        heads=heads,
+        groups=groups,
+        features=features,
+        rot=rot,
+        rope=rope,
+        dtype=dtype,
+        poison=NAN,
+    )
+    got = kernel.score_topk(*arguments, **named)
+    exact(arguments, got)
+    close(arguments, named, got)
+
+
+def test_ragged_batches(kernel: Any, device: torch.device) -> None:
+    """Nothing, one candidate, all and none kept, rows that are neither candidate nor text."""
+    lengths, counts, keep = [0, 1, 9, 40, 300, 64], [0, 0, 1, 20, 280, 63], [0, 0, 1, 0, 280, 30]
+    for gaps in (0, 1):
+        arguments, named = decision(lengths, counts, keep, device, poison=INF, gaps=gaps)
+        got = kernel.score_topk(*arguments, **named)
+        exact(arguments, got)
+        close(arguments, named, got)
+
+
+def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> None:
+    arguments, named = decision([5, 0], [0, 0], [0, 0], device)
+    got = kernel.score_topk(*arguments, **named)
+    assert got.kept.shape == (2, 0)
+    assert got.active.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
+
+
+def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> None:
+    """Bit for bit, whoever else is in the batch."""
+    lengths, counts, keep = [130, 1100, 70], [100, 1050, 60], [30, 500, 7]
+    arguments, named = decision(lengths, counts, keep, device, heads=6, dtype=BF16)
+    together = kernel.score_topk(*arguments, **named)
+    query, keys, cos, sin, last, candidates, texts, segments = arguments
+    for b, (n, m, k) in enumerate(zip(counts, segments.texts, keep, strict=True)):
+        single = Segments(*((getattr(segments, f)[b],) for f in ("starts", "lengths", "candidates", "texts", "keep")))
+        rows = candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone()
+        alone = kernel.score_topk(query[b : b + 1], keys, cos, sin, last[b : b + 1], *rows, single, **named)
+        assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
+        assert torch.equal(alone.kept[0], together.kept[b, :k])
+        assert torch.equal(alone.active[0], together.active[b, together.active.shape[1] - m - k :])
+
+
+def test_many_parts_and_key_heads_in_turn(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a part, and several key heads a program: what long prompts do, at a length a test can afford."""
+    arguments, named = decision([400], [390], [90], device, heads=8, groups=4, dtype=BF16)
+    plain = kernel.score_topk(*arguments, **named)
+    monkeypatch.setattr(kernel, "key_heads_per_program", lambda *_: 2)
+    assert torch.equal(kernel.score_topk(*arguments, **named).scores, plain.scores)
+    monkeypatch.setattr(kernel, "most_parts", lambda _: 3)
+    got = kernel.score_topk(*arguments, **named)
+    exact(arguments, got)
+    close(arguments, named, got)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_broken_keys_show_and_corrupt_nothing(kernel: Any, device: torch.device, value: float) -> None:
+    arguments, named = decision([140, 100], [130, 90], [20, 20], device)
+    clean = kernel.score_topk(*arguments, **named)
+    keys = arguments[1].clone()
+    keys[7, 0, 3] = value  # of the first sample
+    broken = (arguments[0], keys, *arguments[2:])
+    got = kernel.score_topk(*broken, **named)
+    exact(broken, got)
+    wanted = reference.score_topk(*broken, **named)
+    assert torch.equal(got.scores[0].isnan(), wanted.scores[0].isnan())
+    assert torch.equal(got.scores[1], clean.scores[1])
+
+
+def test_logits_of_minus_infinity(kernel: Any, device: torch.device) -> None:
+    """A whole tile of them counts for nothing; a head of nothing else is NaN, as softmax makes it."""
+    arguments, named = decision([200], [190], [20], device, heads=2, groups=1, rot=0)
+    query, keys = arguments[0].abs(), arguments[1]
+    keys[:128] = -3e38
+    arguments = (query * 100, keys, *arguments[2:])
+    for _ in range(2):
+        got, wanted = kernel.score_topk(*arguments, **named), reference.score_topk(*arguments, **named)
+        assert torch.allclose(got.scores, wanted.scores, equal_nan=True)
+        exact(arguments, got)
+        keys[:] = -3e38
+    assert wanted.scores.isnan().all()
+
+
+def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.device) -> None:
+    """fp32 tables round to the dtype of the keys; keys may be slices of a fused projection, or transposed."""
+    arguments, named = decision([90], [80], [9], device, dtype=BF16, table_dtype=FP32)
+    wanted = kernel.score_topk(*arguments, **named)
+    close(arguments, named, wanted)
+    query, keys, cos, sin, *rest = arguments
+    fused = torch.cat((keys, keys + 1), dim=1)[:, : keys.shape[1]]
+    transposed = keys.transpose(0, 2).contiguous().transpose(0, 2)
+    for other in (fused, transposed, torch.cat((keys, keys[..., :3]), -1)[..., :-3]):
+        got = kernel.score_topk(query, other, cos.t().contiguous().t(), sin, *rest, **named)
+        assert torch.equal(got.scores, wanted.scores)
+
+
+def test_what_cannot_be_is_refused(kernel: Any, device: torch.device) -> None:
+    arguments, named = decision([9], [5], [2], device, heads=4, groups=3)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
+        kernel.score_topk(*arguments, **named)
+    arguments, named = decision([9], [5], [2], device)
+    with pytest.raises(ValueError, match="'half', 'interleaved'"):
+        kernel.score_topk(*arguments, scale=1.0, rope="neox")
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(28, 4), (4, 4)])
+def test_two_launches_and_the_least_bytes(
+    kernel: Any, device: torch.device, launches: list[Any], heads: int, groups: int
+) -> None:
+    length = 576
+    arguments, named = decision(
+        [length], [540], [135], device, heads=heads, groups=groups, features=128, dtype=BF16
+    )
+    kernel.score_topk(*arguments, **named)
+    score, select = launches
+    keys = score.tensors["keys"]
+    assert keys.load_bytes <= 1.06 * length * groups * 128 * 2
+    assert score.global_load.efficiency >= 0.95
+    assert score.global_store.efficiency >= 0.95
+    assert select.tensors["source"].load_bytes <= 1.06 * 540 * heads * 4
