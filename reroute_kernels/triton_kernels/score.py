@@ -227,7 +227,7 @@ def most_parts(groups: int) -> int:
 
     About 1024 programs per long sample fill any GPU; more would only lengthen the merge of their statistics.
     """
-    return min(max(1024 // triton.next_power_of_2(groups), 32), 256)
+    return min(max(1024 // int(triton.next_power_of_2(groups)), 32), 256)
 
 
 def key_heads_per_program(groups: int, programs: int, device: torch.device) -> int:

@@ -325,7 +325,8 @@ def run_select(source: Tensor | Logits, candidates: Tensor, texts: Tensor, segme
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
     fused = isinstance(source, Logits)
     key_stride = -(-max(widest, 1) // KEY_ALIGN) * KEY_ALIGN
-    keys, ranks, rivals = (scratch(name, batch * key_stride, torch.int32, device) for name in ("keys", "ranks", "rivals"))
+    names = ("keys", "ranks", "rivals")
+    keys, ranks, rivals = (scratch(name, batch * key_stride, torch.int32, device) for name in names)
     coarse = COARSE if widest > DIRECT else 1
     heads = source.heads if isinstance(source, Logits) else 1
     tile = min(TILE, max(8192 // triton.next_power_of_2(heads), 16))  # by the model alone: it orders sums

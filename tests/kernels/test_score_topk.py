@@ -206,9 +206,7 @@ def test_two_launches_and_the_least_bytes(
     kernel: Any, device: torch.device, launches: list[Any], heads: int, groups: int
 ) -> None:
     length = 576
-    arguments, named = decision(
-        [length], [540], [135], device, heads=heads, groups=groups, features=128, dtype=BF16
-    )
+    arguments, named = decision([length], [540], [135], device, heads=heads, groups=groups, features=128, dtype=BF16)
     kernel.score_topk(*arguments, **named)
     score, select = launches
     keys = score.tensors["keys"]

@@ -93,9 +93,7 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
     segments = Segments((0, 6), (6, 3), (4, 3), (3, 0), (2, 2))
-    same(
-        kernel.select(scores, candidates, texts, segments), reference.select(scores, candidates, texts, segments)
-    )
+    same(kernel.select(scores, candidates, texts, segments), reference.select(scores, candidates, texts, segments))
 
 
 def test_scratch_is_reused_after_larger_and_smaller_decisions(kernel: Any, device: torch.device) -> None:

@@ -1,0 +1,54 @@
+"""Whole prefills through the Triton kernels, on every executor, against the torch backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import Tiny
+
+import reroute
+from reroute_kernels import Backend
+
+
+@pytest.fixture(scope="module")
+def backend(executor: Any) -> Backend:
+    """What ``backend="triton"`` is on CUDA; elsewhere ``resolve`` refuses it, since nobody should wait for simt."""
+    from reroute_kernels import ops
+
+    return Backend("triton", "under test", ops.defer, ops.admit, ops.select, ops.score_topk)
+
+
+SCHEDULES = (
+    (reroute.Schedule((1, 2, 4), (0.5, 0.25, 0.25)), "route"),
+    (reroute.Schedule((1, 2, 4), (0.5, 0.3, 0.1)), "remove"),
+    (reroute.Schedule((1, 3), (0.25, 0.5), score_layer_offset=-1), "route"),
+)
+
+
+@pytest.mark.parametrize(("schedule", "action"), SCHEDULES)
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_selections_and_logits(
+    name: str, schedule: reroute.Schedule, action: Any, backend: Backend, device: torch.device
+) -> None:
+    """Selections are identical, logits to rounding; a batch with fillers, padding and a row without pictures."""
+    tiny: Tiny = getattr(models, name)(layers=6)
+    tiny.model.to(device)
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2), tiny.prompt(2, 7)]
+    given = {key: value.to(device) for key, value in tiny.inputs(samples).items()}
+    results = []
+    for kernels in (None, backend):
+        with reroute.enable(tiny.model, schedule=schedule, action=action, trace=True, backend="torch") as handle:
+            handle.backend = kernels or handle.backend
+            output = tiny.model.generate(
+                **given, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            assert handle.trace is not None
+            kept = [[rows.tolist() for rows in stage.kept] for stage in handle.trace]
+            results.append((kept, output.sequences.tolist(), torch.stack(output.logits)))
+    (kept, tokens, logits), (kept_by_kernels, tokens_by_kernels, logits_by_kernels) = results
+    assert kept_by_kernels == kept
+    assert tokens_by_kernels == tokens
+    torch.testing.assert_close(logits_by_kernels, logits, rtol=0, atol=1e-4)
