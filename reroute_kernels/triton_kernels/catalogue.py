@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels.triton_kernels import rows
+from reroute_kernels.reference import Segments
+from reroute_kernels.triton_kernels import rows, score
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,35 @@ def _restore(features: int) -> Callable[[], object]:
     return launch
 
 
+def _score_topk(heads: int, groups: int, visual: int) -> Callable[[], object]:
+    """Of one sample with ``visual`` candidates and 64 text rows, 128 features per head, bf16: score, then select."""
+
+    def launch() -> object:
+        length = visual + 64
+        half, row = torch.bfloat16, torch.arange(length)[None]
+        segments = Segments((0,), (length,), (visual,), (64,), (visual // 4,))
+        return score.score_topk(
+            torch.empty(1, heads, 128, dtype=half),
+            torch.empty(length, groups, 128, dtype=half),
+            torch.empty(length, 128, dtype=half),
+            torch.empty(length, 128, dtype=half),
+            torch.tensor([length - 1]),
+            row[:, :visual],
+            row[:, visual:],
+            segments,
+            scale=1.0,
+        )
+
+    return launch
+
+
 CASES = (
     Case("defer, 7B bf16", _defer(3584)),
     Case("defer, 7B fp32", _defer(3584, torch.float32)),
     Case("admit, 7B bf16", _admit(3584)),
     Case("admit, 7B fp32", _admit(3584, torch.float32)),
     Case("restore, 7B bf16", _restore(3584)),
+    Case("score_topk, Qwen 7B, 576", _score_topk(28, 4, 576)),
+    Case("score_topk, LLaVA 7B, 576", _score_topk(32, 32, 576)),
+    Case("score_topk, Qwen 7B, 16384", _score_topk(28, 4, 16384)),
 )
