@@ -19,8 +19,6 @@ from torch.nn.functional import pad
 
 Rope = Literal["half", "interleaved"]
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @dataclass(frozen=True)
 class Segments:
@@ -83,17 +81,16 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     """
     if rows.numel() == 0 or table.numel() == 0:
         return
-    memory = pages.view(-1, pages.shape[-1])
-    slots = _slots(table, rows.reshape(-1), pages.shape[1])
-    values = hidden.reshape(-1, hidden.shape[-1])
-    valid = slots >= 0
+    memory, rows = pages.view(-1, pages.shape[-1]), rows.reshape(-1)
+    values, filler = hidden.reshape(rows.shape[0], -1), rows < 0
     # Skipping needs a data-dependent shape. Instead fillers go to the slot of one real row, which is
-    # written once more at the end; if all are fillers, slot 0 gets back what it holds.
-    real = slots.argmax(0, keepdim=True)
-    slot = slots[real].clamp(min=0)
-    held = memory.index_select(0, slot)
-    memory.index_copy_(0, torch.where(valid, slots, slot), values)
-    memory.index_copy_(0, slot, torch.where(valid[real, None], values[real], held))
+    # written once more at the end; if all are fillers, that slot gets back what it holds.
+    real = rows.argmax(0, keepdim=True)
+    slots = _slots(table, rows.clamp(min=0), pages.shape[1])
+    slot = slots.index_select(0, real)
+    value = torch.where(filler[real], memory.index_select(0, slot), values.index_select(0, real))
+    memory.index_copy_(0, torch.where(filler, slot, slots), values)
+    memory.index_copy_(0, slot, value)
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
@@ -102,9 +99,20 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
     companions: (R, w) tensors of any dtype in lease-row order (cos, sin, position ids); each is
     gathered to (B, S, w) behind the hidden states.
     """
-    slots = _slots(table, rows, pages.shape[1])
-    hidden = _take(pages.view(-1, pages.shape[-1]), slots)
-    return hidden, *(_take(companion, rows) for companion in companions)
+    flat = rows.reshape(-1)
+    index = flat.clamp(min=0)
+    real = (flat >> 63).to(torch.int8).bitwise_not_().unsqueeze(1)  # all bits of a real row, none of a filler
+
+    def gather(source: Tensor, at: Tensor) -> Tensor:
+        if source.shape[0] == 0:
+            return source.new_zeros(*rows.shape, source.shape[1])
+        taken = source.index_select(0, at)
+        # On bits, so that NaN becomes zero too; much faster than a masked fill with a broadcast mask.
+        taken.view(torch.int8).bitwise_and_(real)
+        return taken.view(*rows.shape, source.shape[1])
+
+    slots = _slots(table, index, pages.shape[1]) if table.numel() else index
+    return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(companion, index) for companion in companions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
@@ -207,27 +215,15 @@ def _rank_keys(scores: Tensor) -> Tensor:
 
     Sorting floats leaves signed zeros and NaN bits to the device; sorting integers does not.
     """
-    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0
     largest = torch.iinfo(torch.int32).max
-    ascending = torch.where(scores.isnan(), largest, bits ^ ((bits >> 31) & largest))
-    return ~ascending
+    ascending = bits ^ ((bits >> 31) & largest)
+    return ascending.masked_fill_(scores.isnan(), largest).bitwise_not_()
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
-    """Pool slots of lease rows; fillers stay -1."""
-    page_ids = _take(table.unsqueeze(1), rows // page_size).squeeze(-1)
-    return torch.where(rows >= 0, page_ids * page_size + rows % page_size, -1)
-
-
-def _take(source: Tensor, rows: Tensor) -> Tensor:
-    """Gather ``source`` (n, w) at ``rows`` (B, S) or (S,); negative rows become zeros."""
-    if source.shape[0] == 0:
-        return source.new_zeros(*rows.shape, source.shape[1])
-    taken = source.index_select(0, rows.clamp(min=0).flatten())
-    # On bits, so that NaN becomes zero too; much faster than a masked fill with a broadcast mask.
-    bits = taken.view(_BITS[taken.itemsize])
-    bits.bitwise_and_((rows >= 0).flatten().to(bits.dtype).neg_().unsqueeze(-1))
-    return taken.view(*rows.shape, source.shape[1])
+    """Pool slots of lease rows (n,), none of them a filler."""
+    return torch.add(rows % page_size, table.index_select(0, rows // page_size), alpha=page_size)
 
 
 def _stack(parts: Sequence[Tensor], width: int, fill: float, align: Literal["left", "right"] = "left") -> Tensor:
