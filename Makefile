@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench test-oldest train clean
+.PHONY: help demo test lint bench test-oldest test-triton test-week train clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -27,11 +27,18 @@ bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
 	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
 
+test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of Triton supported
+	.venv-triton/bin/python -m pytest tests/kernels
+
+test-week: $(VENV)/.dev ## Run 10 500 random kernel cases in the interpreter: seven seeds, one for each day of a week
+	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
+		--executor interpreter --examples 500 --hypothesis-seed $$day || exit; done
+
 train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
 	$(BIN)/python -m reroute.embedded.train --out runs/embedded
 
 clean: ## Remove the environments and all caches
-	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-oldest .venv-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +55,11 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
 		-e . transformers==5.20.* pytest hypothesis
+	touch $@
+
+.venv-triton/.dev: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv-triton
+	grep -v triton constraints-cpu.txt > .venv-triton/constraints.txt
+	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-triton/constraints.txt \
+		-e . triton==3.9.* pytest hypothesis
 	touch $@

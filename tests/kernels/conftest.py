@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
+    parser.addoption("--examples", type=int, default=8, help="random cases for each property of a kernel")
 
 
 def chosen(config: pytest.Config) -> Executor | None:
@@ -35,7 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
         except RuntimeError as error:
             raise pytest.UsageError(f"--executor {executor.name}: {error}") from None
         # A new shape compiles, so a first example may take seconds.
-        settings.register_profile("executor", settings(), deadline=None, suppress_health_check=list(HealthCheck))
+        settings.register_profile(
+            "executor",
+            settings(),
+            max_examples=config.getoption("--examples"),
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
         settings.load_profile("executor")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,7 +70,6 @@ def cases(draw_: Any) -> tuple[int, list[int], list[list[int]], int]:
     return page, table, rows, max(map(len, rows)) + draw_(st.integers(0, 2))
 
 
-@settings(max_examples=12)
 @given(case=cases(), width=st.sampled_from([1, 5, 8]), dtype=st.sampled_from(DTYPES), other=st.sampled_from(DTYPES))
 def test_any_rows_pages_and_dtypes(
     ops: Any, device: torch.device, case: Any, width: int, dtype: torch.dtype, other: torch.dtype
