@@ -59,7 +59,7 @@ class DeviceClock(Clock):
         function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
 
 def captured(function: Run) -> Run:

@@ -127,16 +127,15 @@ def main() -> None:
     names, batches = (list(OPERATIONS), (1, 4, 16, 64)) if options.all else (["step"], (1, 64))
     problems = [Problem(m, n, b) for m in MODELS for b in batches for n in VISUAL]
     print("Modelled for an H100 SXM, not measured; microseconds, bf16, a third of the visual tokens kept:\n")
-    head = ("operation", "problem", "floor", "in a graph", "/ floor", "eager", "launches")
-    _print([head, *(_row(model(name, problem)) for name in names for problem in problems)])
+    times = ("operation", "problem", "floor", "in a graph", "/ floor", "eager", "launches")
+    _print([times, *(_row(model(name, problem)) for name in names for problem in problems)])
     if not options.counts:
         return
     if simt_path() is None:
         raise SystemExit(f"No counts: {MISSING}.")
     print("\nCounted by simt at sm_90, bytes and warp instructions:\n")
-    table = [
-        ("operation", "problem", "launches", "requested", "distinct", "formula", "in sectors", "warp instructions")
-    ]
+    head = ("operation", "problem", "launches", "requested", "distinct", "formula", "in sectors", "warp instructions")
+    table: list[tuple[str, ...]] = [head]
     for name in OPERATIONS:
         for problem in (Problem(m, n) for m in MODELS for n in VISUAL if n <= AFFORDABLE):
             c = counted(name, problem)

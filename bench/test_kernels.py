@@ -52,6 +52,10 @@ def test_measured(
     monkeypatch.delenv("REROUTE_BACKEND", raising=False)
     kernels, case = resolve(backend, DEVICE), case_of(problem)
     benchmark.group = f"{operation}, measured on {DEVICE.type}, {DTYPE}"
+    expected = model(operation, problem)
+    modelled = {"eager": expected.eager[0], "graph": expected.graph}[mode] if backend == "triton" else None
+    benchmark.extra_info |= {"operation": operation, "problem": str(problem), "backend": backend, "mode": mode}
+    benchmark.extra_info |= {"floor": 1e6 * expected.floor, "modelled": modelled and 1e6 * modelled}
     run = lambda: OPERATIONS[operation](kernels, case)
     run = captured(run) if mode == "graph" else run
     benchmark.pedantic(lambda: CLOCK.run(run), rounds=ROUNDS, warmup_rounds=2)
