@@ -118,7 +118,7 @@ def main() -> None:
     with torch.no_grad(), compiling_for(90):
         note = lambda name, call: lines.append((name, best(call)))
         note("defer: Triton's own launch", lambda: rows._defer_kernel[(32, 7)](*arguments, 256, **options))
-        note("defer: launch of a variant", lambda: variant((32, 7, 1), arguments, *arguments, 256))
+        note("defer: launch of a variant", lambda: variant((32, 7, 1), *arguments, 256))
         note("defer: launcher", lambda: rows.defer(*arguments))
         for name, call in registrations(launch, "launch").items():
             note(f"defer: {name}", lambda call=call: call(*arguments))

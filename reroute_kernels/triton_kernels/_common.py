@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,10 +17,10 @@ CACHED_COUNTS = 1024
 
 
 class Variant:
-    """A kernel with its constants and options; launches in half the host time that ``kernel[grid](...)`` takes.
+    """A kernel with its constants and options; a launch takes half of the host time of ``kernel[grid](...)``.
 
-    Triton's own launch asks of every argument what it specialises the kernel on. Here that is the type of a tensor
-    and whether it begins at a multiple of 16 bytes; so numbers have to be ``do_not_specialize``.
+    Triton's own launch works out anew each time what the kernel is to be specialised on, constants included. Here
+    the constants are settled, and the arguments are compared by what Triton looks at.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
@@ -31,18 +30,29 @@ class Variant:
         self._is_interpreted = not isinstance(kernel, JITFunction)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], tensors: Sequence[Tensor], *arguments: Any) -> None:
-        """Launch with ``arguments``, whose tensors, in tuples or not, are ``tensors``."""
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launch on the current stream; ``arguments`` are tensors, numbers, None and tuples of these."""
         if self._is_interpreted:
             self._kernel[grid](*arguments, **self.constants, **self._options)
             return
         active = driver.active
-        key = (active, active.get_current_device(), *[(t.dtype, t.data_ptr() % 16) for t in tensors])
+        key = (active, active.get_current_device(), *[_specialisation(argument) for argument in arguments])
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*arguments, *self._values)
         else:
             self._compiled[key] = self._kernel[grid](*arguments, **self.constants, **self._options)
+
+
+def _specialisation(argument: Any) -> Any:
+    """What of an argument a compiled kernel depends on, or something finer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple([_specialisation(element) for element in argument])
+    if type(argument) is int:
+        return argument % 16 == 0, argument == 1, argument.bit_length() // 32
+    return type(argument)
 
 
 @dataclass(frozen=True)

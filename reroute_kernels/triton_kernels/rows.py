@@ -137,7 +137,7 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     width, unit = _units(features * pages.element_size(), pages, hidden)
     tensors = _plain(pages), table.contiguous(), rows.contiguous(), _plain(hidden)
     grid = -(-count // ROWS), -(-width // BLOCK), 1
-    _defer_variant(pages.shape[1], width, unit)(grid, tensors, *tensors, count)
+    _defer_variant(pages.shape[1], width, unit)(grid, *tensors, count)
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tensor]) -> list[Tensor]:
@@ -156,8 +156,7 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tenso
     tensors = _plain(pages), table.contiguous(), rows.contiguous(), _plain(hidden)
     sources, targets = (tuple([_plain(pair[i]) for pair in pairs]) for i in (0, 1))
     grid = -(-count // ROWS), -(-width // BLOCK) + bool(pairs), 1
-    variant = _admit_variant(pages.shape[1], width, unit, shapes)
-    variant(grid, (*tensors, *sources, *targets), *tensors, sources, targets, count)
+    _admit_variant(pages.shape[1], width, unit, shapes)(grid, *tensors, sources, targets, count)
     return [hidden, *gathered]
 
 
