@@ -16,6 +16,7 @@ from support import RULES, enable
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reroute.prefill import Reservation
 from reroute_kernels import PagedPool
 
 FORBIDDEN = ("_pin_memory", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_pinned")
@@ -76,6 +77,21 @@ def test_a_second_prefill_can_be_captured(tiny: Tiny, rules: Rules) -> None:
     assert torch.equal(output.logits, expected.logits)
 
 
+@pytest.mark.parametrize("rules", RULES)
+def test_a_padded_batch_too(rules: Rules) -> None:
+    """Transformers looks into a mask unless it knows that it is being captured."""
+    tiny = models.tiny("llava-gqa")
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
+    given = tiny.inputs(samples)
+    padded = [torch.nn.functional.pad(e, (0, 0, len(samples[1]) - len(e), 0)) for e in map(tiny.embeds, samples)]
+    run = lambda: tiny.model(inputs_embeds=torch.stack(padded), attention_mask=given["attention_mask"])
+    with enable(tiny, rules) as handle, handle.using(handle.plan(given["input_ids"], given["attention_mask"])):
+        expected = run()
+        with mock.patch("transformers.masking_utils.is_tracing", return_value=True), capturing():
+            output = run()
+    assert torch.equal(output.logits, expected.logits)
+
+
 def test_renumbered_positions_too() -> None:
     tiny = models.tiny("llava-gqa")
     given = inputs(tiny, 0)
@@ -127,3 +143,18 @@ def test_rows_are_held_until_the_block_ends(tiny: Tiny) -> None:
         assert torch.equal(outputs[0].logits, outputs[1].logits)
         lengths = [[layer.keys.shape[-2] for layer in getattr(o, CACHE).layers] for o in outputs]
         assert lengths[0] == lengths[1]
+
+
+def test_a_reservation_moves_to_another_pool() -> None:
+    """As when the model's dtype changes between two forwards of one plan."""
+    tiny = models.tiny("llava-gqa")
+    with enable(tiny, RULES[0]) as handle:
+        reservation = Reservation(handle.plan(ids(tiny)))
+    first, second = PagedPool(64, torch.float32, "cpu"), PagedPool(64, torch.float64, "cpu")
+    lease, layout = reservation.take(first)
+    assert reservation.take(first) == (lease, layout)
+    assert reservation.take(second)[0].pages.dtype == torch.float64
+    assert (first.stats().leases, second.stats().leases) == (0, 1)
+    for _ in range(2):
+        reservation.release()
+    assert second.stats().leases == 0
