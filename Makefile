@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench test-oldest test-triton test-week train clean
+.PHONY: help demo test lint bench gpu-check test-oldest test-triton test-week train clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ lint: $(VENV)/.dev ## Check style and types
 
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 	$(BIN)/python -m bench
+
+gpu-check: $(VENV)/.dev ## With a GPU: kernel tests, sanitizers, CUDA graph, micro-benchmarks; one table
+	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
 	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded

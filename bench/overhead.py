@@ -1,7 +1,9 @@
 """Host time per call of the kernels: ``python -m bench.overhead``. Needs no GPU, for launches are stubbed out.
 
 Layer by layer: the bare Triton launch, the launcher around it, and the launcher as an operator registered in
-each way that PyTorch has. The empty operators show what a registration costs by itself.
+each way that PyTorch has. The empty operators show what a registration costs by itself. Then a whole routing step:
+the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the model's own norm and
+projection.
 """
 
 from __future__ import annotations
@@ -10,13 +12,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reroute_kernels import ops
+from reroute import Schedule
+from reroute.plan import make_plan
+from reroute.prefill import Prefill, Tables
+from reroute_kernels import Backend, PagedPool, ops
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels.offline import compiling_for
 
+from .cases import OPERATIONS, Case, Problem
+
+BACKEND = Backend("triton", "measured", ops.defer, ops.admit, ops.select, ops.score_topk)
+PROBLEM = Problem("Qwen2.5-VL-7B", 576)
+STAGES = 20
 SCHEMA = "(Tensor(a!) pages, Tensor table, Tensor rows, Tensor hidden) -> ()"
 LIBRARY = torch.library.Library("overhead", "DEF")
 
@@ -52,6 +63,47 @@ def registrations(run: Callable[..., None], name: str) -> dict[str, Callable[...
     }
 
 
+class Ready:
+    """A projector whose queries and keys are there already."""
+
+    rope = "half"
+
+    def __init__(self, case: Case) -> None:
+        self._projected = case.query, case.keys
+
+    def project(self, layer: int, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._projected
+
+    def scale(self, layer: int) -> float:
+        return 0.1
+
+
+def prefill_step(case: Case, rounds: int = 100) -> tuple[float, float]:
+    """Microseconds of ``Prefill.decide`` and ``advance`` per routing layer, and of making a ``Prefill``: the best."""
+    problem, visual = case.problem, np.arange(case.problem.length) < case.problem.visual
+    schedule = Schedule(tuple(range(1, STAGES + 1)), (1 / 3,) * STAGES)
+    plan = make_plan(visual[None].astype(np.int64), np.ones((1, problem.length), dtype=bool), [1], schedule, "route")
+    assert plan is not None
+    pool, projector = PagedPool(problem.shape.hidden, case.dtype, case.device), Ready(case)
+    logical = torch.zeros(1, problem.length, problem.shape.hidden, dtype=case.dtype)
+    tables = Tables(
+        *(torch.zeros(1, problem.length, 128, dtype=case.dtype) for _ in "cs"), torch.arange(problem.length)[None]
+    )
+    steps, starts = [], []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        prefill = Prefill(plan, BACKEND, pool, projector, tables)
+        made = time.perf_counter()
+        hidden = logical
+        for layer in schedule.layers:
+            prefill.decide(layer, hidden)
+            hidden = prefill.advance(hidden)
+        steps.append((time.perf_counter() - made) / STAGES)
+        starts.append(made - begin)
+        prefill.close()
+    return min(steps) * 1e6, min(starts) * 1e6
+
+
 def main() -> None:
     """Print the table."""
     pages, hidden = torch.zeros(8, 64, 3584, dtype=torch.bfloat16), torch.zeros(1, 256, 3584, dtype=torch.bfloat16)
@@ -60,12 +112,13 @@ def main() -> None:
     companions = (cos, cos.clone(), torch.zeros(512, 1, dtype=torch.int64))
     arguments = pages, table, index, hidden
     width, unit = rows._units(pages.shape[2] * pages.element_size(), pages, hidden)
-    sizes = {"PAGE": 64, "WIDTH": width, "UNIT": unit, "ROWS": rows.ROWS, "BLOCK": rows.BLOCK, "WARPS": rows.WARPS}
-    options = {"num_warps": rows.WARPS, "enable_fp_fusion": False}
+    variant = rows._defer_variant(pages.shape[1], width, unit)
+    options = {**variant.constants, "num_warps": rows.WARPS, "enable_fp_fusion": False}
     lines: list[tuple[str, float]] = []
     with torch.no_grad(), compiling_for(90):
         note = lambda name, call: lines.append((name, best(call)))
-        note("defer: bare launch", lambda: rows._defer_kernel[(32, 7)](*arguments, 256, **sizes, **options))
+        note("defer: Triton's own launch", lambda: rows._defer_kernel[(32, 7)](*arguments, 256, **options))
+        note("defer: launch of a variant", lambda: variant((32, 7, 1), *arguments, 256))
         note("defer: launcher", lambda: rows.defer(*arguments))
         for name, call in registrations(launch, "launch").items():
             note(f"defer: {name}", lambda call=call: call(*arguments))
@@ -74,9 +127,14 @@ def main() -> None:
         note("admit: launcher", lambda: rows.admit(pages, table, index, companions))
         note("admit: as dispatched", lambda: ops.admit(pages, table, index, *companions))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
+        case = Case(PROBLEM, pages.device, pages.dtype)
+        for name in ("score_topk", "step"):
+            note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
+        step, start = prefill_step(case)
+        lines += [("prefill: decide, advance", step), ("prefill: begin", start)]
     print(f"Microseconds per call on the host, launches stubbed out (torch {torch.__version__}):")
     for name, microseconds in lines:
-        print(f"{name:24s}{microseconds:8.1f}")
+        print(f"{name:28s}{microseconds:8.1f}")
 
 
 if __name__ == "__main__":

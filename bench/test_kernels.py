@@ -1,106 +1,90 @@
-"""Micro-benchmarks of the four operations on real shapes, for every backend that runs here: ``pytest bench``."""
+"""Micro-benchmarks of the operations on shapes of real models: ``pytest bench [--all]``.
+
+On CUDA both backends are measured in bf16, eagerly and as CUDA graphs, with a cold L2 cache. Elsewhere the reference
+is measured on the CPU in fp32, and the Triton kernels get the time that ``modelled.py`` gives them on an H100.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 
-from reroute_kernels import Backend, BackendUnavailable, Lease, PagedPool, Segments, resolve
+from reroute_kernels import resolve
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TEXT = 60
+from .cases import OPERATIONS, Case, Problem, problems
+from .clock import Clock, DeviceClock, HostClock, captured
+from .counts import simt_path
+from .modelled import AFFORDABLE, counted, model
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+MEMORY = 24 << 30 if CUDA else 1 << 30  # bytes: larger cases are left out
+QUICK = {(576, 1), (2304, 1), (576, 4), (2304, 4)} if CUDA else {(576, 1), (2304, 1)}
+ROUNDS = 50 if CUDA else 5
+CLOCK: Clock = DeviceClock(DEVICE) if CUDA else HostClock()
+MODELLED = Clock()
 
 
-@dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-
-
-SHAPES = {"llava-7b": Shape(32, 32, 128, 4096), "qwen2.5-vl-7b": Shape(28, 4, 128, 3584)}
-
-
-class Case:
-    """The arguments of one decision: B prompts of N visual tokens, 60 text tokens after them, a third of N kept."""
-
-    def __init__(self, shape: Shape, visual: int, batch: int) -> None:
-        length, kept = visual + TEXT, visual // 3
-        random = torch.Generator(DEVICE).manual_seed(0)
-
-        def draw(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=random, device=DEVICE, dtype=DTYPE)
-
-        self.lease: Lease = PagedPool(shape.hidden, DTYPE, DEVICE).lease((length,) * batch)
-        rows, starts = self.lease.num_rows, torch.tensor(self.lease.starts, device=DEVICE)
-        local = torch.arange(length, device=DEVICE).expand(batch, -1)
-        self.candidates, self.texts = local[:, :visual].contiguous(), local[:, visual:].contiguous()
-        self.segments = Segments(
-            self.lease.starts, (length,) * batch, (visual,) * batch, (TEXT,) * batch, (kept,) * batch
-        )
-        self.query, self.keys = draw(batch, shape.heads, shape.head_dim), draw(rows, shape.kv_heads, shape.head_dim)
-        self.query_rows = starts + length - 1
-        self.cos, self.sin = draw(rows, shape.head_dim), draw(rows, shape.head_dim)
-        self.ids = torch.arange(rows, device=DEVICE).unsqueeze(1)
-        self.scores = torch.rand(batch, visual, generator=random, device=DEVICE)
-        picked = torch.rand(batch, visual, generator=random, device=DEVICE).argsort(1)[:, :kept].sort(1).values
-        self.active = torch.cat((picked, self.texts), 1) + starts.unsqueeze(1)
-        self.hidden = draw(batch, kept + TEXT, shape.hidden)
-        self.scale = shape.head_dim**-0.5
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    fitting = problems(MEMORY, DTYPE.itemsize)
+    if not metafunc.config.getoption("--all"):
+        fitting = [p for p in fitting if (p.visual, p.batch) in QUICK]
+    metafunc.parametrize("problem", fitting, ids=str)
 
 
 @lru_cache(maxsize=1)
-def case_of(model: str, visual: int, batch: int) -> Case:
-    return Case(SHAPES[model], visual, batch)
+def case_of(problem: Problem) -> Case:
+    return Case(problem, DEVICE, DTYPE)
 
 
-def defer(backend: Backend, case: Case) -> Any:
-    return backend.defer(case.lease.pages, case.lease.table, case.active, case.hidden)
-
-
-def admit(backend: Backend, case: Case) -> Any:
-    return backend.admit(case.lease.pages, case.lease.table, case.active, case.cos, case.sin, case.ids)
-
-
-def select(backend: Backend, case: Case) -> Any:
-    return backend.select(case.scores, case.candidates, case.texts, case.segments)
-
-
-def score_topk(backend: Backend, case: Case) -> Any:
-    indices = case.query_rows, case.candidates, case.texts, case.segments
-    return backend.score_topk(case.query, case.keys, case.cos, case.sin, *indices, scale=case.scale)
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.delenv("REROUTE_BACKEND", raising=False)
-    try:
-        return resolve(request.param, DEVICE)
-    except BackendUnavailable as error:
-        pytest.skip(error.why)
-
-
-@pytest.mark.parametrize("operation", [defer, admit, select, score_topk], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("visual", [576, 2304])
-@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("mode", ["eager", "graph"] if CUDA else ["eager"])
+@pytest.mark.parametrize("backend", ["torch", "triton"] if CUDA else ["torch"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
-def test_operation(
-    benchmark: Any, backend: Backend, model: str, visual: int, batch: int, operation: Callable[[Backend, Case], Any]
+def test_measured(
+    benchmark: Any, problem: Problem, operation: str, backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = case_of(model, visual, batch)
-    benchmark.group = f"{operation.__name__}, {DEVICE.type}, {DTYPE}"
+    monkeypatch.delenv("REROUTE_BACKEND", raising=False)
+    kernels, case = resolve(backend, DEVICE), case_of(problem)
+    benchmark.group = f"{operation}, measured on {DEVICE.type}, {DTYPE}"
+    expected = model(operation, problem)
+    modelled = {"eager": expected.eager[0], "graph": expected.graph}[mode] if backend == "triton" else None
+    benchmark.extra_info |= {"operation": operation, "problem": str(problem), "backend": backend, "mode": mode}
+    benchmark.extra_info |= {"floor": 1e6 * expected.floor, "modelled": modelled and 1e6 * modelled}
+    run = lambda: OPERATIONS[operation](kernels, case)
+    run = captured(run) if mode == "graph" else run
+    benchmark.pedantic(lambda: CLOCK.run(run), rounds=ROUNDS, warmup_rounds=2)
 
-    def run() -> None:
-        operation(backend, case)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+@pytest.mark.skipif(CUDA, reason="a GPU measures instead")
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.benchmark(timer=MODELLED)
+def test_modelled(benchmark: Any, problem: Problem, operation: str, mode: str) -> None:
+    result = model(operation, problem)
+    benchmark.group = f"{operation}, triton, MODELLED for an H100 (bytes and launches), not measured"
+    benchmark.extra_info |= {"modelled": True, "launches": result.launches, "bytes": result.bytes}
+    seconds = result.graph if mode == "graph" else result.eager[0]
+
+    def pass_modelled_time() -> None:
+        MODELLED.seconds += seconds
+
+    benchmark.pedantic(pass_modelled_time, rounds=1)
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU measures instead")
+@pytest.mark.skipif(simt_path() is None, reason="simt is not here to count")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_counted(operation: str, problem: Problem, record_property: Any) -> None:
+    """What simt counts, in the properties of ``--junit-xml`` and printed with ``-rP``."""
+    if problem.visual > AFFORDABLE or problem.batch > 1:
+        pytest.skip("too large to execute on the CPU")
+    counts = counted(operation, problem)
+    print(counts)
+    record_property("counts", str(counts))
+    assert counts.launches == model(operation, problem).launches

@@ -15,7 +15,7 @@ from .budget import ModelShape
 from .errors import RerouteError
 from .methods import Method
 from .plan import Plan
-from .prefill import Prefill, Tables
+from .prefill import Prefill, Reservation, Tables
 from .schedule import Action, Schedule
 from .stats import Stats, make_stats
 from .trace import Trace
@@ -106,10 +106,16 @@ class Handle:
         return self._controller.plan(input_ids, attention_mask, cache)
 
     def using(self, plan: Plan) -> AbstractContextManager[None]:
-        """Run the forwards inside ``with`` on ``plan``, without looking at their ids."""
+        """Run the forwards inside ``with`` on ``plan``, without looking at their ids.
+
+        They share one place in the pool, which is held until the block ends: after one forward the next may be captured
+        in a CUDA graph, which must not be replayed once the block has ended.
+        """
         return self._controller.using(plan)
 
-    def _start(self, plan: Plan, hidden: torch.Tensor, tables: Tables) -> Prefill:
+    def _start(
+        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
+    ) -> Prefill:
         pool = self._pool
         fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, hidden.device)
         if pool is None or not (fits or self._pool_is_given):
@@ -120,7 +126,8 @@ class Handle:
                 "Make the pool with the model's dtype and device, or pass none."
             )
         family = self._controller.family
-        return Prefill(plan, self.backend, pool, family, tables, method=self._method, trace=self._trace_on)
+        settings: dict[str, Any] = {"method": self._method, "trace": self._trace_on}
+        return Prefill(plan, self.backend, pool, family, tables, reservation=reservation, **settings)
 
     def _done(self, forward: RoutedPrefill) -> None:
         assert forward.prefill is not None

@@ -33,19 +33,25 @@ __all__ = ["Layout", "Plan", "make_plan"]
 class Layout:
     """The plan's index tensors on one device, for one placement of the samples in the pool (R lease rows).
 
+    - ``segments``: of each stage, the counts of its decision, still on the host.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
     - ``starts`` (B, 1): first lease row of each sample.
     - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
+    - ``ordinals`` (1, N): 0, 1, 2, …
     - ``queries`` (stages, B): row of each sample's query among the rows that are scored for that stage.
+    - ``dropped`` (stages, B): how many of each sample's rows do not run in that stage.
     """
 
+    segments: tuple[Segments, ...]
     rows: torch.Tensor
     tokens: torch.Tensor
     starts: torch.Tensor
     candidates: torch.Tensor
     texts: torch.Tensor
+    ordinals: torch.Tensor
     queries: torch.Tensor
+    dropped: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,14 +197,18 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     tokens = np.zeros(num_rows, dtype=np.int64)
     flat = rows.ravel()
     tokens[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-    segments = [plan.segments(stage, starts) for stage in range(len(plan.kept))]
+    stages = range(len(plan.kept))
+    segments = tuple(plan.segments(stage, starts) for stage in stages)
     queries = np.array([np.add(s.starts, s.lengths) - 1 for s in segments], dtype=np.int64)
-    parts = (rows, tokens, offsets, _padded(plan.visual), _padded(plan.texts), queries)
+    dropped = np.array([np.subtract(plan.lengths, plan.active(stage)) for stage in stages], dtype=np.int64)
+    candidates = _padded(plan.visual)
+    ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
+    parts = (rows, tokens, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped)
     ends = list(accumulate(part.size for part in parts))
     packed = torch.tensor(np.concatenate([part.ravel() for part in parts]))
     packed = packed.to(device, non_blocking=True)
     pieces = torch.tensor_split(packed, ends[:-1])
-    return Layout(*(p.view(part.shape) for p, part in zip(pieces, parts, strict=True)))
+    return Layout(segments, *(p.view(part.shape) for p, part in zip(pieces, parts, strict=True)))
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

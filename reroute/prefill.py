@@ -14,10 +14,10 @@ import torch
 from reroute_kernels import Backend, Lease, PagedPool, Rope, Selection
 
 from .methods import Method, ScoreView
-from .plan import Plan
+from .plan import Layout, Plan
 from .trace import StageTrace, Trace
 
-__all__ = ["Prefill", "Projector", "Tables"]
+__all__ = ["Prefill", "Projector", "Reservation", "Tables"]
 
 
 class Projector(Protocol):
@@ -53,6 +53,41 @@ class _Rivals:
     ordinals: torch.Tensor
 
 
+class Reservation:
+    """A place in a pool for the prefills of one plan, one after the other.
+
+    The first prefill leases the rows and uploads the index tables; both stay where they are until ``release``. So any
+    later one allocates no pool rows and uploads nothing, and may be captured in a CUDA graph.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """Nothing is held yet."""
+        self._plan = plan
+        self._held: tuple[PagedPool, Lease, Layout] | None = None
+
+    def take(self, pool: PagedPool) -> tuple[Lease, Layout]:
+        """The lease and the index tables.
+
+        Raises:
+            PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
+        """
+        if self._held is None or self._held[0] is not pool:
+            self.release()
+            lease = pool.lease(self._plan.lengths)
+            try:
+                self._held = pool, lease, self._plan.layout(lease.starts, lease.num_rows, pool.device)
+            except BaseException:
+                lease.release()
+                raise
+        return self._held[1:]
+
+    def release(self) -> None:
+        """Give the rows back. Idempotent."""
+        held, self._held = self._held, None
+        if held is not None:
+            held[1].release()
+
+
 class Prefill:
     """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
     the end, and ``close`` in any case.
@@ -66,10 +101,13 @@ class Prefill:
         projector: Projector,
         tables: Tables,
         *,
+        reservation: Reservation | None = None,
         method: Method | None = None,
         trace: bool = False,
     ) -> None:
-        """Lease pool rows for ``plan`` and sort the logical ``tables`` (batch dimension B or 1) into lease order.
+        """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into lease order.
+
+        Whoever passes a ``reservation`` of ``plan`` releases it.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
@@ -79,22 +117,23 @@ class Prefill:
         self._selection: Selection | None = None
         self._written: torch.Tensor | None = None
         self._trace: list[StageTrace] | None = [] if trace else None
-        self._lease: Lease = pool.lease(plan.lengths)
+        self._is_reserved = reservation is not None
+        self._reservation = reservation or Reservation(plan)
+        self._lease, self._layout = self._reservation.take(pool)
         try:
-            self._layout = plan.layout(self._lease.starts, self._lease.num_rows, tables.cos.device)
             self._home = [self._to_lease_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
             self._rows = self._layout.rows
-            ordinals = torch.arange(self._layout.candidates.shape[1], device=self._rows.device)
-            ordinals = ordinals.expand_as(self._layout.candidates)
+            ordinals = self._layout.ordinals.expand_as(self._layout.candidates)
             self._rivals = _Rivals(self._layout.candidates, self._layout.texts, ordinals)
         except BaseException:
-            self._lease.release()
+            self.close()
             raise
 
     def close(self) -> None:
-        """Give the pool rows back. Idempotent."""
+        """Give the pool rows back, unless they are reserved. Idempotent."""
         self._written = None
-        self._lease.release()
+        if not self._is_reserved:
+            self._reservation.release()
 
     @property
     def positions(self) -> torch.Tensor:
@@ -112,9 +151,7 @@ class Prefill:
         """What the running stage's renumbered positions subtract from logical ones, (B, 1) int64; else None."""
         if self.plan.schedule.positions == "preserved":
             return None
-        active = self.plan.active(self.stage)
-        dropped = [n - m for n, m in zip(self.plan.lengths, active, strict=True)]
-        return torch.tensor(dropped, device=self._rows.device)[:, None]
+        return self._layout.dropped[self.stage][:, None]
 
     @property
     def trace(self) -> Trace | None:
@@ -186,13 +223,13 @@ class Prefill:
             query_rows,
             self._rivals.candidates,
             self._rivals.texts,
-            self.plan.segments(stage, self._lease.starts),
+            self._layout.segments[stage],
             scale=self._projector.scale(layer),
             rope=self._projector.rope,
         )
 
     def _rank_by_method(self, method: Method, stage: int, layer: int, rows: torch.Tensor) -> Selection:
-        segments = self.plan.segments(stage, self._lease.starts)
+        segments = self._layout.segments[stage]
         counts = segments.candidates
         candidates = _trim(self._rivals.candidates, counts)
         hidden = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
@@ -212,6 +249,8 @@ class Prefill:
 
     def _lease_rows(self, stage: int, active: torch.Tensor) -> torch.Tensor:
         """Lease rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
+        if self.plan.batch == 1 and self.plan.scores_pool(stage):
+            return active  # one sample: it starts at row 0 and has no fillers
         if self.plan.scores_pool(stage):
             rows = self._layout.starts + active
         else:  # the scored rows are the compact rows without their fillers

@@ -76,64 +76,64 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
 
 # --- select and score_topk -------------------------------------------------------------------
 
-# Segments travel as lists of integers, one a field: operators take no objects.
-_COUNTS = "int[] starts, int[] lengths, int[] candidate_counts, int[] text_counts, int[] keep"
+# Segments travel as one list of integers, field after field: operators take no objects, and each list costs time.
 _SELECTION = "(Tensor kept, Tensor active, Tensor scores)"
 
 
-def _columns(segments: Segments) -> tuple[tuple[int, ...], ...]:
-    return segments.starts, segments.lengths, segments.candidates, segments.texts, segments.keep
+@lru_cache(maxsize=256)
+def _flat(segments: Segments) -> tuple[int, ...]:
+    return *segments.starts, *segments.lengths, *segments.candidates, *segments.texts, *segments.keep
 
 
 @lru_cache(maxsize=256)
-def _segments(*columns: tuple[int, ...]) -> Segments:
-    return Segments(*columns)
+def _segments(counts: tuple[int, ...]) -> Segments:
+    batch = len(counts) // 5
+    return Segments(*(counts[i * batch : (i + 1) * batch] for i in range(5)))
 
 
-def _fake_selection(candidates: Tensor, text_counts: Sequence[int], keep: Sequence[int]) -> Selection:
-    batch, widest = candidates.shape
-    width = max(m + k for m, k in zip(text_counts, keep, strict=True))
+def _fake_selection(candidates: Tensor, counts: Sequence[int]) -> Selection:
+    (batch, widest), segments = candidates.shape, _segments(tuple(counts))
     return Selection(
-        kept=candidates.new_empty(batch, max(keep)),
-        active=candidates.new_empty(batch, width),
+        kept=candidates.new_empty(batch, max(segments.keep)),
+        active=candidates.new_empty(batch, segments.width),
         scores=candidates.new_empty(batch, widest, dtype=torch.float32),
     )
 
 
-def _run_select(scores: Tensor, candidates: Tensor, texts: Tensor, *counts: Sequence[int]) -> Selection:
-    return _select.select(scores, candidates, texts, _segments(*map(tuple, counts)))
+def _run_select(scores: Tensor, candidates: Tensor, texts: Tensor, counts: Sequence[int]) -> Selection:
+    return _select.select(scores, candidates, texts, _segments(tuple(counts)))
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
-    tensors, counts, (scale, rope) = arguments[:7], arguments[7:12], arguments[12:]
+    *tensors, counts, scale, rope = arguments
     launch: Callable[..., Selection] = _score.score_topk
-    return launch(*tensors, _segments(*map(tuple, counts)), scale=scale, rope=rope)
+    return launch(*tensors, _segments(tuple(counts)), scale=scale, rope=rope)
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
     """Of the logits: 2 H D for every key row of a sample with candidates."""
-    (_, heads, features), lengths, candidates = arguments[0], arguments[8], arguments[9]
-    return 2 * heads * features * sum(n for n, c in zip(lengths, candidates, strict=True) if c)  # type: ignore[no-any-return]
+    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[7]))
+    return 2 * heads * features * sum(n for n, c in zip(segments.lengths, segments.candidates, strict=True) if c)  # type: ignore[no-any-return]
 
 
 _select_op = _register(
-    f"select(Tensor scores, Tensor candidates, Tensor texts, {_COUNTS}) -> {_SELECTION}",
+    f"select(Tensor scores, Tensor candidates, Tensor texts, int[] counts) -> {_SELECTION}",
     _run_select,
-    lambda scores, candidates, texts, starts, lengths, n, m, keep: _fake_selection(candidates, m, keep),
+    lambda scores, candidates, texts, counts: _fake_selection(candidates, counts),
     _no_flops,
 )
 _score_op = _register(
     "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
-    f"Tensor texts, {_COUNTS}, float scale, str rope) -> {_SELECTION}",
+    f"Tensor texts, int[] counts, float scale, str rope) -> {_SELECTION}",
     _run_score_topk,
-    lambda *arguments: _fake_selection(arguments[5], arguments[10], arguments[11]),
+    lambda *arguments: _fake_selection(arguments[5], arguments[7]),
     _score_flops,
 )
 
 
 def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
-    return Selection(*_select_op(scores, candidates, texts, *_columns(segments)))
+    return Selection(*_select_op(scores, candidates, texts, _flat(segments)))
 
 
 def score_topk(
@@ -151,4 +151,4 @@ def score_topk(
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
     tensors = query, keys, cos, sin, query_rows, candidates, texts
-    return Selection(*_score_op(*tensors, *_columns(segments), scale, rope))
+    return Selection(*_score_op(*tensors, _flat(segments), scale, rope))

@@ -104,6 +104,7 @@ class Lease:
         self._pool = pool
         self._slab: _Slab | None = slab
         self._page_ids = tuple(page_ids)
+        self._view = _consecutive(slab.memory, page_ids)
         self.starts = starts
         self.lengths = lengths
         self.num_rows = len(page_ids) * pool.page_size
@@ -127,16 +128,12 @@ class Lease:
         Elsewhere a gathered copy; so read from it, and write with ``defer``.
         """
         pages, table = self._alive()
-        ids = self._page_ids
-        if not ids or ids[-1] - ids[0] == len(ids) - 1:
-            first = ids[0] if ids else 0
-            return pages[first : first + len(ids)].view(-1, pages.shape[-1])
-        return pages[table].view(-1, pages.shape[-1])
+        return pages[table].view(-1, pages.shape[-1]) if self._view is None else self._view
 
     def release(self) -> None:
         """Return the pages to the pool; a second call does nothing."""
         with self._pool._lock:
-            slab, self._slab, self._table = self._slab, None, None
+            slab, self._slab, self._table, self._view = self._slab, None, None, None
             if slab is not None:
                 slab.leave()
                 slab.give_back(self._page_ids)
@@ -211,10 +208,13 @@ class PagedPool:
         """Pages for one prefill of B samples with ``lengths[b]`` rows each.
 
         A sample starts on a page of its own; an empty one takes none. Raises ValueError for a
-        negative length and PoolLimitError where ``max_bytes`` forbids the pages.
+        negative length, PoolLimitError where ``max_bytes`` forbids the pages, and RuntimeError inside
+        a CUDA graph capture.
         """
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative: got {list(lengths)}")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a lease cannot be taken inside a CUDA graph capture: take it before, and hold it")
         counts = [-(-length // self.page_size) for length in lengths]
         *firsts, total = accumulate(counts, initial=0)
         starts = tuple(first * self.page_size for first in firsts)
@@ -300,6 +300,15 @@ class PagedPool:
 
     def _pages_in_use(self) -> int:
         return self._pages() - sum(len(slab.free) for slab in self._slabs)
+
+
+def _consecutive(pages: Tensor, ids: Sequence[int]) -> Tensor | None:
+    """The rows (R, C) of pages ``ids`` as a view, or None if they do not follow one another."""
+    if not ids:
+        return pages[:0].view(-1, pages.shape[-1])
+    if ids[-1] - ids[0] != len(ids) - 1:
+        return None
+    return pages[ids[0] : ids[-1] + 1].view(-1, pages.shape[-1])
 
 
 def _probe(device: torch.device | str) -> Tensor:

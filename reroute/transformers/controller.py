@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
 from ..plan import Plan, make_plan
+from ..prefill import Reservation
 from ..schedule import Action, Schedule
 from .cache import RoutedLayer, cache_of, check_cache
 from .families import Family
@@ -32,7 +33,7 @@ class _ThreadState(threading.local):
     """What the present thread is doing with the model."""
 
     forward: Forward | None = None
-    given_plan: Plan | None = None
+    given: tuple[Plan, Reservation] | None = None
     prompt_end: int | None = None
     labels: torch.Tensor | None = None
 
@@ -139,12 +140,14 @@ class Controller:
 
     @contextmanager
     def using(self, plan: Plan) -> Iterator[None]:
-        """Use ``plan`` for the forwards of this thread instead of reading their ids."""
-        outer, self._state.given_plan = self._state.given_plan, plan
+        """Use ``plan``, and one place in the pool, for the forwards of this thread instead of reading their ids."""
+        reservation = Reservation(plan)
+        outer, self._state.given = self._state.given, (plan, reservation)
         try:
             yield
         finally:
-            self._state.given_plan = outer
+            self._state.given = outer
+            reservation.release()
 
     def plan(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
@@ -191,13 +194,14 @@ class Controller:
 
     def _open(self, args: tuple[Any, ...], kwargs: Kwargs) -> Forward | None:
         cache = cache_of(kwargs)
-        plan = self._state.given_plan or self._plan_call(args, kwargs, cache)
+        plan, reservation = self._state.given or (self._plan_call(args, kwargs, cache), None)
         if plan is not None and not plan.changes_nothing:
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.family.text.parameters()):
                 raise RerouteError(NO_GRADIENTS)
             record = kwargs.get("output_hidden_states")
             record = getattr(self.family.text_config, "output_hidden_states", False) if record is None else record
-            return RoutedPrefill(plan, self.family, self._start, cache, record_states=bool(record))
+            start = functools.partial(self._start, reservation=reservation)
+            return RoutedPrefill(plan, self.family, start, cache, record_states=bool(record))
         if cache is not None and any(isinstance(layer, RoutedLayer) for layer in cache.layers):
             return Continuation(self.family)
         return None

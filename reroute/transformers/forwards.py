@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
 from ..plan import Plan
-from ..prefill import Prefill, Tables
+from ..prefill import Prefill, Reservation, Tables
 from .cache import RoutedLayer, cache_of, route_layer, routed_layer
 from .families import Family
 from .masks import decode_mask, prefill_mask
@@ -38,7 +38,9 @@ class Forward(Protocol):
 class StartPrefill(Protocol):
     """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
 
-    def __call__(self, plan: Plan, hidden: torch.Tensor, tables: Tables) -> Prefill:
+    def __call__(
+        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
+    ) -> Prefill:
         """``hidden`` (B, L, C) tells width, dtype and device."""
 
 

@@ -1,17 +1,58 @@
-"""What the score and select launches share on the host: counts on the device, and scratch memory."""
+"""What the launches share on the host: a short way to a compiled kernel, counts on the device, scratch memory."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import JITFunction, driver
 
 from reroute_kernels.reference import Segments
 
 CACHED_COUNTS = 1024
+
+
+class Variant:
+    """A kernel with its constants and options; a launch takes half of the host time of ``kernel[grid](...)``.
+
+    Triton's own launch works out anew each time what the kernel is to be specialised on, constants included. Here
+    the constants are settled, and the arguments are compared by what Triton looks at.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        """``constants``: in the order of the kernel's parameters, which they end. ``options``: num_warps and so on."""
+        self._kernel, self.constants, self._options = kernel, constants, options
+        self._values = tuple(constants.values())
+        self._is_interpreted = not isinstance(kernel, JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launch on the current stream; ``arguments`` are tensors, numbers, None and tuples of these."""
+        if self._is_interpreted:
+            self._kernel[grid](*arguments, **self.constants, **self._options)
+            return
+        active = driver.active
+        key = (active, active.get_current_device(), *[_specialisation(argument) for argument in arguments])
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *self._values)
+        else:
+            self._compiled[key] = self._kernel[grid](*arguments, **self.constants, **self._options)
+
+
+def _specialisation(argument: Any) -> Any:
+    """What of an argument a compiled kernel depends on, or something finer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple([_specialisation(element) for element in argument])
+    if type(argument) is int:
+        return argument % 16 == 0, argument == 1, argument.bit_length() // 32
+    return type(argument)
 
 
 @dataclass(frozen=True)
@@ -62,7 +103,7 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device, *, z
         return allocate(size, dtype=dtype, device=device)
     key = (name, device, _stream(device))
     memory = _scratch.get(key)
-    if memory is None or memory.numel() < size:
+    if memory is None or len(memory) < size:
         memory = _scratch[key] = allocate(1 << max(size - 1, 1).bit_length(), dtype=dtype, device=device)
     return memory
 
@@ -87,4 +128,5 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+    """Of the stream in use: its address, which Triton's driver has at hand; torch would make an object first."""
+    return int(driver.active.get_current_stream(device.index)) if device.type == "cuda" else 0

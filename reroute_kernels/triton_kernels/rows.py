@@ -9,15 +9,19 @@ tensors that are not contiguous are copied first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reroute_kernels.triton_kernels._common import Variant
+
 ROWS = 8  # compact rows per program
 BLOCK = 128  # units per row and program: 1 KiB in the widest unit
 WARPS = 4
+_SHAPE = {"ROWS": ROWS, "BLOCK": BLOCK, "WARPS": WARPS}
 # Fewer columns than this and Triton would have several threads ask for the same unit.
 NARROW = 32 * WARPS * 2 // ROWS
 
@@ -131,21 +135,9 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
         return
     hidden = hidden.contiguous()
     width, unit = _units(features * pages.element_size(), pages, hidden)
-    _defer_kernel[(-(-count // ROWS), -(-width // BLOCK))](
-        _plain(pages),
-        table.contiguous(),
-        rows.contiguous(),
-        _plain(hidden),
-        count,
-        PAGE=pages.shape[1],
-        WIDTH=width,
-        UNIT=unit,
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        WARPS=WARPS,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
-    )
+    tensors = _plain(pages), table.contiguous(), rows.contiguous(), _plain(hidden)
+    grid = -(-count // ROWS), -(-width // BLOCK), 1
+    _defer_variant(pages.shape[1], width, unit)(grid, *tensors, count)
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tensor]) -> list[Tensor]:
@@ -160,39 +152,43 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tenso
     if count == 0 or not (features or pairs):
         return [hidden, *gathered]
     width, unit = _units(features * pages.element_size(), pages, hidden)
-    shapes = tuple(_units(source.shape[1] * source.element_size(), source, target) for source, target in pairs)
-    widest = max((w for w, _ in shapes), default=1)
-    # One span for all companions, so that their rows are laid out over the threads once.
-    span = min(max(1 << (widest - 1).bit_length(), NARROW), BLOCK)
-    _admit_kernel[(-(-count // ROWS), -(-width // BLOCK) + bool(pairs))](
-        _plain(pages),
-        table.contiguous(),
-        rows.contiguous(),
-        _plain(hidden),
-        tuple(_plain(source) for source, _ in pairs),
-        tuple(_plain(target) for _, target in pairs),
-        count,
-        PAGE=pages.shape[1],
-        WIDTH=width,
-        UNIT=unit,
-        WIDTHS=tuple(w for w, _ in shapes),
-        UNITS=tuple(u for _, u in shapes),
-        SPAN=span,
-        TURNS=-(-widest // span),
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        WARPS=WARPS,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
-    )
+    shapes = tuple([_units(source.shape[1] * source.element_size(), source, target) for source, target in pairs])
+    tensors = _plain(pages), table.contiguous(), rows.contiguous(), _plain(hidden)
+    sources, targets = (tuple([_plain(pair[i]) for pair in pairs]) for i in (0, 1))
+    grid = -(-count // ROWS), -(-width // BLOCK) + bool(pairs), 1
+    _admit_variant(pages.shape[1], width, unit, shapes)(grid, *tensors, sources, targets, count)
     return [hidden, *gathered]
 
 
-def _units(size: int, source: Tensor, target: Tensor) -> tuple[int, tl.dtype]:
-    """Width of a row of ``size`` bytes in the widest unit that divides it and both addresses, and the unit."""
+@lru_cache(maxsize=256)
+def _defer_variant(page: int, width: int, unit: int) -> Variant:
+    constants = {"PAGE": page, "WIDTH": width, "UNIT": _UNITS[unit], **_SHAPE}
+    return Variant(_defer_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
+
+
+@lru_cache(maxsize=256)
+def _admit_variant(page: int, width: int, unit: int, shapes: tuple[tuple[int, int], ...]) -> Variant:
+    widest = max((w for w, _ in shapes), default=1)
+    # One span for all companions, so that their rows are laid out over the threads once.
+    span = min(max(1 << (widest - 1).bit_length(), NARROW), BLOCK)
+    constants = {
+        "PAGE": page,
+        "WIDTH": width,
+        "UNIT": _UNITS[unit],
+        "WIDTHS": tuple(w for w, _ in shapes),
+        "UNITS": tuple(_UNITS[u] for _, u in shapes),
+        "SPAN": span,
+        "TURNS": -(-widest // span),
+        **_SHAPE,
+    }
+    return Variant(_admit_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def _units(size: int, source: Tensor, target: Tensor) -> tuple[int, int]:
+    """Width of a row of ``size`` bytes in the widest unit that divides it and both addresses, and the unit's bytes."""
     bits = size | source.data_ptr() | target.data_ptr() | 8
     unit = bits & -bits
-    return size // unit, _UNITS[unit]
+    return size // unit, unit
 
 
 def _plain(tensor: Tensor) -> Tensor:

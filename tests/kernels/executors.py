@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.counts import MISSING, simt_path
+
 NAMES = ("interpreter", "simt:80", "simt:90", "cuda")
 SCHEDULES = (0, 1)  # seeds under which simt runs every launch; the outputs must agree bit for bit
 ROOT = Path(__file__).parents[2]
@@ -56,16 +58,10 @@ class Executor:
             simt.install(arch=int(self.name.partition(":")[2]), seeds=SCHEDULES)
 
 
-def simt_path() -> Path | None:
-    """The folder to import simt from: $SIMT_PATH, or ../shared/simt beside the repository."""
-    folder = Path(os.environ.get("SIMT_PATH") or ROOT.parent / "shared" / "simt")
-    return folder if (folder / "simt" / "__init__.py").exists() else None
-
-
 def unavailable(name: str) -> str | None:
     """Why the executor ``name`` cannot run here."""
     if name.startswith("simt") and simt_path() is None:
-        return "simt is neither at $SIMT_PATH nor at ../shared/simt"
+        return MISSING
     if name == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     return None

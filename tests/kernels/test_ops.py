@@ -44,9 +44,9 @@ class Problem:
         return self.query, self.keys, self.cos, self.sin, self.query_rows, self.candidates, self.texts
 
     @property
-    def counts(self) -> tuple[tuple[int, ...], ...]:
+    def counts(self) -> tuple[int, ...]:
         s = self.segments
-        return s.starts, s.lengths, s.candidates, s.texts, s.keep
+        return *s.starts, *s.lengths, *s.candidates, *s.texts, *s.keep
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""
@@ -83,8 +83,8 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden))
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
-    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, *p.counts))
-    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half"))
+    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, p.counts))
+    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half"))
 
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:

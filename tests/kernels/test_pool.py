@@ -50,6 +50,15 @@ def test_empty_leases_take_nothing(lengths: list[int]) -> None:
     assert pool.stats().leases == 0
 
 
+def test_no_lease_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make()
+    pool.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
+        pool.lease([1])
+    assert pool.stats().leases == 0
+
+
 def test_consecutive_rows_are_a_view_of_the_pool() -> None:
     with make().lease([6]) as lease:
         lease.rows().copy_(torch.arange(64.0).view(8, 8))

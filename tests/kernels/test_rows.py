@@ -100,6 +100,16 @@ def test_odd_addresses_and_strides(ops: Any, device: torch.device) -> None:
     agree(ops, pages, table, rows, hidden, companions)
 
 
+def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.device) -> None:
+    """What was compiled for multiples of 16 bytes must not run elsewhere, nor a count of 16 rows decide anything."""
+    table, rows = torch.tensor([2, 0], device=device), rows_of([[*range(8)], [*range(8, 16)]], 8, device)
+    pages, hidden = (draw((n * 64 + 8,), torch.bfloat16, device) for n in (3 * 8, 16))
+    for offset, length in ((0, 8), (4, 8), (1, 8), (0, 3), (0, 1), (4, 1)):
+        here = pages[offset : offset + 3 * 8 * 64].view(3, 8, 64)
+        compact = hidden[offset : offset + 2 * length * 64].view(2, length, 64)
+        agree(ops, here, table, rows[:, :length], compact, [compact.view(-1, 64)[:1].expand(16, 64)])
+
+
 @pytest.mark.parametrize("poison", [NAN, float("inf")])
 def test_fillers_are_inert_under_poison(ops: Any, device: torch.device, poison: float) -> None:
     pages = torch.full((3, 2, 8), poison, device=device)

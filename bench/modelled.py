@@ -1,0 +1,148 @@
+"""Times of the kernels on an H100 by formula: ``python -m bench.modelled [--all] [--counts]``. None is measured.
+
+A launch takes the time in which its distinct bytes cross the memory bus, and a fixed cost. The bytes are functions
+of the shape alone; ``tests/bench/test_modelled.py`` holds them against what simt counts. Latency is left out: of the
+loads of one program that wait for each other, above all in the one program per sample that selects.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from .cases import MODELS, OPERATIONS, PAGE, TEXT, VISUAL, Case, Problem
+from .counts import MISSING, Counts, count, simt_path
+
+__all__ = ["AFFORDABLE", "LAUNCHES", "Modelled", "counted", "distinct_bytes", "floor_bytes", "model"]
+
+BANDWIDTH = 3.35e12 * 0.85  # bytes a second: H100 SXM, and the share that coalesced loads are reported to reach
+GRAPH_LAUNCH = 1.5e-6  # seconds between the kernels of a CUDA graph: an assumption
+EAGER_LAUNCH = (6e-6, 18e-6)  # seconds of host time for an eager Triton launch: as reported
+ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a score
+NOTES = 12  # bytes per candidate that the selection writes and reads for itself
+LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "select": 1, "score_topk": 2, "step": 4}
+AFFORDABLE = 2304  # visual tokens, batch 1: beyond this simt takes too long
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """Seconds. floor: the rows and keys that any implementation moves, at the same bandwidth. eager: a range."""
+
+    operation: str
+    problem: Problem
+    launches: int
+    bytes: int
+    floor: float
+    graph: float
+    eager: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        """Of the time in a graph to the floor."""
+        return self.graph / self.floor
+
+
+def model(operation: str, problem: Problem) -> Modelled:
+    """By formula."""
+    launches, size = LAUNCHES[operation], distinct_bytes(operation, problem)
+    graph = launches * GRAPH_LAUNCH + size / BANDWIDTH
+    # Eagerly the host launches one after the other while the device works.
+    least, most = (max(graph, launches * cost) for cost in EAGER_LAUNCH)
+    floor = floor_bytes(operation, problem) / BANDWIDTH
+    return Modelled(operation, problem, launches, size, floor, graph, (least, most))
+
+
+def floor_bytes(operation: str, problem: Problem) -> int:
+    """Rows moved, each read once and written once; keys read once; of a bare selection the scores."""
+    if operation == "step":
+        return sum(floor_bytes(part, problem) for part in ("defer", "score_topk", "admit"))
+    if operation == "score_topk":
+        return problem.batch * problem.length * problem.shape.kv_heads * problem.shape.features * ITEM
+    if operation == "select":
+        return problem.batch * problem.visual * FLOAT
+    rows = problem.length if operation == "restore" else problem.width
+    return 2 * problem.batch * rows * problem.shape.hidden * ITEM
+
+
+def distinct_bytes(operation: str, problem: Problem) -> int:
+    """Distinct bytes that the launches read and write, summed over launches."""
+    if operation == "step":
+        return sum(distinct_bytes(part, problem) for part in ("defer", "score_topk", "admit"))
+    if operation == "score_topk":
+        return problem.batch * (_score(problem) + _selection(problem, heads=problem.shape.heads))
+    if operation == "select":
+        return problem.batch * _selection(problem, heads=1)
+    rows = problem.batch * (problem.length if operation == "restore" else problem.width)
+    companions = 2 * 2 * problem.shape.features * ITEM + 2 * INT if operation == "admit" else 0  # cos, sin, ids
+    return floor_bytes(operation, problem) + rows * (companions + INT) + problem.pages * INT
+
+
+def _score(problem: Problem) -> int:
+    """Of one sample: keys, the half of cos and sin that is not a repetition, the query, and logits of whole pages."""
+    shape, length = problem.shape, problem.length
+    keys = length * shape.kv_heads * shape.features * ITEM
+    tables = length * shape.features * ITEM
+    logits = shape.heads * -(-length // PAGE) * PAGE * FLOAT
+    return keys + tables + shape.heads * shape.features * ITEM + logits
+
+
+def _selection(problem: Problem, heads: int) -> int:
+    """Of one sample: logits or scores, candidates and texts in; scores, kept and active out; its notes."""
+    per_candidate = heads * FLOAT + INT + FLOAT + NOTES
+    return problem.visual * per_candidate + (TEXT + problem.kept + problem.width) * INT
+
+
+def counted(operation: str, problem: Problem) -> Counts:
+    """What simt counts; RuntimeError without simt."""
+    from reroute_kernels import Backend, ops
+
+    backend = Backend("triton", "counted", ops.defer, ops.admit, ops.select, ops.score_topk)
+    case = Case(problem, torch.device("cpu"), torch.bfloat16)
+    return count(lambda: OPERATIONS[operation](backend, case))
+
+
+def _print(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + " |")
+        if row is rows[0]:
+            print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+
+
+def _row(result: Modelled) -> tuple[str, ...]:
+    least, most = result.eager
+    times = (f"{1e6 * t:.1f}" for t in (result.floor, result.graph))
+    eager = f"{1e6 * least:.0f} … {1e6 * most:.0f}"
+    return result.operation, str(result.problem), *times, f"{result.ratio:.1f}", eager, str(result.launches)
+
+
+def main() -> None:
+    """Print the modelled times, and the counts if asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.modelled", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every operation and batch, not only whole steps")
+    parser.add_argument("--counts", action="store_true", help="also what simt counts, beside the formula (minutes)")
+    options = parser.parse_args()
+    names, batches = (list(OPERATIONS), (1, 4, 16, 64)) if options.all else (["step"], (1, 64))
+    problems = [Problem(m, n, b) for m in MODELS for b in batches for n in VISUAL]
+    print("Modelled for an H100 SXM, not measured; microseconds, bf16, a third of the visual tokens kept:\n")
+    times = ("operation", "problem", "floor", "in a graph", "/ floor", "eager", "launches")
+    _print([times, *(_row(model(name, problem)) for name in names for problem in problems)])
+    if not options.counts:
+        return
+    if simt_path() is None:
+        raise SystemExit(f"No counts: {MISSING}.")
+    print("\nCounted by simt at sm_90, bytes and warp instructions:\n")
+    head = ("operation", "problem", "launches", "requested", "distinct", "formula", "in sectors", "warp instructions")
+    table: list[tuple[str, ...]] = [head]
+    for name in OPERATIONS:
+        for problem in (Problem(m, n) for m in MODELS for n in VISUAL if n <= AFFORDABLE):
+            c = counted(name, problem)
+            sizes = c.launches, c.requested, c.minimal, distinct_bytes(name, problem), 32 * c.sectors, c.instructions
+            table.append((name, str(problem), *map(str, sizes)))
+    _print(table)
+
+
+if __name__ == "__main__":
+    main()
