@@ -65,7 +65,7 @@ def attempt(name: str, step: Step) -> Result:
     except StepSkipped as reason:
         status, detail = "skipped", str(reason)
     except StepFailed as error:
-        status, detail = "failed", str(error)
+        status, detail, measurements = "failed", str(error), error.measurements
     except Exception:
         status, detail = "failed", traceback.format_exc()
     return Result(name, status, round(time.perf_counter() - start, 1), detail, measurements)

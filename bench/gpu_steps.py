@@ -41,7 +41,9 @@ Run = Callable[[Sequence[str], dict[str, str]], str]
 
 
 class StepFailed(Exception):
-    """A step found something wrong."""
+    """A step found something wrong; ``measurements`` are what it measured nevertheless."""
+
+    measurements: tuple[Measurement, ...] = ()
 
 
 class StepSkipped(Exception):
@@ -180,9 +182,17 @@ def no_waiting(device: torch.device, guard: Callable[[], AbstractContextManager[
 
 
 def benchmarks(run: Run = python) -> list[Measurement]:
-    """The micro-benchmarks, as measurements."""
+    """The micro-benchmarks, as measurements; those that passed where others failed."""
+    failure = None
     with TemporaryDirectory() as folder:
         file = Path(folder, "benchmarks.json")
-        run([sys.executable, *f"-m pytest bench -q --benchmark-json={file}".split()], {})
-        results = json.loads(file.read_text())["benchmarks"]
-    return [Measurement(median=1e6 * result["stats"]["median"], **result["extra_info"]) for result in results]
+        try:
+            run([sys.executable, *f"-m pytest bench -q --benchmark-json={file}".split()], {})
+        except StepFailed as error:
+            failure = error
+        results = json.loads(file.read_text())["benchmarks"] if file.exists() else []
+    measured = [Measurement(median=1e6 * result["stats"]["median"], **result["extra_info"]) for result in results]
+    if failure is not None:
+        failure.measurements = tuple(measured)
+        raise failure
+    return measured

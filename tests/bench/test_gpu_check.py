@@ -137,17 +137,31 @@ def test_the_sanitizer_has_tests_to_run() -> None:
     assert int(counted.split("/")[0]) >= 10
 
 
-def test_benchmarks_become_measurements() -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_benchmarks_become_measurements(broken: bool) -> None:
     def run(arguments: Any, environment: Any) -> str:
         file = next(a for a in arguments if a.startswith("--benchmark-json=")).partition("=")[2]
         names = ("operation", "problem", "backend", "mode", "floor", "modelled")
         info = {name: getattr(MEASURED, name) for name in names}
         Path(file).write_text(json.dumps({"benchmarks": [{"stats": {"median": 12.345e-6}, "extra_info": info}]}))
+        if broken:
+            raise StepFailed("1 failed, 1 passed")
         return ""
 
-    (measurement,) = gpu_steps.benchmarks(run)
+    result = attempt("benchmarks", lambda: gpu_steps.benchmarks(run))
+    assert result.status == ("failed" if broken else "passed")
+    (measurement,) = result.measurements
     assert measurement.median == pytest.approx(MEASURED.median)
     assert measurement.problem == MEASURED.problem
+
+
+def test_benchmarks_that_cannot_start() -> None:
+    result = attempt("benchmarks", lambda: gpu_steps.benchmarks(fails_to_run))
+    assert (result.status, result.detail, result.measurements) == ("failed", "no pytest", ())
+
+
+def fails_to_run(arguments: Any, environment: Any) -> str:
+    raise StepFailed("no pytest")
 
 
 # --- prefills ---------------------------------------------------------------------------------------------------------
