@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COARSE = 1024  # bins of `coarse_bin`
+COARSE = 512  # bins of `coarse_bin`
+MOST = 2**31 // COARSE  # elements that `pick` can count
+SLOTS = 512  # keys that `threshold_key` looks at together: mostly all of them
 
 
 @triton.jit
@@ -21,42 +23,50 @@ def rank_key(score):
 
 @triton.jit
 def coarse_bin(key, SOFTMAX: tl.constexpr):
-    """One of 1024 bins, ascending with the key: for softmax scores 32 to the octave between 1 and 2^-32."""
+    """One of 512 bins, ascending with the key: for softmax scores 16 to the octave between 2 and 2^-31."""
     if SOFTMAX:
-        FIRST: tl.constexpr = 0x407FFFFF  # the key of 1.0
-        behind = tl.where(key > FIRST, key - FIRST, 0) >> 18
-        return tl.minimum(behind, 1023).to(tl.int32)
+        return tl.minimum(tl.maximum((key >> 19).to(tl.int32) - 0x800, 0), 511)
     else:
-        return (key >> 22).to(tl.int32)
+        return (key >> 23).to(tl.int32)
+
+
+@triton.jit
+def _common_bits(bin, SOFTMAX: tl.constexpr):
+    """What all keys of a coarse bin have in common, and to the right of how many bits; those are a multiple of 5."""
+    if SOFTMAX:
+        inner = (bin > 0) & (bin < 511)
+        return tl.where(inner, (bin + 0x800) >> 1, 0).to(tl.uint32), tl.where(inner, 20, 35)
+    else:
+        return (bin >> 2).to(tl.uint32), bin * 0 + 25
 
 
 @triton.jit
 def pick(counts, rank):
     """The bin of the element with this rank, from 0, and its rank in that bin."""
+    BINS: tl.constexpr = counts.shape[0]
     before = tl.cumsum(counts, 0) - counts
-    # One reduction for both; of the bins that are not empty each has another number before it.
-    skipped, bin = tl.max(tl.where((counts > 0) & (before <= rank), before, -1), 0, return_indices=True)
-    return bin, rank - skipped
+    # One reduction for both.
+    last = tl.max(tl.where((counts > 0) & (before <= rank), before * BINS + tl.arange(0, BINS), 0), 0)
+    return last % BINS, rank - last // BINS
 
 
 @triton.jit
-def threshold_key(keys, column, limit, most, need, STEP: tl.constexpr):
-    """The need-th of all keys, eight bits at a time, and how many equal to it are needed; none if ``need`` is 0.
+def threshold_key(keys, column, limit, most, need, bin, SOFTMAX: tl.constexpr, STEP: tl.constexpr):
+    """The need-th of some keys of one coarse bin, and how many equal to it are needed; none if ``need`` is 0.
 
     The keys are those at ``keys + i`` where ``column + i`` is below ``limit``, for i = 0, STEP, ... below ``most``.
     """
-    known = tl.zeros([], tl.uint32)
+    known, shift = _common_bits(bin, SOFTMAX)
     rank = tl.maximum(need - 1, 0)
-    for shift in tl.static_range(24, -1, -8):
-        counts = tl.zeros([256], tl.int32)  # more bins would take fewer turns, but each costs in proportion
+    while shift > 0:
+        shift -= 5
+        counts = tl.zeros([32], tl.int32)  # five bits at a time: each warp has all bins, so to pick needs no barrier
         for first in range(0, most, STEP):
             valid = column + first < limit
-            key = tl.load(keys + first, mask=valid, other=0) >> shift
-            counts += tl.histogram((key & 255).to(tl.int32), 256, mask=valid & ((key ^ known) < 256))
-        bin, rank = pick(counts, rank)
-        known = known | bin.to(tl.uint32)
-        if shift > 0:
-            known = known << 8
+            digit = (tl.load(keys + first, mask=valid, other=0) >> shift) ^ (known << 5)
+            counts += tl.histogram((digit & 31).to(tl.int32), 32, mask=valid & (digit < 32))
+        digit, rank = pick(counts, rank)
+        known = (known << 5) | digit.to(tl.uint32)
     return known, tl.minimum(rank + 1, need)
 
 

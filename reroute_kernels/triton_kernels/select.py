@@ -1,9 +1,8 @@
 """Exact top-k of every sample, in one launch: scores, rank keys, threshold, ascending indices and active rows.
 
 Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have two more
-stages, spread over shares of the row: one collects the keys near the threshold, one emits. What a program does
-follows from a ticket that it takes when it starts, and it waits only for programs with lower tickets. These have
-started, so they will arrive, however few programs the GPU holds at a time.
+stages (:mod:`reroute_kernels.triton_kernels._stages`), spread over shares of the row: one collects the keys near the
+threshold, one emits.
 """
 
 from __future__ import annotations
@@ -17,70 +16,41 @@ from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
 from reroute_kernels.triton_kernels._common import device_counts, processors, scratch
-from reroute_kernels.triton_kernels._ranks import COARSE, coarse_bin, count_below, pick, rank_key, threshold_key
+from reroute_kernels.triton_kernels._ranks import (
+    COARSE,
+    MOST,
+    SLOTS,
+    coarse_bin,
+    count_below,
+    pick,
+    rank_key,
+    threshold_key,
+)
 from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
+from reroute_kernels.triton_kernels._stages import arrive, role, wait
 
 TILE = 256  # candidates scored at a time; fewer where a model has many heads
 SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
 
 # Another batch, prompt or number of kept rows must not compile anew.
-SIZES = (
-    "batch",
-    "scorers",
-    "shares",
-    "source_stride",
-    "candidate_stride",
-    "text_stride",
-    "widest",
-    "most_kept",
-    "width",
-)
+SIZES = ("batch", "scorers", "shares", "widest", "most_kept", "width")
+STRIDES = ("source_stride", "candidate_stride", "text_stride")
 
 
 class Logits(NamedTuple):
-    """What the score launch leaves: (B, H, stride) logits in base 2; maxima and sums of (B, parts, H)."""
+    """What the score launch leaves: (B, H, stride) logits in base 2; maxima and sums of (B, parts, H).
+
+    Without maxima and sums it is scores, of one head.
+    """
 
     logits: Tensor
-    peaks: Tensor
-    totals: Tensor
+    peaks: Tensor | None
+    totals: Tensor | None
     heads: int
     stride: int
     parts: int
     block: int
-
-
-# --- one launch, several stages --------------------------------------------------------------
-
-
-@triton.jit
-def _role(tickets, scorers, shares, batch):
-    """Stage, sample, and number among the programs of that stage and sample."""
-    ticket = tl.atomic_add(tickets, 1, sem="relaxed")
-    if ticket == tl.num_programs(0) - 1:
-        tl.atomic_xchg(tickets, 0, sem="relaxed")
-    later = ticket - scorers * batch
-    if later < 0:
-        stage = 0
-        sample, program = ticket // scorers, ticket % scorers
-    else:
-        stage = 1 + later // (shares * batch)
-        sample, program = later // shares % batch, later % shares
-    return stage, sample, program
-
-
-@triton.jit
-def _arrive(counter):
-    """How many arrived before."""
-    tl.debug_barrier()  # the stores of all threads come before the arrival of one
-    return tl.atomic_add(counter, 1, sem="acq_rel")
-
-
-@triton.jit
-def _wait(counter, wanted):
-    """Until ``wanted`` programs, all with lower tickets, have arrived."""
-    while tl.atomic_add(counter, 0, sem="acquire") < wanted:
-        pass
 
 
 # --- stage 0: scores -------------------------------------------------------------------------
@@ -93,7 +63,7 @@ def _score_tile(
     """Store the scores and keys of the candidates ``at``; the keys, and which are valid."""
     valid = at < n
     if FUSED:
-        rows = tl.load(candidates + at, mask=valid, other=0)
+        rows = tl.load(candidates + at, mask=valid, other=0).to(tl.int32)
         score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
     else:
         score = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
@@ -115,45 +85,60 @@ def _fill(out, begin, end, value, program, programs, TILE: tl.constexpr):
 
 
 @triton.jit
-def _collect(keys, rivals, found, above, histogram, n, k, share, FUSED: tl.constexpr, SHARE: tl.constexpr):
-    """Copy the keys in the bin of the threshold to the front of the share's part of ``rivals``; count them and those
-    in better bins.
+def _collect(keys, rivals, histogram, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr):
+    """Copy the keys of a share that are in the bin of the threshold to the share's place in ``rivals``.
+
+    Their number, that of the keys in better bins, and the bin.
     """
-    at = share * SHARE + tl.arange(0, SHARE)
+    at = base + tl.arange(0, SHARE)
     key = tl.load(keys + at, mask=at < n, other=0)
     best, _ = pick(tl.load(histogram), tl.maximum(k - 1, 0))
     bin = coarse_bin(key, FUSED)
-    rival = ((at < n) & (bin == best)).to(tl.int32)
-    place = tl.cumsum(rival, 0) - rival
-    tl.store(rivals + share * SHARE + place, key, mask=rival > 0)
-    tl.store(found + share, tl.sum(rival, 0))
-    tl.store(above + share, tl.sum(((at < n) & (bin < best)).to(tl.int32), 0))
+    # Both counts in one scan, 16 bits each.
+    rival, above = (at < n) & (bin == best), (at < n) & (bin < best)
+    packed = rival.to(tl.int32) | (above.to(tl.int32) << 16)
+    tl.store(rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
+    total = tl.sum(packed, 0)
+    return total & 0xFFFF, total >> 16, best
 
 
 # --- stage 2: what is kept -------------------------------------------------------------------
 
 
 @triton.jit
-def _settle(rivals, found, above, shares, k, share, SHARE: tl.constexpr, SEGMENTS: tl.constexpr):
-    """From what all shares collected: the threshold, how many ties are kept, and how many keys of earlier shares
-    are above it and equal to it.
+def _settle(
+    rivals,
+    tallies,
+    shares,
+    k,
+    share,
+    FUSED: tl.constexpr,
+    SHARE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """From what all shares collected: the threshold and how many ties are kept.
+
+    Also how many keys of earlier shares are above the threshold, and how many equal it.
     """
-    STEP: tl.constexpr = max(2048 // SEGMENTS, 8)
+    STEP: tl.constexpr = max(SLOTS // SEGMENTS, 32)
     slot = tl.arange(0, SEGMENTS * STEP)
     owner, column = slot // STEP, slot % STEP
-    limit = tl.load(found + owner, mask=owner < shares, other=0)
-    most = tl.max(limit, 0)
+    limit = tl.load(tallies + 3 * owner, mask=owner < shares, other=0)
     each = tl.arange(0, SEGMENTS)
-    better = tl.load(above + each, mask=each < shares, other=0)
+    above = tl.load(tallies + 3 * each + 1, mask=each < shares, other=0)
+    bin = tl.load(tallies + 2)
+    most = tl.max(limit, 0)
     rivals += owner * SHARE + column
-    threshold, ties = threshold_key(rivals, column, limit, most, k - tl.sum(better, 0), STEP)
-    above_before, ties_before = tl.sum(tl.where(each < share, better, 0), 0), tl.zeros([], tl.int32)
+    threshold, ties = threshold_key(rivals, column, limit, most, k - tl.sum(above, 0), bin, FUSED, STEP)
+    better, equal = tl.zeros(slot.shape, tl.int32), tl.zeros(slot.shape, tl.int32)
     for first in range(0, most, STEP):
         earlier = (column + first < limit) & (owner < share)
         key = tl.load(rivals + first, mask=earlier, other=0)
-        above_before += tl.sum((earlier & (key < threshold)).to(tl.int32), 0)
-        ties_before += tl.sum((earlier & (key == threshold)).to(tl.int32), 0)
-    return threshold, ties, above_before, ties_before
+        better += (earlier & (key < threshold)).to(tl.int32)
+        equal += (earlier & (key == threshold)).to(tl.int32)
+    above_before = tl.sum(tl.where(each < share, above, 0), 0) + tl.sum(better, 0)
+    return threshold, ties, above_before, tl.sum(equal, 0)
 
 
 @triton.jit
@@ -167,7 +152,6 @@ def _rank(key, valid, threshold, ties, above_before, ties_before):
     """Who is kept, the keys above the threshold and the first ``ties`` at it, and how many up to and with each."""
     above = valid & (key < threshold)
     tied = valid & (key == threshold)
-    # Both counts in one scan, 16 bits each.
     through = tl.cumsum(above.to(tl.int32) | (tied.to(tl.int32) << 16), 0)
     tie = ties_before + (through >> 16)
     return above | (tied & (tie <= ties)), above_before + (through & 0xFFFF) + tl.minimum(tie, ties)
@@ -201,7 +185,7 @@ def _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active, n, m
         text = _load_rows(texts, first + WIDTH, m, WIDTH)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + STRIDES)
 def _select_kernel(
     source,
     peaks,
@@ -234,13 +218,14 @@ def _select_kernel(
     SHARE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     COARSE: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """``source``: logits if FUSED, else scores. A sample has ``scorers`` programs, and if rows are long
-    (SEGMENTS, a power of two, is not 0) twice ``shares``, at most SEGMENTS, in the later stages.
+    (SEGMENTS is not 0 but a power of two, at least ``shares``) twice ``shares`` in the later stages.
     """
     TEXTS: tl.constexpr = 1024  # text rows at a time
     if SEGMENTS > 0:
-        stage, sample, program = _role(progress, scorers, shares, batch)
+        stage, sample, program = role(progress, scorers, shares, batch)
     else:
         stage, sample, program = 0, tl.program_id(0) // scorers, tl.program_id(0) % scorers
     length = tl.load(counts + batch + sample)
@@ -256,8 +241,7 @@ def _select_kernel(
     keys += row_of * widest
     rivals += row_of * widest
     histogram += sample * COARSE + tl.arange(0, COARSE)
-    found = tallies + sample * 2 * shares
-    above = found + shares
+    tallies += 3 * shares * sample
     fillers = width - m - k
     # Mostly candidates and texts are all rows there are.
     last_row = tl.maximum(
@@ -288,66 +272,72 @@ def _select_kernel(
                 key, valid = _score_tile(
                     source, source_stride, peak, weight, candidates, scores, keys, at, n, FUSED, HEADS
                 )
-                if SEGMENTS > 0:
-                    tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
-                    tl.atomic_add(histogram, tally, mask=tally > 0, sem="relaxed")
-            arrived = _arrive(scored)
+                tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
+                tl.atomic_add(histogram, tally, mask=tally > 0, sem="relaxed")
+            arrived = arrive(scored)
             if SEGMENTS == 0 and arrived == scoring - 1:
                 tl.store(scored, 0)
                 rows, text = _load_rows(candidates, 0, n, SHARE), _load_rows(texts, 0, m, TEXTS)
                 at = tl.arange(0, SHARE)
                 key = tl.load(keys + at, mask=at < n, other=0)
-                threshold, ties = threshold_key(keys + at, at, n, n, k, SHARE)
+                found, above, bin = _collect(keys, rivals, histogram, n, k, 0, FUSED, SHARE)
+                tl.debug_barrier()  # the rivals are read by other threads
+                tl.store(histogram, tl.zeros([COARSE], tl.int32))
+                slot = tl.arange(0, SLOTS)
+                threshold, ties = threshold_key(rivals + slot, slot, found, found, k - above, bin, FUSED, SLOTS)
                 chosen, rank = _rank(key, at < n, threshold, ties, 0, 0)
                 _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, 0, SHARE)
     elif SEGMENTS > 0 and program < sharing:
         if stage == 1:
-            _wait(scored, scoring)
-            _collect(keys, rivals, found, above, histogram, n, k, program, FUSED, SHARE)
-            _arrive(collected)
+            wait(scored, scoring)
+            found, above, bin = _collect(keys, rivals, histogram, n, k, program * SHARE, FUSED, SHARE)
+            tallies += 3 * program
+            tl.store(tallies, found)
+            tl.store(tallies + 1, above)
+            tl.store(tallies + 2, bin)
+            arrive(collected)
         else:
             base = program * SHARE
             rows, text = _load_rows(candidates, base, n, SHARE), _load_rows(texts, 0, m, TEXTS)
             at = base + tl.arange(0, SHARE)
-            _wait(collected, sharing)
+            wait(collected, sharing)
             key = tl.load(keys + at, mask=at < n, other=0)
             threshold, ties, above_before, ties_before = _settle(
-                rivals, found, above, sharing, k, program, SHARE, SEGMENTS
+                rivals, tallies, sharing, k, program, FUSED, SHARE, SEGMENTS, SLOTS
             )
             chosen, rank = _rank(key, at < n, threshold, ties, above_before, ties_before)
             _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, base, SHARE)
-            if _arrive(emitted) == sharing - 1:
+            if arrive(emitted) == sharing - 1:
                 for counter in tl.static_range(3):
                     tl.store(scored + counter, 0)
                 tl.store(histogram, tl.zeros([COARSE], tl.int32))
 
 
-def run_select(source: Tensor | Logits, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
-    """Launch the selection on ``source``, scores (B, Nmax) or logits."""
+def run_select(source: Logits, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+    """Launch the selection. ValueError for a row of more candidates than the kernel can count."""
     (batch, widest), device = candidates.shape, candidates.device
+    if widest > MOST:
+        raise ValueError(f"{widest} candidates in a row: the selection kernel counts up to {MOST}")
     most_kept, width = max(segments.keep), segments.width
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
     active = torch.empty(batch, width, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
-    fused = isinstance(source, Logits)
-    heads = source.heads if isinstance(source, Logits) else 1
-    tile = min(TILE, max(8192 // triton.next_power_of_2(heads), 16))  # by the model alone: it orders sums
+    tile = min(TILE, max(8192 // triton.next_power_of_2(source.heads), 16))  # by the model alone: it orders sums
     scorers = max(min(-(-widest // tile), -(-processors(device) // batch)), 1)
     long = widest > SHORT
     shares = -(-widest // SHARE) if long else 0
-    coarse = COARSE if long else 1
     keys, rivals = (scratch(name, batch * widest, torch.int32, device) for name in ("keys", "rivals"))
     _select_kernel[((scorers + 2 * shares) * batch,)](
-        source.logits if isinstance(source, Logits) else source,
-        source.peaks if isinstance(source, Logits) else None,
-        source.totals if isinstance(source, Logits) else None,
+        source.logits,
+        source.peaks,
+        source.totals,
         candidates,
         texts,
         device_counts(segments, device),
         keys.view(torch.uint32),
         rivals.view(torch.uint32),
-        scratch("tallies", batch * 2 * shares, torch.int32, device),
-        scratch("histogram", batch * coarse, torch.int32, device, zero=True),
+        scratch("tallies", batch * 3 * shares, torch.int32, device),
+        scratch("histogram", batch * COARSE, torch.int32, device, zero=True),
         scratch("progress", 1 + 3 * batch, torch.int32, device, zero=True),
         scores,
         kept,
@@ -355,21 +345,23 @@ def run_select(source: Tensor | Logits, candidates: Tensor, texts: Tensor, segme
         batch,
         scorers,
         shares,
-        source.stride if isinstance(source, Logits) else source.stride(0),
+        source.stride,
         candidates.stride(0),
         texts.stride(0),
         widest,
         most_kept,
         width,
-        FUSED=fused,
-        HEADS=heads,
-        PARTS=source.parts if isinstance(source, Logits) else 1,
-        BLOCK=source.block if isinstance(source, Logits) else 1,
+        FUSED=source.peaks is not None,
+        HEADS=source.heads,
+        PARTS=source.parts,
+        BLOCK=source.block,
         TILE=tile,
         SHARE=SHARE if long else max(triton.next_power_of_2(widest), 1024),
         SEGMENTS=triton.next_power_of_2(shares) if long else 0,
-        COARSE=coarse,
+        COARSE=COARSE,
+        SLOTS=SLOTS,
         num_warps=16,
+        maxnreg=128,
         enable_fp_fusion=False,
     )
     return Selection(kept, active, scores)
@@ -378,4 +370,4 @@ def run_select(source: Tensor | Logits, candidates: Tensor, texts: Tensor, segme
 @torch.no_grad()
 def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
     """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation."""
-    return run_select(scores, candidates, texts, segments)
+    return run_select(Logits(scores, None, None, 1, scores.stride(0), 1, 1), candidates, texts, segments)
