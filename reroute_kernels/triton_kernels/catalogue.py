@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reroute_kernels.reference import Segments
-from reroute_kernels.triton_kernels import rows, score
+from reroute_kernels.triton_kernels import rows, score, select
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ def _score_topk(heads: int, groups: int, visual: int) -> Callable[[], object]:
     return launch
 
 
+def _select(visual: int) -> Callable[[], object]:
+    """Of one sample with ``visual`` candidates and 64 text rows, by scores of any method."""
+
+    def launch() -> object:
+        row = torch.arange(visual + 64)[None]
+        segments = Segments((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
+        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], segments)
+
+    return launch
+
+
 CASES = (
     Case("defer, 7B bf16", _defer(3584)),
     Case("defer, 7B fp32", _defer(3584, torch.float32)),
@@ -83,5 +94,8 @@ CASES = (
     Case("restore, 7B bf16", _restore(3584)),
     Case("score_topk, Qwen 7B, 576", _score_topk(28, 4, 576)),
     Case("score_topk, LLaVA 7B, 576", _score_topk(32, 32, 576)),
+    Case("score_topk, Qwen 7B, 2304", _score_topk(28, 4, 2304)),
     Case("score_topk, Qwen 7B, 16384", _score_topk(28, 4, 16384)),
+    Case("select, 576", _select(576)),
+    Case("select, 16384", _select(16384)),
 )

@@ -56,35 +56,66 @@ def check(
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
-@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few"])
-def test_values(kernel: Any, device: torch.device, kind: str) -> None:
-    """Of each kind more than a tile, with a threshold among equal values."""
-    n = 1500  # beyond DIRECT: with the coarse histogram
-    scores = {
+@pytest.fixture(params=["one program", "staged"])
+def path(request: pytest.FixtureRequest, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to select, at lengths a test can afford: rows of one program, and of several shares."""
+    if request.param == "staged":
+        for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128)):
+            monkeypatch.setattr(kernel, name, value)
+    return str(request.param)
+
+
+def scores_of(kind: str, n: int) -> Tensor:
+    return {
         "normal": torch.randn(n),
         "softmax": torch.randn(n).mul(3).softmax(0),
         "special": SPECIAL[torch.randint(len(SPECIAL), (n,))],
         "equal": torch.full((n,), 0.25),
         "few": torch.randint(0, 4, (n,)) / 4,
+        "one bin": 0.25 + torch.randperm(n) * 2.0**-20,
+        "descending": torch.arange(n, 0, -1).float(),
     }[kind]
-    check(kernel, [scores, scores.flip(0)[:700]], [n // 3, 350], device)
 
 
-@settings(max_examples=6)
-@given(st.data())
-def test_any_ragged_batch(kernel: Any, device: torch.device, data: Any) -> None:
-    counts = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 16, 64, 255, 257]), min_size=1, max_size=3))
-    keep = [data.draw(st.integers(0, n)) for n in counts]
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    values = data.draw(st.sampled_from(["normal", "special"]))
-    scores = [torch.randn(n) if values == "normal" else SPECIAL[torch.randint(len(SPECIAL), (n,))] for n in counts]
-    texts, gaps = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 5))
-    check(kernel, scores, keep, device, texts=texts + 1, gaps=gaps)
+@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending"])
+def test_values(kernel: Any, device: torch.device, path: str, kind: str) -> None:
+    """Thresholds in the midst of equal values, whose ties lie in several tiles and shares."""
+    check(kernel, [scores_of(kind, 500), scores_of(kind, 400).flip(0)], [500 // 3, 130], device)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 299, 300])
-def test_all_none_and_the_edges(kernel: Any, device: torch.device, keep: int) -> None:
+def test_all_none_and_the_edges(kernel: Any, device: torch.device, path: str, keep: int) -> None:
     check(kernel, [torch.randn(300), torch.randn(2)], [keep, 1], device)
+
+
+def test_rows_of_very_different_length(kernel: Any, device: torch.device, path: str) -> None:
+    counts = [700, 0, 3, 128, 129, 256]  # of shares too: a multiple of one, and one more
+    check(kernel, [torch.randn(n) for n in counts], [233, 0, 2, 128, 1, 255], device, texts=40, gaps=2)
+    check(kernel, [torch.randn(n) for n in counts], [1, 0, 3, 0, 129, 100], device, texts=1)
+
+
+def test_many_texts(kernel: Any, device: torch.device, path: str) -> None:
+    check(kernel, [torch.randn(140), torch.randn(9)], [50, 3], device, texts=1100)
+
+
+@settings(max_examples=max(settings().max_examples // 10, 1))  # an example compiles nothing, but runs for a second
+@given(st.data())
+def test_any_ragged_batch(kernel: Any, device: torch.device, data: Any) -> None:
+    counts = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3))
+    keep = [data.draw(st.integers(0, n)) for n in counts]
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    kind = data.draw(st.sampled_from(["normal", "special", "few"]))
+    texts, gaps = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "TILE", 16)
+        patch.setattr(kernel, "SHARE", 16)
+        patch.setattr(kernel, "SHORT", data.draw(st.sampled_from([0, 4096])))
+        check(kernel, [scores_of(kind, n) for n in counts], keep, device, texts=texts, gaps=gaps)
+
+
+def test_a_row_that_needs_no_patching_to_be_long(kernel: Any, device: torch.device) -> None:
+    n = kernel.SHORT + 1
+    check(kernel, [torch.randn(n), torch.randn(70)], [n // 4, 30], device)
 
 
 def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device) -> None:
@@ -96,10 +127,38 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     same(kernel.select(scores, candidates, texts, segments), reference.select(scores, candidates, texts, segments))
 
 
-def test_scratch_is_reused_after_larger_and_smaller_decisions(kernel: Any, device: torch.device) -> None:
+def test_scratch_is_reused_after_larger_and_smaller_decisions(kernel: Any, device: torch.device, path: str) -> None:
     """Counters and histogram come back to zero, and stale keys do not matter."""
-    for n in (1300, 40, 1200):
+    for n in (300, 40, 260):
         check(kernel, [torch.rand(n)], [n // 2], device)
+
+
+@pytest.mark.parametrize("resident", [1, 3, 40])
+def test_any_number_of_programs_may_be_resident(
+    executor: Any, kernel: Any, device: torch.device, path: str, resident: int
+) -> None:
+    """Nobody waits for a program that has not started, and no schedule changes a bit."""
+    if executor.kind != "simt":
+        pytest.skip("only simt chooses the schedule")
+    import simt
+
+    with simt.installed(arch=int(executor.name.partition(":")[2]), seeds=(2, 3, 4), max_resident=resident):
+        check(kernel, [scores_of("few", 300), scores_of("normal", 150)], [90, 20], device)
+
+
+@pytest.mark.parametrize("path", ["one program", "staged"], indirect=True)
+def test_a_weaker_order_is_a_race(executor: Any, kernel: Any, device: torch.device, path: str) -> None:
+    """The checks would notice: without release and acquire, keys are read before they are written."""
+    if executor.kind != "simt":
+        pytest.skip("only simt looks for races")
+    import simt
+
+    relaxed = lambda ptx: ptx.replace(".acq_rel.", ".relaxed.").replace(".acquire.", ".relaxed.")
+    with (
+        simt.installed(arch=int(executor.name.partition(":")[2]), seed=5, transform=relaxed),
+        pytest.raises(simt.DataRace),
+    ):
+        check(kernel, [torch.randn(300)], [90], device)
 
 
 def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:

@@ -1,0 +1,86 @@
+"""Exact order statistics of fp32 scores, inside a kernel: integer keys and the key of a given rank.
+
+Only counts decide, never the order in which anything was counted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+COARSE = 512  # bins of `coarse_bin`
+MOST = 2**31 // COARSE  # elements that `pick` can count
+SLOTS = 512  # keys that `threshold_key` looks at together: mostly all of them
+
+
+@triton.jit
+def rank_key(score):
+    """uint32 keys that ascend as the score descends: -0.0 equals +0.0, and a NaN of any sign comes first."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    ascending = tl.where(score != score, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return ascending.to(tl.uint32, bitcast=True) ^ 0x7FFFFFFF
+
+
+@triton.jit
+def coarse_bin(key, SOFTMAX: tl.constexpr):
+    """One of 512 bins, ascending with the key: for softmax scores 16 to the octave between 2 and 2^-31."""
+    if SOFTMAX:
+        return tl.minimum(tl.maximum((key >> 19).to(tl.int32) - 0x800, 0), 511)
+    else:
+        return (key >> 23).to(tl.int32)
+
+
+@triton.jit
+def _common_bits(bin, SOFTMAX: tl.constexpr):
+    """What all keys of a coarse bin have in common, and to the right of how many bits; those are a multiple of 5."""
+    if SOFTMAX:
+        inner = (bin > 0) & (bin < 511)
+        return tl.where(inner, (bin + 0x800) >> 1, 0).to(tl.uint32), tl.where(inner, 20, 35)
+    else:
+        return (bin >> 2).to(tl.uint32), bin * 0 + 25
+
+
+@triton.jit
+def pick(counts, rank):
+    """The bin of the element with this rank, from 0, and its rank in that bin."""
+    BINS: tl.constexpr = counts.shape[0]
+    before = tl.cumsum(counts, 0) - counts
+    # One reduction for both.
+    last = tl.max(tl.where((counts > 0) & (before <= rank), before * BINS + tl.arange(0, BINS), 0), 0)
+    return last % BINS, rank - last // BINS
+
+
+@triton.jit
+def threshold_key(keys, column, limit, most, need, bin, SOFTMAX: tl.constexpr, STEP: tl.constexpr):
+    """The need-th of some keys of one coarse bin, and how many equal to it are needed; none if ``need`` is 0.
+
+    The keys are those at ``keys + i`` where ``column + i`` is below ``limit``, for i = 0, STEP, ... below ``most``.
+    """
+    known, shift = _common_bits(bin, SOFTMAX)
+    rank = tl.maximum(need - 1, 0)
+    while shift > 0:
+        shift -= 5
+        counts = tl.zeros([32], tl.int32)  # five bits at a time: each warp has all bins, so to pick needs no barrier
+        for first in range(0, most, STEP):
+            valid = column + first < limit
+            digit = (tl.load(keys + first, mask=valid, other=0) >> shift) ^ (known << 5)
+            counts += tl.histogram((digit & 31).to(tl.int32), 32, mask=valid & (digit < 32))
+        digit, rank = pick(counts, rank)
+        known = (known << 5) | digit.to(tl.uint32)
+    return known, tl.minimum(rank + 1, need)
+
+
+@triton.jit
+def count_below(values, valid, ascending, count):
+    """How many of ``ascending[:count]`` are below each of ``values``: a binary search."""
+    low = tl.zeros(values.shape, tl.int32)
+    high = low + count
+    span = count
+    while span > 0:
+        middle = (low + high) // 2
+        open = valid & (low < high)
+        below = open & (tl.load(ascending + middle, mask=open, other=0) < values)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+        span = span // 2
+    return low
