@@ -30,7 +30,8 @@ class Budget:
 # Of a row move: a whole tile is 4 loads and 4 stores of 16 bytes; narrow are the lease row, its page and a position id.
 # Of a score: keys, cos and sin are wide; narrow are counts and statistics. A selection reads and writes 8-byte indices.
 DEFER = Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1)
-SCORE = Budget(registers=144, barriers=16, instructions=800, wide=21, narrow=6, occupancy=0.18)
+SCORE = Budget(registers=114, barriers=14, instructions=770, wide=22, narrow=6, occupancy=0.25)
+SCORE_JOINED = Budget(registers=128, barriers=12, instructions=730, wide=19, narrow=8, occupancy=0.25)
 SELECT = Budget(registers=208, barriers=74, instructions=3400, wide=3, narrow=97, occupancy=0.12)
 BUDGETS = {
     ("defer, 7B bf16", "_defer_kernel"): DEFER,
@@ -44,7 +45,7 @@ BUDGETS = {
     ),
     ("score_topk, Qwen 7B, 576", "_score_kernel"): SCORE,
     ("score_topk, Qwen 7B, 576", "_select_kernel"): SELECT,
-    ("score_topk, LLaVA 7B, 576", "_score_kernel"): SCORE,
+    ("score_topk, LLaVA 7B, 576", "_score_kernel"): SCORE_JOINED,
     ("score_topk, LLaVA 7B, 576", "_select_kernel"): SELECT,
     ("score_topk, Qwen 7B, 16384", "_score_kernel"): SCORE,
     ("score_topk, Qwen 7B, 16384", "_select_kernel"): Budget(
