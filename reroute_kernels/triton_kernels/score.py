@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import Rope, Segments, Selection
+from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
 from reroute_kernels.triton_kernels._common import device_counts, scratch
 from reroute_kernels.triton_kernels.select import Logits, run_select
 
@@ -81,6 +81,33 @@ def _load_features(rows, mask, D: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: 
 
 
 @triton.jit
+def _squares(part):
+    """Sum of squares over features, fp32."""
+    if part is None:
+        total = 0.0
+    else:
+        total = tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)
+    return total
+
+
+@triton.jit
+def _scaled(part, factor, weight):
+    """In fp32 and rounded before the weight, as models do it."""
+    if part is not None:
+        part = (part.to(tl.float32) * factor).to(part.dtype) * weight.to(part.dtype)
+    return part
+
+
+@triton.jit
+def _normalise(features, weights, eps, D: tl.constexpr):
+    """Root-mean-square norm over the D features; what pads them is zero and stays so."""
+    first, second, rest = features
+    square = _squares(first) + _squares(second) + _squares(rest)
+    factor = tl.rsqrt(square * (1 / D) + eps)[:, :, None]
+    return _scaled(first, factor, weights[0]), _scaled(second, factor, weights[1]), _scaled(rest, factor, weights[2])
+
+
+@triton.jit
 def _rotate(features, cos, sin, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
     """In the dtype of the keys and rounded at every step, as the model's own rotation is."""
     first, second, rest = features
@@ -107,6 +134,7 @@ def _score_kernel(
     cos,
     sin,
     query_rows,
+    norm_weight,
     counts,
     logits,
     peaks,
@@ -114,6 +142,7 @@ def _score_kernel(
     batch,
     logit_stride,
     scale,
+    norm_eps,
     query_stride,
     query_head,
     key_stride,
@@ -152,6 +181,8 @@ def _score_kernel(
         last = tl.load(query_rows + sample) + tl.zeros([1, 1], tl.int64)
         q = _load_features(query + sample * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
         q_first, q_second, q_rest = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
+        if norm_weight is not None:
+            weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
         out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
         peak = tl.full([WARPS, ROWS], -float("inf"), tl.float32)
         total = tl.zeros([WARPS, ROWS], tl.float32)
@@ -161,6 +192,8 @@ def _score_kernel(
             place = (start + row).to(tl.int64)
             at = keys + place * key_stride + group.to(tl.int64)[:, None] * key_group
             k = _load_features(at, tl.broadcast_to(valid, WARPS * JOINED, BLOCK), D, ROT, INTERLEAVED)
+            if norm_weight is not None:
+                k = _normalise(k, weights, norm_eps, D)
             first, second, rest = _rotate(
                 k, cos + place * cos_stride, sin + place * sin_stride, valid, ROT, INTERLEAVED
             )
@@ -196,6 +229,7 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
+    key_norm: KeyNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
 
@@ -208,8 +242,11 @@ def score_topk(
     if rope not in ("half", "interleaved"):
         raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
     query, keys, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, cos, sin))
+    if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
+        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {features}")
+    norm_weight, norm_eps = key_norm or (None, 0.0)
     device, length = query.device, max(segments.lengths)
-    shape = tiling(heads, groups, features, keys.element_size())
+    shape = tiling(heads, groups, features, keys.element_size(), key_norm is not None)
     most = most_parts(shape)
     parts, turns = min(-(-length // shape.block), most), -(-shape.joined * heads // (groups * shape.rows))
     logit_stride = -(-length // STRIDE) * STRIDE
@@ -223,6 +260,7 @@ def score_topk(
             cos,
             sin,
             query_rows,
+            None if norm_weight is None else norm_weight.contiguous(),
             counts,
             logits,
             peaks,
@@ -230,6 +268,7 @@ def score_topk(
             batch,
             logit_stride,
             scale * math.log2(math.e),
+            norm_eps,
             query.stride(0),
             query.stride(1),
             keys.stride(0),
@@ -255,17 +294,20 @@ def score_topk(
     )
 
 
-def tiling(heads: int, groups: int, features: int, itemsize: int) -> Tiling:
+def tiling(heads: int, groups: int, features: int, itemsize: int, norm: bool) -> Tiling:
     """A function of the model alone, for results must not depend on the batch.
 
     A program takes many key heads, as it reads cos and sin once for all of them. A warp takes one key head, and the
     16 query heads that a tensor core takes at once; or two key heads, where all their query heads fit. What else
-    differs saves registers: wide heads have smaller tiles, and fp32 has no tensor cores that keep its precision.
+    differs saves registers: a norm and wide heads mean smaller tiles, and fp32 has no tensor cores that keep its
+    precision.
     """
     if itemsize > 2:
         return Tiling(math.gcd(groups, 4), joined=1, rows=4, block=8)
     if features > 128:
         return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=8)
+    if norm:
+        return Tiling(math.gcd(groups, 8), joined=1, rows=16, block=8)
     if groups % 8 == 0 and heads // groups <= 8:
         return Tiling(math.gcd(groups, 16) // 2, joined=2, rows=16, block=8)
     return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=16)
