@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from reroute_kernels import Backend, Lease, PagedPool, Rope, Selection
+from reroute_kernels import Backend, KeyNorm, Lease, PagedPool, Rope, Selection
 
 from .methods import Method, ScoreView
 from .plan import Layout, Plan
@@ -26,7 +26,13 @@ class Projector(Protocol):
     rope: Rope
 
     def project(self, layer: int, rows: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (B, H, D) of ``rows[query_rows]`` and keys (R, G, D) of ``rows`` (R, C), both before RoPE."""
+        """Queries (B, H, D) of ``rows[query_rows]`` and keys (R, G, D) of ``rows`` (R, C), both before RoPE.
+
+        Queries come after the layer's query norm, keys before its key norm.
+        """
+
+    def key_norm(self, layer: int) -> KeyNorm | None:
+        """The norm of each key head of ``layer``, if it has one."""
 
     def scale(self, layer: int) -> float:
         """Factor on the attention logits of ``layer``."""
@@ -226,6 +232,7 @@ class Prefill:
             self._layout.segments[stage],
             scale=self._projector.scale(layer),
             rope=self._projector.rope,
+            key_norm=self._projector.key_norm(layer),
         )
 
     def _rank_by_method(self, method: Method, stage: int, layer: int, rows: torch.Tensor) -> Selection:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reroute_kernels import reference
-from reroute_kernels.reference import Rope, Segments, Selection
+from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
 
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
@@ -55,6 +55,7 @@ class ScoreTopk(Protocol):
         *,
         scale: float,
         rope: Rope = "half",
+        key_norm: KeyNorm | None = None,
     ) -> Selection:
         """Score and select."""
         ...

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from reroute_kernels.reference import Rope, Segments, Selection
+from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
 from reroute_kernels.triton_kernels import rows as _rows
 from reroute_kernels.triton_kernels import score as _score
 from reroute_kernels.triton_kernels import select as _select
@@ -105,9 +105,10 @@ def _run_select(scores: Tensor, candidates: Tensor, texts: Tensor, counts: Seque
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
-    *tensors, counts, scale, rope = arguments
+    *tensors, counts, scale, rope, weight, eps = arguments
     launch: Callable[..., Selection] = _score.score_topk
-    return launch(*tensors, _segments(tuple(counts)), scale=scale, rope=rope)
+    key_norm = None if weight is None else KeyNorm(weight, eps)
+    return launch(*tensors, _segments(tuple(counts)), scale=scale, rope=rope, key_norm=key_norm)
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
@@ -124,7 +125,7 @@ _select_op = _register(
 )
 _score_op = _register(
     "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
-    f"Tensor texts, int[] counts, float scale, str rope) -> {_SELECTION}",
+    f"Tensor texts, int[] counts, float scale, str rope, Tensor? norm_weight, float norm_eps) -> {_SELECTION}",
     _run_score_topk,
     lambda *arguments: _fake_selection(arguments[5], arguments[7]),
     _score_flops,
@@ -148,7 +149,8 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
+    key_norm: KeyNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
     tensors = query, keys, cos, sin, query_rows, candidates, texts
-    return Selection(*_score_op(*tensors, _flat(segments), scale, rope))
+    return Selection(*_score_op(*tensors, _flat(segments), scale, rope, *(key_norm or (None, 0.0))))

@@ -72,6 +72,18 @@ class Selection(NamedTuple):
     scores: Tensor
 
 
+class KeyNorm(NamedTuple):
+    """The root-mean-square norm of each key head before rotary embedding. weight: (D,), in the dtype of the keys."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """keys (..., D) over their root mean square, in fp32, and then times the weight in their own dtype."""
+        wide = keys.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(keys.dtype) * self.weight
+
+
 @torch.no_grad()
 def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     """Write ``hidden`` (B, S, C) in place to the lease rows ``rows`` (B, S) int64; -1 is skipped.
@@ -173,21 +185,24 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
+    key_norm: KeyNorm | None = None,
 ) -> Selection:
     """Rank the candidates by the attention the last prompt token pays them, and select.
 
     query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own
-    query norm. keys: (R, G, D) of all lease rows, before rotary embedding, after the key norm;
-    head h uses key head h * G // H. cos, sin: (R, rot). query_rows: (B,) int64 lease rows, read
-    for samples with candidates only. candidates, texts: as for :func:`select`; candidates lie
-    below ``lengths[b]``, texts may lie beyond.
+    query norm. keys: (R, G, D) of all lease rows, before rotary embedding and before ``key_norm``,
+    which is for models that norm each key head; head h uses key head h * G // H. cos, sin: (R, rot).
+    query_rows: (B,) int64 lease rows, read for samples with candidates only. candidates, texts: as
+    for :func:`select`; candidates lie below ``lengths[b]``, texts may lie beyond.
 
     The score is the mean over heads of the softmax over the sample's first ``lengths[b]`` rows
     (text and deferred rows included). Logits, softmax and mean are fp32 after a rotation in the
-    model's dtype. Memory is O(H * L). ValueError if G does not divide H.
+    model's dtype. Memory is O(H * L). ValueError if G does not divide H, or the norm is not of D features.
     """
     if query.shape[1] % keys.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads")
+    if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
+        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {keys.shape[2]}")
     # One sample at a time: its result cannot depend on its neighbours in the batch.
     scores = []
     for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
@@ -196,7 +211,8 @@ def score_topk(
             continue
         last, span = query_rows[b : b + 1], slice(start, start + length)
         q = rotate(query[b : b + 1], cos[last], sin[last], rope)
-        k = rotate(keys[span], cos[span], sin[span], rope)
+        k = keys[span] if key_norm is None else key_norm(keys[span])
+        k = rotate(k, cos[span], sin[span], rope)
         scores.append(_attention(q, k, scale)[candidates[b, :n]])
     padded = _stack(scores, candidates.shape[1], float("-inf"))
     return select(padded, candidates, texts, segments)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels.reference import Segments
+from reroute_kernels.reference import KeyNorm, Segments
 from reroute_kernels.triton_kernels import rows, score, select
 
 
@@ -53,23 +53,32 @@ def _restore(features: int) -> Callable[[], object]:
     return launch
 
 
-def _score_topk(heads: int, groups: int, visual: int) -> Callable[[], object]:
-    """Of one sample with ``visual`` candidates and 64 text rows, 128 features per head, bf16: score, then select."""
+def _score_topk(
+    heads: int,
+    groups: int,
+    visual: int,
+    features: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    norm: bool = False,
+) -> Callable[[], object]:
+    """Of one sample with ``visual`` candidates and 64 text rows: score, with a key norm or without, then select."""
 
     def launch() -> object:
         length = visual + 64
-        half, row = torch.bfloat16, torch.arange(length)[None]
+        row = torch.arange(length)[None]
         segments = Segments((0,), (length,), (visual,), (64,), (visual // 4,))
         return score.score_topk(
-            torch.empty(1, heads, 128, dtype=half),
-            torch.empty(length, groups, 128, dtype=half),
-            torch.empty(length, 128, dtype=half),
-            torch.empty(length, 128, dtype=half),
+            torch.empty(1, heads, features, dtype=dtype),
+            torch.empty(length, groups, features, dtype=dtype),
+            torch.empty(length, features, dtype=dtype),
+            torch.empty(length, features, dtype=dtype),
             torch.tensor([length - 1]),
             row[:, :visual],
             row[:, visual:],
             segments,
             scale=1.0,
+            key_norm=KeyNorm(torch.empty(features, dtype=dtype), 1e-6) if norm else None,
         )
 
     return launch
@@ -96,6 +105,10 @@ CASES = (
     Case("score_topk, LLaVA 7B, 576", _score_topk(32, 32, 576)),
     Case("score_topk, Qwen 7B, 2304", _score_topk(28, 4, 2304)),
     Case("score_topk, Qwen 7B, 16384", _score_topk(28, 4, 16384)),
+    Case("score_topk, Qwen 7B fp32", _score_topk(28, 4, 576, dtype=torch.float32)),
+    Case("score_topk, Qwen3 8B", _score_topk(32, 8, 576, norm=True)),
+    Case("score_topk, 80 features", _score_topk(16, 16, 576, 80)),
+    Case("score_topk, 256 features", _score_topk(8, 4, 576, 256)),
     Case("select, 576", _select(576)),
     Case("select, 16384", _select(16384)),
 )

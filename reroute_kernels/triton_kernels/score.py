@@ -7,63 +7,124 @@ the last query row exists at any time: (H, L) fp32 logits, about a tenth of the 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import Rope, Segments, Selection
-from reroute_kernels.triton_kernels._common import device_counts, processors, scratch
+from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
+from reroute_kernels.triton_kernels._common import device_counts, scratch
 from reroute_kernels.triton_kernels.select import Logits, run_select
 
-BLOCK = 64  # keys per tile
-HEAD_BLOCK = 16  # query heads per tl.dot; fewer are padded, which the tensor cores do not notice
+STRIDE = 16  # logits of a head begin at multiples of it
+
+
+class Tiling(NamedTuple):
+    """What a program of ``warps`` warps takes at once.
+
+    joined: key heads of a warp. rows: query heads of a warp, at most. block: keys.
+    """
+
+    warps: int
+    joined: int
+    rows: int
+    block: int
 
 
 @triton.jit
-def _load(rows, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Features FIRST.. of ``rows``, (n, WIDTH) with zeros from COUNT on; without a mask where WIDTH is COUNT."""
+def _load(rows, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Features FIRST.. of ``rows`` (a, b): (a, b, WIDTH), zeros from COUNT on and where not ``mask``."""
     column = tl.arange(0, WIDTH)
-    at = rows[:, None] + (FIRST + column)[None, :]
-    if COUNT == WIDTH:
-        features = tl.load(at)
-    else:
-        features = tl.load(at, mask=(column < COUNT)[None, :], other=0.0)
-    return features
+    wanted = mask[:, :, None]
+    if COUNT < WIDTH:
+        wanted = wanted & (column < COUNT)[None, None, :]
+    return tl.load(rows[:, :, None] + (FIRST + column)[None, None, :], mask=wanted, other=0.0)
 
 
 @triton.jit
-def _load_pairs(rows, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The two features of every rotary pair, (n, WIDTH) each."""
+def _load_pairs(rows, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The two features of every rotary pair of ``rows`` (a, b), with zeros to a power of two of at least 16."""
+    HALF: tl.constexpr = ROT // 2
+    WIDTH: tl.constexpr = triton.next_power_of_2(HALF) if HALF > 16 else 16
     if INTERLEAVED:
-        both = _load(rows, 0, 2 * HALF, 2 * WIDTH)
-        first, second = tl.split(both.reshape(both.shape[0], WIDTH, 2))
+        both = _load(rows, mask, 0, ROT, 2 * WIDTH)
+        first, second = tl.split(both.reshape(both.shape[0], both.shape[1], WIDTH, 2))
     else:
-        first = _load(rows, 0, HALF, WIDTH)
-        second = _load(rows, HALF, HALF, WIDTH)
+        first = _load(rows, mask, 0, HALF, WIDTH)
+        second = _load(rows, mask, HALF, HALF, WIDTH)
     return first, second
 
 
 @triton.jit
-def _load_angles(rows, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """One number per rotary pair, (n, WIDTH): the tables hold each at both places."""
+def _load_angles(rows, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, dtype: tl.constexpr):
+    """One number per rotary pair: the tables hold each at both places."""
     if INTERLEAVED:
-        angles, _ = _load_pairs(rows, HALF, WIDTH, INTERLEAVED)
+        angles, _ = _load_pairs(rows, mask, ROT, INTERLEAVED)
     else:
-        angles = _load(rows, 0, HALF, WIDTH)
-    return angles
+        HALF: tl.constexpr = ROT // 2
+        angles = _load(rows, mask, 0, HALF, triton.next_power_of_2(HALF) if HALF > 16 else 16)
+    return angles.to(dtype)
 
 
 @triton.jit
-def _load_rotated(rows, cos_rows, sin_rows, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Rotated features, the firsts of all pairs before the seconds: an order that queries and keys share."""
-    first, second = _load_pairs(rows, HALF, WIDTH, INTERLEAVED)
-    cos = _load_angles(cos_rows, HALF, WIDTH, INTERLEAVED).to(first.dtype)
-    sin = _load_angles(sin_rows, HALF, WIDTH, INTERLEAVED).to(first.dtype)
-    # In the dtype of the keys and rounded at every step, as the model's own rotation is.
-    rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
-    return rotated.permute(0, 2, 1).reshape(first.shape[0], 2 * WIDTH)
+def _load_features(rows, mask, D: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Firsts and seconds of the rotary pairs, and the features that do not rotate; None for what there is not."""
+    REST: tl.constexpr = triton.next_power_of_2(D - ROT) if D - ROT > 16 else 16
+    first, second, rest = None, None, None
+    if ROT > 0:
+        first, second = _load_pairs(rows, mask, ROT, INTERLEAVED)
+    if ROT < D:
+        rest = _load(rows, mask, ROT, D - ROT, REST)
+    return first, second, rest
+
+
+@triton.jit
+def _squares(part):
+    """Sum of squares over features, fp32."""
+    if part is None:
+        total = 0.0
+    else:
+        total = tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)
+    return total
+
+
+@triton.jit
+def _scaled(part, factor, weight):
+    """In fp32 and rounded before the weight, as models do it."""
+    if part is not None:
+        part = (part.to(tl.float32) * factor).to(part.dtype) * weight.to(part.dtype)
+    return part
+
+
+@triton.jit
+def _normalise(features, weights, eps, D: tl.constexpr):
+    """Root-mean-square norm over the D features; what pads them is zero and stays so."""
+    first, second, rest = features
+    square = _squares(first) + _squares(second) + _squares(rest)
+    factor = tl.rsqrt(square * (1 / D) + eps)[:, :, None]
+    return _scaled(first, factor, weights[0]), _scaled(second, factor, weights[1]), _scaled(rest, factor, weights[2])
+
+
+@triton.jit
+def _rotate(features, cos, sin, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """In the dtype of the keys and rounded at every step, as the model's own rotation is."""
+    first, second, rest = features
+    if ROT > 0:
+        c = _load_angles(cos, mask, ROT, INTERLEAVED, first.dtype)
+        s = _load_angles(sin, mask, ROT, INTERLEAVED, first.dtype)
+        first, second = first * c - second * s, second * c + first * s
+    return first, second, rest
+
+
+@triton.jit
+def _add_products(logit, q, k):
+    """``logit`` (warps, heads, rows) plus q (warps, heads, features) times k, whose leading axes are warps and rows."""
+    if q is not None:
+        rows = k.reshape(logit.shape[0], logit.shape[2], k.shape[2])
+        logit = tl.dot(q, rows.permute(0, 2, 1), logit, input_precision="ieee")
+    return logit
 
 
 @triton.jit
@@ -73,6 +134,7 @@ def _score_kernel(
     cos,
     sin,
     query_rows,
+    norm_weight,
     counts,
     logits,
     peaks,
@@ -80,6 +142,7 @@ def _score_kernel(
     batch,
     logit_stride,
     scale,
+    norm_eps,
     query_stride,
     query_head,
     key_stride,
@@ -91,66 +154,66 @@ def _score_kernel(
     D: tl.constexpr,
     ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    SHARED: tl.constexpr,
-    PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    JOINED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Logits (base 2) of one part of one sample for SHARED key heads, and their maximum and sum of powers.
+    """Logits (base 2) of one part of one sample for a few key heads, and their maximum and sum of powers.
 
-    A sample is cut into at most PARTS parts by its own length alone, so that its bits do not depend on
-    its neighbours.
+    Each warp takes JOINED key heads and up to ROWS of their query heads. A sample is cut into at most PARTS
+    parts by its own length alone, so that its bits do not depend on its neighbours.
     """
-    HALF: tl.constexpr = ROT // 2
-    WIDTH: tl.constexpr = triton.next_power_of_2(HALF) if HALF > 8 else 8
-    REST: tl.constexpr = triton.next_power_of_2(D - ROT) if D - ROT > 16 else 16
+    TURNS: tl.constexpr = (JOINED * HEADS + ROWS - 1) // ROWS
     part, sample = tl.program_id(0), tl.program_id(2)
     start = tl.load(counts + sample)
     length = tl.load(counts + batch + sample)
     step = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
     begin = part * step
     if begin < length and tl.load(counts + 2 * batch + sample) > 0:
-        query += sample * query_stride
-        last = tl.load(query_rows + sample)
-        logits += sample.to(tl.int64) * GROUPS * HEADS * logit_stride
-        for turn in range(SHARED * tl.cdiv(HEADS, HEAD_BLOCK)):
-            group = tl.program_id(1) * SHARED + turn % SHARED
-            member = turn // SHARED * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
-            real = member < HEADS
-            head = group * HEADS + member
-            # Rows beyond the end repeat the last one: no load needs a mask, and no result uses them.
-            q_row = query + tl.minimum(head, GROUPS * HEADS - 1) * query_head
-            if HALF > 0:
-                table = last + member * 0
-                q = _load_rotated(q_row, cos + table * cos_stride, sin + table * sin_stride, HALF, WIDTH, INTERLEAVED)
-            if ROT < D:
-                q_rest = _load(q_row, ROT, D - ROT, REST)
-            peak = tl.full([HEAD_BLOCK], -float("inf"), tl.float32)
-            total = tl.zeros([HEAD_BLOCK], tl.float32)
-            for tile in range(begin, tl.minimum(begin + step, length), BLOCK):
-                row = tile + tl.arange(0, BLOCK)
-                valid = row < length
-                place = (start + tl.minimum(row, length - 1)).to(tl.int64)
-                k_row = keys + place * key_stride + group.to(tl.int64) * key_group
-                logit = tl.zeros([HEAD_BLOCK, BLOCK], tl.float32)
-                if HALF > 0:
-                    k = _load_rotated(
-                        k_row, cos + place * cos_stride, sin + place * sin_stride, HALF, WIDTH, INTERLEAVED
-                    )
-                    logit = tl.dot(q, tl.trans(k), logit, input_precision="ieee")
-                if ROT < D:
-                    k_rest = _load(k_row, ROT, D - ROT, REST)
-                    logit = tl.dot(q_rest, tl.trans(k_rest), logit, input_precision="ieee")
-                logit = tl.where(valid[None, :], logit * scale, -float("inf"))
-                out = logits + head.to(tl.int64)[:, None] * logit_stride + row[None, :]
-                tl.store(out, logit, mask=real[:, None])  # whole tiles, for wide stores
-                grown = tl.maximum(peak, tl.max(logit, 1))
-                shift = tl.where(grown == -float("inf"), 0.0, grown)  # -inf minus -inf would be NaN
-                total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logit - shift[:, None]), 1)
-                peak = grown
-            stats = (sample * PARTS + part) * GROUPS * HEADS + head
-            tl.store(peaks + stats, peak, mask=real)
-            tl.store(totals + stats, total, mask=real)
+        first_group = tl.program_id(1) // TURNS * WARPS * JOINED
+        group = first_group + tl.arange(0, WARPS * JOINED)
+        member = tl.program_id(1) % TURNS * ROWS + tl.arange(0, ROWS)
+        head = (first_group + tl.arange(0, WARPS) * JOINED)[:, None] * HEADS + member[None, :]
+        real = tl.broadcast_to((member < JOINED * HEADS)[None, :], WARPS, ROWS)
+        one = tl.full([1, 1], 1, tl.int1)
+        last = tl.load(query_rows + sample) + tl.zeros([1, 1], tl.int64)
+        q = _load_features(query + sample * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
+        q_first, q_second, q_rest = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
+        if norm_weight is not None:
+            weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
+        out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
+        peak = tl.full([WARPS, ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([WARPS, ROWS], tl.float32)
+        for tile in range(begin, tl.minimum(begin + step, length), BLOCK):
+            row = tile + tl.arange(0, BLOCK)[None, :]
+            valid = row < length
+            place = (start + row).to(tl.int64)
+            at = keys + place * key_stride + group.to(tl.int64)[:, None] * key_group
+            k = _load_features(at, tl.broadcast_to(valid, WARPS * JOINED, BLOCK), D, ROT, INTERLEAVED)
+            if norm_weight is not None:
+                k = _normalise(k, weights, norm_eps, D)
+            first, second, rest = _rotate(
+                k, cos + place * cos_stride, sin + place * sin_stride, valid, ROT, INTERLEAVED
+            )
+            logit = tl.zeros([WARPS, ROWS, JOINED * BLOCK], tl.float32)
+            logit = _add_products(logit, q_first, first)
+            logit = _add_products(logit, q_second, second)
+            logit = _add_products(logit, q_rest, rest)
+            if JOINED > 1:  # each query head keeps what belongs to its own key head
+                own = (member // HEADS)[:, None] == tl.arange(0, JOINED)[None, :]
+                each = logit.reshape(WARPS, ROWS, JOINED, BLOCK)
+                logit = tl.sum(tl.where(own[None, :, :, None], each, 0.0), 2)
+            logit = tl.where(valid[:, None, :], logit * scale, -float("inf"))
+            tl.store(out + row[:, None, :], logit, mask=real[:, :, None])  # whole tiles, for wide stores
+            grown = tl.maximum(peak, tl.max(logit, 2))
+            shift = tl.where(grown == -float("inf"), 0.0, grown)  # -inf minus -inf would be NaN
+            total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logit - shift[:, :, None]), 2)
+            peak = grown
+        stats = (sample * PARTS + part) * GROUPS * HEADS + head
+        tl.store(peaks + stats, peak, mask=real)
+        tl.store(totals + stats, total, mask=real)
 
 
 @torch.no_grad()
@@ -166,6 +229,7 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
+    key_norm: KeyNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
 
@@ -178,21 +242,25 @@ def score_topk(
     if rope not in ("half", "interleaved"):
         raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
     query, keys, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, cos, sin))
+    if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
+        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {features}")
+    norm_weight, norm_eps = key_norm or (None, 0.0)
     device, length = query.device, max(segments.lengths)
-    logit_stride = -(-length // BLOCK) * BLOCK
-    most = most_parts(groups)
-    parts = min(-(-length // BLOCK), most)
+    shape = tiling(heads, groups, features, keys.element_size(), key_norm is not None)
+    most = most_parts(shape)
+    parts, turns = min(-(-length // shape.block), most), -(-shape.joined * heads // (groups * shape.rows))
+    logit_stride = -(-length // STRIDE) * STRIDE
     counts = device_counts(segments, device)
     logits = scratch("logits", batch * heads * logit_stride, torch.float32, device)
     peaks, totals = (scratch(name, batch * most * heads, torch.float32, device) for name in ("peaks", "totals"))
     if max(segments.candidates) > 0:
-        shared = key_heads_per_program(groups, batch * parts * groups, device)
-        _score_kernel[(parts, groups // shared, batch)](
+        _score_kernel[(parts, groups // (shape.warps * shape.joined) * turns, batch)](
             query,
             keys,
             cos,
             sin,
             query_rows,
+            None if norm_weight is None else norm_weight.contiguous(),
             counts,
             logits,
             peaks,
@@ -200,6 +268,7 @@ def score_topk(
             batch,
             logit_stride,
             scale * math.log2(math.e),
+            norm_eps,
             query.stride(0),
             query.stride(1),
             keys.stride(0),
@@ -211,28 +280,39 @@ def score_topk(
             D=features,
             ROT=cos.shape[-1],
             INTERLEAVED=rope == "interleaved",
-            SHARED=shared,
+            WARPS=shape.warps,
+            JOINED=shape.joined,
+            ROWS=shape.rows,
+            BLOCK=shape.block,
             PARTS=most,
-            BLOCK=BLOCK,
-            HEAD_BLOCK=HEAD_BLOCK,
             num_stages=1,
-            num_warps=4 if features <= 128 else 8,
+            num_warps=shape.warps,
             enable_fp_fusion=False,
         )
-    return run_select(Logits(logits, peaks, totals, heads, logit_stride, most, BLOCK), candidates, texts, segments)
+    return run_select(
+        Logits(logits, peaks, totals, heads, logit_stride, most, shape.block), candidates, texts, segments
+    )
 
 
-def most_parts(groups: int) -> int:
-    """Most parts of one sample: a function of the model alone, for results must not depend on the batch.
+def tiling(heads: int, groups: int, features: int, itemsize: int, norm: bool) -> Tiling:
+    """A function of the model alone, for results must not depend on the batch.
 
-    About 1024 programs per long sample fill any GPU; more would only lengthen the merge of their statistics.
+    A program takes many key heads, as it reads cos and sin once for all of them. A warp takes one key head, and the
+    16 query heads that a tensor core takes at once; or two key heads, where all their query heads fit. What else
+    differs saves registers: a norm and wide heads mean smaller tiles, and fp32 has no tensor cores that keep its
+    precision.
     """
-    return min(max(1024 // int(triton.next_power_of_2(groups)), 32), 256)
+    if itemsize > 2:
+        return Tiling(math.gcd(groups, 4), joined=1, rows=4, block=8)
+    if features > 128:
+        return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=8)
+    if norm:
+        return Tiling(math.gcd(groups, 8), joined=1, rows=16, block=8)
+    if groups % 8 == 0 and heads // groups <= 8:
+        return Tiling(math.gcd(groups, 16) // 2, joined=2, rows=16, block=8)
+    return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=16)
 
 
-def key_heads_per_program(groups: int, programs: int, device: torch.device) -> int:
-    """Key heads that one program takes in turn, to read cos and sin once for all, as long as the GPU stays full."""
-    shared = 1
-    while groups % (2 * shared) == 0 and programs >= 8 * shared * processors(device):
-        shared *= 2
-    return shared
+def most_parts(shape: Tiling) -> int:
+    """Most parts of one sample, by the model alone too: more would only lengthen the merge of their statistics."""
+    return min(1024 // shape.warps, 256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from reroute_kernels import PagedPool, Segments, Selection, reference
+from reroute_kernels import KeyNorm, PagedPool, Segments, Selection, reference
 
 HEADS, GROUPS, FEATURES = 4, 2, 16
 
@@ -69,6 +69,15 @@ def test_a_stage_boundary_equals_the_reference(ops: Any, device: torch.device) -
     assert torch.equal(pages, expected)
 
 
+def test_a_key_norm_reaches_the_kernel(ops: Any, device: torch.device) -> None:
+    problem = Problem(device)
+    norm = KeyNorm(torch.rand(FEATURES, device=device), 1e-6)
+    results = (
+        backend.score_topk(*problem.scored, problem.segments, scale=0.25, key_norm=norm) for backend in (ops, reference)
+    )
+    same(*results)
+
+
 def test_under_compile(ops: Any, device: torch.device) -> None:
     problem = Problem(device)
     pages, expected = problem.pages.clone(), problem.pages.clone()
@@ -84,7 +93,9 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
     torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, p.counts))
-    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half"))
+    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half", None, 0.0))
+    norm = torch.ones(FEATURES, device=device), 1e-6
+    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half", *norm))
 
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:

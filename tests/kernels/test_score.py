@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reroute_kernels import PagedPool, Segments, Selection
+from reroute_kernels import KeyNorm, PagedPool, Segments, Selection
 from reroute_kernels.reference import admit, defer, score_topk
 
 INF, NAN = math.inf, math.nan
@@ -127,7 +128,9 @@ class Problem:
             for total, visual in zip(self.totals, self.candidates, strict=True)
         ]
 
-    def run(self, samples: tuple[int, ...] = (0, 1, 2), *, shift: bool = False) -> Selection:
+    def run(
+        self, samples: tuple[int, ...] = (0, 1, 2), *, shift: bool = False, key_norm: KeyNorm | None = None
+    ) -> Selection:
         """The chosen samples in this order; shift: copied to the front of a lease of their own."""
         pick = lambda values: tuple(values[b] for b in samples)
         starts, keys, cos, sin = pick(self.starts), self.keys, self.cos, self.sin
@@ -153,6 +156,7 @@ class Problem:
             ),
             scale=self.dim**-0.5,
             rope=self.layout,
+            key_norm=key_norm,
         )
 
     def naive(self, b: int) -> list[float]:
@@ -214,6 +218,20 @@ def test_bf16_logits_are_fp32_after_a_bf16_rotation() -> None:
     logits = (q @ k.transpose(2, 3))[0, :, 0] * problem.dim**-0.5
     expected = logits.softmax(-1).mean(0)[list(problem.candidates[0])]
     assert got.scores[0].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_key_norm_is_that_of_qwen3(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = Qwen3RMSNorm(8, eps=1e-3).to(dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    problem = Problem("half", 8, dtype)
+    keys = problem.keys.clone()
+    got = problem.run(key_norm=KeyNorm(norm.weight.detach(), 1e-3))
+    problem.keys = norm(keys).detach()
+    assert all(torch.equal(a, b) for a, b in zip(got, problem.run(), strict=True))
+    with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of 8"):
+        problem.run(key_norm=KeyNorm(torch.ones(1), 1e-3))
 
 
 # --- no device synchronisation ----------------------------------------------------------------

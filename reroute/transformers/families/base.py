@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import Rope
+from reroute_kernels import KeyNorm, Rope
 
 from ...errors import UnsupportedModelError
 
@@ -68,10 +68,15 @@ class Family:
         block = self.layers[layer]
         attention = block.self_attn
         normed = block.input_layernorm(rows)
-        query = attention.q_proj(normed.index_select(0, query_rows))
-        keys = attention.k_proj(normed)
         heads = (-1, attention.head_dim)
-        return query.unflatten(-1, heads), keys.unflatten(-1, heads)
+        query = attention.q_proj(normed.index_select(0, query_rows)).unflatten(-1, heads)
+        keys = attention.k_proj(normed).unflatten(-1, heads)
+        return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
+
+    def key_norm(self, layer: int) -> KeyNorm | None:
+        """See ``reroute.prefill.Projector``."""
+        norm = getattr(self.layers[layer].self_attn, "k_norm", None)
+        return None if norm is None else KeyNorm(norm.weight, norm.variance_epsilon)
 
     def scale(self, layer: int) -> float:
         """See ``reroute.prefill.Projector``."""

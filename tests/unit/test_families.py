@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
+
+from reroute.transformers.families.llava import Llava
+from reroute_kernels import Segments
+from reroute_kernels.reference import score_topk
+
+
+class NormedLlava(Llava):
+    text_model_types = ("qwen3",)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A LLaVA whose decoder norms each query and key head."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64)
+    vision = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=text)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.uniform_(parameter, *((0.5, 2) if name.endswith("_norm.weight") else (-0.5, 0.5)))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer: int) -> None:
+    family, length = NormedLlava(model), 11
+    out = family.text(torch.arange(length)[None] + 3, output_attentions=True, output_hidden_states=True)
+    rows, ids, last = out.hidden_states[layer][0], torch.arange(length)[None], torch.tensor([length - 1])
+    query, keys = family.project(layer, rows, last)
+    cos, sin = family.rope_tables(rows, ids)
+    got = score_topk(
+        query,
+        keys,
+        cos[0],
+        sin[0],
+        last,
+        ids,
+        ids[:, :0],
+        Segments((0,), (length,), (length,), (0,), (1,)),
+        scale=family.scale(layer),
+        rope=family.rope,
+        key_norm=family.key_norm(layer),
+    )
+    torch.testing.assert_close(got.scores[0], out.attentions[layer][0, :, -1].mean(0))
