@@ -77,6 +77,9 @@ class Ready:
     def scale(self, layer: int) -> float:
         return 0.1
 
+    def key_norm(self, layer: int) -> None:
+        return None
+
 
 def prefill_step(case: Case, rounds: int = 100) -> tuple[float, float]:
     """Microseconds of ``Prefill.decide`` and ``advance`` per routing layer, and of making a ``Prefill``: the best."""
