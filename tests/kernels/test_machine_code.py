@@ -28,10 +28,12 @@ class Budget:
 
 
 # Of a row move: a whole tile is 4 loads and 4 stores of 16 bytes; narrow are the lease row, its page and a position id.
-# Of a score: keys, cos and sin are wide; narrow are counts and statistics. A selection reads and writes 8-byte indices.
+# Of a score: keys, cos and sin are wide; narrow are counts and statistics. A selection moves 4-byte scores and keys and
+# 8-byte indices.
 DEFER = Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1)
 SCORE = Budget(registers=144, barriers=16, instructions=800, wide=21, narrow=6, occupancy=0.18)
-SELECT = Budget(registers=208, barriers=74, instructions=3400, wide=3, narrow=97, occupancy=0.12)
+# 16 warps can have 128 registers each; of the scores of one method, without softmax, fewer are needed.
+SELECT = Budget(registers=128, barriers=36, instructions=1770, wide=4, narrow=54, occupancy=0.25)
 BUDGETS = {
     ("defer, 7B bf16", "_defer_kernel"): DEFER,
     ("defer, 7B fp32", "_defer_kernel"): DEFER,
@@ -48,7 +50,17 @@ BUDGETS = {
     ("score_topk, LLaVA 7B, 576", "_select_kernel"): SELECT,
     ("score_topk, Qwen 7B, 16384", "_score_kernel"): SCORE,
     ("score_topk, Qwen 7B, 16384", "_select_kernel"): Budget(
-        registers=255, barriers=115, instructions=6400, wide=14, narrow=217, occupancy=0.12
+        registers=108, barriers=51, instructions=2560, wide=4, narrow=85, occupancy=0.25
+    ),
+    ("score_topk, Qwen 7B, 2304", "_score_kernel"): SCORE,
+    ("score_topk, Qwen 7B, 2304", "_select_kernel"): Budget(
+        registers=128, barriers=36, instructions=3060, wide=4, narrow=88, occupancy=0.25
+    ),
+    ("select, 576", "_select_kernel"): Budget(
+        registers=88, barriers=23, instructions=1230, wide=0, narrow=37, occupancy=0.25
+    ),
+    ("select, 16384", "_select_kernel"): Budget(
+        registers=108, barriers=38, instructions=2070, wide=0, narrow=70, occupancy=0.25
     ),
 }
 
