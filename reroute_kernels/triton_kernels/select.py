@@ -61,7 +61,7 @@ def _score_tile(
     source, stride, peak, weight, candidates, scores, keys, at, n, FUSED: tl.constexpr, HEADS: tl.constexpr
 ):
     """Store the scores and keys of the candidates ``at``; the keys, and which are valid."""
-    valid = at < n
+    valid = (at >= 0) & (at < n)
     if FUSED:
         rows = tl.load(candidates + at, mask=valid, other=0).to(tl.int32)
         score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
@@ -250,8 +250,10 @@ def _select_kernel(
     dense = last_row + 1 == n + m
     scored = progress + 1 + 3 * sample
     collected, emitted = scored + 1, scored + 2
+    # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
+    lead = (tl.load(candidates, mask=n > 0, other=0) % 8).to(tl.int32)
     # Programs with a tile or share of this sample arrive, and of an empty sample the first one.
-    scoring = tl.maximum(tl.minimum(tl.cdiv(n, TILE), scorers), 1)
+    scoring = tl.maximum(tl.minimum(tl.cdiv(n + lead, TILE), scorers), 1)
     sharing = tl.maximum(tl.cdiv(n, SHARE), 1)
     if stage == 0:
         _fill(scores, n, widest, -float("inf"), program, scorers, TILE)
@@ -267,7 +269,7 @@ def _select_kernel(
             else:
                 source += row_of * source_stride
                 peak, weight = 0.0, 0.0
-            for first in range(program * TILE, n, scorers * TILE):
+            for first in range(program * TILE - lead, n, scorers * TILE):
                 at = first + tl.arange(0, TILE)
                 key, valid = _score_tile(
                     source, source_stride, peak, weight, candidates, scores, keys, at, n, FUSED, HEADS
@@ -323,7 +325,7 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, segments: Segm
     active = torch.empty(batch, width, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
     tile = min(TILE, max(8192 // triton.next_power_of_2(source.heads), 16))  # by the model alone: it orders sums
-    scorers = max(min(-(-widest // tile), -(-processors(device) // batch)), 1)
+    scorers = min(-(-(widest + 7) // tile), -(-processors(device) // batch))
     long = widest > SHORT
     shares = -(-widest // SHARE) if long else 0
     keys, rivals = (scratch(name, batch * widest, torch.int32, device) for name in ("keys", "rivals"))

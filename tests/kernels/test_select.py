@@ -161,6 +161,39 @@ def test_a_weaker_order_is_a_race(executor: Any, kernel: Any, device: torch.devi
         check(kernel, [torch.randn(300)], [90], device)
 
 
+@pytest.mark.parametrize(("n", "first"), [(2304, 0), (2304, 35), (4100, 35)])  # one program selects; shares do
+def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int, first: int) -> None:
+    """Nearly every sector is used in full, wherever the picture begins; every logit is read once."""
+    heads, length = 28, n + 64
+    stride, parts = -(-length // 64) * 64, -(-length // 64)
+    logits = kernel.Logits(
+        torch.randn(1, heads, stride),
+        torch.full((1, parts, heads), 4.0),
+        torch.rand(1, parts, heads) + 1,
+        heads,
+        stride,
+        parts,
+        64,
+    )
+    row = torch.arange(length)[None]
+    candidates, texts = row[:, first : first + n].clone(), torch.cat((row[:, :first], row[:, first + n :]), 1)
+    segments = Segments((0,), (length,), (n,), (64,), (n // 4,))
+    got = kernel.run_select(logits, candidates, texts, segments)
+    same(got, reference.select(got.scores, candidates, texts, segments))
+    (report,) = launches
+    load, store = report.global_load, report.global_store
+    assert report.tensors["source"].load_bytes == 4 * heads * n
+    assert load.efficiency >= 0.985
+    assert store.efficiency >= (0.82 if first else 0.93)
+    assert load.min_sectors + store.min_sectors >= 0.97 * (load.sectors + store.sectors)
+
+
+def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:
+    wide = torch.empty(1, 1, device=device).expand(1, 2**22 + 1)
+    with pytest.raises(ValueError, match="4194305 candidates in a row"):
+        kernel.select(wide, wide.long(), wide.long(), Segments((0,), (9,), (9,), (0,), (1,)))
+
+
 def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
     scores = torch.randn(2, 2, 50).bfloat16().to(device)[:, 1]
     rows = torch.arange(50, device=device).expand(2, 50)
