@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -106,7 +106,8 @@ class Case:
         self.local = torch.arange(length, device=device).repeat(batch, 1)
         self.candidates, self.texts = self.local[:, :visual].contiguous(), self.local[:, visual:].contiguous()
         counts = (length,) * batch, (visual,) * batch, (TEXT,) * batch, (kept,) * batch
-        self.segments = Segments(self.lease.starts, *counts)
+        segments = Segments(self.lease.starts, *counts)
+        self.segments = replace(segments, on_device=segments.counts(device))
         self.query_rows = self.starts[:, 0] + length - 1
         self.cos, self.sin = self._draw(rows, shape.features), self._draw(rows, shape.features)
         self.ids = torch.arange(rows, device=device).unsqueeze(1)

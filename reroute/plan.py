@@ -7,7 +7,7 @@ every offset and every shape is an integer, so that the prefill itself never syn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ __all__ = ["Layout", "Plan", "make_plan"]
 class Layout:
     """The plan's index tensors on one device, for one placement of the samples in the pool (R lease rows).
 
-    - ``segments``: of each stage, the counts of its decision, still on the host.
+    - ``segments``: of each stage, the counts of its decision.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
     - ``starts`` (B, 1): first lease row of each sample.
@@ -203,12 +203,15 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     dropped = np.array([np.subtract(plan.lengths, plan.active(stage)) for stage in stages], dtype=np.int64)
     candidates = _padded(plan.visual)
     ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
-    parts = (rows, tokens, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped)
+    counts = np.array([s.columns for s in segments], dtype=np.int64)
+    parts = (rows, tokens, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
     ends = list(accumulate(part.size for part in parts))
     packed = torch.tensor(np.concatenate([part.ravel() for part in parts]))
     packed = packed.to(device, non_blocking=True)
     pieces = torch.tensor_split(packed, ends[:-1])
-    return Layout(segments, *(p.view(part.shape) for p, part in zip(pieces, parts, strict=True)))
+    *tensors, on_device = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
+    segments = tuple(replace(s, on_device=c) for s, c in zip(segments, on_device, strict=True))
+    return Layout(segments, *tensors)
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

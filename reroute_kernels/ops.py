@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,19 +77,21 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
 
 # --- select and score_topk -------------------------------------------------------------------
 
-# Segments travel as one list of integers, field after field: operators take no objects, and each list costs time.
+# Segments travel as a tensor and as one list of integers, field after field: operators take no objects.
+_COUNTS = "Tensor counts, int[] host_counts"
 _SELECTION = "(Tensor kept, Tensor active, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
 def _flat(segments: Segments) -> tuple[int, ...]:
-    return *segments.starts, *segments.lengths, *segments.candidates, *segments.texts, *segments.keep
+    return tuple(chain.from_iterable(segments.columns))
 
 
 @lru_cache(maxsize=256)
 def _segments(counts: tuple[int, ...]) -> Segments:
     batch = len(counts) // 5
-    return Segments(*(counts[i * batch : (i + 1) * batch] for i in range(5)))
+    starts, lengths, candidates, texts, keep = (counts[i * batch : (i + 1) * batch] for i in range(5))
+    return Segments(starts, lengths, candidates, texts, keep)
 
 
 def _fake_selection(candidates: Tensor, counts: Sequence[int]) -> Selection:
@@ -100,41 +103,44 @@ def _fake_selection(candidates: Tensor, counts: Sequence[int]) -> Selection:
     )
 
 
-def _run_select(scores: Tensor, candidates: Tensor, texts: Tensor, counts: Sequence[int]) -> Selection:
-    return _select.select(scores, candidates, texts, _segments(tuple(counts)))
+def _run_select(
+    scores: Tensor, candidates: Tensor, texts: Tensor, counts: Tensor, host_counts: Sequence[int]
+) -> Selection:
+    return _select.select(scores, candidates, texts, _segments(tuple(host_counts)), counts=counts)
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
-    *tensors, counts, scale, rope, weight, eps = arguments
+    *tensors, counts, host_counts, scale, rope, weight, eps = arguments
     launch: Callable[..., Selection] = _score.score_topk
     key_norm = None if weight is None else KeyNorm(weight, eps)
-    return launch(*tensors, _segments(tuple(counts)), scale=scale, rope=rope, key_norm=key_norm)
+    segments = _segments(tuple(host_counts))
+    return launch(*tensors, segments, scale=scale, rope=rope, key_norm=key_norm, counts=counts)
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
     """Of the logits: 2 H D for every key row of a sample with candidates."""
-    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[7]))
+    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[8]))
     return 2 * heads * features * sum(n for n, c in zip(segments.lengths, segments.candidates, strict=True) if c)  # type: ignore[no-any-return]
 
 
 _select_op = _register(
-    f"select(Tensor scores, Tensor candidates, Tensor texts, int[] counts) -> {_SELECTION}",
+    f"select(Tensor scores, Tensor candidates, Tensor texts, {_COUNTS}) -> {_SELECTION}",
     _run_select,
-    lambda scores, candidates, texts, counts: _fake_selection(candidates, counts),
+    lambda scores, candidates, texts, counts, host_counts: _fake_selection(candidates, host_counts),
     _no_flops,
 )
 _score_op = _register(
     "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
-    f"Tensor texts, int[] counts, float scale, str rope, Tensor? norm_weight, float norm_eps) -> {_SELECTION}",
+    f"Tensor texts, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) -> {_SELECTION}",
     _run_score_topk,
-    lambda *arguments: _fake_selection(arguments[5], arguments[7]),
+    lambda *arguments: _fake_selection(arguments[5], arguments[8]),
     _score_flops,
 )
 
 
 def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
-    return Selection(*_select_op(scores, candidates, texts, _flat(segments)))
+    return Selection(*_select_op(scores, candidates, texts, segments.counts(scores.device), _flat(segments)))
 
 
 def score_topk(
@@ -152,5 +158,5 @@ def score_topk(
     key_norm: KeyNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
-    tensors = query, keys, cos, sin, query_rows, candidates, texts
+    tensors = query, keys, cos, sin, query_rows, candidates, texts, segments.counts(query.device)
     return Selection(*_score_op(*tensors, _flat(segments), scale, rope, *(key_norm or (None, 0.0))))

@@ -10,7 +10,8 @@ Two kinds of row numbers occur. A *lease row* counts over the whole lease, page 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class Segments:
     """Host integers of one decision, one per sample.
 
     starts: first key row. lengths: key rows the query sees, the pool P of the softmax.
-    candidates: N_b. texts: M_b, rows that are always active. keep: K_b.
+    candidates: N_b. texts: M_b, rows that are always active. keep: K_b. on_device: the five of them as (5, B) int64,
+    for kernels; whoever makes many decisions uploads them together.
     """
 
     starts: tuple[int, ...]
@@ -33,13 +35,13 @@ class Segments:
     candidates: tuple[int, ...]
     texts: tuple[int, ...]
     keep: tuple[int, ...]
+    on_device: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """ValueError where the counts contradict each other."""
-        columns = (self.starts, self.lengths, self.candidates, self.texts, self.keep)
-        if not self.starts or len({len(column) for column in columns}) > 1:
+        if not self.starts or len({len(column) for column in self.columns}) > 1:
             raise ValueError(f"every field needs one integer per sample: got {self}")
-        if min(map(min, columns)) < 0:
+        if min(map(min, self.columns)) < 0:
             raise ValueError(f"counts must not be negative: got {self}")
         for b, (length, candidates, keep) in enumerate(zip(self.lengths, self.candidates, self.keep, strict=True)):
             if not keep <= candidates <= length:
@@ -48,12 +50,26 @@ class Segments:
                     f"violated; a candidate is a row that the query sees"
                 )
 
+    def counts(self, device: torch.device) -> Tensor:
+        """``on_device``, or an upload that does not wait. RuntimeError for an upload inside a CUDA graph capture."""
+        if self.on_device is not None:
+            return self.on_device
+        cuda = device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("counts cannot be uploaded inside a CUDA graph capture: set Segments.on_device before")
+        return torch.tensor(self.columns, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+
     @property
     def active(self) -> tuple[int, ...]:
         """Rows the stage runs per sample, M_b + K_b."""
         return tuple(m + k for m, k in zip(self.texts, self.keep, strict=True))
 
     @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """All counts, field after field."""
+        return self.starts, self.lengths, self.candidates, self.texts, self.keep
+
+    @cached_property
     def width(self) -> int:
         """The compact length S, the largest of ``active``."""
         return max(self.active)

@@ -7,6 +7,7 @@ the last query row exists at any time: (H, L) fp32 logits, about a tenth of the 
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
-from reroute_kernels.triton_kernels._common import device_counts, scratch
+from reroute_kernels.triton_kernels._common import Variant, scratch
 from reroute_kernels.triton_kernels.select import Logits, run_select
 
 STRIDE = 16  # logits of a head begin at multiples of it
@@ -137,10 +138,9 @@ def _score_kernel(
     norm_weight,
     counts,
     logits,
-    peaks,
-    totals,
     batch,
     logit_stride,
+    peaks_at,
     scale,
     norm_eps,
     query_stride,
@@ -160,7 +160,7 @@ def _score_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Logits (base 2) of one part of one sample for a few key heads, and their maximum and sum of powers.
+    """Logits (base 2) of one part of one sample for a few key heads, and behind all logits their maximum and sum.
 
     Each warp takes JOINED key heads and up to ROWS of their query heads. A sample is cut into at most PARTS
     parts by its own length alone, so that its bits do not depend on its neighbours.
@@ -168,7 +168,7 @@ def _score_kernel(
     TURNS: tl.constexpr = (JOINED * HEADS + ROWS - 1) // ROWS
     part, sample = tl.program_id(0), tl.program_id(2)
     start = tl.load(counts + sample)
-    length = tl.load(counts + batch + sample)
+    length = tl.load(counts + batch + sample).to(tl.int32)
     step = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
     begin = part * step
     if begin < length and tl.load(counts + 2 * batch + sample) > 0:
@@ -183,6 +183,8 @@ def _score_kernel(
         q_first, q_second, q_rest = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
         if norm_weight is not None:
             weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
+        peaks = logits + peaks_at
+        totals = peaks + batch * PARTS * GROUPS * HEADS
         out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
         peak = tl.full([WARPS, ROWS], -float("inf"), tl.float32)
         total = tl.zeros([WARPS, ROWS], tl.float32)
@@ -216,7 +218,6 @@ def _score_kernel(
         tl.store(totals + stats, total, mask=real)
 
 
-@torch.no_grad()
 def score_topk(
     query: Tensor,
     keys: Tensor,
@@ -230,8 +231,11 @@ def score_topk(
     scale: float,
     rope: Rope = "half",
     key_norm: KeyNorm | None = None,
+    counts: Tensor | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
+
+    counts: those of ``segments`` on the device, if they are there.
 
     16-byte loads need contiguous features, and strides and D that are multiples of 16 elements, as
     projections make them; all else is right but slower.
@@ -248,13 +252,14 @@ def score_topk(
     device, length = query.device, max(segments.lengths)
     shape = tiling(heads, groups, features, keys.element_size(), key_norm is not None)
     most = most_parts(shape)
-    parts, turns = min(-(-length // shape.block), most), -(-shape.joined * heads // (groups * shape.rows))
     logit_stride = -(-length // STRIDE) * STRIDE
-    counts = device_counts(segments, device)
-    logits = scratch("logits", batch * heads * logit_stride, torch.float32, device)
-    peaks, totals = (scratch(name, batch * most * heads, torch.float32, device) for name in ("peaks", "totals"))
+    peaks_at = batch * heads * logit_stride
+    counts = segments.counts(device) if counts is None else counts
+    logits = scratch("logits", peaks_at + 2 * batch * most * heads, torch.float32, device)
     if max(segments.candidates) > 0:
-        _score_kernel[(parts, groups // (shape.warps * shape.joined) * turns, batch)](
+        parts, turns = min(-(-length // shape.block), most), -(-shape.joined * heads // (groups * shape.rows))
+        _variant(groups, heads // groups, features, cos.shape[-1], rope == "interleaved", shape, most)(
+            (parts, groups // (shape.warps * shape.joined) * turns, batch),
             query,
             keys,
             cos,
@@ -263,10 +268,9 @@ def score_topk(
             None if norm_weight is None else norm_weight.contiguous(),
             counts,
             logits,
-            peaks,
-            totals,
             batch,
             logit_stride,
+            peaks_at,
             scale * math.log2(math.e),
             norm_eps,
             query.stride(0),
@@ -275,25 +279,29 @@ def score_topk(
             keys.stride(1),
             cos.stride(0),
             sin.stride(0),
-            GROUPS=groups,
-            HEADS=heads // groups,
-            D=features,
-            ROT=cos.shape[-1],
-            INTERLEAVED=rope == "interleaved",
-            WARPS=shape.warps,
-            JOINED=shape.joined,
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            PARTS=most,
-            num_stages=1,
-            num_warps=shape.warps,
-            enable_fp_fusion=False,
         )
-    return run_select(
-        Logits(logits, peaks, totals, heads, logit_stride, most, shape.block), candidates, texts, segments
-    )
+    source = Logits(logits, logit_stride, peaks_at, heads, most, shape.block)
+    return run_select(source, candidates, texts, counts, segments)
 
 
+@lru_cache(maxsize=256)
+def _variant(groups: int, heads: int, features: int, rot: int, interleaved: bool, shape: Tiling, parts: int) -> Variant:
+    constants = {
+        "GROUPS": groups,
+        "HEADS": heads,
+        "D": features,
+        "ROT": rot,
+        "INTERLEAVED": interleaved,
+        "WARPS": shape.warps,
+        "JOINED": shape.joined,
+        "ROWS": shape.rows,
+        "BLOCK": shape.block,
+        "PARTS": parts,
+    }
+    return Variant(_score_kernel, constants, num_stages=1, num_warps=shape.warps, enable_fp_fusion=False)
+
+
+@cache
 def tiling(heads: int, groups: int, features: int, itemsize: int, norm: bool) -> Tiling:
     """A function of the model alone, for results must not depend on the batch.
 

@@ -7,6 +7,7 @@ threshold, one emits.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
-from reroute_kernels.triton_kernels._common import device_counts, processors, scratch
+from reroute_kernels.triton_kernels._common import Variant, processors, scratch
 from reroute_kernels.triton_kernels._ranks import (
     COARSE,
     MOST,
@@ -35,20 +36,20 @@ SHARE = 2048  # candidates of one program in the later stages of a longer row
 
 # Another batch, prompt or number of kept rows must not compile anew.
 SIZES = ("batch", "scorers", "shares", "widest", "most_kept", "width")
-STRIDES = ("source_stride", "candidate_stride", "text_stride")
+STRIDES = ("source_stride", "peaks_at", "candidate_stride", "text_stride")
 
 
 class Logits(NamedTuple):
-    """What the score launch leaves: (B, H, stride) logits in base 2; maxima and sums of (B, parts, H).
+    """What the score launch leaves: (B, H, stride) logits in base 2, and from ``peaks_at`` on the maxima and then the
+    sums of (B, parts, H).
 
-    Without maxima and sums it is scores, of one head.
+    Of one head and without parts it is scores.
     """
 
     logits: Tensor
-    peaks: Tensor | None
-    totals: Tensor | None
-    heads: int
     stride: int
+    peaks_at: int
+    heads: int
     parts: int
     block: int
 
@@ -188,16 +189,11 @@ def _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active, n, m
 @triton.jit(do_not_specialize=SIZES + STRIDES)
 def _select_kernel(
     source,
-    peaks,
-    totals,
     candidates,
     texts,
     counts,
-    keys,
-    rivals,
-    tallies,
-    histogram,
-    progress,
+    notes,
+    counters,
     scores,
     kept,
     active,
@@ -205,12 +201,12 @@ def _select_kernel(
     scorers,
     shares,
     source_stride,
+    peaks_at,
     candidate_stride,
     text_stride,
     widest,
     most_kept,
     width,
-    FUSED: tl.constexpr,
     HEADS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -220,36 +216,38 @@ def _select_kernel(
     COARSE: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``source``: logits if FUSED, else scores. A sample has ``scorers`` programs, and if rows are long
+    """``source``: logits if there are PARTS, else scores. A sample has ``scorers`` programs, and if rows are long
     (SEGMENTS is not 0 but a power of two, at least ``shares``) twice ``shares`` in the later stages.
     """
     TEXTS: tl.constexpr = 1024  # text rows at a time
+    FUSED: tl.constexpr = PARTS > 0
     if SEGMENTS > 0:
-        stage, sample, program = role(progress, scorers, shares, batch)
+        stage, sample, program = role(counters, scorers, shares, batch)
     else:
         stage, sample, program = 0, tl.program_id(0) // scorers, tl.program_id(0) % scorers
-    length = tl.load(counts + batch + sample)
-    n = tl.load(counts + 2 * batch + sample)
-    m = tl.load(counts + 3 * batch + sample)
-    k = tl.load(counts + 4 * batch + sample)
+    length = tl.load(counts + batch + sample).to(tl.int32)
+    n = tl.load(counts + 2 * batch + sample).to(tl.int32)
+    m = tl.load(counts + 3 * batch + sample).to(tl.int32)
+    k = tl.load(counts + 4 * batch + sample).to(tl.int32)
     row_of = sample.to(tl.int64)
     scores += row_of * widest
     kept += row_of * most_kept
     active += row_of * width
     candidates += row_of * candidate_stride
     texts += row_of * text_stride
-    keys += row_of * widest
-    rivals += row_of * widest
-    histogram += sample * COARSE + tl.arange(0, COARSE)
-    tallies += 3 * shares * sample
+    # For the launch itself: keys, rivals, and tallies of the shares; counters, zero before and after, and a histogram.
+    keys = notes.to(tl.pointer_type(tl.uint32)) + row_of * widest
+    rivals = keys + batch * widest
+    tallies = notes + 2 * batch * widest + 3 * shares * sample
+    scored = counters + 1 + 3 * sample
+    collected, emitted = scored + 1, scored + 2
+    histogram = counters + tl.cdiv(1 + 3 * batch, 8) * 8 + sample * COARSE + tl.arange(0, COARSE)
     fillers = width - m - k
     # Mostly candidates and texts are all rows there are.
     last_row = tl.maximum(
         tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1)
     )
     dense = last_row + 1 == n + m
-    scored = progress + 1 + 3 * sample
-    collected, emitted = scored + 1, scored + 2
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
     lead = (tl.load(candidates, mask=n > 0, other=0) % 8).to(tl.int32)
     # Programs with a tile or share of this sample arrive, and of an empty sample the first one.
@@ -261,11 +259,12 @@ def _select_kernel(
         _fill(active, 0, fillers, -1, program, scorers, TILE)
         if program < scoring:
             if FUSED:
+                peaks = source + peaks_at + sample * PARTS * HEADS
+                totals = peaks + batch * PARTS * HEADS
                 source += row_of * HEADS * source_stride
                 tiles = tl.cdiv(length, BLOCK)
                 parts = tl.where(n > 0, tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, PARTS), 1)), 0)
-                stats = sample * PARTS * HEADS
-                peak, weight = merge_parts(peaks + stats, totals + stats, parts, HEADS)
+                peak, weight = merge_parts(peaks, totals, parts, HEADS)
             else:
                 source += row_of * source_stride
                 peak, weight = 0.0, 0.0
@@ -315,7 +314,7 @@ def _select_kernel(
                 tl.store(histogram, tl.zeros([COARSE], tl.int32))
 
 
-def run_select(source: Logits, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+def run_select(source: Logits, candidates: Tensor, texts: Tensor, counts: Tensor, segments: Segments) -> Selection:
     """Launch the selection. ValueError for a row of more candidates than the kernel can count."""
     (batch, widest), device = candidates.shape, candidates.device
     if widest > MOST:
@@ -324,23 +323,17 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, segments: Segm
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
     active = torch.empty(batch, width, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
-    tile = min(TILE, max(8192 // triton.next_power_of_2(source.heads), 16))  # by the model alone: it orders sums
+    share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
+    tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
     scorers = min(-(-(widest + 7) // tile), -(-processors(device) // batch))
-    long = widest > SHORT
-    shares = -(-widest // SHARE) if long else 0
-    keys, rivals = (scratch(name, batch * widest, torch.int32, device) for name in ("keys", "rivals"))
-    _select_kernel[((scorers + 2 * shares) * batch,)](
+    _variant(source.heads, source.parts, source.block, tile, share, _power(shares))(
+        ((scorers + 2 * shares) * batch, 1, 1),
         source.logits,
-        source.peaks,
-        source.totals,
         candidates,
         texts,
-        device_counts(segments, device),
-        keys.view(torch.uint32),
-        rivals.view(torch.uint32),
-        scratch("tallies", batch * 3 * shares, torch.int32, device),
-        scratch("histogram", batch * COARSE, torch.int32, device, zero=True),
-        scratch("progress", 1 + 3 * batch, torch.int32, device, zero=True),
+        counts,
+        scratch("notes", batch * (2 * widest + 3 * shares), torch.int32, device),
+        scratch("counters", batch * (COARSE + 3) + 8, torch.int32, device, zero=True),
         scores,
         kept,
         active,
@@ -348,28 +341,42 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, segments: Segm
         scorers,
         shares,
         source.stride,
+        source.peaks_at,
         candidates.stride(0),
         texts.stride(0),
         widest,
         most_kept,
         width,
-        FUSED=source.peaks is not None,
-        HEADS=source.heads,
-        PARTS=source.parts,
-        BLOCK=source.block,
-        TILE=tile,
-        SHARE=SHARE if long else max(triton.next_power_of_2(widest), 1024),
-        SEGMENTS=triton.next_power_of_2(shares) if long else 0,
-        COARSE=COARSE,
-        SLOTS=SLOTS,
-        num_warps=16,
-        maxnreg=128,
-        enable_fp_fusion=False,
     )
     return Selection(kept, active, scores)
 
 
-@torch.no_grad()
-def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
-    """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation."""
-    return run_select(Logits(scores, None, None, 1, scores.stride(0), 1, 1), candidates, texts, segments)
+def _power(size: int) -> int:
+    """The power of two at or above ``size``; of 0 it is 0."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+@lru_cache(maxsize=256)
+def _variant(heads: int, parts: int, block: int, tile: int, share: int, segments: int) -> Variant:
+    constants = {
+        "HEADS": heads,
+        "PARTS": parts,
+        "BLOCK": block,
+        "TILE": tile,
+        "SHARE": share,
+        "SEGMENTS": segments,
+        "COARSE": COARSE,
+        "SLOTS": SLOTS,
+    }
+    return Variant(_select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
+
+
+def select(
+    scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments, *, counts: Tensor | None = None
+) -> Selection:
+    """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation.
+
+    counts: those of ``segments`` on the device, if they are there.
+    """
+    source = Logits(scores, scores.stride(0), 0, heads=1, parts=0, block=1)
+    return run_select(source, candidates, texts, segments.counts(scores.device) if counts is None else counts, segments)

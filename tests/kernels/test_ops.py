@@ -44,9 +44,9 @@ class Problem:
         return self.query, self.keys, self.cos, self.sin, self.query_rows, self.candidates, self.texts
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        s = self.segments
-        return *s.starts, *s.lengths, *s.candidates, *s.texts, *s.keep
+    def counts(self) -> tuple[Tensor, list[int]]:
+        counts = self.segments.counts(self.pages.device)
+        return counts, counts.flatten().tolist()
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""
@@ -92,10 +92,10 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden))
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
-    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, p.counts))
-    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half", None, 0.0))
+    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, *p.counts))
+    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
     norm = torch.ones(FEATURES, device=device), 1e-6
-    torch.library.opcheck(registered.score_topk, (*p.scored, p.counts, 0.25, "half", *norm))
+    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", *norm))
 
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:

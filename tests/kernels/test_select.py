@@ -166,23 +166,17 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     """Nearly every sector is used in full, wherever the picture begins; every logit is read once."""
     heads, length = 28, n + 64
     stride, parts = -(-length // 64) * 64, -(-length // 64)
-    logits = kernel.Logits(
-        torch.randn(1, heads, stride),
-        torch.full((1, parts, heads), 4.0),
-        torch.rand(1, parts, heads) + 1,
-        heads,
-        stride,
-        parts,
-        64,
-    )
+    values = torch.randn(heads * stride), torch.full((parts * heads,), 4.0), torch.rand(parts * heads) + 1
+    logits = kernel.Logits(torch.cat(values), stride, heads * stride, heads, parts, 64)
     row = torch.arange(length)[None]
     candidates, texts = row[:, first : first + n].clone(), torch.cat((row[:, :first], row[:, first + n :]), 1)
     segments = Segments((0,), (length,), (n,), (64,), (n // 4,))
-    got = kernel.run_select(logits, candidates, texts, segments)
+    got = kernel.run_select(logits, candidates, texts, segments.counts(device), segments)
     same(got, reference.select(got.scores, candidates, texts, segments))
     (report,) = launches
     load, store = report.global_load, report.global_store
-    assert report.tensors["source"].load_bytes == 4 * heads * n
+    programs = -(-(n + first % 8) // kernel.TILE)
+    assert report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * parts  # with the statistics
     assert load.efficiency >= 0.985
     assert store.efficiency >= (0.82 if first else 0.93)
     assert load.min_sectors + store.min_sectors >= 0.97 * (load.sectors + store.sectors)
@@ -202,8 +196,15 @@ def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
     same(kernel.select(scores, rows, texts, segments), reference.select(scores, rows, texts, segments))
 
 
-def test_counts_are_uploaded_once(kernel: Any, device: torch.device) -> None:
-    from reroute_kernels.triton_kernels._common import device_counts
-
-    first, again = (Segments((0,), (9,), (5,), (4,), (2,)) for _ in range(2))
-    assert device_counts(first, device) is device_counts(again, device)
+def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: torch.device) -> None:
+    columns = ((0,), (9,), (5,), (4,), (2,))
+    there = torch.tensor(columns, device=device)
+    segments = Segments(*columns, on_device=there)
+    assert segments.counts(device) is there
+    assert segments == Segments(*columns)
+    scores, row = torch.randn(1, 5, device=device), torch.arange(9, device=device)[None]
+    arguments = scores, row[:, :5], row[:, 5:], segments
+    wanted = reference.select(*arguments)
+    same(kernel.select(*arguments), wanted)
+    there[4] = 0  # the kernel keeps what it reads there
+    assert not torch.equal(kernel.select(*arguments).kept, wanted.kept)
