@@ -88,6 +88,7 @@ SHAPES = [
     # heads, groups, features, rot, rope, dtype
     (28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
     (8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
+    (24, 8, 64, 64, "half", BF16),  # key heads in twos
     (16, 2, 80, 80, "half", BF16),
     (4, 2, 96, 48, "half", FP16),  # partial
     (12, 2, 64, 64, "interleaved", BF16),
