@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from routing_cases import decision
 from torch import Tensor
 
@@ -67,21 +69,27 @@ def truth(
     return scores
 
 
+def near(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection, rtol: float = 3e-5) -> None:
+    """To fp64 logits after the same rotation."""
+    wanted = truth(arguments, **named, work=torch.float64, rotate=arguments[0].dtype)
+    for row, right in zip(got.scores, wanted, strict=True):
+        assert torch.allclose(row[: len(right)].double(), right, rtol=rtol, atol=1e-9)
+
+
 def close(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection, rtol: float = 3e-5) -> None:
-    """To fp64 logits after the same rotation; and to fp64 throughout, no worse than all in the model's dtype."""
-    dtype, counts = arguments[0].dtype, arguments[7].candidates
-    scores = [row[:n].double() for row, n in zip(got.scores, counts, strict=True)]
-    for score, near, far, plain in zip(
-        scores,
-        truth(arguments, **named, work=torch.float64, rotate=dtype),
+    """Near; and to fp64 throughout, no worse than all in the model's dtype."""
+    near(arguments, named, got, rtol)
+    dtype = arguments[0].dtype
+    for row, far, plain in zip(
+        got.scores,
         truth(arguments, **named, work=torch.float64, rotate=torch.float64),
         truth(arguments, **named, work=dtype, rotate=dtype),
         strict=True,
     ):
-        assert torch.allclose(score, near, rtol=rtol, atol=1e-9)
-        if len(score):
+        if len(far):
             # The rounding of the rotation, which all share, is most of the error: hence a mean and a margin.
-            assert (score - far).abs().mean() <= 1.25 * (plain - far).abs().mean() + 1e-6
+            error = (row[: len(far)].double() - far).abs().mean()
+            assert error <= 1.25 * (plain - far).abs().mean() + 1e-6
 
 
 SHAPES = [
@@ -161,6 +169,22 @@ def test_key_norms(
     close(arguments, named, got, rtol=3e-5 if dtype == FP32 else 5e-3)
     with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of"):
         kernel.score_topk(*arguments, **named | {"key_norm": KeyNorm(keys.new_ones(1), 1e-6)})
+
+
+@given(st.data())
+def test_any_decision(kernel: Any, device: torch.device, data: st.DataObject) -> None:
+    """Ragged batches of any counts, in a few shapes: each new one compiles."""
+    lengths = data.draw(st.lists(st.integers(0, 100), min_size=1, max_size=3))
+    gaps = data.draw(st.integers(0, 4))
+    counts = [data.draw(st.integers(0, max(length - 1 - gaps, 0))) for length in lengths]
+    keep = [data.draw(st.integers(0, n)) for n in counts]
+    heads, groups, rot = data.draw(st.sampled_from([(4, 2, 16), (3, 3, 8), (6, 1, 0)]))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    shape = {"heads": heads, "groups": groups, "rot": rot, "features": 16, "gaps": gaps, "poison": NAN}
+    arguments, named = decision(lengths, counts, keep, device, dtype=data.draw(st.sampled_from([BF16, FP32])), **shape)
+    got = kernel.score_topk(*arguments, **named)
+    exact(arguments, got)
+    near(arguments, named, got)
 
 
 def test_ragged_batches(kernel: Any, device: torch.device) -> None:
