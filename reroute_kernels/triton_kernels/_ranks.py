@@ -31,16 +31,6 @@ def coarse_bin(key, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _common_bits(bin, SOFTMAX: tl.constexpr):
-    """What all keys of a coarse bin have in common, and to the right of how many bits; those are a multiple of 5."""
-    if SOFTMAX:
-        inner = (bin > 0) & (bin < 511)
-        return tl.where(inner, (bin + 0x800) >> 1, 0).to(tl.uint32), tl.where(inner, 20, 35)
-    else:
-        return (bin >> 2).to(tl.uint32), bin * 0 + 25
-
-
-@triton.jit
 def pick(counts, rank):
     """The bin of the element with this rank, from 0, and its rank in that bin."""
     BINS: tl.constexpr = counts.shape[0]
@@ -51,17 +41,23 @@ def pick(counts, rank):
 
 
 @triton.jit
-def threshold_key(keys, column, limit, most, need, bin, SOFTMAX: tl.constexpr, STEP: tl.constexpr):
-    """The need-th of some keys of one coarse bin, and how many equal to it are needed; none if ``need`` is 0.
+def threshold_key(keys, column, limit, end, need, first_key, last_key, STEP: tl.constexpr):
+    """The need-th of some keys, and how many equal to it are needed; none if ``need`` is 0.
 
-    The keys are those at ``keys + i`` where ``column + i`` is below ``limit``, for i = 0, STEP, ... below ``most``.
+    They lie between ``first_key`` and ``last_key``, and are those at ``keys + i`` where ``column + i`` is below
+    ``limit``, for i = 0, STEP, ... below ``end``.
     """
-    known, shift = _common_bits(bin, SOFTMAX)
+    # Bits to the left of the shift are the same in all; none are to the right where all keys are equal.
+    shift, differing = 0, first_key ^ last_key
+    while differing > 0:
+        shift += 5
+        differing = differing >> 5
+    known = tl.where(shift < 35, first_key >> tl.minimum(shift, 30), 0)
     rank = tl.maximum(need - 1, 0)
     while shift > 0:
         shift -= 5
         counts = tl.zeros([32], tl.int32)  # five bits at a time: each warp has all bins, so to pick needs no barrier
-        for first in range(0, most, STEP):
+        for first in range(0, end, STEP):
             valid = column + first < limit
             digit = (tl.load(keys + first, mask=valid, other=0) >> shift) ^ (known << 5)
             counts += tl.histogram((digit & 31).to(tl.int32), 32, mask=valid & (digit < 32))

@@ -36,7 +36,7 @@ SHARE = 2048  # candidates of one program in the later stages of a longer row
 
 # Another batch, prompt or number of kept rows must not compile anew.
 SIZES = ("batch", "scorers", "shares", "widest", "most_kept", "width")
-STRIDES = ("source_stride", "peaks_at", "candidate_stride", "text_stride")
+STRIDES = ("source_stride", "candidate_stride", "text_stride")
 
 
 class Logits(NamedTuple):
@@ -89,7 +89,7 @@ def _fill(out, begin, end, value, program, programs, TILE: tl.constexpr):
 def _collect(keys, rivals, histogram, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr):
     """Copy the keys of a share that are in the bin of the threshold to the share's place in ``rivals``.
 
-    Their number, that of the keys in better bins, and the bin.
+    Their number, that of the keys in better bins, and the first and the last of them.
     """
     at = base + tl.arange(0, SHARE)
     key = tl.load(keys + at, mask=at < n, other=0)
@@ -100,7 +100,8 @@ def _collect(keys, rivals, histogram, n, k, base, FUSED: tl.constexpr, SHARE: tl
     packed = rival.to(tl.int32) | (above.to(tl.int32) << 16)
     tl.store(rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
     total = tl.sum(packed, 0)
-    return total & 0xFFFF, total >> 16, best
+    first_key, last_key = tl.min(tl.where(rival, key, 0xFFFFFFFF), 0), tl.max(tl.where(rival, key, 0), 0)
+    return total & 0xFFFF, total >> 16, first_key, last_key
 
 
 # --- stage 2: what is kept -------------------------------------------------------------------
@@ -113,7 +114,6 @@ def _settle(
     shares,
     k,
     share,
-    FUSED: tl.constexpr,
     SHARE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -125,20 +125,24 @@ def _settle(
     STEP: tl.constexpr = max(SLOTS // SEGMENTS, 32)
     slot = tl.arange(0, SEGMENTS * STEP)
     owner, column = slot // STEP, slot % STEP
-    limit = tl.load(tallies + 3 * owner, mask=owner < shares, other=0)
-    each = tl.arange(0, SEGMENTS)
-    above = tl.load(tallies + 3 * each + 1, mask=each < shares, other=0)
-    bin = tl.load(tallies + 2)
-    most = tl.max(limit, 0)
+    limit = tl.load(tallies + 4 * owner, mask=owner < shares, other=0)
+    each = 4 * tl.arange(0, SEGMENTS)
+    real = each < 4 * shares
+    above = tl.load(tallies + each + 1, mask=real, other=0)
+    first_keys = tl.load(tallies + each + 2, mask=real, other=-1).to(tl.uint32, bitcast=True)
+    last_keys = tl.load(tallies + each + 3, mask=real, other=0).to(tl.uint32, bitcast=True)
+    end = tl.max(limit, 0)
     rivals += owner * SHARE + column
-    threshold, ties = threshold_key(rivals, column, limit, most, k - tl.sum(above, 0), bin, FUSED, STEP)
+    threshold, ties = threshold_key(
+        rivals, column, limit, end, k - tl.sum(above, 0), tl.min(first_keys, 0), tl.max(last_keys, 0), STEP
+    )
     better, equal = tl.zeros(slot.shape, tl.int32), tl.zeros(slot.shape, tl.int32)
-    for first in range(0, most, STEP):
+    for first in range(0, end, STEP):
         earlier = (column + first < limit) & (owner < share)
         key = tl.load(rivals + first, mask=earlier, other=0)
         better += (earlier & (key < threshold)).to(tl.int32)
         equal += (earlier & (key == threshold)).to(tl.int32)
-    above_before = tl.sum(tl.where(each < share, above, 0), 0) + tl.sum(better, 0)
+    above_before = tl.sum(tl.where(each < 4 * share, above, 0), 0) + tl.sum(better, 0)
     return threshold, ties, above_before, tl.sum(equal, 0)
 
 
@@ -238,7 +242,7 @@ def _select_kernel(
     # For the launch itself: keys, rivals, and tallies of the shares; counters, zero before and after, and a histogram.
     keys = notes.to(tl.pointer_type(tl.uint32)) + row_of * widest
     rivals = keys + batch * widest
-    tallies = notes + 2 * batch * widest + 3 * shares * sample
+    tallies = notes + 2 * batch * widest + 4 * shares * sample
     scored = counters + 1 + 3 * sample
     collected, emitted = scored + 1, scored + 2
     histogram = counters + tl.cdiv(1 + 3 * batch, 8) * 8 + sample * COARSE + tl.arange(0, COARSE)
@@ -281,21 +285,24 @@ def _select_kernel(
                 rows, text = _load_rows(candidates, 0, n, SHARE), _load_rows(texts, 0, m, TEXTS)
                 at = tl.arange(0, SHARE)
                 key = tl.load(keys + at, mask=at < n, other=0)
-                found, above, bin = _collect(keys, rivals, histogram, n, k, 0, FUSED, SHARE)
+                found, above, first_key, last_key = _collect(keys, rivals, histogram, n, k, 0, FUSED, SHARE)
                 tl.debug_barrier()  # the rivals are read by other threads
                 tl.store(histogram, tl.zeros([COARSE], tl.int32))
                 slot = tl.arange(0, SLOTS)
-                threshold, ties = threshold_key(rivals + slot, slot, found, found, k - above, bin, FUSED, SLOTS)
+                threshold, ties = threshold_key(
+                    rivals + slot, slot, found, found, k - above, first_key, last_key, SLOTS
+                )
                 chosen, rank = _rank(key, at < n, threshold, ties, 0, 0)
                 _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, 0, SHARE)
     elif SEGMENTS > 0 and program < sharing:
         if stage == 1:
             wait(scored, scoring)
-            found, above, bin = _collect(keys, rivals, histogram, n, k, program * SHARE, FUSED, SHARE)
-            tallies += 3 * program
+            found, above, first_key, last_key = _collect(keys, rivals, histogram, n, k, program * SHARE, FUSED, SHARE)
+            tallies += 4 * program
             tl.store(tallies, found)
             tl.store(tallies + 1, above)
-            tl.store(tallies + 2, bin)
+            tl.store(tallies + 2, first_key.to(tl.int32, bitcast=True))
+            tl.store(tallies + 3, last_key.to(tl.int32, bitcast=True))
             arrive(collected)
         else:
             base = program * SHARE
@@ -304,7 +311,7 @@ def _select_kernel(
             wait(collected, sharing)
             key = tl.load(keys + at, mask=at < n, other=0)
             threshold, ties, above_before, ties_before = _settle(
-                rivals, tallies, sharing, k, program, FUSED, SHARE, SEGMENTS, SLOTS
+                rivals, tallies, sharing, k, program, SHARE, SEGMENTS, SLOTS
             )
             chosen, rank = _rank(key, at < n, threshold, ties, above_before, ties_before)
             _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, base, SHARE)
@@ -332,7 +339,7 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, counts: Tensor
         candidates,
         texts,
         counts,
-        scratch("notes", batch * (2 * widest + 3 * shares), torch.int32, device),
+        scratch("notes", batch * (2 * widest + 4 * shares), torch.int32, device),
         scratch("counters", batch * (COARSE + 3) + 8, torch.int32, device, zero=True),
         scores,
         kept,
