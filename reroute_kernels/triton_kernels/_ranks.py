@@ -44,7 +44,8 @@ def pick(counts, rank):
 def threshold_key(keys, column, limit, end, need, first_key, last_key, STEP: tl.constexpr):
     """The need-th of some keys, and how many equal to it are needed; none if ``need`` is 0.
 
-    They lie between ``first_key`` and ``last_key``, and are those at ``keys + i`` where ``column + i`` is below ``limit``, for i = 0, STEP, ... below ``end``.
+    They lie between ``first_key`` and ``last_key``: those at ``keys + i`` where ``column + i`` is below ``limit``, for
+    i = 0, STEP, ... below ``end``.
     """
     # Bits to the left of the shift are the same in all; none are to the right where all keys are equal.
     shift, differing = 0, first_key ^ last_key
