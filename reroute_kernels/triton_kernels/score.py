@@ -167,7 +167,7 @@ def _score_kernel(
     """
     TURNS: tl.constexpr = (JOINED * HEADS + ROWS - 1) // ROWS
     part, sample = tl.program_id(0), tl.program_id(2)
-    start = tl.load(counts + sample)
+    start = tl.load(counts + sample).to(tl.int32)
     length = tl.load(counts + batch + sample).to(tl.int32)
     step = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
     begin = part * step
@@ -183,8 +183,6 @@ def _score_kernel(
         q_first, q_second, q_rest = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
         if norm_weight is not None:
             weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
-        peaks = logits + peaks_at
-        totals = peaks + batch * PARTS * GROUPS * HEADS
         out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
         peak = tl.full([WARPS, ROWS], -float("inf"), tl.float32)
         total = tl.zeros([WARPS, ROWS], tl.float32)
@@ -213,9 +211,9 @@ def _score_kernel(
             shift = tl.where(grown == -float("inf"), 0.0, grown)  # -inf minus -inf would be NaN
             total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logit - shift[:, :, None]), 2)
             peak = grown
-        stats = (sample * PARTS + part) * GROUPS * HEADS + head
-        tl.store(peaks + stats, peak, mask=real)
-        tl.store(totals + stats, total, mask=real)
+        stats = logits + peaks_at + (sample * PARTS + part) * GROUPS * HEADS + head
+        tl.store(stats, peak, mask=real)
+        tl.store(stats + batch * PARTS * GROUPS * HEADS, total, mask=real)
 
 
 def score_topk(

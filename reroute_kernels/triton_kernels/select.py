@@ -283,8 +283,6 @@ def _select_kernel(
             if SEGMENTS == 0 and arrived == scoring - 1:
                 tl.store(scored, 0)
                 rows, text = _load_rows(candidates, 0, n, SHARE), _load_rows(texts, 0, m, TEXTS)
-                at = tl.arange(0, SHARE)
-                key = tl.load(keys + at, mask=at < n, other=0)
                 found, above, first_key, last_key = _collect(keys, rivals, histogram, n, k, 0, FUSED, SHARE)
                 tl.debug_barrier()  # the rivals are read by other threads
                 tl.store(histogram, tl.zeros([COARSE], tl.int32))
@@ -292,6 +290,8 @@ def _select_kernel(
                 threshold, ties = threshold_key(
                     rivals + slot, slot, found, found, k - above, first_key, last_key, SLOTS
                 )
+                at = tl.arange(0, SHARE)
+                key = tl.load(keys + at, mask=at < n, other=0)  # again, from the L1 cache: registers are short
                 chosen, rank = _rank(key, at < n, threshold, ties, 0, 0)
                 _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, 0, SHARE)
     elif SEGMENTS > 0 and program < sharing:

@@ -177,7 +177,7 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     load, store = report.global_load, report.global_store
     programs = -(-(n + first % 8) // kernel.TILE)
     assert report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * parts  # with the statistics
-    assert load.efficiency >= 0.985
+    assert load.efficiency >= 0.98
     assert store.efficiency >= (0.82 if first else 0.93)
     assert load.min_sectors + store.min_sectors >= 0.97 * (load.sectors + store.sectors)
 
