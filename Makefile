@@ -33,7 +33,7 @@ test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the o
 test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of Triton supported
 	.venv-triton/bin/python -m pytest tests/kernels
 
-test-week: $(VENV)/.dev ## Run 10 500 random kernel cases in the interpreter: seven seeds, one for each day of a week
+test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 500 --hypothesis-seed $$day || exit; done
 

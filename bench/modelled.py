@@ -1,8 +1,8 @@
 """Times of the kernels on an H100 by formula: ``python -m bench.modelled [--all] [--counts]``. None is measured.
 
-A launch takes the time in which its distinct bytes cross the memory bus, and a fixed cost. The bytes are functions
-of the shape alone; ``tests/bench/test_modelled.py`` holds them against what simt counts. Latency is left out: of the
-loads of one program that wait for each other, above all in the one program per sample that selects.
+A launch takes the time in which its distinct bytes cross the memory bus, the latency of the loads of one program that
+wait for each other, and a fixed cost. The bytes are functions of the shape alone; ``tests/bench/test_modelled.py``
+holds them against what simt counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import MODELS, OPERATIONS, PAGE, TEXT, VISUAL, Case, Problem
+from .cases import MODELS, OPERATIONS, TEXT, VISUAL, Case, Problem
 from .counts import MISSING, Counts, count, simt_path
 
 __all__ = ["AFFORDABLE", "LAUNCHES", "Modelled", "counted", "distinct_bytes", "floor_bytes", "model"]
@@ -21,7 +21,13 @@ BANDWIDTH = 3.35e12 * 0.85  # bytes a second: H100 SXM, and the share that coale
 GRAPH_LAUNCH = 1.5e-6  # seconds between the kernels of a CUDA graph: an assumption
 EAGER_LAUNCH = (6e-6, 18e-6)  # seconds of host time for an eager Triton launch: as reported
 ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a score
-NOTES = 12  # bytes per candidate that the selection writes and reads for itself
+ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
+# Loads that wait for each other: index, page, row; counts, query row, angles, query, keys.
+WAITS = {"rows": 3, "score": 5}
+# Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/kernels.md).
+SELECTION = {1024: 9.1e-6, 4096: 11.6e-6, 32768: 21e-6, 1 << 22: 29e-6}
+BINS = 3 * 512 * INT // 2  # bytes of a histogram that is counted, read and cleared
+NOTES = 8  # bytes per candidate that the selection writes and reads for itself
 LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "select": 1, "score_topk": 2, "step": 4}
 AFFORDABLE = 2304  # visual tokens, batch 1: beyond this simt takes too long
 
@@ -47,11 +53,21 @@ class Modelled:
 def model(operation: str, problem: Problem) -> Modelled:
     """By formula."""
     launches, size = LAUNCHES[operation], distinct_bytes(operation, problem)
-    graph = launches * GRAPH_LAUNCH + size / BANDWIDTH
+    graph = launches * GRAPH_LAUNCH + size / BANDWIDTH + latency(operation, problem)
     # Eagerly the host launches one after the other while the device works.
     least, most = (max(graph, launches * cost) for cost in EAGER_LAUNCH)
     floor = floor_bytes(operation, problem) / BANDWIDTH
     return Modelled(operation, problem, launches, size, floor, graph, (least, most))
+
+
+def latency(operation: str, problem: Problem) -> float:
+    """Seconds of loads that wait for each other in one program, and of what one program does alone."""
+    if operation == "step":
+        return sum(latency(part, problem) for part in ("defer", "score_topk", "admit"))
+    selection = next(seconds for most, seconds in SELECTION.items() if problem.visual <= most)
+    if operation == "score_topk":
+        return WAITS["score"] * ACCESS + selection
+    return selection if operation == "select" else WAITS["rows"] * ACCESS
 
 
 def floor_bytes(operation: str, problem: Problem) -> int:
@@ -80,18 +96,28 @@ def distinct_bytes(operation: str, problem: Problem) -> int:
 
 
 def _score(problem: Problem) -> int:
-    """Of one sample: keys, the half of cos and sin that is not a repetition, the query, and logits of whole pages."""
+    """Of one sample: keys, the half of cos and sin that is not a repetition, the query; logits and statistics."""
     shape, length = problem.shape, problem.length
     keys = length * shape.kv_heads * shape.features * ITEM
     tables = length * shape.features * ITEM
-    logits = shape.heads * -(-length // PAGE) * PAGE * FLOAT
-    return keys + tables + shape.heads * shape.features * ITEM + logits
+    logits = shape.heads * -(-length // 16) * 16 * FLOAT
+    return keys + tables + shape.heads * shape.features * ITEM + logits + _statistics(problem)
+
+
+def _statistics(problem: Problem) -> int:
+    """Of one sample: maxima and sums of all parts and heads."""
+    from reroute_kernels.triton_kernels.score import most_parts, tiling
+
+    shape = problem.shape
+    tiles = tiling(shape.heads, shape.kv_heads, shape.features, ITEM, False)
+    return min(-(-problem.length // tiles.block), most_parts(tiles)) * shape.heads * 2 * FLOAT
 
 
 def _selection(problem: Problem, heads: int) -> int:
-    """Of one sample: logits or scores, candidates and texts in; scores, kept and active out; its notes."""
+    """Of one sample: logits and statistics, or scores, and indices in; scores, kept and active out; its notes."""
     per_candidate = heads * FLOAT + INT + FLOAT + NOTES
-    return problem.visual * per_candidate + (TEXT + problem.kept + problem.width) * INT
+    indices = (TEXT + problem.kept + problem.width) * INT
+    return problem.visual * per_candidate + indices + BINS + (_statistics(problem) if heads > 1 else 0)
 
 
 def counted(operation: str, problem: Problem) -> Counts:

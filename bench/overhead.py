@@ -1,9 +1,9 @@
-"""Host time per call of the kernels: ``python -m bench.overhead``. Needs no GPU, for launches are stubbed out.
+"""Host time per call of the kernels: ``python -m bench.overhead``. Needs no GPU: the driver's launch is stubbed out.
 
 Layer by layer: the bare Triton launch, the launcher around it, and the launcher as an operator registered in
 each way that PyTorch has. The empty operators show what a registration costs by itself. Then a whole routing step:
 the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the model's own norm and
-projection.
+projection; and both again without what Triton does for each launch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from reroute.plan import make_plan
 from reroute.prefill import Prefill, Tables
 from reroute_kernels import Backend, PagedPool, ops
 from reroute_kernels.triton_kernels import rows
+from reroute_kernels.triton_kernels._common import Variant
 from reroute_kernels.triton_kernels.offline import compiling_for
 
 from .cases import OPERATIONS, Case, Problem
@@ -135,6 +137,9 @@ def main() -> None:
             note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
         step, start = prefill_step(case)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]
+        with mock.patch.object(Variant, "__call__", lambda *_: None):  # noqa: PT008 - a mock takes time itself
+            note("step without launches", lambda: OPERATIONS["step"](BACKEND, case))
+            lines.append(("decide, advance without", prefill_step(case)[0]))
     print(f"Microseconds per call on the host, launches stubbed out (torch {torch.__version__}):")
     for name, microseconds in lines:
         print(f"{name:28s}{microseconds:8.1f}")
