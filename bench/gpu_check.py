@@ -81,10 +81,7 @@ def report(results: Sequence[Result], environment: dict[str, Any], folder: Path)
     for result in results:
         table.append([result.step, result.status, str(result.seconds), *[""] * len(names)])
         for measurement in result.measurements:
-            values = [
-                "" if v is None else f"{v:.2f}" if isinstance(v, float) else v for v in asdict(measurement).values()
-            ]
-            table.append([result.step, "measured", "", *values])
+            table.append([result.step, "measured", "", *map(_cell, asdict(measurement).values())])
     with (folder / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -11,7 +11,7 @@ Importing this module imports triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,7 @@ def _register(
     """Define the operator ``schema`` and return it; ``flops`` takes shapes where ``run`` takes tensors."""
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # For every device: CPU tensors are for the interpreter. The choice of a backend is made in `dispatch`.
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, _where_its_tensors_are(run), "CompositeExplicitAutograd")
     # No gradients: without this, PyTorch looks for a formula whenever an input requires one.
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
@@ -42,6 +42,20 @@ def _register(
     register_flop_formula(packet)(flops)
     overload: torch._ops.OpOverload[..., Any] = packet.default
     return overload
+
+
+def _where_its_tensors_are(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with the GPU of its first tensor as the current one: Triton launches there, wherever the tensors are."""
+
+    @wraps(run)
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        device = first.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return run(first, *rest)
+        return run(first, *rest)
+
+    return guarded
 
 
 def _no_flops(*_: object, **__: object) -> int:

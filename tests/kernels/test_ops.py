@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,3 +142,20 @@ def test_cuda_graph(ops: Any, executor: Any, device: torch.device) -> None:
     problem.keys.normal_()
     graph.replay()
     same(outputs, problem.step(reference, problem.pages.clone(), problem.hidden))
+
+
+def test_launches_go_to_the_gpu_of_the_tensors(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model on the second GPU, while the first is the current one."""
+    current = [0]
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", use)
+    launch = ops._where_its_tensors_are(lambda tensor, other: (current[-1], other))
+    for place, wanted in (("cuda:1", 1), ("cuda:0", 0), ("cpu", 0)):
+        assert launch(SimpleNamespace(device=torch.device(place)), "other") == (wanted, "other")

@@ -60,6 +60,9 @@ def truth(
     query, keys, cos, sin, last, candidates, _, segments = arguments
     scores = []
     for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
+        if n == 0:  # such a sample need not have a query
+            scores.append(torch.empty(0, dtype=torch.float64, device=query.device))
+            continue
         row, span = last[b : b + 1], slice(start, start + length)
         q = reference.rotate(query[b : b + 1].to(rotate), cos[row], sin[row], rope).to(work)[0]
         k = reference.rotate(normed(keys[span], key_norm, rotate), cos[span], sin[span], rope).to(work)
