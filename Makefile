@@ -35,7 +35,7 @@ test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of 
 
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
-		--executor interpreter --examples 360 --hypothesis-seed $$day || exit; done
+		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
 
 train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
 	$(BIN)/python -m reroute.embedded.train --out runs/embedded
