@@ -36,6 +36,7 @@ class Layout:
     - ``segments``: of each stage, the counts of its decision.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
+    - ``positions`` (R + 1,): logical position of each lease row, and behind them -1: what a filler, row -1, finds.
     - ``starts`` (B, 1): first lease row of each sample.
     - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
     - ``ordinals`` (1, N): 0, 1, 2, …
@@ -46,6 +47,7 @@ class Layout:
     segments: tuple[Segments, ...]
     rows: torch.Tensor
     tokens: torch.Tensor
+    positions: torch.Tensor
     starts: torch.Tensor
     candidates: torch.Tensor
     texts: torch.Tensor
@@ -204,7 +206,8 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     candidates = _padded(plan.visual)
     ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
     counts = np.array([s.columns for s in segments], dtype=np.int64)
-    parts = (rows, tokens, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
+    positions = np.append(tokens % plan.length, -1)
+    parts = (rows, tokens, positions, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
     ends = list(accumulate(part.size for part in parts))
     packed = torch.tensor(np.concatenate([part.ravel() for part in parts]))
     packed = packed.to(device, non_blocking=True)

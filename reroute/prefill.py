@@ -144,8 +144,7 @@ class Prefill:
     @property
     def positions(self) -> torch.Tensor:
         """Logical position in this call of every running row, (B, S) int64, -1 for fillers."""
-        positions = self._layout.tokens[self._rows.clamp(min=0)] % self.plan.length
-        return positions.masked_fill(self._rows < 0, -1)
+        return self._layout.positions[self._rows]
 
     @property
     def has_fillers(self) -> bool:
@@ -166,8 +165,7 @@ class Prefill:
             return None
         starts = self._layout.starts
         rows = (self._layout.candidates + starts).clamp(min=0)
-        positions = self._layout.tokens[rows] % self.plan.length
-        return Trace(tuple(self._trace), _trim(positions, self.plan.visual_counts))
+        return Trace(tuple(self._trace), _trim(self._layout.positions[rows], self.plan.visual_counts))
 
     def decide(self, layer: int, hidden: torch.Tensor) -> None:
         """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""

@@ -135,7 +135,7 @@ class RoutedPrefill:
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, implementation = self.plan, self._family.attention
         rows = prefill.positions
-        columns = torch.where(rows < 0, -1, rows + plan.past)
+        columns = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         fillers = prefill.has_fillers
         if layer is not None:
             columns, fillers = torch.cat([layer.columns_with(0), columns], 1), fillers or layer.fillers
