@@ -183,7 +183,8 @@ def _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active, n, m
             below = text - index
         else:
             below = count_below(text, valid, candidates, n)
-        here = valid & ((below > base) | (base == 0)) & (below <= base + CHUNK)
+        # Text rows before all candidates go with the first chunk.
+        here = valid & (below > base - 1 + tl.minimum(base, 1)) & (below <= base + CHUNK)
         behind = here & (below > 0)
         kept_below = tl.where(behind, tl.gather(rank, tl.where(behind, below - 1 - base, 0), 0), 0)
         tl.store(active + index + kept_below, text.to(tl.int64), mask=here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import models
@@ -10,11 +11,12 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import RULES, cache_of, enable, kv_lengths
+from support import RULES, cache_of, enable, kv_lengths, schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from reroute.transformers import Controller
+import reroute
+from reroute.transformers import Controller, Family
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
 """ATen operations whose result the host must have before it can go on."""
@@ -93,6 +95,46 @@ def test_no_operation_waits(tiny: Tiny, rules: Rules, attention: str, guarded: l
             tiny.model(**tiny.follow(samples, [models.text(3), models.text(4)]), **{CACHE: cache_of(output)})
     finally:
         tiny.model.set_attn_implementation("sdpa")
+
+
+class Counting(TorchDispatchMode):
+    """Lists the operations that would launch something on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decision_adds_one_operation_to_the_kernels(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one prompt, besides the four kernels and the projection of the model: the positions of the stage."""
+    counted: dict[int, list[str]] = {}
+    before = Controller._before_layer
+
+    def count(controller: Any, index: int, *args: Any) -> Any:
+        with Counting() as counting:
+            result = before(controller, index, *args)
+        counted[index] = counting.names
+        return result
+
+    def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(Controller, "_before_layer", count)
+    monkeypatch.setattr(Family, "project", uncounted(Family.project))
+    with reroute.enable(tiny.model, schedule=schedule(RULES[0])) as handle, torch.no_grad():
+        kernels = {name: uncounted(getattr(handle.backend, name)) for name in ("defer", "admit", "score_topk")}
+        handle.backend = replace(handle.backend, **kernels)
+        tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
+    assert (counted[3], counted[4], counted[5], counted[6]) == ([], ["index"], [], ["index"])
 
 
 def test_the_test_can_fail() -> None:
