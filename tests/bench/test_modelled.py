@@ -18,7 +18,7 @@ def test_every_operation_runs_and_has_a_model(operation: str) -> None:
     OPERATIONS[operation](TORCH, Case(problem, torch.device("cpu"), torch.float32))
     result = model(operation, problem)
     assert result.bytes >= floor_bytes(operation, problem)
-    assert result.floor < result.graph <= result.eager[0] <= result.eager[1]
+    assert result.floor < result.hidden < result.graph <= result.eager[0] <= result.eager[1]
 
 
 def test_a_step_is_its_parts() -> None:
