@@ -125,9 +125,16 @@ class Handle:
                 f"The pool holds {pool.dtype} on {pool.device}, the model runs {hidden.dtype} on {hidden.device}. "
                 "Make the pool with the model's dtype and device, or pass none."
             )
-        family = self._controller.family
-        settings: dict[str, Any] = {"method": self._method, "trace": self._trace_on}
-        return Prefill(plan, self.backend, pool, family, tables, reservation=reservation, **settings)
+        return Prefill(
+            plan,
+            self.backend,
+            pool,
+            self._controller.family,
+            tables,
+            reservation=reservation,
+            method=self._method,
+            trace=self._trace_on,
+        )
 
     def _done(self, forward: RoutedPrefill) -> None:
         assert forward.prefill is not None

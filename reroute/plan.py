@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from reroute_kernels import Segments
+from reroute_kernels.upload import upload
 
 from .errors import RerouteError
 from .schedule import Action, Schedule
@@ -209,8 +210,7 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     positions = np.append(tokens % plan.length, -1)
     parts = (rows, tokens, positions, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
     ends = list(accumulate(part.size for part in parts))
-    packed = torch.tensor(np.concatenate([part.ravel() for part in parts]))
-    packed = packed.to(device, non_blocking=True)
+    packed = upload(np.concatenate([part.ravel() for part in parts]), device)
     pieces = torch.tensor_split(packed, ends[:-1])
     *tensors, on_device = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
     segments = tuple(replace(s, on_device=c) for s, c in zip(segments, on_device, strict=True))

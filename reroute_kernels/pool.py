@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from reroute_kernels.upload import upload
+
 
 class PoolLimitError(MemoryError):
     """A lease does not fit below the pool's ``max_bytes``."""
@@ -108,9 +110,7 @@ class Lease:
         self.starts = starts
         self.lengths = lengths
         self.num_rows = len(page_ids) * pool.page_size
-        # From pinned memory the copy is queued; from pageable memory the host would wait for it.
-        table = torch.tensor(page_ids, dtype=torch.int64, pin_memory=slab.on_gpu())
-        self._table: Tensor | None = table.to(slab.memory.device, non_blocking=True)
+        self._table: Tensor | None = upload(page_ids, slab.memory.device)
 
     @property
     def pages(self) -> Tensor:

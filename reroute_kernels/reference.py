@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from reroute_kernels.upload import upload
+
 Rope = Literal["half", "interleaved"]
 
 
@@ -51,13 +53,8 @@ class Segments:
                 )
 
     def counts(self, device: torch.device) -> Tensor:
-        """``on_device``, or an upload that does not wait. RuntimeError for an upload inside a CUDA graph capture."""
-        if self.on_device is not None:
-            return self.on_device
-        cuda = device.type == "cuda"
-        if cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("counts cannot be uploaded inside a CUDA graph capture: set Segments.on_device before")
-        return torch.tensor(self.columns, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+        """``on_device``, or else a new upload."""
+        return upload(self.columns, device) if self.on_device is None else self.on_device
 
     @property
     def active(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroute_kernels import PagedPool, PoolLimitError
 from reroute_kernels.pool import _Slab
+from reroute_kernels.upload import upload
 
 PAGE = 4
 WIDTH = 8
@@ -316,3 +317,10 @@ def test_a_page_changes_streams_in_order() -> None:
         lease.pages.fill_(2.0)
         torch.cuda.synchronize()
         assert torch.equal(lease.rows().cpu(), torch.full((PAGE, WIDTH), 2.0))
+
+
+def test_no_upload_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.equal(upload([[1, 2]], torch.device("cpu")), torch.tensor([[1, 2]]))
+    with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
+        upload([1], torch.device("cuda"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -10,15 +11,25 @@ import torch
 from models import Tiny
 
 import reroute
-from reroute_kernels import Backend
+from reroute_kernels import Backend, Segments
 
 
 @pytest.fixture(scope="module")
-def backend(executor: Any) -> Backend:
-    """What ``backend="triton"`` is on CUDA; elsewhere ``resolve`` refuses it, since nobody should wait for simt."""
+def backend(executor: Any) -> Iterator[Backend]:
+    """What ``backend="triton"`` is on CUDA; elsewhere ``resolve`` refuses it, since nobody should wait for simt.
+
+    No decision uploads its counts: they went up with the plan.
+    """
     from reroute_kernels import ops
 
-    return Backend("triton", "under test", ops.defer, ops.admit, ops.select, ops.score_topk)
+    def counts(segments: Segments, device: torch.device) -> torch.Tensor:
+        assert segments.on_device is not None
+        assert segments.on_device.tolist() == [list(column) for column in segments.columns]
+        return segments.on_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segments, "counts", counts)
+        yield Backend("triton", "under test", ops.defer, ops.admit, ops.select, ops.score_topk)
 
 
 SCHEDULES = (

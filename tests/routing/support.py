@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models import CACHE, LAYERS, Sample, Tiny, tiny
 from oracle import MARGIN, Decision, Result, Rules
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
 from reroute.methods import FastV, ScoreView
@@ -21,6 +22,24 @@ RULES = (
     Rules((2, 4, 6), (0.5, 0.25, 0.125), action="remove"),
 )
 """A pyramid, a growing schedule from layer 0 on, and pruning."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations whose result the host must have before it can go on, and those named ``also``."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
+
+    def __init__(self, *also: str) -> None:
+        super().__init__()
+        self._refused = {*self.WAITING, *also}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        boolean = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert name not in self._refused, f"{name} waits for the device"
+        assert not boolean, f"{name} with a boolean mask waits for the device"
+        return func(*args, **(kwargs or {}))
 
 
 def schedule(rules: Rules) -> reroute.Schedule:

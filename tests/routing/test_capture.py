@@ -12,23 +12,11 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import RULES, enable
+from support import RULES, NoWaiting, enable
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroute.prefill import Reservation
 from reroute_kernels import PagedPool
-
-FORBIDDEN = ("_pin_memory", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_pinned")
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses pinned memory and whatever waits for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in FORBIDDEN, f"{name} cannot be captured"
-        return func(*args, **(kwargs or {}))
 
 
 def refuse(data: Any = (), *_: Any, **__: Any) -> Tensor:
@@ -45,7 +33,7 @@ def capturing() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, name, refuse))
         lease = mock.patch.object(PagedPool, "lease", side_effect=AssertionError("a lease cannot be captured"))
         stack.enter_context(lease)
-        stack.enter_context(NoWaiting())
+        stack.enter_context(NoWaiting("_pin_memory", "is_pinned"))
         yield
 
 
@@ -114,7 +102,11 @@ def test_a_first_prefill_cannot(tiny: Tiny, kept_layout: bool) -> None:
         if kept_layout:
             with handle.using(plan):
                 tiny.model(**given)
-        with handle.using(plan), capturing(), pytest.raises(AssertionError, match="cannot be captured"):
+        with (
+            handle.using(plan),
+            capturing(),
+            pytest.raises(AssertionError, match="cannot be captured"),
+        ):
             tiny.model(**given)
 
 

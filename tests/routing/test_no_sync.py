@@ -11,27 +11,12 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import RULES, cache_of, enable, kv_lengths, schedule
+from support import RULES, NoWaiting, cache_of, enable, kv_lengths, schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import reroute
 from reroute.transformers import Controller, Family
-
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
-"""ATen operations whose result the host must have before it can go on."""
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        boolean = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-        assert name not in WAITING, f"{name} waits for the device"
-        assert not boolean, f"{name} with a boolean mask waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rules", [*RULES, Rules((2, 4), (0.5, 0.3), "remove", score_layer_offset=-1)])

@@ -1,0 +1,23 @@
+"""Host integers on their way to a device: the one kind of copy that a prefill makes, and it never waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upload(integers: Any, device: torch.device) -> Tensor:
+    """``integers`` (nested sequences or a numpy array) as int64 on ``device``.
+
+    On CUDA from pinned memory: such a copy is queued, whereas the host may have to wait for one from
+    pageable memory. RuntimeError inside a CUDA graph capture: the graph would read host memory that is gone.
+    """
+    cuda = device.type == "cuda" and type(torch.empty(0)) is Tensor  # a fake tensor is nowhere
+    if cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "host integers cannot be uploaded inside a CUDA graph capture: run the prefill once before, in the same "
+            "`with handle.using(plan)`"
+        )
+    return torch.tensor(integers, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
