@@ -110,7 +110,8 @@ class Case:
         self.segments = replace(segments, on_device=segments.counts(device))
         self.query_rows = self.starts[:, 0] + length - 1
         self.cos, self.sin = self._draw(rows, shape.features), self._draw(rows, shape.features)
-        self.ids = torch.arange(rows, device=device).unsqueeze(1)
+        self.positions = torch.arange(rows, device=device)
+        self.ids = self.positions.unsqueeze(1)
 
     # What only some operations need is made when they first ask.
 
@@ -154,22 +155,21 @@ def _restore(backend: Backend, case: Case) -> Any:
 
 
 def _select(backend: Backend, case: Case) -> Any:
-    return backend.select(case.scores, case.candidates, case.texts, case.segments)
+    return backend.select(case.scores, case.candidates, case.texts, case.positions, case.segments)
 
 
 def _score_topk(backend: Backend, case: Case) -> Any:
-    indices = case.query_rows, case.candidates, case.texts, case.segments
+    indices = case.query_rows, case.candidates, case.texts, case.positions, case.segments
     return backend.score_topk(
         case.query, case.keys, case.cos, case.sin, *indices, scale=case.problem.shape.features**-0.5
     )
 
 
 def _step(backend: Backend, case: Case) -> Any:
-    """A whole stage boundary, without the model's own norm and projection. A batch adds an addition of indices."""
+    """A whole stage boundary, without the model's own norm and projection."""
     _defer(backend, case)
     active = _score_topk(backend, case).active
-    rows = active if case.problem.batch == 1 else active + case.starts
-    return backend.admit(case.lease.pages, case.lease.table, rows, case.cos, case.sin, case.ids)
+    return backend.admit(case.lease.pages, case.lease.table, active, case.cos, case.sin, case.ids)
 
 
 Operation = Callable[[Backend, Case], Any]

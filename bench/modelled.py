@@ -25,8 +25,8 @@ ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
 # Loads that wait for each other: index, page, row; counts, query row, angles, query, keys.
 WAITS = {"rows": 3, "score": 5}
 # Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/kernels.md).
-SELECTION = {1024: 9.1e-6, 4096: 11.6e-6, 32768: 21e-6, 1 << 22: 29e-6}
-BINS = 3 * 512 * INT // 2  # bytes of a histogram that is counted, read and cleared
+SELECTION = {1024: 9.9e-6, 4096: 12.5e-6, 32768: 21.7e-6, 1 << 22: 29.7e-6}
+BINS = 512 * INT // 2  # bytes of a histogram
 NOTES = 8  # bytes per candidate that the selection writes and reads for itself
 LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "select": 1, "score_topk": 2, "step": 4}
 AFFORDABLE = 2304  # visual tokens, batch 1: beyond this simt takes too long
@@ -95,12 +95,14 @@ def distinct_bytes(operation: str, problem: Problem) -> int:
 
 
 def _score(problem: Problem) -> int:
-    """Of one sample: keys, the half of cos and sin that is not a repetition, the query; logits and statistics."""
+    """Of one sample: keys, the half of cos and sin that is not a repetition, the query; logits and statistics, and a
+    histogram that is cleared.
+    """
     shape, length = problem.shape, problem.length
     keys = length * shape.kv_heads * shape.features * ITEM
     tables = length * shape.features * ITEM
     logits = shape.heads * -(-length // 16) * 16 * FLOAT
-    return keys + tables + shape.heads * shape.features * ITEM + logits + _statistics(problem)
+    return keys + tables + shape.heads * shape.features * ITEM + logits + _statistics(problem) + BINS
 
 
 def _statistics(problem: Problem) -> int:
@@ -113,10 +115,12 @@ def _statistics(problem: Problem) -> int:
 
 
 def _selection(problem: Problem, heads: int) -> int:
-    """Of one sample: logits and statistics, or scores, and indices in; scores, kept and active out; its notes."""
-    per_candidate = heads * FLOAT + INT + FLOAT + NOTES
-    indices = (TEXT + problem.kept + problem.width) * INT
-    return problem.visual * per_candidate + indices + BINS + (_statistics(problem) if heads > 1 else 0)
+    """Of one sample: logits and statistics, or scores, row lists and positions in; scores, kept, active and their
+    positions out; its notes, and a histogram that is counted and read.
+    """
+    per_candidate = heads * FLOAT + 2 * INT + FLOAT + NOTES
+    indices = (2 * TEXT + problem.kept + 2 * problem.width) * INT
+    return problem.visual * per_candidate + indices + 2 * BINS + (_statistics(problem) if heads > 1 else 0)
 
 
 def counted(operation: str, problem: Problem) -> Counts:

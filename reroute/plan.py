@@ -37,7 +37,7 @@ class Layout:
     - ``segments``: of each stage, the counts of its decision.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
-    - ``positions`` (R + 1,): logical position of each lease row, and behind them -1: what a filler, row -1, finds.
+    - ``positions`` (R,): logical position of each lease row.
     - ``starts`` (B, 1): first lease row of each sample.
     - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
     - ``ordinals`` (1, N): 0, 1, 2, …
@@ -207,7 +207,7 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     candidates = _padded(plan.visual)
     ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
     counts = np.array([s.columns for s in segments], dtype=np.int64)
-    positions = np.append(tokens % plan.length, -1)
+    positions = tokens % plan.length
     parts = (rows, tokens, positions, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
     ends = list(accumulate(part.size for part in parts))
     packed = upload(np.concatenate([part.ravel() for part in parts]), device)

@@ -121,6 +121,7 @@ class Prefill:
         self.plan, self.stage, self.tables = plan, -1, tables
         self._backend, self._projector, self._method = backend, projector, method
         self._selection: Selection | None = None
+        self._positions: torch.Tensor | None = None
         self._written: torch.Tensor | None = None
         self._trace: list[StageTrace] | None = [] if trace else None
         self._is_reserved = reservation is not None
@@ -143,8 +144,9 @@ class Prefill:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Logical position in this call of every running row, (B, S) int64, -1 for fillers."""
-        return self._layout.positions[self._rows]
+        """Logical position in this call of every row of the present stage, (B, S) int64, -1 for fillers."""
+        assert self._positions is not None
+        return self._positions
 
     @property
     def has_fillers(self) -> bool:
@@ -187,10 +189,10 @@ class Prefill:
         assert self._selection is not None
         self._defer(hidden)
         next_stage = self.stage + 1
-        rows = self._lease_rows(next_stage, self._selection.active)
+        self._rows = self._lease_rows(next_stage, self._selection.active)
+        self._positions = self._selection.positions
         if self.plan.action == "remove":
             self._rivals = self._survivors(self._selection.kept)
-        self._rows = rows
         self.stage, self._selection = next_stage, None
         hidden, cos, sin, *ids = self._admit(self._rows, *self._home)
         self._written = None
@@ -227,6 +229,7 @@ class Prefill:
             query_rows,
             self._rivals.candidates,
             self._rivals.texts,
+            self._scored_positions(stage),
             self._layout.segments[stage],
             scale=self._projector.scale(layer),
             rope=self._projector.rope,
@@ -242,7 +245,8 @@ class Prefill:
         scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)
         for target, score, n in zip(scores, method.score(view), counts, strict=True):
             target[:n] = score
-        return self._backend.select(scores, self._rivals.candidates, self._rivals.texts, segments)
+        lists = self._rivals.candidates, self._rivals.texts, self._scored_positions(stage)
+        return self._backend.select(scores, *lists, segments)
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------
 
@@ -254,14 +258,12 @@ class Prefill:
 
     def _lease_rows(self, stage: int, active: torch.Tensor) -> torch.Tensor:
         """Lease rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
-        if self.plan.batch == 1 and self.plan.scores_pool(stage):
-            return active  # one sample: it starts at row 0 and has no fillers
         if self.plan.scores_pool(stage):
-            rows = self._layout.starts + active
-        else:  # the scored rows are the compact rows without their fillers
-            fillers = (self._rows < 0).sum(1, keepdim=True)
-            rows = self._rows.gather(1, (active + fillers).clamp(min=0))
-        return rows.masked_fill(active < 0, -1)
+            return active
+        return self._rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
+
+    def _scored_positions(self, stage: int) -> torch.Tensor:
+        return self._layout.positions if self.plan.scores_pool(stage) else self.positions.flatten()
 
     def _survivors(self, kept: torch.Tensor) -> _Rivals:
         """Who competes after a removal: ``kept`` (B, K) are ordinals into the former candidates, padded with -1."""

@@ -51,6 +51,7 @@ class ScoreTopk(Protocol):
         query_rows: Tensor,
         candidates: Tensor,
         texts: Tensor,
+        positions: Tensor,
         segments: Segments,
         *,
         scale: float,
@@ -69,7 +70,7 @@ class Backend:
     reason: str
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
-    select: Callable[[Tensor, Tensor, Tensor, Segments], Selection]
+    select: Callable[[Tensor, Tensor, Tensor, Tensor, Segments], Selection]
     score_topk: ScoreTopk
 
 

@@ -93,7 +93,7 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
 
 # Segments travel as a tensor and as one list of integers, field after field: operators take no objects.
 _COUNTS = "Tensor counts, int[] host_counts"
-_SELECTION = "(Tensor kept, Tensor active, Tensor scores)"
+_SELECTION = "(Tensor kept, Tensor active, Tensor positions, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
@@ -113,14 +113,15 @@ def _fake_selection(candidates: Tensor, counts: Sequence[int]) -> Selection:
     return Selection(
         kept=candidates.new_empty(batch, max(segments.keep)),
         active=candidates.new_empty(batch, segments.width),
+        positions=candidates.new_empty(batch, segments.width),
         scores=candidates.new_empty(batch, widest, dtype=torch.float32),
     )
 
 
-def _run_select(
-    scores: Tensor, candidates: Tensor, texts: Tensor, counts: Tensor, host_counts: Sequence[int]
-) -> Selection:
-    return _select.select(scores, candidates, texts, _segments(tuple(host_counts)), counts=counts)
+def _run_select(*arguments: Any) -> Selection:
+    *tensors, counts, host_counts = arguments
+    launch: Callable[..., Selection] = _select.select
+    return launch(*tensors, _segments(tuple(host_counts)), counts=counts)
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
@@ -133,28 +134,30 @@ def _run_score_topk(*arguments: Any) -> Selection:
 
 def _score_flops(*arguments: Any, **_: object) -> int:
     """Of the logits: 2 H D for every key row of a sample with candidates."""
-    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[8]))
+    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[9]))
     return 2 * heads * features * sum(n for n, c in zip(segments.lengths, segments.candidates, strict=True) if c)  # type: ignore[no-any-return]
 
 
 _select_op = _register(
-    f"select(Tensor scores, Tensor candidates, Tensor texts, {_COUNTS}) -> {_SELECTION}",
+    f"select(Tensor scores, Tensor candidates, Tensor texts, Tensor positions, {_COUNTS}) -> {_SELECTION}",
     _run_select,
-    lambda scores, candidates, texts, counts, host_counts: _fake_selection(candidates, host_counts),
+    lambda *arguments: _fake_selection(arguments[1], arguments[5]),
     _no_flops,
 )
 _score_op = _register(
     "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
-    f"Tensor texts, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) -> {_SELECTION}",
+    f"Tensor texts, Tensor positions, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) "
+    f"-> {_SELECTION}",
     _run_score_topk,
-    lambda *arguments: _fake_selection(arguments[5], arguments[8]),
+    lambda *arguments: _fake_selection(arguments[5], arguments[9]),
     _score_flops,
 )
 
 
-def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor, segments: Segments) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
-    return Selection(*_select_op(scores, candidates, texts, segments.counts(scores.device), _flat(segments)))
+    tensors = scores, candidates, texts, positions, segments.counts(scores.device)
+    return Selection(*_select_op(*tensors, _flat(segments)))
 
 
 def score_topk(
@@ -165,6 +168,7 @@ def score_topk(
     query_rows: Tensor,
     candidates: Tensor,
     texts: Tensor,
+    positions: Tensor,
     segments: Segments,
     *,
     scale: float,
@@ -172,5 +176,5 @@ def score_topk(
     key_norm: KeyNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
-    tensors = query, keys, cos, sin, query_rows, candidates, texts, segments.counts(query.device)
+    tensors = query, keys, cos, sin, query_rows, candidates, texts, positions, segments.counts(query.device)
     return Selection(*_score_op(*tensors, _flat(segments), scale, rope, *(key_norm or (None, 0.0))))

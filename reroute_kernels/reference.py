@@ -4,7 +4,8 @@ Counts are host integers (:class:`Segments`), so that no operation waits for the
 shape is known before a kernel runs.
 
 Two kinds of row numbers occur. A *lease row* counts over the whole lease, page tails included; a
-*local row* counts from its sample's first row. In both, -1 is a filler.
+*local row* counts from its sample's first row. In both, -1 is a filler. Scored rows are mostly all
+rows of a lease, and are numbered like lease rows then.
 """
 
 from __future__ import annotations
@@ -76,12 +77,14 @@ class Selection(NamedTuple):
     """A decision.
 
     kept: (B, Kmax) int64, ascending ordinals into the sample's candidates, then -1.
-    active: (B, S) int64, fillers -1, then the ascending local rows of text and kept candidates.
+    active: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
+    positions: (B, S) int64, the position of each active row, and -1 for fillers.
     scores: (B, Nmax) fp32 in candidate order, then -inf.
     """
 
     kept: Tensor
     active: Tensor
+    positions: Tensor
     scores: Tensor
 
 
@@ -162,22 +165,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
     return out
 
 
-def select(scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments) -> Selection:
+def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor, segments: Segments) -> Selection:
     """The K_b best candidates of each sample: higher score first, then lower index.
 
     scores: (B, Nmax) fp32. candidates: (B, Nmax) and texts: (B, Mmax) int64 local rows, disjoint
-    and ascending, then -1. What lies beyond a sample's counts is never read. -0.0 equals +0.0,
+    and ascending, then -1. What lies beyond a sample's counts is never read. positions: (R,) int64,
+    a number for each scored row, which the selection hands on for the active ones. -0.0 equals +0.0,
     and a NaN of any sign ranks above everything, so that a broken score shows.
     """
     keys = _rank_keys(scores.float())
     kept, active = [], []
-    for b, (n, m, k) in enumerate(zip(segments.candidates, segments.texts, segments.keep, strict=True)):
+    counts = zip(segments.starts, segments.candidates, segments.texts, segments.keep, strict=True)
+    for b, (start, n, m, k) in enumerate(counts):
         best = torch.sort(keys[b, :n], stable=True).indices[:k].sort().values
         kept.append(best)
-        active.append(torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values)
+        active.append(torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values + start)
     return Selection(
         kept=_stack(kept, max(segments.keep), -1),
         active=_stack(active, segments.width, -1, align="right"),
+        positions=_stack([positions.index_select(0, rows) for rows in active], segments.width, -1, align="right"),
         scores=_stack(
             [scores[b, :n].float() for b, n in enumerate(segments.candidates)],
             candidates.shape[1],
@@ -194,6 +200,7 @@ def score_topk(
     query_rows: Tensor,
     candidates: Tensor,
     texts: Tensor,
+    positions: Tensor,
     segments: Segments,
     *,
     scale: float,
@@ -203,10 +210,10 @@ def score_topk(
     """Rank the candidates by the attention the last prompt token pays them, and select.
 
     query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own
-    query norm. keys: (R, G, D) of all lease rows, before rotary embedding and before ``key_norm``,
+    query norm. keys: (R, G, D) of all scored rows, before rotary embedding and before ``key_norm``,
     which is for models that norm each key head; head h uses key head h * G // H. cos, sin: (R, rot).
-    query_rows: (B,) int64 lease rows, read for samples with candidates only. candidates, texts: as
-    for :func:`select`; candidates lie below ``lengths[b]``, texts may lie beyond.
+    query_rows: (B,) int64 scored rows, read for samples with candidates only. candidates, texts,
+    positions: as for :func:`select`; candidates lie below ``lengths[b]``, texts may lie beyond.
 
     The score is the mean over heads of the softmax over the sample's first ``lengths[b]`` rows
     (text and deferred rows included). Logits, softmax and mean are fp32 after a rotation in the
@@ -228,7 +235,7 @@ def score_topk(
         k = rotate(k, cos[span], sin[span], rope)
         scores.append(_attention(q, k, scale)[candidates[b, :n]])
     padded = _stack(scores, candidates.shape[1], float("-inf"))
-    return select(padded, candidates, texts, segments)
+    return select(padded, candidates, texts, positions, segments)
 
 
 def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:

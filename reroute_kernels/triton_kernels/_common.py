@@ -52,18 +52,17 @@ def _specialisation(argument: Any) -> Any:
 _scratch: dict[tuple[str, torch.device, int], Tensor] = {}
 
 
-def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device, *, zero: bool = False) -> Tensor:
-    """At least ``size`` elements that this stream reuses in every step; ``zero``: zeros when new.
+def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """At least ``size`` elements that this stream reuses in every step.
 
     A graph that is being captured gets memory of its own, as it may be replayed beside any stream.
     """
-    allocate = torch.zeros if zero else torch.empty
     if _capturing(device):
-        return allocate(size, dtype=dtype, device=device)
+        return torch.empty(size, dtype=dtype, device=device)
     key = (name, device, _stream(device))
     memory = _scratch.get(key)
     if memory is None or len(memory) < size:
-        memory = _scratch[key] = allocate(1 << max(size - 1, 1).bit_length(), dtype=dtype, device=device)
+        memory = _scratch[key] = torch.empty(1 << max(size - 1, 1).bit_length(), dtype=dtype, device=device)
     return memory
 
 

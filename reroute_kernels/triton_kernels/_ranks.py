@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COARSE = 512  # bins of `coarse_bin`
-MOST = 2**31 // COARSE  # elements that `pick` can count
-SLOTS = 512  # keys that `threshold_key` looks at together: mostly all of them
+COARSE = tl.constexpr(512)  # bins of `coarse_bin`
+MOST = 2**31 // COARSE.value  # elements that `pick` can count
+SLOTS = tl.constexpr(512)  # keys that `threshold_key` looks at together: mostly all of them
 
 
 @triton.jit

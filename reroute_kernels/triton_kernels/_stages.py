@@ -15,8 +15,6 @@ import triton.language as tl
 def role(tickets, scorers, shares, batch):
     """Stage, sample, and number among the programs of that stage and sample."""
     ticket = tl.atomic_add(tickets, 1, sem="relaxed")
-    if ticket == tl.num_programs(0) - 1:
-        tl.atomic_xchg(tickets, 0, sem="relaxed")
     later = ticket - scorers * batch
     if later < 0:
         stage = 0

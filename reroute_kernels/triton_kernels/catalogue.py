@@ -76,6 +76,7 @@ def _score_topk(
             torch.tensor([length - 1]),
             row[:, :visual],
             row[:, visual:],
+            row[0],
             segments,
             scale=1.0,
             key_norm=KeyNorm(torch.empty(features, dtype=dtype), 1e-6) if norm else None,
@@ -90,7 +91,7 @@ def _select(visual: int) -> Callable[[], object]:
     def launch() -> object:
         row = torch.arange(visual + 64)[None]
         segments = Segments((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
-        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], segments)
+        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], row[0], segments)
 
     return launch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, scratch
-from reroute_kernels.triton_kernels.select import Logits, run_select
+from reroute_kernels.triton_kernels.select import Logits, clear_counters, num_counters, run_select
 
 STRIDE = 16  # logits of a head begin at multiples of it
 
@@ -137,6 +137,7 @@ def _score_kernel(
     query_rows,
     norm_weight,
     counts,
+    counters,
     logits,
     batch,
     logit_stride,
@@ -167,6 +168,8 @@ def _score_kernel(
     """
     TURNS: tl.constexpr = (JOINED * HEADS + ROWS - 1) // ROWS
     part, sample = tl.program_id(0), tl.program_id(2)
+    if (part == 0) & (tl.program_id(1) == 0):
+        clear_counters(counters, sample)
     start = tl.load(counts + sample).to(tl.int32)
     length = tl.load(counts + batch + sample).to(tl.int32)
     step = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
@@ -224,6 +227,7 @@ def score_topk(
     query_rows: Tensor,
     candidates: Tensor,
     texts: Tensor,
+    positions: Tensor,
     segments: Segments,
     *,
     scale: float,
@@ -254,32 +258,33 @@ def score_topk(
     peaks_at = batch * heads * logit_stride
     counts = segments.counts(device) if counts is None else counts
     logits = scratch("logits", peaks_at + 2 * batch * most * heads, torch.float32, device)
-    if max(segments.candidates) > 0:
-        parts, turns = min(-(-length // shape.block), most), -(-shape.joined * heads // (groups * shape.rows))
-        _variant(groups, heads // groups, features, cos.shape[-1], rope == "interleaved", shape, most)(
-            (parts, groups // (shape.warps * shape.joined) * turns, batch),
-            query,
-            keys,
-            cos,
-            sin,
-            query_rows,
-            None if norm_weight is None else norm_weight.contiguous(),
-            counts,
-            logits,
-            batch,
-            logit_stride,
-            peaks_at,
-            scale * math.log2(math.e),
-            norm_eps,
-            query.stride(0),
-            query.stride(1),
-            keys.stride(0),
-            keys.stride(1),
-            cos.stride(0),
-            sin.stride(0),
-        )
+    counters = scratch("counters", num_counters(batch), torch.int32, device)
+    parts, turns = max(min(-(-length // shape.block), most), 1), -(-shape.joined * heads // (groups * shape.rows))
+    _variant(groups, heads // groups, features, cos.shape[-1], rope == "interleaved", shape, most)(
+        (parts, groups // (shape.warps * shape.joined) * turns, batch),
+        query,
+        keys,
+        cos,
+        sin,
+        query_rows,
+        None if norm_weight is None else norm_weight.contiguous(),
+        counts,
+        counters,
+        logits,
+        batch,
+        logit_stride,
+        peaks_at,
+        scale * math.log2(math.e),
+        norm_eps,
+        query.stride(0),
+        query.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+    )
     source = Logits(logits, logit_stride, peaks_at, heads, most, shape.block)
-    return run_select(source, candidates, texts, counts, segments)
+    return run_select(source, candidates, texts, positions, counts, counters, segments)
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ threshold, one emits.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,16 +17,8 @@ from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, processors, scratch
-from reroute_kernels.triton_kernels._ranks import (
-    COARSE,
-    MOST,
-    SLOTS,
-    coarse_bin,
-    count_below,
-    pick,
-    rank_key,
-    threshold_key,
-)
+from reroute_kernels.triton_kernels._emission import Lists, choose, emit, load_rows
+from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, pick, rank_key, threshold_key
 from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
 from reroute_kernels.triton_kernels._stages import arrive, role, wait
 
@@ -54,24 +46,66 @@ class Logits(NamedTuple):
     block: int
 
 
+class _Notes(NamedTuple):
+    """What programs of one sample tell each other: keys, those near the threshold, and four tallies of each share of
+    them; how many programs have scored and collected; a histogram.
+    """
+
+    keys: Any
+    rivals: Any
+    tallies: Any
+    scored: Any
+    collected: Any
+    histogram: Any
+
+
+@triton.jit
+def clear_counters(counters, sample):
+    """Make the counters of a sample zero, as the selection must find them."""
+    at = tl.arange(0, 2 * COARSE)
+    tl.store(counters + sample * (COARSE + 8) + at, tl.zeros([2 * COARSE], tl.int32), mask=at < COARSE + 8)
+
+
 # --- stage 0: scores -------------------------------------------------------------------------
 
 
 @triton.jit
-def _score_tile(
-    source, stride, peak, weight, candidates, scores, keys, at, n, FUSED: tl.constexpr, HEADS: tl.constexpr
+def _make_scores(
+    source,
+    stride,
+    peaks,
+    parts,
+    batch,
+    lists,
+    notes,
+    scores,
+    lead,
+    program,
+    scorers,
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Store the scores and keys of the candidates ``at``; the keys, and which are valid."""
-    valid = (at >= 0) & (at < n)
+    """Store the scores and keys of every ``scorers``-th tile of candidates, and count keys in coarse bins.
+
+    The first tile is ``lead`` candidates shorter.
+    """
+    FUSED: tl.constexpr = PARTS > 0
     if FUSED:
-        rows = tl.load(candidates + at, mask=valid, other=0).to(tl.int32)
-        score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
-    else:
-        score = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
-    key = rank_key(score)
-    tl.store(scores + at, score, mask=valid)
-    tl.store(keys + at, key, mask=valid)
-    return key, valid
+        peak, weight = merge_parts(peaks, peaks + batch * PARTS * HEADS, parts, HEADS)
+    for first in range(program * TILE - lead, lists.n, scorers * TILE):
+        at = first + tl.arange(0, TILE)
+        valid = (at >= 0) & (at < lists.n)
+        if FUSED:
+            rows = tl.load(lists.candidates + at, mask=valid, other=0).to(tl.int32)
+            score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
+        else:
+            score = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
+        key = rank_key(score)
+        tl.store(scores + at, score, mask=valid)
+        tl.store(notes.keys + at, key, mask=valid)
+        tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
+        tl.atomic_add(notes.histogram + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
 
 
 @triton.jit
@@ -86,38 +120,41 @@ def _fill(out, begin, end, value, program, programs, TILE: tl.constexpr):
 
 
 @triton.jit
-def _collect(keys, rivals, histogram, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr):
-    """Copy the keys of a share that are in the bin of the threshold to the share's place in ``rivals``.
+def _collect(notes, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr):
+    """Copy the keys of a share that are in the bin of the threshold to the share's place among the rivals.
 
     Their number, that of the keys in better bins, and the first and the last of them.
     """
     at = base + tl.arange(0, SHARE)
-    key = tl.load(keys + at, mask=at < n, other=0)
-    best, _ = pick(tl.load(histogram), tl.maximum(k - 1, 0))
+    key = tl.load(notes.keys + at, mask=at < n, other=0)
+    best, _ = pick(tl.load(notes.histogram + tl.arange(0, COARSE)), tl.maximum(k - 1, 0))
     bin = coarse_bin(key, FUSED)
     # Both counts in one scan, 16 bits each.
     rival, above = (at < n) & (bin == best), (at < n) & (bin < best)
     packed = rival.to(tl.int32) | (above.to(tl.int32) << 16)
-    tl.store(rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
+    tl.store(notes.rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
     total = tl.sum(packed, 0)
     first_key, last_key = tl.min(tl.where(rival, key, 0xFFFFFFFF), 0), tl.max(tl.where(rival, key, 0), 0)
     return total & 0xFFFF, total >> 16, first_key, last_key
+
+
+@triton.jit
+def _collect_share(notes, n, k, share, FUSED: tl.constexpr, SHARE: tl.constexpr):
+    """Collect, and tell the programs of the next stage."""
+    found, above, first_key, last_key = _collect(notes, n, k, share * SHARE, FUSED, SHARE)
+    tallies = notes.tallies + 4 * share
+    tl.store(tallies, found)
+    tl.store(tallies + 1, above)
+    tl.store(tallies + 2, first_key.to(tl.int32, bitcast=True))
+    tl.store(tallies + 3, last_key.to(tl.int32, bitcast=True))
+    arrive(notes.collected)
 
 
 # --- stage 2: what is kept -------------------------------------------------------------------
 
 
 @triton.jit
-def _settle(
-    rivals,
-    tallies,
-    shares,
-    k,
-    share,
-    SHARE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
+def _settle(notes, shares, k, share, SHARE: tl.constexpr, SEGMENTS: tl.constexpr):
     """From what all shares collected: the threshold and how many ties are kept.
 
     Also how many keys of earlier shares are above the threshold, and how many equal it.
@@ -125,14 +162,14 @@ def _settle(
     STEP: tl.constexpr = max(SLOTS // SEGMENTS, 32)
     slot = tl.arange(0, SEGMENTS * STEP)
     owner, column = slot // STEP, slot % STEP
-    limit = tl.load(tallies + 4 * owner, mask=owner < shares, other=0)
+    limit = tl.load(notes.tallies + 4 * owner, mask=owner < shares, other=0)
     each = 4 * tl.arange(0, SEGMENTS)
     real = each < 4 * shares
-    above = tl.load(tallies + each + 1, mask=real, other=0)
-    first_keys = tl.load(tallies + each + 2, mask=real, other=-1).to(tl.uint32, bitcast=True)
-    last_keys = tl.load(tallies + each + 3, mask=real, other=0).to(tl.uint32, bitcast=True)
+    above = tl.load(notes.tallies + each + 1, mask=real, other=0)
+    first_keys = tl.load(notes.tallies + each + 2, mask=real, other=-1).to(tl.uint32, bitcast=True)
+    last_keys = tl.load(notes.tallies + each + 3, mask=real, other=0).to(tl.uint32, bitcast=True)
     end = tl.max(limit, 0)
-    rivals += owner * SHARE + column
+    rivals = notes.rivals + owner * SHARE + column
     threshold, ties = threshold_key(
         rivals, column, limit, end, k - tl.sum(above, 0), tl.min(first_keys, 0), tl.max(last_keys, 0), STEP
     )
@@ -147,48 +184,76 @@ def _settle(
 
 
 @triton.jit
-def _load_rows(rows, base, n, CHUNK: tl.constexpr):
-    at = base + tl.arange(0, CHUNK)
-    return tl.load(rows + at, mask=at < n, other=0).to(tl.int32)
+def _emit_share(lists, notes, shares, share, SHARE: tl.constexpr, SEGMENTS: tl.constexpr, TEXTS: tl.constexpr):
+    """Once all shares are collected, what is kept of this one."""
+    base = share * SHARE
+    rows, text = load_rows(lists.candidates, base, lists.n, SHARE), load_rows(lists.texts, 0, lists.m, TEXTS)
+    wait(notes.collected, shares)
+    at = base + tl.arange(0, SHARE)
+    key = tl.load(notes.keys + at, mask=at < lists.n, other=0)
+    threshold, ties, above_before, ties_before = _settle(notes, shares, lists.k, share, SHARE, SEGMENTS)
+    chosen, rank = choose(key, at < lists.n, threshold, ties, above_before, ties_before)
+    emit(lists, rows, chosen, rank, text, base, SHARE)
+
+
+# --- both at once: a short row ---------------------------------------------------------------
 
 
 @triton.jit
-def _rank(key, valid, threshold, ties, above_before, ties_before):
-    """Who is kept, the keys above the threshold and the first ``ties`` at it, and how many up to and with each."""
-    above = valid & (key < threshold)
-    tied = valid & (key == threshold)
-    through = tl.cumsum(above.to(tl.int32) | (tied.to(tl.int32) << 16), 0)
-    tie = ties_before + (through >> 16)
-    return above | (tied & (tie <= ties)), above_before + (through & 0xFFFF) + tl.minimum(tie, ties)
+def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS: tl.constexpr):
+    """Of a row of up to CHUNK candidates whose scores are all there."""
+    rows, text = load_rows(lists.candidates, 0, lists.n, CHUNK), load_rows(lists.texts, 0, lists.m, TEXTS)
+    found, above, first_key, last_key = _collect(notes, lists.n, lists.k, 0, FUSED, CHUNK)
+    tl.debug_barrier()  # the rivals are read by other threads
+    slot = tl.arange(0, SLOTS)
+    threshold, ties = threshold_key(
+        notes.rivals + slot, slot, found, found, lists.k - above, first_key, last_key, SLOTS
+    )
+    at = tl.arange(0, CHUNK)
+    key = tl.load(notes.keys + at, mask=at < lists.n, other=0)  # again, from the L1 cache: registers are short
+    chosen, rank = choose(key, at < lists.n, threshold, ties, 0, 0)
+    emit(lists, rows, chosen, rank, text, 0, CHUNK)
 
 
 @triton.jit
-def _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active, n, m, base, CHUNK: tl.constexpr):
-    """Write the kept ordinals of a chunk, and their rows with the text rows among them, to ascending places.
+def _lists(
+    candidates,
+    texts,
+    positions,
+    counts,
+    kept,
+    active,
+    places,
+    batch,
+    sample,
+    candidate_stride,
+    text_stride,
+    most_kept,
+    width,
+):
+    """Of this sample; its active rows are at the end of ``width`` places."""
+    start = tl.load(counts + sample).to(tl.int32)
+    n = tl.load(counts + 2 * batch + sample).to(tl.int32)
+    m = tl.load(counts + 3 * batch + sample).to(tl.int32)
+    k = tl.load(counts + 4 * batch + sample).to(tl.int32)
+    row = sample.to(tl.int64)
+    candidates += row * candidate_stride
+    texts += row * text_stride
+    last = tl.maximum(tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1))
+    first = row * width + width - m - k
+    dense = last + 1 == n + m
+    return Lists(
+        candidates, texts, positions, n, m, k, start, dense, kept + row * most_kept, active + first, places + first
+    )
 
-    ``text`` holds the first text rows. Where ``dense``, one list tells a row's rank in the other.
-    """
-    at = base + tl.arange(0, CHUNK)
-    if dense:
-        texts_below = rows - at
-    else:
-        texts_below = count_below(rows, chosen, texts, m)
-    tl.store(kept + rank - 1, at.to(tl.int64), mask=chosen)
-    tl.store(active + rank - 1 + texts_below, rows.to(tl.int64), mask=chosen)
-    WIDTH: tl.constexpr = text.shape[0]
-    for first in range(0, m, WIDTH):
-        index = first + tl.arange(0, WIDTH)
-        valid = index < m
-        if dense:
-            below = text - index
-        else:
-            below = count_below(text, valid, candidates, n)
-        # Text rows before all candidates go with the first chunk.
-        here = valid & (below > base - 1 + tl.minimum(base, 1)) & (below <= base + CHUNK)
-        behind = here & (below > 0)
-        kept_below = tl.where(behind, tl.gather(rank, tl.where(behind, below - 1 - base, 0), 0), 0)
-        tl.store(active + index + kept_below, text.to(tl.int64), mask=here)
-        text = _load_rows(texts, first + WIDTH, m, WIDTH)
+
+@triton.jit
+def _notes(notes, counters, batch, sample, shares, widest):
+    """Of this sample."""
+    keys = notes.to(tl.pointer_type(tl.uint32)) + sample.to(tl.int64) * widest
+    scored = counters + sample * (COARSE + 8) + 1
+    tallies = notes + 2 * batch * widest + 4 * shares * sample
+    return _Notes(keys, keys + batch * widest, tallies, scored, scored + 1, scored + 7)
 
 
 @triton.jit(do_not_specialize=SIZES + STRIDES)
@@ -196,12 +261,14 @@ def _select_kernel(
     source,
     candidates,
     texts,
+    positions,
     counts,
     notes,
     counters,
     scores,
     kept,
     active,
+    places,
     batch,
     scorers,
     shares,
@@ -218,8 +285,6 @@ def _select_kernel(
     TILE: tl.constexpr,
     SHARE: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    COARSE: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
     """``source``: logits if there are PARTS, else scores. A sample has ``scorers`` programs, and if rows are long
     (SEGMENTS is not 0 but a power of two, at least ``shares``) twice ``shares`` in the later stages.
@@ -230,106 +295,63 @@ def _select_kernel(
         stage, sample, program = role(counters, scorers, shares, batch)
     else:
         stage, sample, program = 0, tl.program_id(0) // scorers, tl.program_id(0) % scorers
-    length = tl.load(counts + batch + sample).to(tl.int32)
-    n = tl.load(counts + 2 * batch + sample).to(tl.int32)
-    m = tl.load(counts + 3 * batch + sample).to(tl.int32)
-    k = tl.load(counts + 4 * batch + sample).to(tl.int32)
-    row_of = sample.to(tl.int64)
-    scores += row_of * widest
-    kept += row_of * most_kept
-    active += row_of * width
-    candidates += row_of * candidate_stride
-    texts += row_of * text_stride
-    # For the launch itself: keys, rivals, and tallies of the shares; counters, zero before and after, and a histogram.
-    keys = notes.to(tl.pointer_type(tl.uint32)) + row_of * widest
-    rivals = keys + batch * widest
-    tallies = notes + 2 * batch * widest + 4 * shares * sample
-    scored = counters + 1 + 3 * sample
-    collected, emitted = scored + 1, scored + 2
-    histogram = counters + tl.cdiv(1 + 3 * batch, 8) * 8 + sample * COARSE + tl.arange(0, COARSE)
-    fillers = width - m - k
-    # Mostly candidates and texts are all rows there are.
-    last_row = tl.maximum(
-        tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1)
-    )
-    dense = last_row + 1 == n + m
+    lists = _lists(
+        candidates, texts, positions, counts, kept, active, places, batch, sample,
+        candidate_stride, text_stride, most_kept, width,
+    )  # fmt: skip
+    notes = _notes(notes, counters, batch, sample, shares, widest)
+    row, n = sample.to(tl.int64), lists.n
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
-    lead = (tl.load(candidates, mask=n > 0, other=0) % 8).to(tl.int32)
+    lead = (tl.load(lists.candidates, mask=n > 0, other=0) % 8).to(tl.int32)
     # Programs with a tile or share of this sample arrive, and of an empty sample the first one.
     scoring = tl.maximum(tl.minimum(tl.cdiv(n + lead, TILE), scorers), 1)
     sharing = tl.maximum(tl.cdiv(n, SHARE), 1)
     if stage == 0:
+        fillers = width - lists.m - lists.k
+        scores += row * widest
         _fill(scores, n, widest, -float("inf"), program, scorers, TILE)
-        _fill(kept, k, most_kept, -1, program, scorers, TILE)
-        _fill(active, 0, fillers, -1, program, scorers, TILE)
+        _fill(lists.kept, lists.k, most_kept, -1, program, scorers, TILE)
+        _fill(lists.active, -fillers, 0, -1, program, scorers, TILE)
+        _fill(lists.places, -fillers, 0, -1, program, scorers, TILE)
         if program < scoring:
-            if FUSED:
-                peaks = source + peaks_at + sample * PARTS * HEADS
-                totals = peaks + batch * PARTS * HEADS
-                source += row_of * HEADS * source_stride
-                tiles = tl.cdiv(length, BLOCK)
-                parts = tl.where(n > 0, tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, PARTS), 1)), 0)
-                peak, weight = merge_parts(peaks, totals, parts, HEADS)
-            else:
-                source += row_of * source_stride
-                peak, weight = 0.0, 0.0
-            for first in range(program * TILE - lead, n, scorers * TILE):
-                at = first + tl.arange(0, TILE)
-                key, valid = _score_tile(
-                    source, source_stride, peak, weight, candidates, scores, keys, at, n, FUSED, HEADS
-                )
-                tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
-                tl.atomic_add(histogram, tally, mask=tally > 0, sem="relaxed")
-            arrived = arrive(scored)
+            tiles = tl.cdiv(tl.load(counts + batch + sample).to(tl.int32), BLOCK)
+            parts = tl.where(n > 0, tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, PARTS), 1)), 0) if FUSED else 0
+            peaks = source + peaks_at + sample * PARTS * HEADS
+            source += row * HEADS * source_stride
+            _make_scores(
+                source, source_stride, peaks, parts, batch, lists, notes, scores, lead, program, scorers,
+                HEADS, PARTS, TILE,
+            )  # fmt: skip
+            arrived = arrive(notes.scored)
             if SEGMENTS == 0 and arrived == scoring - 1:
-                tl.store(scored, 0)
-                rows, text = _load_rows(candidates, 0, n, SHARE), _load_rows(texts, 0, m, TEXTS)
-                found, above, first_key, last_key = _collect(keys, rivals, histogram, n, k, 0, FUSED, SHARE)
-                tl.debug_barrier()  # the rivals are read by other threads
-                tl.store(histogram, tl.zeros([COARSE], tl.int32))
-                slot = tl.arange(0, SLOTS)
-                threshold, ties = threshold_key(
-                    rivals + slot, slot, found, found, k - above, first_key, last_key, SLOTS
-                )
-                at = tl.arange(0, SHARE)
-                key = tl.load(keys + at, mask=at < n, other=0)  # again, from the L1 cache: registers are short
-                chosen, rank = _rank(key, at < n, threshold, ties, 0, 0)
-                _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, 0, SHARE)
+                _select_alone(lists, notes, FUSED, SHARE, TEXTS)
     elif SEGMENTS > 0 and program < sharing:
         if stage == 1:
-            wait(scored, scoring)
-            found, above, first_key, last_key = _collect(keys, rivals, histogram, n, k, program * SHARE, FUSED, SHARE)
-            tallies += 4 * program
-            tl.store(tallies, found)
-            tl.store(tallies + 1, above)
-            tl.store(tallies + 2, first_key.to(tl.int32, bitcast=True))
-            tl.store(tallies + 3, last_key.to(tl.int32, bitcast=True))
-            arrive(collected)
+            wait(notes.scored, scoring)
+            _collect_share(notes, n, lists.k, program, FUSED, SHARE)
         else:
-            base = program * SHARE
-            rows, text = _load_rows(candidates, base, n, SHARE), _load_rows(texts, 0, m, TEXTS)
-            at = base + tl.arange(0, SHARE)
-            wait(collected, sharing)
-            key = tl.load(keys + at, mask=at < n, other=0)
-            threshold, ties, above_before, ties_before = _settle(
-                rivals, tallies, sharing, k, program, SHARE, SEGMENTS, SLOTS
-            )
-            chosen, rank = _rank(key, at < n, threshold, ties, above_before, ties_before)
-            _emit(rows, chosen, rank, text, dense, candidates, texts, kept, active + fillers, n, m, base, SHARE)
-            if arrive(emitted) == sharing - 1:
-                for counter in tl.static_range(3):
-                    tl.store(scored + counter, 0)
-                tl.store(histogram, tl.zeros([COARSE], tl.int32))
+            _emit_share(lists, notes, sharing, program, SHARE, SEGMENTS, TEXTS)
 
 
-def run_select(source: Logits, candidates: Tensor, texts: Tensor, counts: Tensor, segments: Segments) -> Selection:
-    """Launch the selection. ValueError for a row of more candidates than the kernel can count."""
+def run_select(
+    source: Logits,
+    candidates: Tensor,
+    texts: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    counters: Tensor,
+    segments: Segments,
+) -> Selection:
+    """Launch the selection. ValueError for a row of more candidates than the kernel can count.
+
+    counters: ``num_counters(B)`` zeros, int32.
+    """
     (batch, widest), device = candidates.shape, candidates.device
     if widest > MOST:
         raise ValueError(f"{widest} candidates in a row: the selection kernel counts up to {MOST}")
     most_kept, width = max(segments.keep), segments.width
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
-    active = torch.empty(batch, width, dtype=torch.int64, device=device)
+    active, places = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
     share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
     tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
@@ -339,12 +361,14 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, counts: Tensor
         source.logits,
         candidates,
         texts,
+        positions.contiguous(),
         counts,
         scratch("notes", batch * (2 * widest + 4 * shares), torch.int32, device),
-        scratch("counters", batch * (COARSE + 3) + 8, torch.int32, device, zero=True),
+        counters,
         scores,
         kept,
         active,
+        places,
         batch,
         scorers,
         shares,
@@ -356,7 +380,12 @@ def run_select(source: Logits, candidates: Tensor, texts: Tensor, counts: Tensor
         most_kept,
         width,
     )
-    return Selection(kept, active, scores)
+    return Selection(kept, active, places, scores)
+
+
+def num_counters(batch: int) -> int:
+    """How many counters a selection needs."""
+    return batch * int(COARSE.value + 8)
 
 
 def _power(size: int) -> int:
@@ -373,18 +402,24 @@ def _variant(heads: int, parts: int, block: int, tile: int, share: int, segments
         "TILE": tile,
         "SHARE": share,
         "SEGMENTS": segments,
-        "COARSE": COARSE,
-        "SLOTS": SLOTS,
     }
     return Variant(_select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
 
 
 def select(
-    scores: Tensor, candidates: Tensor, texts: Tensor, segments: Segments, *, counts: Tensor | None = None
+    scores: Tensor,
+    candidates: Tensor,
+    texts: Tensor,
+    positions: Tensor,
+    segments: Segments,
+    *,
+    counts: Tensor | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation.
 
     counts: those of ``segments`` on the device, if they are there.
     """
     source = Logits(scores, scores.stride(0), 0, heads=1, parts=0, block=1)
-    return run_select(source, candidates, texts, segments.counts(scores.device) if counts is None else counts, segments)
+    counts = segments.counts(scores.device) if counts is None else counts
+    counters = counts.new_zeros(num_counters(len(scores)), dtype=torch.int32)
+    return run_select(source, candidates, texts, positions, counts, counters, segments)

@@ -61,5 +61,6 @@ def decision(
     parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
     candidates, texts = (rows_of([part[i] for part in parts], device) for i in (0, 1))
     segments = Segments(tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
-    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, last, candidates, texts, segments)
+    indices = last, candidates, texts, torch.arange(total, device=device) % 97
+    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, segments)
     return tensors, {"scale": features**-0.5, "rope": rope}

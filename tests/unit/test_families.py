@@ -45,6 +45,7 @@ def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer:
         last,
         ids,
         ids[:, :0],
+        ids[0],
         Segments((0,), (length,), (length,), (0,), (1,)),
         scale=family.scale(layer),
         rope=family.rope,

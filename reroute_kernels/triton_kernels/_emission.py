@@ -1,0 +1,88 @@
+"""What a selection writes, inside a kernel: ascending ordinals, rows and positions, of a chunk of candidates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from reroute_kernels.triton_kernels._ranks import count_below
+
+
+class Lists(NamedTuple):
+    """Of one sample.
+
+    candidates, texts: ascending local rows, n and m of them; start: the row that is local row 0; positions: of rows.
+    dense: whether candidates and texts are all rows from 0 on. kept, active, places: k ordinals, and m + k rows and
+    their positions, to be written.
+    """
+
+    candidates: Any
+    texts: Any
+    positions: Any
+    n: Any
+    m: Any
+    k: Any
+    start: Any
+    dense: Any
+    kept: Any
+    active: Any
+    places: Any
+
+
+@triton.jit
+def load_rows(rows, base, n, CHUNK: tl.constexpr):
+    """Rows base..base+CHUNK of a list of n, int32."""
+    at = base + tl.arange(0, CHUNK)
+    return tl.load(rows + at, mask=at < n, other=0).to(tl.int32)
+
+
+@triton.jit
+def choose(key, valid, threshold, ties, above_before, ties_before):
+    """Who is kept, the keys above the threshold and the first ``ties`` at it, and how many up to and with each."""
+    above = valid & (key < threshold)
+    tied = valid & (key == threshold)
+    # Both counts in one scan, 16 bits each.
+    through = tl.cumsum(above.to(tl.int32) | (tied.to(tl.int32) << 16), 0)
+    tie = ties_before + (through >> 16)
+    return above | (tied & (tie <= ties)), above_before + (through & 0xFFFF) + tl.minimum(tie, ties)
+
+
+@triton.jit
+def emit(lists, rows, chosen, rank, text, base, CHUNK: tl.constexpr):
+    """Write the kept ordinals of a chunk, and their rows with the text rows among them, to ascending places.
+
+    ``rows`` and ``text``: the candidates of the chunk and the first text rows. Where all rows are in one of the two
+    lists, one list tells a row's rank in the other.
+    """
+    at = base + tl.arange(0, CHUNK)
+    if lists.dense:
+        texts_below = rows - at
+    else:
+        texts_below = count_below(rows, chosen, lists.texts, lists.m)
+    tl.store(lists.kept + rank - 1, at.to(tl.int64), mask=chosen)
+    _write(lists, rank - 1 + texts_below, rows, at < lists.n, chosen)
+    WIDTH: tl.constexpr = text.shape[0]
+    for first in range(0, lists.m, WIDTH):
+        index = first + tl.arange(0, WIDTH)
+        valid = index < lists.m
+        if lists.dense:
+            below = text - index
+        else:
+            below = count_below(text, valid, lists.candidates, lists.n)
+        # Text rows before all candidates go with the first chunk.
+        here = valid & (below > base - 1 + tl.minimum(base, 1)) & (below <= base + CHUNK)
+        behind = here & (below > 0)
+        kept_below = tl.where(behind, tl.gather(rank, tl.where(behind, below - 1 - base, 0), 0), 0)
+        _write(lists, index + kept_below, text, valid, here)
+        text = load_rows(lists.texts, first + WIDTH, lists.m, WIDTH)
+
+
+@triton.jit
+def _write(lists, place, rows, valid, chosen):
+    row = lists.start + rows
+    # Of all rows: whole sectors, and hardly more of them than of the chosen ones.
+    position = tl.load(lists.positions + row, mask=valid)
+    tl.store(lists.active + place, row.to(tl.int64), mask=chosen)
+    tl.store(lists.places + place, position, mask=chosen)
