@@ -25,7 +25,7 @@ ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
 # Loads that wait for each other: index, page, row; counts, query row, angles, query, keys.
 WAITS = {"rows": 3, "score": 5}
 # Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/kernels.md).
-SELECTION = {1024: 9.9e-6, 4096: 12.5e-6, 32768: 21.7e-6, 1 << 22: 29.7e-6}
+SELECTION = {1024: 12e-6, 4096: 14.7e-6, 32768: 21.1e-6, 1 << 22: 29.1e-6}
 BINS = 512 * INT // 2  # bytes of a histogram
 NOTES = 8  # bytes per candidate that the selection writes and reads for itself
 LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "select": 1, "score_topk": 2, "step": 4}

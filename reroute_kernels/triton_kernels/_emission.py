@@ -32,6 +32,38 @@ class Lists(NamedTuple):
 
 
 @triton.jit
+def lists_of(
+    candidates,
+    texts,
+    positions,
+    counts,
+    kept,
+    active,
+    places,
+    batch,
+    sample,
+    candidate_stride,
+    text_stride,
+    most_kept,
+    width,
+):
+    """The lists of a sample of a batch; its active rows are at the end of ``width`` places."""
+    start = tl.load(counts + sample).to(tl.int32)
+    n = tl.load(counts + 2 * batch + sample).to(tl.int32)
+    m = tl.load(counts + 3 * batch + sample).to(tl.int32)
+    k = tl.load(counts + 4 * batch + sample).to(tl.int32)
+    row = sample.to(tl.int64)
+    candidates += row * candidate_stride
+    texts += row * text_stride
+    last = tl.maximum(tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1))
+    first = row * width + width - m - k
+    dense = last + 1 == n + m
+    return Lists(
+        candidates, texts, positions, n, m, k, start, dense, kept + row * most_kept, active + first, places + first
+    )
+
+
+@triton.jit
 def load_rows(rows, base, n, CHUNK: tl.constexpr):
     """Rows base..base+CHUNK of a list of n, int32."""
     at = base + tl.arange(0, CHUNK)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, processors, scratch
-from reroute_kernels.triton_kernels._emission import Lists, choose, emit, load_rows
+from reroute_kernels.triton_kernels._emission import choose, emit, lists_of, load_rows
 from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, pick, rank_key, threshold_key
 from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
 from reroute_kernels.triton_kernels._stages import arrive, role, wait
@@ -91,19 +91,22 @@ def _make_scores(
     The first tile is ``lead`` candidates shorter.
     """
     FUSED: tl.constexpr = PARTS > 0
+    at = program * TILE - lead + tl.arange(0, TILE)
+    # Rows are asked for a tile ahead, and of the first tile with the statistics: one wait less.
+    rows = tl.load(lists.candidates + at, mask=(at >= 0) & (at < lists.n), other=0).to(tl.int32)
     if FUSED:
         peak, weight = merge_parts(peaks, peaks + batch * PARTS * HEADS, parts, HEADS)
-    for first in range(program * TILE - lead, lists.n, scorers * TILE):
-        at = first + tl.arange(0, TILE)
+    for _ in range(program * TILE - lead, lists.n, scorers * TILE):
         valid = (at >= 0) & (at < lists.n)
         if FUSED:
-            rows = tl.load(lists.candidates + at, mask=valid, other=0).to(tl.int32)
             score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
         else:
             score = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
         key = rank_key(score)
         tl.store(scores + at, score, mask=valid)
         tl.store(notes.keys + at, key, mask=valid)
+        at += scorers * TILE
+        rows = tl.load(lists.candidates + at, mask=at < lists.n, other=0).to(tl.int32)
         tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
         tl.atomic_add(notes.histogram + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
 
@@ -216,38 +219,6 @@ def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS:
 
 
 @triton.jit
-def _lists(
-    candidates,
-    texts,
-    positions,
-    counts,
-    kept,
-    active,
-    places,
-    batch,
-    sample,
-    candidate_stride,
-    text_stride,
-    most_kept,
-    width,
-):
-    """Of this sample; its active rows are at the end of ``width`` places."""
-    start = tl.load(counts + sample).to(tl.int32)
-    n = tl.load(counts + 2 * batch + sample).to(tl.int32)
-    m = tl.load(counts + 3 * batch + sample).to(tl.int32)
-    k = tl.load(counts + 4 * batch + sample).to(tl.int32)
-    row = sample.to(tl.int64)
-    candidates += row * candidate_stride
-    texts += row * text_stride
-    last = tl.maximum(tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1))
-    first = row * width + width - m - k
-    dense = last + 1 == n + m
-    return Lists(
-        candidates, texts, positions, n, m, k, start, dense, kept + row * most_kept, active + first, places + first
-    )
-
-
-@triton.jit
 def _notes(notes, counters, batch, sample, shares, widest):
     """Of this sample."""
     keys = notes.to(tl.pointer_type(tl.uint32)) + sample.to(tl.int64) * widest
@@ -295,14 +266,16 @@ def _select_kernel(
         stage, sample, program = role(counters, scorers, shares, batch)
     else:
         stage, sample, program = 0, tl.program_id(0) // scorers, tl.program_id(0) % scorers
-    lists = _lists(
+    # Asked for with the counts, hence before it is known whether there is one.
+    first_row = tl.load(candidates + sample.to(tl.int64) * candidate_stride, mask=widest > 0, other=0)
+    lists = lists_of(
         candidates, texts, positions, counts, kept, active, places, batch, sample,
         candidate_stride, text_stride, most_kept, width,
     )  # fmt: skip
     notes = _notes(notes, counters, batch, sample, shares, widest)
     row, n = sample.to(tl.int64), lists.n
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
-    lead = (tl.load(lists.candidates, mask=n > 0, other=0) % 8).to(tl.int32)
+    lead = tl.where(n > 0, first_row % 8, 0).to(tl.int32)
     # Programs with a tile or share of this sample arrive, and of an empty sample the first one.
     scoring = tl.maximum(tl.minimum(tl.cdiv(n + lead, TILE), scorers), 1)
     sharing = tl.maximum(tl.cdiv(n, SHARE), 1)
