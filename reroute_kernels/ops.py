@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from itertools import chain
 from typing import Any
 
 import torch
@@ -97,11 +96,6 @@ _SELECTION = "(Tensor kept, Tensor active, Tensor positions, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
-def _flat(segments: Segments) -> tuple[int, ...]:
-    return tuple(chain.from_iterable(segments.columns))
-
-
-@lru_cache(maxsize=256)
 def _segments(counts: tuple[int, ...]) -> Segments:
     batch = len(counts) // 5
     starts, lengths, candidates, texts, keep = (counts[i * batch : (i + 1) * batch] for i in range(5))
@@ -157,7 +151,7 @@ _score_op = _register(
 def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor, segments: Segments) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
     tensors = scores, candidates, texts, positions, segments.counts(scores.device)
-    return Selection(*_select_op(*tensors, _flat(segments)))
+    return Selection(*_select_op(*tensors, segments.flat))
 
 
 def score_topk(
@@ -177,4 +171,4 @@ def score_topk(
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
     tensors = query, keys, cos, sin, query_rows, candidates, texts, positions, segments.counts(query.device)
-    return Selection(*_score_op(*tensors, _flat(segments), scale, rope, *(key_norm or (None, 0.0))))
+    return Selection(*_score_op(*tensors, segments.flat, scale, rope, *(key_norm or (None, 0.0))))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,6 +67,11 @@ class Segments:
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """All counts, field after field."""
         return self.starts, self.lengths, self.candidates, self.texts, self.keep
+
+    @cached_property
+    def flat(self) -> tuple[int, ...]:
+        """The columns one after the other."""
+        return tuple(chain.from_iterable(self.columns))
 
     @cached_property
     def width(self) -> int:
