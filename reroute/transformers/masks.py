@@ -39,14 +39,18 @@ def prefill_mask(
             return None
         if implementation.startswith("flash"):
             return columns >= 0
-        visible = columns[:, None, :] <= (rows + past)[:, :, None]
-        return _finish(visible.unsqueeze(1), rows, columns, additive=implementation == "eager", dtype=dtype)
-    if mask.ndim == 2:
+        picked = (columns[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
+        if implementation == "eager":
+            lowest = torch.finfo(dtype).min
+            picked = torch.zeros_like(picked, dtype=dtype).masked_fill_(~picked, lowest)
+    elif mask.ndim == 2:
         return _pick_2d(mask, columns)
-    sample = torch.arange(rows.shape[0], device=mask.device)[:, None, None]
-    mask = mask.expand(rows.shape[0], -1, -1, -1)
-    picked = mask[sample, 0, rows.clamp(min=0)[:, :, None], columns.clamp(min=0)[:, None, :]].unsqueeze(1)
-    return _finish(picked, rows, columns, additive=picked.dtype != torch.bool, dtype=dtype)
+    else:
+        sample = torch.arange(rows.shape[0], device=mask.device)[:, None, None]
+        mask = mask.expand(rows.shape[0], -1, -1, -1)
+        # A filler, -1, picks the last row or column.
+        picked = mask[sample, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    return _without_fillers(picked, rows, columns) if fillers else picked
 
 
 def decode_mask(mask: torch.Tensor | None, columns: torch.Tensor, *, implementation: str) -> torch.Tensor:
@@ -71,17 +75,8 @@ def _pick_2d(mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return mask.gather(1, columns.clamp(min=0)).bool() & (columns >= 0)
 
 
-def _finish(
-    mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, additive: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """Hide filler columns; let filler rows see themselves, since a row that sees nothing may become NaN."""
-    hidden = (columns < 0)[:, None, None, :]
-    length, start = rows.shape[1], columns.shape[1] - rows.shape[1]
-    itself = torch.ones(length, length, dtype=torch.bool, device=rows.device).diag().diag()
-    itself = torch.nn.functional.pad(itself, (start, 0)) & (rows < 0)[:, None, :, None]
-    if not additive:
-        return (mask & ~hidden) | itself
-    if mask.dtype == torch.bool:
-        lowest = torch.finfo(dtype).min
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
-    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min).masked_fill(itself, 0.0)
+def _without_fillers(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Hide filler columns, in place; let filler rows see all others, since a row that sees nothing may become NaN."""
+    shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    mask.masked_fill_((rows < 0)[:, None, :, None], shown)
+    return mask.masked_fill_((columns < 0)[:, None, None, :], hidden)
