@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels import Backend, Lease, PagedPool, Segments
+from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Segments
 
-__all__ = ["BATCHES", "MODELS", "OPERATIONS", "VISUAL", "Case", "Problem", "Shape", "problems"]
+__all__ = ["BATCHES", "MODELS", "OPERATIONS", "PAGE", "TEXT", "VISUAL", "Case", "Problem", "Shape", "problems"]
 
 PAGE = 64
 TEXT = 60
@@ -135,6 +135,10 @@ class Case:
         return torch.cat((picked, self.texts), 1) + self.starts
 
     @cached_property
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self._draw(self.problem.shape.hidden), 1e-6)
+
+    @cached_property
     def hidden(self) -> Tensor:
         return self._draw(self.problem.batch, self.problem.width, self.problem.shape.hidden)
 
@@ -148,6 +152,10 @@ def _defer(backend: Backend, case: Case) -> Any:
 
 def _admit(backend: Backend, case: Case) -> Any:
     return backend.admit(case.lease.pages, case.lease.table, case.active, case.cos, case.sin, case.ids)
+
+
+def _normalise(backend: Backend, case: Case) -> Any:
+    return backend.normalise(case.lease, case.norm)
 
 
 def _restore(backend: Backend, case: Case) -> Any:
@@ -177,8 +185,9 @@ OPERATIONS: dict[str, Operation] = {
     "defer": _defer,
     "admit": _admit,
     "restore": _restore,
+    "normalise": _normalise,
     "select": _select,
     "score_topk": _score_topk,
     "step": _step,
 }
-"""The kernels, and the whole routing step: defer, score_topk, admit."""
+"""The kernels, and the whole routing step but the norm: defer, score_topk, admit."""

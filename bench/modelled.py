@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import MODELS, OPERATIONS, TEXT, VISUAL, Case, Problem
+from .cases import MODELS, OPERATIONS, PAGE, TEXT, VISUAL, Case, Problem
 from .counts import MISSING, Counts, count, simt_path
 
 __all__ = ["AFFORDABLE", "LAUNCHES", "Modelled", "counted", "distinct_bytes", "floor_bytes", "model"]
@@ -22,13 +22,13 @@ GRAPH_LAUNCH = 1.5e-6  # seconds between the kernels of a CUDA graph: an assumpt
 EAGER_LAUNCH = (6e-6, 18e-6)  # seconds of host time for an eager Triton launch: as reported
 ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a score
 ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
-# Loads that wait for each other: index, page, row; counts, query row, angles, query, keys.
-WAITS = {"rows": 3, "score": 5}
+# Loads that wait for each other: index, page, row; page, row; counts, query row, angles, query, keys.
+WAITS = {"rows": 3, "normalise": 2, "score": 5}
 # Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/kernels.md).
 SELECTION = {1024: 12e-6, 4096: 14.7e-6, 32768: 21.1e-6, 1 << 22: 29.1e-6}
 BINS = 512 * INT // 2  # bytes of a histogram
 NOTES = 8  # bytes per candidate that the selection writes and reads for itself
-LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "select": 1, "score_topk": 2, "step": 4}
+LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "normalise": 1, "select": 1, "score_topk": 2, "step": 4}
 AFFORDABLE = 2304  # visual tokens, batch 1: beyond this simt takes too long
 
 
@@ -66,7 +66,7 @@ def latency(operation: str, problem: Problem) -> float:
     selection = next(seconds for most, seconds in SELECTION.items() if problem.visual <= most)
     if operation == "score_topk":
         return WAITS["score"] * ACCESS + selection
-    return selection if operation == "select" else WAITS["rows"] * ACCESS
+    return selection if operation == "select" else WAITS.get(operation, WAITS["rows"]) * ACCESS
 
 
 def floor_bytes(operation: str, problem: Problem) -> int:
@@ -77,7 +77,7 @@ def floor_bytes(operation: str, problem: Problem) -> int:
         return problem.batch * problem.length * problem.shape.kv_heads * problem.shape.features * ITEM
     if operation == "select":
         return problem.batch * problem.visual * FLOAT
-    rows = problem.length if operation == "restore" else problem.width
+    rows = problem.width if operation in ("defer", "admit") else problem.length
     return 2 * problem.batch * rows * problem.shape.hidden * ITEM
 
 
@@ -89,6 +89,8 @@ def distinct_bytes(operation: str, problem: Problem) -> int:
         return problem.batch * (_score(problem) + _selection(problem, heads=problem.shape.heads))
     if operation == "select":
         return problem.batch * _selection(problem, heads=1)
+    if operation == "normalise":  # whole pages, and the weight
+        return (2 * problem.pages * PAGE + 1) * problem.shape.hidden * ITEM + problem.pages * INT
     rows = problem.batch * (problem.length if operation == "restore" else problem.width)
     companions = 2 * 2 * problem.shape.features * ITEM + 2 * INT if operation == "admit" else 0  # cos, sin, ids
     return floor_bytes(operation, problem) + rows * (companions + INT) + problem.pages * INT
@@ -127,7 +129,7 @@ def counted(operation: str, problem: Problem) -> Counts:
     """What simt counts; RuntimeError without simt."""
     from reroute_kernels import Backend, ops
 
-    backend = Backend("triton", "counted", ops.defer, ops.admit, ops.select, ops.score_topk)
+    backend = Backend.of("triton", "counted", ops)
     case = Case(problem, torch.device("cpu"), torch.bfloat16)
     return count(lambda: OPERATIONS[operation](backend, case))
 

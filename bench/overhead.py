@@ -27,7 +27,7 @@ from reroute_kernels.triton_kernels.offline import compiling_for
 
 from .cases import OPERATIONS, Case, Problem
 
-BACKEND = Backend("triton", "measured", ops.defer, ops.admit, ops.select, ops.score_topk)
+BACKEND = Backend.of("triton", "measured", ops)
 PROBLEM = Problem("Qwen2.5-VL-7B", 576)
 STAGES = 20
 SCHEMA = "(Tensor(a!) pages, Tensor table, Tensor rows, Tensor hidden) -> ()"
@@ -73,7 +73,13 @@ class Ready:
     def __init__(self, case: Case) -> None:
         self._projected = case.query, case.keys
 
-    def project(self, layer: int, rows: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def input_norm(self, layer: int) -> None:
+        return None
+
+    def normalise(self, layer: int, rows: Tensor) -> Tensor:
+        return rows
+
+    def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
 
     def scale(self, layer: int) -> float:
@@ -133,7 +139,7 @@ def main() -> None:
         note("admit: as dispatched", lambda: ops.admit(pages, table, index, *companions))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
         case = Case(PROBLEM, pages.device, pages.dtype)
-        for name in ("score_topk", "step"):
+        for name in ("normalise", "score_topk", "step"):
             note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
         step, start = prefill_step(case)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]

@@ -36,8 +36,14 @@ METHODS: tuple[tuple[type, str, str], ...] = (
     (forwards.RoutedPrefill, "finish", "cache bookkeeping"),
     (Handle, "_done", "stats"),
 )
-OPERATIONS = {"defer": "defer", "admit": "admit", "select": "top-k", "score_topk": "scores"}
-LAYER = (("input_layernorm", "norm of pool rows"), ("self_attn.q_proj", "query row"), ("self_attn.k_proj", KEYS))
+OPERATIONS = {
+    "defer": "defer",
+    "admit": "admit",
+    "normalise": "norm of pool rows",
+    "select": "top-k",
+    "score_topk": "scores",
+}
+LAYER = (("self_attn.q_proj", "query row"), ("self_attn.k_proj", KEYS))
 
 
 @dataclass(frozen=True)

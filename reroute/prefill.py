@@ -6,12 +6,13 @@ selected simply stays there), all candidates are scored, and the selected rows a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from reroute_kernels import Backend, KeyNorm, Lease, PagedPool, Rope, Selection
+from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Rope, Selection
 
 from .methods import Method, ScoreView
 from .plan import Layout, Plan
@@ -25,13 +26,19 @@ class Projector(Protocol):
 
     rope: Rope
 
-    def project(self, layer: int, rows: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (B, H, D) of ``rows[query_rows]`` and keys (R, G, D) of ``rows`` (R, C), both before RoPE.
+    def input_norm(self, layer: int) -> RMSNorm | None:
+        """The norm of rows before the attention of ``layer``, or None if there is more to it than its formula."""
+
+    def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (R, C) after that norm, by the model itself."""
+
+    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, D) of ``normed[query_rows]`` and keys (R, G, D) of ``normed`` (R, C), both before RoPE.
 
         Queries come after the layer's query norm, keys before its key norm.
         """
 
-    def key_norm(self, layer: int) -> KeyNorm | None:
+    def key_norm(self, layer: int) -> RMSNorm | None:
         """The norm of each key head of ``layer``, if it has one."""
 
     def scale(self, layer: int) -> float:
@@ -173,14 +180,10 @@ class Prefill:
         """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""
         stage = self.stage + 1
         self._defer(hidden)
-        if self.plan.scores_pool(stage):
-            rows, (cos, sin) = self._lease.rows(), self._home[:2]
-        else:
-            rows, cos, sin = (t.flatten(0, 1) for t in (hidden, self.tables.cos, self.tables.sin))
         if self._method is None or self._method.uses_attention:
-            selection = self._rank_by_attention(stage, layer, rows, cos, sin)
+            selection = self._rank_by_attention(stage, layer, hidden)
         else:
-            selection = self._rank_by_method(self._method, stage, layer, rows)
+            selection = self._rank_by_method(self._method, stage, layer, self._scored_rows(stage, hidden))
         self._selection = selection
         self._record(stage, selection)
 
@@ -206,7 +209,7 @@ class Prefill:
         self._defer(hidden)
         return self._admit(self._layout.rows)[0]
 
-    # --- the four kernels -----------------------------------------------------------------------------------------
+    # --- the kernels ----------------------------------------------------------------------------------------------
 
     def _defer(self, hidden: torch.Tensor) -> None:
         if hidden is not self._written:  # a layer that both decides and enters a stage writes once
@@ -216,11 +219,17 @@ class Prefill:
     def _admit(self, rows: torch.Tensor, *companions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._backend.admit(self._lease.pages, self._lease.table, rows, *companions)
 
-    def _rank_by_attention(
-        self, stage: int, layer: int, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Selection:
+    def _normalise(self, stage: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What will be scored, after the input norm of ``layer``."""
+        norm = self._projector.input_norm(layer)
+        if norm is None or not self.plan.scores_pool(stage):
+            return self._projector.normalise(layer, self._scored_rows(stage, hidden))
+        return self._backend.normalise(self._lease, norm)
+
+    def _rank_by_attention(self, stage: int, layer: int, hidden: torch.Tensor) -> Selection:
         query_rows = self._layout.queries[stage]
-        query, keys = self._projector.project(layer, rows, query_rows)
+        query, keys = self._projector.project(layer, self._normalise(stage, layer, hidden), query_rows)
+        cos, sin = self._scored_tables(stage)
         return self._backend.score_topk(
             query,
             keys,
@@ -261,6 +270,13 @@ class Prefill:
         if self.plan.scores_pool(stage):
             return active
         return self._rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
+
+    def _scored_rows(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self._lease.rows() if self.plan.scores_pool(stage) else hidden.flatten(0, 1)
+
+    def _scored_tables(self, stage: int) -> Sequence[torch.Tensor]:
+        tables = self.tables.cos, self.tables.sin
+        return self._home[:2] if self.plan.scores_pool(stage) else [t.flatten(0, 1) for t in tables]
 
     def _scored_positions(self, stage: int) -> torch.Tensor:
         return self._layout.positions if self.plan.scores_pool(stage) else self.positions.flatten()

@@ -6,16 +6,16 @@ specification; :func:`resolve` picks the backend that runs it.
 
 from reroute_kernels.dispatch import Backend, BackendUnavailable, resolve
 from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
-from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
+from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
-    "KeyNorm",
     "Lease",
     "PagedPool",
     "PoolLimitError",
     "PoolStats",
+    "RMSNorm",
     "Rope",
     "Segments",
     "Selection",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from reroute_kernels import reference
-from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
+from reroute_kernels.pool import Lease
+from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
@@ -56,7 +57,7 @@ class ScoreTopk(Protocol):
         *,
         scale: float,
         rope: Rope = "half",
-        key_norm: KeyNorm | None = None,
+        key_norm: RMSNorm | None = None,
     ) -> Selection:
         """Score and select."""
         ...
@@ -64,14 +65,20 @@ class ScoreTopk(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The four operations, as specified by :mod:`reroute_kernels.reference`."""
+    """The five operations, as specified by :mod:`reroute_kernels.reference`."""
 
     name: str
     reason: str
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
+    normalise: Callable[[Lease, RMSNorm], Tensor]
     select: Callable[[Tensor, Tensor, Tensor, Tensor, Segments], Selection]
     score_topk: ScoreTopk
+
+    @classmethod
+    def of(cls, name: str, reason: str, operations: Any) -> Backend:
+        """The operations of a module."""
+        return cls(name, reason, *(getattr(operations, field.name) for field in fields(cls)[2:]))
 
 
 def resolve(name: str, device: torch.device) -> Backend:
@@ -105,14 +112,7 @@ def _resolve(name: str, asked: str, device_type: str) -> Backend:
 
 
 def _torch(reason: str) -> Backend:
-    return Backend(
-        name="torch",
-        reason=reason,
-        defer=reference.defer,
-        admit=reference.admit,
-        select=reference.select,
-        score_topk=reference.score_topk,
-    )
+    return Backend.of("torch", reason, reference)
 
 
 def _triton(reason: str, device_type: str) -> Backend:
@@ -130,11 +130,4 @@ def _triton(reason: str, device_type: str) -> Backend:
         raise BackendUnavailable("triton", f"it needs triton {oldest} or newer and this is {triton.__version__}")
     from reroute_kernels import ops
 
-    return Backend(
-        name="triton",
-        reason=reason,
-        defer=ops.defer,
-        admit=ops.admit,
-        select=ops.select,
-        score_topk=ops.score_topk,
-    )
+    return Backend.of("triton", reason, ops)

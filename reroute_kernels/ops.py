@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
+from reroute_kernels.pool import Lease
+from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
+from reroute_kernels.triton_kernels import norm as _norm
 from reroute_kernels.triton_kernels import rows as _rows
 from reroute_kernels.triton_kernels import score as _score
 from reroute_kernels.triton_kernels import select as _select
@@ -88,6 +90,28 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
     return tuple(_admit(pages, table, rows, companions))
 
 
+# --- normalise ---------------------------------------------------------------------------------
+
+
+def _fake_normalise(pages: Tensor, table: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(pages.dtype, weight.dtype)
+    return pages.new_empty(table.shape[0] * pages.shape[1], pages.shape[2], dtype=dtype)
+
+
+_normalise = _register(
+    "normalise(Tensor pages, Tensor table, Tensor weight, float eps) -> Tensor",
+    lambda pages, table, weight, eps: _norm.normalise(pages, table, RMSNorm(weight, eps)),
+    _fake_normalise,
+    _no_flops,
+)
+
+
+def normalise(lease: Lease, norm: RMSNorm) -> Tensor:
+    """:func:`reroute_kernels.reference.normalise` by the Triton kernel."""
+    normed: Tensor = _normalise(lease.pages, lease.table, *norm)
+    return normed
+
+
 # --- select and score_topk -------------------------------------------------------------------
 
 # Segments travel as a tensor and as one list of integers, field after field: operators take no objects.
@@ -121,7 +145,7 @@ def _run_select(*arguments: Any) -> Selection:
 def _run_score_topk(*arguments: Any) -> Selection:
     *tensors, counts, host_counts, scale, rope, weight, eps = arguments
     launch: Callable[..., Selection] = _score.score_topk
-    key_norm = None if weight is None else KeyNorm(weight, eps)
+    key_norm = None if weight is None else RMSNorm(weight, eps)
     segments = _segments(tuple(host_counts))
     return launch(*tensors, segments, scale=scale, rope=rope, key_norm=key_norm, counts=counts)
 
@@ -167,7 +191,7 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
-    key_norm: KeyNorm | None = None,
+    key_norm: RMSNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
     tensors = query, keys, cos, sin, query_rows, candidates, texts, positions, segments.counts(query.device)

@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from reroute_kernels.upload import upload
+
+if TYPE_CHECKING:
+    from reroute_kernels.pool import Lease
 
 Rope = Literal["half", "interleaved"]
 
@@ -31,7 +34,7 @@ class Segments:
 
     starts: first key row. lengths: key rows the query sees, the pool P of the softmax.
     candidates: N_b. texts: M_b, rows that are always active. keep: K_b. on_device: the five of them as (5, B) int64,
-    for kernels; whoever makes many decisions uploads them together.
+    for kernels; whoever makes many decisions uploads them together. flat: the five one after the other.
     """
 
     starts: tuple[int, ...]
@@ -40,9 +43,11 @@ class Segments:
     texts: tuple[int, ...]
     keep: tuple[int, ...]
     on_device: Tensor | None = field(default=None, compare=False, repr=False)
+    flat: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """ValueError where the counts contradict each other."""
+        object.__setattr__(self, "flat", tuple(chain.from_iterable(self.columns)))
         if not self.starts or len({len(column) for column in self.columns}) > 1:
             raise ValueError(f"every field needs one integer per sample: got {self}")
         if min(map(min, self.columns)) < 0:
@@ -69,11 +74,6 @@ class Segments:
         return self.starts, self.lengths, self.candidates, self.texts, self.keep
 
     @cached_property
-    def flat(self) -> tuple[int, ...]:
-        """The columns one after the other."""
-        return tuple(chain.from_iterable(self.columns))
-
-    @cached_property
     def width(self) -> int:
         """The compact length S, the largest of ``active``."""
         return max(self.active)
@@ -94,16 +94,16 @@ class Selection(NamedTuple):
     scores: Tensor
 
 
-class KeyNorm(NamedTuple):
-    """The root-mean-square norm of each key head before rotary embedding. weight: (D,), in the dtype of the keys."""
+class RMSNorm(NamedTuple):
+    """The root-mean-square norm of Llama and its kin, of rows or of key heads. weight: (F,)."""
 
     weight: Tensor
     eps: float
 
-    def __call__(self, keys: Tensor) -> Tensor:
-        """keys (..., D) over their root mean square, in fp32, and then times the weight in their own dtype."""
-        wide = keys.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(keys.dtype) * self.weight
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., F) over its root mean square, in fp32, and then times the weight in its own dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 @torch.no_grad()
@@ -147,6 +147,13 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
 
     slots = _slots(table, index, pages.shape[1]) if table.numel() else index
     return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(companion, index) for companion in companions)
+
+
+def normalise(lease: Lease, norm: RMSNorm) -> Tensor:
+    """All rows of ``lease`` (R, C) in lease order after ``norm``, which has C features: what is scored is projected
+    from them.
+    """
+    return norm(lease.rows())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
@@ -211,7 +218,7 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
-    key_norm: KeyNorm | None = None,
+    key_norm: RMSNorm | None = None,
 ) -> Selection:
     """Rank the candidates by the attention the last prompt token pays them, and select.
 

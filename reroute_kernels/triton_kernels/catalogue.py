@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels.reference import KeyNorm, Segments
-from reroute_kernels.triton_kernels import rows, score, select
+from reroute_kernels.reference import RMSNorm, Segments
+from reroute_kernels.triton_kernels import norm, rows, score, select
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ def _restore(features: int) -> Callable[[], object]:
     return launch
 
 
+def _normalise(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    def launch() -> object:
+        pages, table, *_ = _moved(features, 0, dtype)
+        return norm.normalise(pages, table, RMSNorm(torch.empty(features, dtype=dtype), 1e-6))
+
+    return launch
+
+
 def _score_topk(
     heads: int,
     groups: int,
@@ -60,7 +68,7 @@ def _score_topk(
     features: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    norm: bool = False,
+    normed: bool = False,
 ) -> Callable[[], object]:
     """Of one sample with ``visual`` candidates and 64 text rows: score, with a key norm or without, then select."""
 
@@ -79,7 +87,7 @@ def _score_topk(
             row[0],
             segments,
             scale=1.0,
-            key_norm=KeyNorm(torch.empty(features, dtype=dtype), 1e-6) if norm else None,
+            key_norm=RMSNorm(torch.empty(features, dtype=dtype), 1e-6) if normed else None,
         )
 
     return launch
@@ -102,12 +110,15 @@ CASES = (
     Case("admit, 7B bf16", _admit(3584)),
     Case("admit, 7B fp32", _admit(3584, torch.float32)),
     Case("restore, 7B bf16", _restore(3584)),
+    Case("normalise, 7B bf16", _normalise(3584)),
+    Case("normalise, 72B bf16", _normalise(8192)),
+    Case("normalise, 7B fp32", _normalise(3584, torch.float32)),
     Case("score_topk, Qwen 7B, 576", _score_topk(28, 4, 576)),
     Case("score_topk, LLaVA 7B, 576", _score_topk(32, 32, 576)),
     Case("score_topk, Qwen 7B, 2304", _score_topk(28, 4, 2304)),
     Case("score_topk, Qwen 7B, 16384", _score_topk(28, 4, 16384)),
     Case("score_topk, Qwen 7B fp32", _score_topk(28, 4, 576, dtype=torch.float32)),
-    Case("score_topk, Qwen3 8B", _score_topk(32, 8, 576, norm=True)),
+    Case("score_topk, Qwen3 8B", _score_topk(32, 8, 576, normed=True)),
     Case("score_topk, 80 features", _score_topk(16, 16, 576, 80)),
     Case("score_topk, 256 features", _score_topk(8, 4, 576, 256)),
     Case("select, 576", _select(576)),

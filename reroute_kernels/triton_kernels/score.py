@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import KeyNorm, Rope, Segments, Selection
+from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, scratch
 from reroute_kernels.triton_kernels.select import Logits, clear_counters, num_counters, run_select
 
@@ -232,7 +232,7 @@ def score_topk(
     *,
     scale: float,
     rope: Rope = "half",
-    key_norm: KeyNorm | None = None,
+    key_norm: RMSNorm | None = None,
     counts: Tensor | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.

@@ -9,7 +9,7 @@ from bench.counts import MISSING, simt_path
 from bench.modelled import LAUNCHES, counted, distinct_bytes, floor_bytes, model
 from reroute_kernels import Backend, reference
 
-TORCH = Backend("torch", "test", reference.defer, reference.admit, reference.select, reference.score_topk)
+TORCH = Backend.of("torch", "test", reference)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

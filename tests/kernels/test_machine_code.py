@@ -28,10 +28,12 @@ class Budget:
 
 
 # Of a row move: a whole tile is 4 loads and 4 stores of 16 bytes; narrow are the lease row, its page and a position id.
+# Of a norm: rows and weight; narrow is the page id.
 # Of a score: keys, cos and sin are wide, but 8 rows of cos and sin are fewer than that; narrow are also counts and
 # statistics. A selection moves 4-byte scores and keys and 8-byte indices, and its 16 warps can have 128 registers each.
 # Triton 3.7 and 3.9 differ by a few percent; the budgets hold for both.
 DEFER = Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1)
+NORM = Budget(registers=44, barriers=3, instructions=190, wide=6, narrow=1, occupancy=0.5)
 SCORE = Budget(registers=116, barriers=14, instructions=780, wide=22, narrow=6, occupancy=0.25)
 SCORE_JOINED = Budget(registers=140, barriers=12, instructions=760, wide=19, narrow=8, occupancy=0.16)
 SELECT = Budget(registers=128, barriers=42, instructions=1880, wide=4, narrow=65, occupancy=0.25)
@@ -45,6 +47,9 @@ BUDGETS = {
     ("restore, 7B bf16", "_admit_kernel"): Budget(
         registers=40, barriers=3, instructions=180, wide=8, narrow=2, occupancy=1
     ),
+    ("normalise, 7B bf16", "_norm_kernel"): NORM,
+    ("normalise, 72B bf16", "_norm_kernel"): NORM,
+    ("normalise, 7B fp32", "_norm_kernel"): NORM,
     ("score_topk, Qwen 7B, 576", "_score_kernel"): SCORE,
     ("score_topk, Qwen 7B, 576", "_select_kernel"): SELECT,
     ("score_topk, Qwen 7B, 2304", "_score_kernel"): SCORE,

@@ -1,4 +1,4 @@
-"""The four operations as PyTorch operators, on every executor."""
+"""The five operations as PyTorch operators, on every executor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from reroute_kernels import KeyNorm, PagedPool, Segments, Selection, reference
+from reroute_kernels import PagedPool, RMSNorm, Segments, Selection, reference
 
 HEADS, GROUPS, FEATURES = 4, 2, 16
 
@@ -78,7 +78,7 @@ def test_a_stage_boundary_equals_the_reference(ops: Any, device: torch.device) -
 
 def test_a_key_norm_reaches_the_kernel(ops: Any, device: torch.device) -> None:
     problem = Problem(device)
-    norm = KeyNorm(torch.rand(FEATURES, device=device), 1e-6)
+    norm = RMSNorm(torch.rand(FEATURES, device=device), 1e-6)
     results = (
         backend.score_topk(*problem.scored, problem.segments, scale=0.25, key_norm=norm) for backend in (ops, reference)
     )
@@ -99,6 +99,7 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden))
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
+    torch.library.opcheck(registered.normalise, (p.pages, p.table, torch.ones(16, device=device), 1e-6))
     torch.library.opcheck(registered.select, (p.scores, *p.lists, *p.counts))
     torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
     norm = torch.ones(FEATURES, device=device), 1e-6
@@ -130,7 +131,9 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
         with PagedPool(16, torch.float32, "cpu", page_size=8).lease([14, 3]) as lease:
             hidden, cos, _, *selection = problem.step(ops, lease.pages, problem.hidden)
             kept, active, positions, scores = Selection(*selection)
+            normed = ops.normalise(lease, RMSNorm(torch.ones(16), 1e-6))
     assert (hidden.shape, cos.shape) == ((2, 7, 16), (2, 7, FEATURES))
+    assert normed.shape == (lease.num_rows, 16)
     assert (kept.shape, active.shape, positions.shape, scores.shape) == ((2, 3), (2, 7), (2, 7), (2, 10))
 
 

@@ -29,7 +29,7 @@ def backend(executor: Any) -> Iterator[Backend]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segments, "counts", counts)
-        yield Backend("triton", "under test", ops.defer, ops.admit, ops.select, ops.score_topk)
+        yield Backend.of("triton", "under test", ops)
 
 
 SCHEDULES = (
@@ -65,12 +65,12 @@ def test_selections_and_logits(
     torch.testing.assert_close(logits_by_kernels, logits, rtol=0, atol=1e-4)
 
 
-def test_four_launches_a_decision(backend: Backend, device: torch.device, launches: list[Any]) -> None:
-    """And two more, which restore the prompt."""
+def test_launches_of_a_decision(backend: Backend, device: torch.device, launches: list[Any]) -> None:
+    """Four, and the input norm of the model; and two more, which restore the prompt."""
     tiny = models.llava(layers=6)
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     with torch.no_grad(), reroute.enable(tiny.model, schedule=SCHEDULES[0][0], backend="torch") as handle:
         handle.backend = backend
         tiny.model(**given)
-    step = ["_defer_kernel", "_score_kernel", "_select_kernel", "_admit_kernel"]
+    step = ["_defer_kernel", "_norm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel"]
     assert [report.kernel for report in launches] == [*step * 3, "_defer_kernel", "_admit_kernel"]

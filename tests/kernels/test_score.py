@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reroute_kernels import KeyNorm, PagedPool, Segments, Selection
+from reroute_kernels import PagedPool, RMSNorm, Segments, Selection
 from reroute_kernels.reference import admit, defer, score_topk
 
 INF, NAN = math.inf, math.nan
@@ -132,7 +132,7 @@ class Problem:
         ]
 
     def run(
-        self, samples: tuple[int, ...] = (0, 1, 2), *, shift: bool = False, key_norm: KeyNorm | None = None
+        self, samples: tuple[int, ...] = (0, 1, 2), *, shift: bool = False, key_norm: RMSNorm | None = None
     ) -> Selection:
         """The chosen samples in this order; shift: copied to the front of a lease of their own."""
         pick = lambda values: tuple(values[b] for b in samples)
@@ -235,11 +235,11 @@ def test_a_key_norm_is_that_of_qwen3(dtype: torch.dtype) -> None:
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
     problem = Problem("half", 8, dtype)
     keys = problem.keys.clone()
-    got = problem.run(key_norm=KeyNorm(norm.weight.detach(), 1e-3))
+    got = problem.run(key_norm=RMSNorm(norm.weight.detach(), 1e-3))
     problem.keys = norm(keys).detach()
     assert all(torch.equal(a, b) for a, b in zip(got, problem.run(), strict=True))
     with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of 8"):
-        problem.run(key_norm=KeyNorm(torch.ones(1), 1e-3))
+        problem.run(key_norm=RMSNorm(torch.ones(1), 1e-3))
 
 
 # --- no device synchronisation ----------------------------------------------------------------

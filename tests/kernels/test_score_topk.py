@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from routing_cases import decision
 from torch import Tensor
 
-from reroute_kernels import KeyNorm, Segments, Selection, reference
+from reroute_kernels import RMSNorm, Segments, Selection, reference
 
 INF, NAN = math.inf, math.nan
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -40,7 +40,7 @@ def exact(arguments: tuple[Any, ...], got: Selection) -> None:
     assert torch.equal(*bits)  # -inf behind the counts included
 
 
-def normed(keys: Tensor, norm: KeyNorm | None, dtype: torch.dtype) -> Tensor:
+def normed(keys: Tensor, norm: RMSNorm | None, dtype: torch.dtype) -> Tensor:
     """``keys`` in ``dtype`` after their norm, which is made in fp32 at least."""
     if norm is None:
         return keys.to(dtype)
@@ -54,7 +54,7 @@ def truth(
     rope: Any,
     work: torch.dtype,
     rotate: torch.dtype,
-    key_norm: KeyNorm | None = None,
+    key_norm: RMSNorm | None = None,
 ) -> list[Tensor]:
     """Scores per sample with norms and rotations in one dtype, and logits and softmax in another."""
     query, keys, cos, sin, last, candidates, _, _, segments = arguments
@@ -165,13 +165,13 @@ def test_key_norms(
     )
     keys = arguments[1] * torch.logspace(-3, 3, len(arguments[1]), device=device)[:, None, None].to(dtype)
     arguments = (arguments[0], keys, *arguments[2:])
-    named["key_norm"] = KeyNorm((torch.rand(features, device=device) + 0.5).to(dtype), 1e-6)
+    named["key_norm"] = RMSNorm((torch.rand(features, device=device) + 0.5).to(dtype), 1e-6)
     got = kernel.score_topk(*arguments, **named)
     exact(arguments, got)
     # The order of a sum of squares may turn one rounding to the model's dtype.
     close(arguments, named, got, rtol=3e-5 if dtype == FP32 else 5e-3)
     with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of"):
-        kernel.score_topk(*arguments, **named | {"key_norm": KeyNorm(keys.new_ones(1), 1e-6)})
+        kernel.score_topk(*arguments, **named | {"key_norm": RMSNorm(keys.new_ones(1), 1e-6)})
 
 
 @given(st.data())

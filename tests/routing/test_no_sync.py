@@ -82,6 +82,9 @@ def test_no_operation_waits(tiny: Tiny, rules: Rules, attention: str, guarded: l
         tiny.model.set_attn_implementation("sdpa")
 
 
+KERNELS = ("defer", "admit", "normalise", "score_topk")
+
+
 class Counting(TorchDispatchMode):
     """Lists the operations that would launch something on a GPU."""
 
@@ -106,7 +109,7 @@ class Counting(TorchDispatchMode):
 def test_a_decision_adds_nothing_to_the_kernels(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, texts: tuple[int, ...], adapting: int
 ) -> None:
-    """A step is the four kernels and the projection of the model, where no mask has to be adapted."""
+    """A step is the kernels and the projection of the model, where no mask has to be adapted."""
     counted: dict[int, list[str]] = {}
     before = Controller._before_layer
 
@@ -126,7 +129,7 @@ def test_a_decision_adds_nothing_to_the_kernels(
     monkeypatch.setattr(Controller, "_before_layer", count)
     monkeypatch.setattr(Family, "project", uncounted(Family.project))
     with reroute.enable(tiny.model, schedule=schedule(RULES[0])) as handle, torch.no_grad():
-        kernels = {name: uncounted(getattr(handle.backend, name)) for name in ("defer", "admit", "score_topk")}
+        kernels = {name: uncounted(getattr(handle.backend, name)) for name in KERNELS}
         handle.backend = replace(handle.backend, **kernels)
         tiny.model(**tiny.inputs([tiny.prompt(sample, text, tiny.grid, 4) for sample, text in enumerate(texts)]))
     assert [len(counted[layer]) for layer in (3, 4, 5, 6)] == [0, adapting, 0, adapting]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import KeyNorm, Rope
+from reroute_kernels import RMSNorm, Rope
 
 from ...errors import UnsupportedModelError
 
@@ -24,6 +24,8 @@ class Family:
     """``config.model_type`` of the models that this family covers."""
     text_model_types: ClassVar[tuple[str, ...]]
     """``config.text_config.model_type`` of the decoders whose attention this family knows."""
+    input_norms: ClassVar[tuple[str, ...]] = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")
+    """Classes of ``input_layernorm`` that compute what ``RMSNorm`` does."""
     rope: Rope = "half"
     renumbers: ClassVar[bool] = True
     """Whether position ids are one number per token, so that kept tokens may be renumbered."""
@@ -63,20 +65,31 @@ class Family:
             return bool(types[layer] == "full_attention")
         return getattr(self.text_config, "sliding_window", None) is None
 
-    def project(self, layer: int, rows: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def input_norm(self, layer: int) -> RMSNorm | None:
+        """See ``reroute.prefill.Projector``. None too where hooks or another forward were put on the module."""
+        norm = self.layers[layer].input_layernorm
+        changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
+        if changed or type(norm).__name__ not in self.input_norms:
+            return None
+        return RMSNorm(norm.weight, norm.variance_epsilon)
+
+    def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """See ``reroute.prefill.Projector``."""
-        block = self.layers[layer]
-        attention = block.self_attn
-        normed = block.input_layernorm(rows)
+        normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
+        return normed
+
+    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``reroute.prefill.Projector``."""
+        attention = self.layers[layer].self_attn
         heads = (-1, attention.head_dim)
         query = attention.q_proj(normed.index_select(0, query_rows)).unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 
-    def key_norm(self, layer: int) -> KeyNorm | None:
+    def key_norm(self, layer: int) -> RMSNorm | None:
         """See ``reroute.prefill.Projector``."""
         norm = getattr(self.layers[layer].self_attn, "k_norm", None)
-        return None if norm is None else KeyNorm(norm.weight, norm.variance_epsilon)
+        return None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
 
     def scale(self, layer: int) -> float:
         """See ``reroute.prefill.Projector``."""
