@@ -94,13 +94,13 @@ def enable(
             raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
         _enable_all({**settings, "trace": trace})
         return None
-    return _enable_one(model, pool=pool, trace=trace, **settings)  # type: ignore[arg-type]
+    return _enable_one(_unwrapped(model), pool=pool, trace=trace, **settings)  # type: ignore[arg-type]
 
 
 def disable(model: nn.Module | None = None) -> None:
     """Undo ``enable`` for ``model``, or for every model of the process."""
     if model is not None:
-        handle = _handles.pop(model, None)
+        handle = _handles.pop(_unwrapped(model), None)
         if handle is not None:
             handle.disable()
         return
@@ -161,6 +161,12 @@ def _enable_all(settings: dict[str, Any]) -> None:
 
     process_wide.stop()
     process_wide.start(route)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` returned."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,13 @@ from .forwards import NO_GRADIENTS, Continuation, Forward, RoutedPrefill, StartP
 __all__ = ["Controller"]
 
 Kwargs = dict[str, Any]
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def _uncompiled(hook: Hook) -> Hook:
+    """Plans and leases are no business of Dynamo; what lies between two hooks may be compiled."""
+    eager: Hook = torch.compiler.disable(hook)
+    return eager
 
 
 class _ThreadState(threading.local):
@@ -231,12 +238,15 @@ class Controller:
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 
+    @_uncompiled
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
         self._state.labels = kwargs.get("labels")
 
+    @_uncompiled
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._state.labels = None
 
+    @_uncompiled
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
         self._abandon()
         if self._attached:
@@ -248,6 +258,7 @@ class Controller:
         if isinstance(forward, RoutedPrefill):
             forward.close()
 
+    @_uncompiled
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._state.forward = self._state.forward, None
         if not isinstance(forward, RoutedPrefill):
@@ -257,12 +268,14 @@ class Controller:
             forward.finish()
             self._done(forward)
 
+    @_uncompiled
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._state.forward
         if isinstance(forward, RoutedPrefill) and output.get("hidden_states") is not None:
             states = enumerate(output.hidden_states)
             output.hidden_states = tuple(None if h is None else forward.states.get(i, h) for i, h in states)
 
+    @_uncompiled
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
@@ -272,6 +285,7 @@ class Controller:
         replaced = forward.before_layer(index, args[0], kwargs)
         return None if replaced is None else ((replaced[0], *args[1:]), replaced[1])
 
+    @_uncompiled
     def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         forward = self._state.forward
         return output if forward is None else forward.after_last_layer(output)

@@ -1,0 +1,66 @@
+"""Models under torch.compile: the hooks run as they are, what lies between them is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import Tiny
+
+import reroute
+
+SCHEDULE = reroute.Schedule((1, 2), (0.5, 0.25))
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(tiny: Tiny, model: Any) -> torch.Tensor:
+    """Of a batch with padding."""
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)]
+    with torch.no_grad():
+        result: torch.Tensor = model(**tiny.inputs(samples)).logits
+    return result
+
+
+@pytest.mark.parametrize(("name", "first"), [("llava", "compile"), ("qwen", "enable")])
+@pytest.mark.filterwarnings("ignore")
+def test_routing_under_compile(name: str, first: str) -> None:
+    """Whichever comes first; and ``disable`` gives the plain model back."""
+    tiny: Tiny = getattr(models, name)(layers=3)
+    plain = logits(tiny, tiny.model)
+    with reroute.enable(tiny.model, schedule=SCHEDULE):
+        routed = logits(tiny, tiny.model)
+    assert not torch.equal(routed, plain)
+    if first == "compile":
+        tiny.model.compile(backend="eager")
+        torch.testing.assert_close(logits(tiny, tiny.model), plain)
+    handle = reroute.enable(tiny.model, schedule=SCHEDULE)
+    if first == "enable":
+        tiny.model.compile(backend="eager")
+    torch.testing.assert_close(logits(tiny, tiny.model), routed)
+    assert handle.stats().prefills == 1
+    handle.disable()
+    torch.testing.assert_close(logits(tiny, tiny.model), plain)
+
+
+def test_what_compile_returns_can_be_enabled() -> None:
+    """Its forward and its ``generate`` are routed, and so are those of the model inside."""
+    tiny = models.llava(layers=3)
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    wrapper: Any = torch.compile(tiny.model, backend="eager")
+    with reroute.enable(wrapper, schedule=SCHEDULE) as handle, torch.no_grad():
+        tokens = [model.generate(**given, max_new_tokens=2, do_sample=False) for model in (wrapper, tiny.model)]
+        assert handle.stats().prefills == 2
+    assert torch.equal(*tokens)
+    assert "generate" not in vars(tiny.model)
+    reroute.enable(tiny.model, schedule=SCHEDULE)
+    reroute.disable(wrapper)
+    assert "generate" not in vars(tiny.model)
