@@ -116,13 +116,13 @@ class Handle:
     def _start(
         self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
     ) -> Prefill:
-        pool = self._pool
-        fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, hidden.device)
+        pool, device = self._pool, tables.cos.device
+        fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, device)
         if pool is None or not (fits or self._pool_is_given):
-            pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, hidden.device)
+            pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, device)
         elif not fits:
             raise RerouteError(
-                f"The pool holds {pool.dtype} on {pool.device}, the model runs {hidden.dtype} on {hidden.device}. "
+                f"The pool holds {pool.dtype} on {pool.device}, the model runs {hidden.dtype} on {device}. "
                 "Make the pool with the model's dtype and device, or pass none."
             )
         return Prefill(

@@ -2,6 +2,8 @@
 
 The pool is the home of the prompt. At a stage boundary the rows that ran are written back (*defer*: whoever is not
 selected simply stays there), all candidates are scored, and the selected rows are copied out (*admit*).
+
+Of a model that is spread over several GPUs the home is where RoPE tables and masks are; layers may be elsewhere.
 """
 
 from __future__ import annotations
@@ -197,23 +199,24 @@ class Prefill:
         if self.plan.action == "remove":
             self._rivals = self._survivors(self._selection.kept)
         self.stage, self._selection = next_stage, None
-        hidden, cos, sin, *ids = self._admit(self._rows, *self._home)
+        admitted, cos, sin, *ids = self._admit(self._rows, *self._home)
         self._written = None
         self.tables = Tables(cos, sin, ids[0].squeeze(-1) if ids else None)
         if self.plan.schedule.positions == "renumbered":
-            self.tables = self._renumbered(hidden)
-        return hidden
+            self.tables = self._renumbered(admitted)
+        return admitted.to(hidden.device)
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
         """The latest state of every token at logical length (B, L, C), given the running rows; padding is zero."""
         self._defer(hidden)
-        return self._admit(self._layout.rows)[0]
+        return self._admit(self._layout.rows)[0].to(hidden.device)
 
     # --- the kernels ----------------------------------------------------------------------------------------------
 
     def _defer(self, hidden: torch.Tensor) -> None:
         if hidden is not self._written:  # a layer that both decides and enters a stage writes once
-            self._backend.defer(self._lease.pages, self._lease.table, self._rows, hidden)
+            pages = self._lease.pages
+            self._backend.defer(pages, self._lease.table, self._rows, hidden.to(pages.device))
             self._written = hidden
 
     def _admit(self, rows: torch.Tensor, *companions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -222,7 +225,8 @@ class Prefill:
     def _normalise(self, stage: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What will be scored, after the input norm of ``layer``."""
         norm = self._projector.input_norm(layer)
-        if norm is None or not self.plan.scores_pool(stage):
+        is_home = norm is not None and norm.weight.device == self._lease.pages.device
+        if norm is None or not is_home or not self.plan.scores_pool(stage):
             return self._projector.normalise(layer, self._scored_rows(stage, hidden))
         return self._backend.normalise(self._lease, norm)
 
@@ -231,8 +235,8 @@ class Prefill:
         query, keys = self._projector.project(layer, self._normalise(stage, layer, hidden), query_rows)
         cos, sin = self._scored_tables(stage)
         return self._backend.score_topk(
-            query,
-            keys,
+            query.to(cos.device),
+            keys.to(cos.device),
             cos,
             sin,
             query_rows,

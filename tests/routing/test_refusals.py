@@ -87,6 +87,13 @@ def test_models() -> None:
         reroute.enable(models.tiny("llava-gqa").model.model)
 
 
+def test_tensor_parallelism(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would rank by its own heads only, and nobody would notice."""
+    monkeypatch.setattr(tiny.model, "_tp_size", 2)
+    with pytest.raises(UnsupportedModelError, match="without tp_plan"):
+        reroute.enable(tiny.model)
+
+
 def test_unknown_decoder_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.llava(layers=2).model
     monkeypatch.setattr(type(model.config.text_config), "model_type", "mystery")

@@ -34,8 +34,14 @@ class Family:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: the decoder inside is not one that this family knows.
+            UnsupportedModelError: the decoder inside is not one that this family knows, or its heads are spread over
+                several GPUs.
         """
+        if (model.tp_size or 1) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is loaded with tensor parallelism: each GPU has a part of the heads and would "
+                "keep other tokens than the next one. Load it without tp_plan; device_map may spread its layers."
+            )
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
         if self.text_config.model_type not in self.text_model_types:
@@ -82,7 +88,7 @@ class Family:
         """See ``reroute.prefill.Projector``."""
         attention = self.layers[layer].self_attn
         heads = (-1, attention.head_dim)
-        query = attention.q_proj(normed.index_select(0, query_rows)).unflatten(-1, heads)
+        query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 

@@ -1,0 +1,109 @@
+"""A model spread over two devices, as fake tensors: they know their device, and operations refuse to mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from models import CACHE
+from oracle import Rules
+from support import enable
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_map_only
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pair() -> None:
+    """A kind of device that needs no driver; PyTorch without CUDA cannot even index fake tensors on a GPU."""
+    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if setup is None:
+        pytest.skip("this PyTorch has no devices without a driver")
+    if backend_registration._privateuse1_backend_name != "pair":
+        setup("pair")
+
+
+def valueless(data: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+    """In place of ``torch.tensor``, whose values a fake tensor would keep and copy to the device for real."""
+    return torch.empty(np.shape(data), dtype=dtype, device=device)
+
+
+def moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """``forward`` with its arguments brought to ``device``, as accelerate's hooks bring them."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
+    """Make ``module`` and its parts fake ones on ``device``, each of which brings its arguments there."""
+    fake = lambda value: mode.from_tensor(value.detach()).to(device)
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            part._parameters[name] = None if value is None else nn.Parameter(fake(value), requires_grad=False)
+        for name, value in part._buffers.items():
+            part._buffers[name] = None if value is None else fake(value)
+        if part is module or part._parameters or part._buffers:
+            part.forward = moving(part.forward, device)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules((1, 2, 4), (0.5, 0.25, 0.125)),
+        Rules((4, 5), (0.5, 0.25)),  # all on the second device
+        Rules((2, 4), (0.5, 0.25), score_layer_offset=-1),
+        Rules((1, 2, 4), (0.5, 0.25, 0.125), "remove"),
+    ],
+)
+def test_a_model_on_two_devices(name: str, rules: Rules, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with fillers and padding, and a decoding step on its cache."""
+    tiny = getattr(models, name)(layers=LAYERS, attention=attention)
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
+    given = tiny.inputs(samples)
+    first, second = (torch.device("pair", index) for index in (0, 1))
+    length, text = given["input_ids"].shape[1], tiny.model.model.language_model
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for part in (*text.children(), tiny.model.lm_head):
+            if part is not text.layers:
+                put(part, first, mode)
+        for index, layer in enumerate(text.layers):
+            put(layer, second if index >= LAYERS // 2 else first, mode)
+    with enable(tiny, rules) as handle:
+        plan = handle.plan(given["input_ids"], given["attention_mask"])
+        monkeypatch.setattr(torch, "tensor", valueless)
+        with handle.using(plan), mode:
+            mask = torch.ones(2, 1, length, length, dtype=torch.bool, device=first)
+            mask = mask if attention == "sdpa" else torch.zeros_like(mask, dtype=torch.float32)
+            embeds = torch.empty(2, length, text.config.hidden_size, device=first)
+            ids = torch.zeros(*((3,) if tiny.is_qwen else ()), 2, length, dtype=torch.int64, device=first)
+            output = tiny.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=True)
+        assert handle.stats().prefills == 1
+        cache = getattr(output, CACHE)
+        assert output.logits.shape[:2] == (2, length)
+        assert [layer.keys.device for layer in cache.layers] == [first] * 3 + [second] * 3
+        assert [layer.keys.shape[-2] for layer in cache.layers] == list(handle.stats().layer_lengths)
+        with mode:
+            mask = mask.new_zeros(2, 1, 1, length + 1)
+            decoded = tiny.model(
+                inputs_embeds=embeds[:, :1], attention_mask=mask, position_ids=ids[..., :1], **{CACHE: cache}
+            )
+        assert decoded.logits.shape[:2] == (2, 1)
+
+
+def test_the_test_can_fail() -> None:
+    with FakeTensorMode(), pytest.raises(FakeTensorDeviceMismatchError):
+        torch.empty(1, device="pair:0") + torch.empty(1, device="pair:1")
