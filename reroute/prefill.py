@@ -234,9 +234,11 @@ class Prefill:
         query_rows = self._layout.queries[stage]
         query, keys = self._projector.project(layer, self._normalise(stage, layer, hidden), query_rows)
         cos, sin = self._scored_tables(stage)
+        if keys.device != cos.device:
+            query, keys = query.to(cos.device), keys.to(cos.device)
         return self._backend.score_topk(
-            query.to(cos.device),
-            keys.to(cos.device),
+            query,
+            keys,
             cos,
             sin,
             query_rows,

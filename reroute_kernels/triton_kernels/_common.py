@@ -61,7 +61,7 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> T
         return torch.empty(size, dtype=dtype, device=device)
     key = (name, device, _stream(device))
     memory = _scratch.get(key)
-    if memory is None or len(memory) < size:
+    if memory is None or memory.numel() < size:
         memory = _scratch[key] = torch.empty(1 << max(size - 1, 1).bit_length(), dtype=dtype, device=device)
     return memory
 

@@ -276,10 +276,8 @@ def score_topk(
         peaks_at,
         scale * math.log2(math.e),
         norm_eps,
-        query.stride(0),
-        query.stride(1),
-        keys.stride(0),
-        keys.stride(1),
+        *query.stride()[:2],
+        *keys.stride()[:2],
         cos.stride(0),
         sin.stride(0),
     )
