@@ -255,6 +255,7 @@ class Prefill:
         segments = self._layout.segments[stage]
         counts = segments.candidates
         candidates = _trim(self._rivals.candidates, counts)
+        rows = rows.to(self._lease.pages.device)
         hidden = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
         view = ScoreView(hidden, layer, stage, rows[self._layout.queries[stage]])
         scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)

@@ -41,7 +41,7 @@ class StartPrefill(Protocol):
     def __call__(
         self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
     ) -> Prefill:
-        """``hidden`` (B, L, C) tells width, dtype and device."""
+        """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -17,7 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
+from reroute.methods import FastV, Method, ScoreView
+
 LAYERS = 6
+
+
+@dataclass(frozen=True)
+class Norm(FastV):
+    """A method with scores of its own; what it sees is where the pool is."""
+
+    name = "norm"
+
+    def score(self, view: ScoreView) -> list[torch.Tensor]:
+        assert {x.device.index for x in (*view.hidden, view.query)} == {0}
+        return [hidden.norm(dim=-1) for hidden in view.hidden]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +82,10 @@ def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
         Rules((1, 2, 4), (0.5, 0.25, 0.125), "remove"),
     ],
 )
-def test_a_model_on_two_devices(name: str, rules: Rules, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", [None, Norm()])
+def test_a_model_on_two_devices(
+    name: str, rules: Rules, attention: str, method: Method | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch with fillers and padding, and a decoding step on its cache."""
     tiny = getattr(models, name)(layers=LAYERS, attention=attention)
     samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
@@ -82,7 +99,7 @@ def test_a_model_on_two_devices(name: str, rules: Rules, attention: str, monkeyp
                 put(part, first, mode)
         for index, layer in enumerate(text.layers):
             put(layer, second if index >= LAYERS // 2 else first, mode)
-    with enable(tiny, rules) as handle:
+    with enable(tiny, rules, method=method) as handle:
         plan = handle.plan(given["input_ids"], given["attention_mask"])
         monkeypatch.setattr(torch, "tensor", valueless)
         with handle.using(plan), mode:
