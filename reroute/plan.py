@@ -37,6 +37,7 @@ class Layout:
     - ``segments``: of each stage, the counts of its decision.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
+    - ``inverse`` (R,): the same, and -1 for page tails.
     - ``positions`` (R,): logical position of each lease row.
     - ``starts`` (B, 1): first lease row of each sample.
     - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
@@ -48,6 +49,7 @@ class Layout:
     segments: tuple[Segments, ...]
     rows: torch.Tensor
     tokens: torch.Tensor
+    inverse: torch.Tensor
     positions: torch.Tensor
     starts: torch.Tensor
     candidates: torch.Tensor
@@ -197,9 +199,10 @@ def make_plan(
 def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
     offsets = np.asarray(starts, dtype=np.int64)[:, None]
     rows = np.where(plan.order >= 0, plan.order + offsets, -1)
-    tokens = np.zeros(num_rows, dtype=np.int64)
+    inverse = np.full(num_rows, -1, dtype=np.int64)
     flat = rows.ravel()
-    tokens[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    inverse[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    tokens = inverse.clip(min=0)
     stages = range(len(plan.kept))
     segments = tuple(plan.segments(stage, starts) for stage in stages)
     queries = np.array([np.add(s.starts, s.lengths) - 1 for s in segments], dtype=np.int64)
@@ -208,7 +211,19 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
     counts = np.array([s.columns for s in segments], dtype=np.int64)
     positions = tokens % plan.length
-    parts = (rows, tokens, positions, offsets, candidates, _padded(plan.texts), ordinals, queries, dropped, counts)
+    parts = (
+        rows,
+        tokens,
+        inverse,
+        positions,
+        offsets,
+        candidates,
+        _padded(plan.texts),
+        ordinals,
+        queries,
+        dropped,
+        counts,
+    )
     ends = list(accumulate(part.size for part in parts))
     packed = upload(np.concatenate([part.ravel() for part in parts]), device)
     pieces = torch.tensor_split(packed, ends[:-1])

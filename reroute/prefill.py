@@ -138,7 +138,7 @@ class Prefill:
         self._lease, self._layout = self._reservation.take(pool)
         try:
             self._home = [self._to_lease_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
-            self._rows = self._layout.rows
+            self._rows, self._inverse = self._layout.rows, self._layout.inverse
             ordinals = self._layout.ordinals.expand_as(self._layout.candidates)
             self._rivals = _Rivals(self._layout.candidates, self._layout.texts, ordinals)
         except BaseException:
@@ -181,11 +181,10 @@ class Prefill:
     def decide(self, layer: int, hidden: torch.Tensor) -> None:
         """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""
         stage = self.stage + 1
-        self._defer(hidden)
         if self._method is None or self._method.uses_attention:
             selection = self._rank_by_attention(stage, layer, hidden)
         else:
-            selection = self._rank_by_method(self._method, stage, layer, self._scored_rows(stage, hidden))
+            selection = self._rank_by_method(self._method, stage, layer, hidden)
         self._selection = selection
         self._record(stage, selection)
 
@@ -195,7 +194,7 @@ class Prefill:
         self._defer(hidden)
         next_stage = self.stage + 1
         self._rows = self._lease_rows(next_stage, self._selection.active)
-        self._positions = self._selection.positions
+        self._positions, self._inverse = self._selection.positions, self._selection.inverse
         if self.plan.action == "remove":
             self._rivals = self._survivors(self._selection.kept)
         self.stage, self._selection = next_stage, None
@@ -222,17 +221,18 @@ class Prefill:
     def _admit(self, rows: torch.Tensor, *companions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._backend.admit(self._lease.pages, self._lease.table, rows, *companions)
 
-    def _normalise(self, stage: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What will be scored, after the input norm of ``layer``."""
-        norm = self._projector.input_norm(layer)
-        is_home = norm is not None and norm.weight.device == self._lease.pages.device
-        if norm is None or not is_home or not self.plan.scores_pool(stage):
+    def _defer_and_normalise(self, stage: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Write ``hidden`` home; and what will be scored, after the input norm of ``layer``."""
+        norm, pages = self._projector.input_norm(layer), self._lease.pages
+        if norm is None or norm.weight.device != pages.device or not self.plan.scores_pool(stage):
+            self._defer(hidden)
             return self._projector.normalise(layer, self._scored_rows(stage, hidden))
-        return self._backend.normalise(self._lease, norm)
+        self._written = hidden
+        return self._backend.defer_rmsnorm(self._lease, self._rows, self._inverse, hidden.to(pages.device), norm)
 
     def _rank_by_attention(self, stage: int, layer: int, hidden: torch.Tensor) -> Selection:
-        query_rows = self._layout.queries[stage]
-        query, keys = self._projector.project(layer, self._normalise(stage, layer, hidden), query_rows)
+        query_rows, normed = self._layout.queries[stage], self._defer_and_normalise(stage, layer, hidden)
+        query, keys = self._projector.project(layer, normed, query_rows)
         cos, sin = self._scored_tables(stage)
         if keys.device != cos.device:
             query, keys = query.to(cos.device), keys.to(cos.device)
@@ -251,13 +251,14 @@ class Prefill:
             key_norm=self._projector.key_norm(layer),
         )
 
-    def _rank_by_method(self, method: Method, stage: int, layer: int, rows: torch.Tensor) -> Selection:
+    def _rank_by_method(self, method: Method, stage: int, layer: int, hidden: torch.Tensor) -> Selection:
+        self._defer(hidden)
         segments = self._layout.segments[stage]
         counts = segments.candidates
         candidates = _trim(self._rivals.candidates, counts)
-        rows = rows.to(self._lease.pages.device)
-        hidden = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
-        view = ScoreView(hidden, layer, stage, rows[self._layout.queries[stage]])
+        rows = self._scored_rows(stage, hidden).to(self._lease.pages.device)
+        seen = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
+        view = ScoreView(seen, layer, stage, rows[self._layout.queries[stage]])
         scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)
         for target, score, n in zip(scores, method.score(view), counts, strict=True):
             target[:n] = score

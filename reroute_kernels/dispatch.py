@@ -71,7 +71,7 @@ class Backend:
     reason: str
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
-    normalise: Callable[[Lease, RMSNorm], Tensor]
+    defer_rmsnorm: Callable[[Lease, Tensor, Tensor, Tensor, RMSNorm], Tensor]
     select: Callable[[Tensor, Tensor, Tensor, Tensor, Segments], Selection]
     score_topk: ScoreTopk
 

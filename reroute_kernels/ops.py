@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from reroute_kernels.pool import Lease
 from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
-from reroute_kernels.triton_kernels import norm as _norm
+from reroute_kernels.triton_kernels import defer_rmsnorm as _defer_rmsnorm
 from reroute_kernels.triton_kernels import rows as _rows
 from reroute_kernels.triton_kernels import score as _score
 from reroute_kernels.triton_kernels import select as _select
@@ -90,25 +90,27 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
     return tuple(_admit(pages, table, rows, companions))
 
 
-# --- normalise ---------------------------------------------------------------------------------
+# --- defer_rmsnorm -----------------------------------------------------------------------------
 
 
-def _fake_normalise(pages: Tensor, table: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _fake_defer_rmsnorm(
+    pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     dtype = torch.promote_types(pages.dtype, weight.dtype)
     return pages.new_empty(table.shape[0] * pages.shape[1], pages.shape[2], dtype=dtype)
 
 
-_normalise = _register(
-    "normalise(Tensor pages, Tensor table, Tensor weight, float eps) -> Tensor",
-    lambda pages, table, weight, eps: _norm.normalise(pages, table, RMSNorm(weight, eps)),
-    _fake_normalise,
+_defer_rmsnorm_op = _register(
+    "defer_rmsnorm(Tensor(a!) pages, Tensor table, Tensor inverse, Tensor hidden, Tensor weight, float eps) -> Tensor",
+    lambda *arguments: _defer_rmsnorm.defer_rmsnorm(*arguments[:-2], norm=RMSNorm(*arguments[-2:])),
+    _fake_defer_rmsnorm,
     _no_flops,
 )
 
 
-def normalise(lease: Lease, norm: RMSNorm) -> Tensor:
-    """:func:`reroute_kernels.reference.normalise` by the Triton kernel."""
-    normed: Tensor = _normalise(lease.pages, lease.table, *norm)
+def defer_rmsnorm(lease: Lease, rows: Tensor, inverse: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    """:func:`reroute_kernels.reference.defer_rmsnorm` by the Triton kernel, which needs only ``inverse``."""
+    normed: Tensor = _defer_rmsnorm_op(lease.pages, lease.table, inverse, hidden, *norm)
     return normed
 
 
@@ -116,7 +118,7 @@ def normalise(lease: Lease, norm: RMSNorm) -> Tensor:
 
 # Segments travel as a tensor and as one list of integers, field after field: operators take no objects.
 _COUNTS = "Tensor counts, int[] host_counts"
-_SELECTION = "(Tensor kept, Tensor active, Tensor positions, Tensor scores)"
+_SELECTION = "(Tensor kept, Tensor active, Tensor positions, Tensor inverse, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
@@ -126,12 +128,13 @@ def _segments(counts: tuple[int, ...]) -> Segments:
     return Segments(starts, lengths, candidates, texts, keep)
 
 
-def _fake_selection(candidates: Tensor, counts: Sequence[int]) -> Selection:
+def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]) -> Selection:
     (batch, widest), segments = candidates.shape, _segments(tuple(counts))
     return Selection(
         kept=candidates.new_empty(batch, max(segments.keep)),
         active=candidates.new_empty(batch, segments.width),
         positions=candidates.new_empty(batch, segments.width),
+        inverse=positions.new_empty(positions.shape),
         scores=candidates.new_empty(batch, widest, dtype=torch.float32),
     )
 
@@ -159,7 +162,7 @@ def _score_flops(*arguments: Any, **_: object) -> int:
 _select_op = _register(
     f"select(Tensor scores, Tensor candidates, Tensor texts, Tensor positions, {_COUNTS}) -> {_SELECTION}",
     _run_select,
-    lambda *arguments: _fake_selection(arguments[1], arguments[5]),
+    lambda *arguments: _fake_selection(arguments[1], arguments[3], arguments[5]),
     _no_flops,
 )
 _score_op = _register(
@@ -167,7 +170,7 @@ _score_op = _register(
     f"Tensor texts, Tensor positions, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) "
     f"-> {_SELECTION}",
     _run_score_topk,
-    lambda *arguments: _fake_selection(arguments[5], arguments[9]),
+    lambda *arguments: _fake_selection(arguments[5], arguments[7], arguments[9]),
     _score_flops,
 )
 

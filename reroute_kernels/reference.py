@@ -85,12 +85,14 @@ class Selection(NamedTuple):
     kept: (B, Kmax) int64, ascending ordinals into the sample's candidates, then -1.
     active: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
     positions: (B, S) int64, the position of each active row, and -1 for fillers.
+    inverse: (R,) int64, the place of each scored row in the flattened ``active``, -1 where it is deferred.
     scores: (B, Nmax) fp32 in candidate order, then -inf.
     """
 
     kept: Tensor
     active: Tensor
     positions: Tensor
+    inverse: Tensor
     scores: Tensor
 
 
@@ -149,10 +151,14 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
     return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(companion, index) for companion in companions)
 
 
-def normalise(lease: Lease, norm: RMSNorm) -> Tensor:
-    """All rows of ``lease`` (R, C) in lease order after ``norm``, which has C features: what is scored is projected
-    from them.
+def defer_rmsnorm(lease: Lease, rows: Tensor, inverse: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    """Defer ``hidden`` (B, S, C) to ``lease``, and then all its rows after ``norm``, (R, C) in lease order.
+
+    What is scored is projected from them. rows (B, S) and inverse (R,) int64 tell the same from either side: the
+    lease row of each compact row, and the place of each lease row in the flattened ``rows``; -1 for fillers, and for
+    rows that are deferred already. The norm has C features.
     """
+    defer(lease.pages, lease.table, rows, hidden)
     return norm(lease.rows())
 
 
@@ -188,15 +194,20 @@ def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor,
     """
     keys = _rank_keys(scores.float())
     kept, active = [], []
+    inverse = torch.full_like(positions, -1)
     counts = zip(segments.starts, segments.candidates, segments.texts, segments.keep, strict=True)
     for b, (start, n, m, k) in enumerate(counts):
         best = torch.sort(keys[b, :n], stable=True).indices[:k].sort().values
         kept.append(best)
-        active.append(torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values + start)
+        rows = torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values + start
+        end = (b + 1) * segments.width
+        inverse.index_copy_(0, rows, torch.arange(end - len(rows), end, device=rows.device))
+        active.append(rows)
     return Selection(
         kept=_stack(kept, max(segments.keep), -1),
         active=_stack(active, segments.width, -1, align="right"),
         positions=_stack([positions.index_select(0, rows) for rows in active], segments.width, -1, align="right"),
+        inverse=inverse,
         scores=_stack(
             [scores[b, :n].float() for b, n in enumerate(segments.candidates)],
             candidates.shape[1],

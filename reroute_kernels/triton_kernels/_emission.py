@@ -14,8 +14,8 @@ class Lists(NamedTuple):
     """Of one sample.
 
     candidates, texts: ascending local rows, n and m of them; start: the row that is local row 0; positions: of rows.
-    dense: whether candidates and texts are all rows from 0 on. kept, active, places: k ordinals, and m + k rows and
-    their positions, to be written.
+    dense: whether candidates and texts are all rows from 0 on. To be written: kept, k ordinals; active and places, from
+    ``first`` on m + k rows and their positions; inverse, of all rows where they are there.
     """
 
     candidates: Any
@@ -29,6 +29,8 @@ class Lists(NamedTuple):
     kept: Any
     active: Any
     places: Any
+    inverse: Any
+    first: Any
 
 
 @triton.jit
@@ -40,6 +42,7 @@ def lists_of(
     kept,
     active,
     places,
+    inverse,
     batch,
     sample,
     candidate_stride,
@@ -56,11 +59,10 @@ def lists_of(
     candidates += row * candidate_stride
     texts += row * text_stride
     last = tl.maximum(tl.load(candidates + n - 1, mask=n > 0, other=-1), tl.load(texts + m - 1, mask=m > 0, other=-1))
-    first = row * width + width - m - k
+    first = sample * width + width - m - k
     dense = last + 1 == n + m
-    return Lists(
-        candidates, texts, positions, n, m, k, start, dense, kept + row * most_kept, active + first, places + first
-    )
+    kept += row * most_kept
+    return Lists(candidates, texts, positions, n, m, k, start, dense, kept, active, places, inverse, first)
 
 
 @triton.jit
@@ -68,6 +70,23 @@ def load_rows(rows, base, n, CHUNK: tl.constexpr):
     """Rows base..base+CHUNK of a list of n, int32."""
     at = base + tl.arange(0, CHUNK)
     return tl.load(rows + at, mask=at < n, other=0).to(tl.int32)
+
+
+@triton.jit
+def fill(out, begin, end, value, program, programs, TILE: tl.constexpr):
+    """Write ``value`` to out[begin:end], this program's share."""
+    for first in range(begin + program * TILE, end, programs * TILE):
+        at = first + tl.arange(0, TILE)
+        tl.store(out + at, tl.full([TILE], value, out.dtype.element_ty), mask=at < end)
+
+
+@triton.jit
+def fill_inverse(lists, counts, batch, sample, num_rows, program, programs, TILE: tl.constexpr):
+    """Mark the rows up to the next sample as deferred, as far as nothing else is written there."""
+    end = tl.load(counts + sample + 1, mask=sample + 1 < batch, other=num_rows).to(tl.int32)
+    begin = tl.where(sample == 0, 0, lists.start)
+    begin += tl.where(lists.dense & (begin == lists.start), lists.n + lists.m, 0)
+    fill(lists.inverse, begin, end, -1, program, programs, TILE)
 
 
 @triton.jit
@@ -94,7 +113,8 @@ def emit(lists, rows, chosen, rank, text, base, CHUNK: tl.constexpr):
     else:
         texts_below = count_below(rows, chosen, lists.texts, lists.m)
     tl.store(lists.kept + rank - 1, at.to(tl.int64), mask=chosen)
-    _write(lists, rank - 1 + texts_below, rows, at < lists.n, chosen)
+    real = at < lists.n
+    _write(lists, lists.first + rank - 1 + texts_below, rows, real, chosen, real)
     WIDTH: tl.constexpr = text.shape[0]
     for first in range(0, lists.m, WIDTH):
         index = first + tl.arange(0, WIDTH)
@@ -107,14 +127,16 @@ def emit(lists, rows, chosen, rank, text, base, CHUNK: tl.constexpr):
         here = valid & (below > base - 1 + tl.minimum(base, 1)) & (below <= base + CHUNK)
         behind = here & (below > 0)
         kept_below = tl.where(behind, tl.gather(rank, tl.where(behind, below - 1 - base, 0), 0), 0)
-        _write(lists, index + kept_below, text, valid, here)
+        _write(lists, lists.first + index + kept_below, text, valid, here, here)
         text = load_rows(lists.texts, first + WIDTH, lists.m, WIDTH)
 
 
 @triton.jit
-def _write(lists, place, rows, valid, chosen):
+def _write(lists, place, rows, valid, chosen, own):
+    """Of its ``own`` rows a program also tells which are deferred."""
     row = lists.start + rows
+    tl.store(lists.inverse + row, tl.where(chosen, place, -1), mask=own)
+    tl.store(lists.active + place, row.to(tl.int64), mask=chosen)
     # Of all rows: whole sectors, and hardly more of them than of the chosen ones.
     position = tl.load(lists.positions + row, mask=valid)
-    tl.store(lists.active + place, row.to(tl.int64), mask=chosen)
     tl.store(lists.places + place, position, mask=chosen)

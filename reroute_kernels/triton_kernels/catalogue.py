@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reroute_kernels.reference import RMSNorm, Segments
-from reroute_kernels.triton_kernels import norm, rows, score, select
+from reroute_kernels.triton_kernels import defer_rmsnorm, rows, score, select
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ def _restore(features: int) -> Callable[[], object]:
     return launch
 
 
-def _normalise(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+def _defer_rmsnorm(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     def launch() -> object:
-        pages, table, *_ = _moved(features, 0, dtype)
-        return norm.normalise(pages, table, RMSNorm(torch.empty(features, dtype=dtype), 1e-6))
+        pages, table, _, hidden, *_ = _moved(features, 0, dtype)
+        inverse = torch.arange(table.numel() * pages.shape[1])
+        norm = RMSNorm(torch.empty(features, dtype=dtype), 1e-6)
+        return defer_rmsnorm.defer_rmsnorm(pages, table, inverse, hidden, norm)
 
     return launch
 
@@ -110,9 +112,9 @@ CASES = (
     Case("admit, 7B bf16", _admit(3584)),
     Case("admit, 7B fp32", _admit(3584, torch.float32)),
     Case("restore, 7B bf16", _restore(3584)),
-    Case("normalise, 7B bf16", _normalise(3584)),
-    Case("normalise, 72B bf16", _normalise(8192)),
-    Case("normalise, 7B fp32", _normalise(3584, torch.float32)),
+    Case("defer_rmsnorm, 7B bf16", _defer_rmsnorm(3584)),
+    Case("defer_rmsnorm, 72B bf16", _defer_rmsnorm(8192)),
+    Case("defer_rmsnorm, 7B fp32", _defer_rmsnorm(3584, torch.float32)),
     Case("score_topk, Qwen 7B, 576", _score_topk(28, 4, 576)),
     Case("score_topk, LLaVA 7B, 576", _score_topk(32, 32, 576)),
     Case("score_topk, Qwen 7B, 2304", _score_topk(28, 4, 2304)),

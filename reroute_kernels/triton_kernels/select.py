@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, processors, scratch
-from reroute_kernels.triton_kernels._emission import choose, emit, lists_of, load_rows
+from reroute_kernels.triton_kernels._emission import choose, emit, fill, fill_inverse, lists_of, load_rows
 from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, pick, rank_key, threshold_key
 from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
 from reroute_kernels.triton_kernels._stages import arrive, role, wait
@@ -27,7 +27,7 @@ SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
 
 # Another batch, prompt or number of kept rows must not compile anew.
-SIZES = ("batch", "scorers", "shares", "widest", "most_kept", "width")
+SIZES = ("batch", "scorers", "shares", "num_rows", "widest", "most_kept", "width")
 STRIDES = ("source_stride", "candidate_stride", "text_stride")
 
 
@@ -109,14 +109,6 @@ def _make_scores(
         rows = tl.load(lists.candidates + at, mask=at < lists.n, other=0).to(tl.int32)
         tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
         tl.atomic_add(notes.histogram + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
-
-
-@triton.jit
-def _fill(out, begin, end, value, program, programs, TILE: tl.constexpr):
-    """Write ``value`` to out[begin:end], this program's share."""
-    for first in range(begin + program * TILE, end, programs * TILE):
-        at = first + tl.arange(0, TILE)
-        tl.store(out + at, tl.full([TILE], value, out.dtype.element_ty), mask=at < end)
 
 
 # --- stage 1: the keys near the threshold ----------------------------------------------------
@@ -240,9 +232,11 @@ def _select_kernel(
     kept,
     active,
     places,
+    inverse,
     batch,
     scorers,
     shares,
+    num_rows,
     source_stride,
     peaks_at,
     candidate_stride,
@@ -269,7 +263,7 @@ def _select_kernel(
     # Asked for with the counts, hence before it is known whether there is one.
     first_row = tl.load(candidates + sample.to(tl.int64) * candidate_stride, mask=widest > 0, other=0)
     lists = lists_of(
-        candidates, texts, positions, counts, kept, active, places, batch, sample,
+        candidates, texts, positions, counts, kept, active, places, inverse, batch, sample,
         candidate_stride, text_stride, most_kept, width,
     )  # fmt: skip
     notes = _notes(notes, counters, batch, sample, shares, widest)
@@ -280,13 +274,13 @@ def _select_kernel(
     scoring = tl.maximum(tl.minimum(tl.cdiv(n + lead, TILE), scorers), 1)
     sharing = tl.maximum(tl.cdiv(n, SHARE), 1)
     if stage == 0:
-        fillers = width - lists.m - lists.k
         scores += row * widest
-        _fill(scores, n, widest, -float("inf"), program, scorers, TILE)
-        _fill(lists.kept, lists.k, most_kept, -1, program, scorers, TILE)
-        _fill(lists.active, -fillers, 0, -1, program, scorers, TILE)
-        _fill(lists.places, -fillers, 0, -1, program, scorers, TILE)
+        fill(scores, n, widest, -float("inf"), program, scorers, TILE)
+        fill(lists.kept, lists.k, most_kept, -1, program, scorers, TILE)
+        fill(lists.active, sample * width, lists.first, -1, program, scorers, TILE)
+        fill(lists.places, sample * width, lists.first, -1, program, scorers, TILE)
         if program < scoring:
+            fill_inverse(lists, counts, batch, sample, num_rows, program, scoring, TILE)
             tiles = tl.cdiv(tl.load(counts + batch + sample).to(tl.int32), BLOCK)
             parts = tl.where(n > 0, tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, PARTS), 1)), 0) if FUSED else 0
             peaks = source + peaks_at + sample * PARTS * HEADS
@@ -325,6 +319,7 @@ def run_select(
     most_kept, width = max(segments.keep), segments.width
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
     active, places = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
+    inverse = torch.empty(positions.shape, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
     share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
     tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
@@ -342,9 +337,11 @@ def run_select(
         kept,
         active,
         places,
+        inverse,
         batch,
         scorers,
         shares,
+        len(positions),
         source.stride,
         source.peaks_at,
         candidates.stride(0),
@@ -353,7 +350,7 @@ def run_select(
         most_kept,
         width,
     )
-    return Selection(kept, active, places, scores)
+    return Selection(kept, active, places, inverse, scores)
 
 
 def num_counters(batch: int) -> int:

@@ -47,6 +47,13 @@ class Problem:
         return self.query, self.keys, self.cos, self.sin, self.query_rows, *self.lists
 
     @property
+    def inverse(self) -> Tensor:
+        rows = self.rows.flatten()
+        inverse = torch.full((24,), -1, device=rows.device)
+        inverse[rows[rows >= 0]] = torch.arange(12, device=rows.device)[rows >= 0]
+        return inverse
+
+    @property
     def lists(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.candidates, self.texts, self.positions
 
@@ -99,7 +106,8 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.defer, (*index, p.hidden))
     torch.library.opcheck(registered.defer, (*index, p.hidden.requires_grad_()))
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
-    torch.library.opcheck(registered.normalise, (p.pages, p.table, torch.ones(16, device=device), 1e-6))
+    norm = torch.ones(16, device=device), 1e-6
+    torch.library.opcheck(registered.defer_rmsnorm, (p.pages, p.table, p.inverse, p.hidden, *norm))
     torch.library.opcheck(registered.select, (p.scores, *p.lists, *p.counts))
     torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
     norm = torch.ones(FEATURES, device=device), 1e-6
@@ -130,11 +138,13 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
         problem = Problem(torch.device("cpu"))
         with PagedPool(16, torch.float32, "cpu", page_size=8).lease([14, 3]) as lease:
             hidden, cos, _, *selection = problem.step(ops, lease.pages, problem.hidden)
-            kept, active, positions, scores = Selection(*selection)
-            normed = ops.normalise(lease, RMSNorm(torch.ones(16), 1e-6))
+            kept, active, positions, inverse, scores = Selection(*selection)
+            rows = lease.table.new_empty(2, 6), lease.table.new_empty(lease.num_rows)
+            normed = ops.defer_rmsnorm(lease, *rows, problem.hidden, RMSNorm(torch.ones(16), 1e-6))
     assert (hidden.shape, cos.shape) == ((2, 7, 16), (2, 7, FEATURES))
     assert normed.shape == (lease.num_rows, 16)
     assert (kept.shape, active.shape, positions.shape, scores.shape) == ((2, 3), (2, 7), (2, 7), (2, 10))
+    assert inverse.shape == (24,)
 
 
 def test_cuda_graph(ops: Any, executor: Any, device: torch.device) -> None:

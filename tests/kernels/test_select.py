@@ -124,8 +124,8 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     candidates = rows_of([torch.arange(2, 6), torch.arange(3)], device)
     texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
-    segments = Segments((0, 6), (6, 3), (4, 3), (3, 0), (2, 2))
-    arguments = scores, candidates, texts, torch.arange(901, device=device), segments
+    segments = Segments((0, 901), (6, 3), (4, 3), (3, 0), (2, 2))
+    arguments = scores, candidates, texts, torch.arange(905, device=device), segments
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -183,7 +183,7 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     assert report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * parts  # with the statistics
     assert load.efficiency >= 0.975
     assert store.efficiency >= (0.82 if first else 0.91)
-    assert load.min_sectors + store.min_sectors >= 0.965 * (load.sectors + store.sectors)
+    assert load.min_sectors + store.min_sectors >= 0.96 * (load.sectors + store.sectors)
 
 
 def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:

@@ -82,7 +82,7 @@ def test_no_operation_waits(tiny: Tiny, rules: Rules, attention: str, guarded: l
         tiny.model.set_attn_implementation("sdpa")
 
 
-KERNELS = ("defer", "admit", "normalise", "score_topk")
+KERNELS = ("defer", "admit", "defer_rmsnorm", "score_topk")
 
 
 class Counting(TorchDispatchMode):
