@@ -135,6 +135,12 @@ class Case:
         return torch.cat((picked, self.texts), 1) + self.starts
 
     @cached_property
+    def inverse(self) -> Tensor:
+        """Where lease rows are in the flattened ``active``."""
+        flat = self.active.flatten()
+        return torch.full_like(self.positions, -1).index_copy_(0, flat, torch.arange(len(flat), device=self.device))
+
+    @cached_property
     def norm(self) -> RMSNorm:
         return RMSNorm(self._draw(self.problem.shape.hidden), 1e-6)
 
@@ -154,8 +160,8 @@ def _admit(backend: Backend, case: Case) -> Any:
     return backend.admit(case.lease.pages, case.lease.table, case.active, case.cos, case.sin, case.ids)
 
 
-def _normalise(backend: Backend, case: Case) -> Any:
-    return backend.normalise(case.lease, case.norm)
+def _defer_rmsnorm(backend: Backend, case: Case) -> Any:
+    return backend.defer_rmsnorm(case.lease, case.active, case.inverse, case.hidden, case.norm)
 
 
 def _restore(backend: Backend, case: Case) -> Any:
@@ -174,8 +180,8 @@ def _score_topk(backend: Backend, case: Case) -> Any:
 
 
 def _step(backend: Backend, case: Case) -> Any:
-    """A whole stage boundary, without the model's own norm and projection."""
-    _defer(backend, case)
+    """A whole stage boundary, without the model's own projection."""
+    _defer_rmsnorm(backend, case)
     active = _score_topk(backend, case).active
     return backend.admit(case.lease.pages, case.lease.table, active, case.cos, case.sin, case.ids)
 
@@ -185,9 +191,9 @@ OPERATIONS: dict[str, Operation] = {
     "defer": _defer,
     "admit": _admit,
     "restore": _restore,
-    "normalise": _normalise,
+    "defer_rmsnorm": _defer_rmsnorm,
     "select": _select,
     "score_topk": _score_topk,
     "step": _step,
 }
-"""The kernels, and the whole routing step but the norm: defer, score_topk, admit."""
+"""The kernels, and the whole routing step: defer_rmsnorm, score_topk, admit."""

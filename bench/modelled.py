@@ -22,13 +22,14 @@ GRAPH_LAUNCH = 1.5e-6  # seconds between the kernels of a CUDA graph: an assumpt
 EAGER_LAUNCH = (6e-6, 18e-6)  # seconds of host time for an eager Triton launch: as reported
 ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a score
 ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
-# Loads that wait for each other: index, page, row; page, row; counts, query row, angles, query, keys.
-WAITS = {"rows": 3, "normalise": 2, "score": 5}
+# Loads that wait for each other: index, page, row; page or place, row; counts, query row, angles, query, keys.
+WAITS = {"rows": 3, "defer_rmsnorm": 2, "score": 5}
 # Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/kernels.md).
 SELECTION = {1024: 12e-6, 4096: 14.7e-6, 32768: 21.1e-6, 1 << 22: 29.1e-6}
 BINS = 512 * INT // 2  # bytes of a histogram
 NOTES = 8  # bytes per candidate that the selection writes and reads for itself
-LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "normalise": 1, "select": 1, "score_topk": 2, "step": 4}
+LAUNCHES = {"defer": 1, "admit": 1, "restore": 1, "defer_rmsnorm": 1, "select": 1, "score_topk": 2, "step": 4}
+STEP = ("defer_rmsnorm", "score_topk", "admit")
 AFFORDABLE = 2304  # visual tokens, batch 1: beyond this simt takes too long
 
 
@@ -62,7 +63,7 @@ def model(operation: str, problem: Problem) -> Modelled:
 def latency(operation: str, problem: Problem) -> float:
     """Seconds of loads that wait for each other in one program, and of what one program does alone."""
     if operation == "step":
-        return sum(latency(part, problem) for part in ("defer", "score_topk", "admit"))
+        return sum(latency(part, problem) for part in STEP)
     selection = next(seconds for most, seconds in SELECTION.items() if problem.visual <= most)
     if operation == "score_topk":
         return WAITS["score"] * ACCESS + selection
@@ -70,27 +71,33 @@ def latency(operation: str, problem: Problem) -> float:
 
 
 def floor_bytes(operation: str, problem: Problem) -> int:
-    """Rows moved, each read once and written once; keys read once; of a bare selection the scores."""
+    """Rows moved, each read once and written once, and normed ones written; keys read once; of a bare selection the
+    scores.
+    """
     if operation == "step":
-        return sum(floor_bytes(part, problem) for part in ("defer", "score_topk", "admit"))
+        return sum(floor_bytes(part, problem) for part in STEP)
     if operation == "score_topk":
         return problem.batch * problem.length * problem.shape.kv_heads * problem.shape.features * ITEM
     if operation == "select":
         return problem.batch * problem.visual * FLOAT
-    rows = problem.width if operation in ("defer", "admit") else problem.length
-    return 2 * problem.batch * rows * problem.shape.hidden * ITEM
+    rows = 2 * (problem.width if operation in ("defer", "admit") else problem.length)
+    if operation == "defer_rmsnorm":  # all are read and written, and what ran goes home
+        rows += problem.width
+    return problem.batch * rows * problem.shape.hidden * ITEM
 
 
 def distinct_bytes(operation: str, problem: Problem) -> int:
     """Distinct bytes that the launches read and write, summed over launches."""
     if operation == "step":
-        return sum(distinct_bytes(part, problem) for part in ("defer", "score_topk", "admit"))
+        return sum(distinct_bytes(part, problem) for part in STEP)
     if operation == "score_topk":
         return problem.batch * (_score(problem) + _selection(problem, heads=problem.shape.heads))
     if operation == "select":
         return problem.batch * _selection(problem, heads=1)
-    if operation == "normalise":  # whole pages, and the weight
-        return (2 * problem.pages * PAGE + 1) * problem.shape.hidden * ITEM + problem.pages * INT
+    if operation == "defer_rmsnorm":  # whole pages, and the weight; page ids and places
+        rows = problem.pages * PAGE
+        indices = (problem.pages + rows) * INT
+        return (2 * rows + problem.batch * problem.width + 1) * problem.shape.hidden * ITEM + indices
     rows = problem.batch * (problem.length if operation == "restore" else problem.width)
     companions = 2 * 2 * problem.shape.features * ITEM + 2 * INT if operation == "admit" else 0  # cos, sin, ids
     return floor_bytes(operation, problem) + rows * (companions + INT) + problem.pages * INT
@@ -118,10 +125,11 @@ def _statistics(problem: Problem) -> int:
 
 def _selection(problem: Problem, heads: int) -> int:
     """Of one sample: logits and statistics, or scores, row lists and positions in; scores, kept, active and their
-    positions out; its notes, and a histogram that is counted and read.
+    positions, and the place of each row out; its notes, and a histogram that is counted and read.
     """
     per_candidate = heads * FLOAT + 2 * INT + FLOAT + NOTES
-    indices = (2 * TEXT + problem.kept + 2 * problem.width) * INT
+    places = problem.pages // problem.batch * PAGE
+    indices = (2 * TEXT + problem.kept + 2 * problem.width + places) * INT
     return problem.visual * per_candidate + indices + 2 * BINS + (_statistics(problem) if heads > 1 else 0)
 
 

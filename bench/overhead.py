@@ -2,8 +2,8 @@
 
 Layer by layer: the bare Triton launch, the launcher around it, and the launcher as an operator registered in
 each way that PyTorch has. The empty operators show what a registration costs by itself. Then a whole routing step:
-the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the model's own norm and
-projection; and both again without what Triton does for each launch.
+the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the model's own projection;
+and both again without what Triton does for each launch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from reroute import Schedule
 from reroute.plan import make_plan
 from reroute.prefill import Prefill, Tables
-from reroute_kernels import Backend, PagedPool, ops
+from reroute_kernels import Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels._common import Variant
 from reroute_kernels.triton_kernels.offline import compiling_for
@@ -71,13 +71,13 @@ class Ready:
     rope = "half"
 
     def __init__(self, case: Case) -> None:
-        self._projected = case.query, case.keys
+        self._projected, self._norm = (case.query, case.keys), case.norm
 
-    def input_norm(self, layer: int) -> None:
-        return None
+    def input_norm(self, layer: int) -> RMSNorm:
+        return self._norm
 
     def normalise(self, layer: int, rows: Tensor) -> Tensor:
-        return rows
+        return self._norm(rows)
 
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
@@ -139,7 +139,7 @@ def main() -> None:
         note("admit: as dispatched", lambda: ops.admit(pages, table, index, *companions))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
         case = Case(PROBLEM, pages.device, pages.dtype)
-        for name in ("normalise", "score_topk", "step"):
+        for name in ("defer_rmsnorm", "score_topk", "step"):
             note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
         step, start = prefill_step(case)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]

@@ -39,7 +39,7 @@ METHODS: tuple[tuple[type, str, str], ...] = (
 OPERATIONS = {
     "defer": "defer",
     "admit": "admit",
-    "normalise": "norm of pool rows",
+    "defer_rmsnorm": "norm of pool rows",
     "select": "top-k",
     "score_topk": "scores",
 }
@@ -155,7 +155,8 @@ def _own(sample: dict[str, float]) -> float:
 
 def _put_clocks(patches: ExitStack, parts: Parts) -> None:
     hooks = [(Controller, name, HOOKS) for name in vars(Controller) if name.startswith(("_before_", "_after_"))]
-    steps: tuple[tuple[Any, str, str], ...] = ((reference, "rotate", "RoPE"), (reference, "select", "top-k"))
+    inner = (("rotate", "RoPE"), ("select", "top-k"), ("defer", "defer"))  # what other operations call
+    steps = [(reference, name, part) for name, part in inner]
     for owner, name, part in (*hooks, *METHODS, *steps):
         function: Callable[..., Any] = getattr(owner, name)
         patches.enter_context(mock.patch.object(owner, name, parts.wrap(function, part)))

@@ -102,7 +102,9 @@ def _fake_defer_rmsnorm(
 
 _defer_rmsnorm_op = _register(
     "defer_rmsnorm(Tensor(a!) pages, Tensor table, Tensor inverse, Tensor hidden, Tensor weight, float eps) -> Tensor",
-    lambda *arguments: _defer_rmsnorm.defer_rmsnorm(*arguments[:-2], norm=RMSNorm(*arguments[-2:])),
+    lambda pages, table, inverse, hidden, *norm: _defer_rmsnorm.defer_rmsnorm(
+        pages, table, inverse, hidden, RMSNorm(*norm)
+    ),
     _fake_defer_rmsnorm,
     _no_flops,
 )

@@ -32,7 +32,7 @@ Rope = Literal["half", "interleaved"]
 class Segments:
     """Host integers of one decision, one per sample.
 
-    starts: first key row. lengths: key rows the query sees, the pool P of the softmax.
+    starts: first key row; samples follow one another. lengths: key rows the query sees, the pool P of the softmax.
     candidates: N_b. texts: M_b, rows that are always active. keep: K_b. on_device: the five of them as (5, B) int64,
     for kernels; whoever makes many decisions uploads them together. flat: the five one after the other.
     """
@@ -57,6 +57,12 @@ class Segments:
                 raise ValueError(
                     f"sample {b}: keep={keep} <= candidates={candidates} <= length={length} is "
                     f"violated; a candidate is a row that the query sees"
+                )
+        for b, (start, length, following) in enumerate(zip(self.starts, self.lengths, self.starts[1:], strict=False)):
+            if following < start + length:
+                raise ValueError(
+                    f"sample {b} has rows {start} to {start + length} and the next begins at {following}; "
+                    f"samples follow one another"
                 )
 
     def counts(self, device: torch.device) -> Tensor:

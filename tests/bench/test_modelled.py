@@ -22,7 +22,7 @@ def test_every_operation_runs_and_has_a_model(operation: str) -> None:
 
 
 def test_a_step_is_its_parts() -> None:
-    problem, parts = Problem("LLaVA-1.5-7B", 576), ("defer", "score_topk", "admit")
+    problem, parts = Problem("LLaVA-1.5-7B", 576), ("defer_rmsnorm", "score_topk", "admit")
     for sizes in (distinct_bytes, floor_bytes):
         assert sizes("step", problem) == sum(sizes(part, problem) for part in parts)
     assert LAUNCHES["step"] == sum(LAUNCHES[part] for part in parts)

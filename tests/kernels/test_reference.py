@@ -219,6 +219,8 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
     assert got.kept.shape == (batch, max(keep))
     assert got.active.shape == got.positions.shape == (batch, segments.width)
     assert got.scores.shape == (batch, n_max)
+    places = {row: place for place, row in enumerate(got.active.flatten().tolist())}
+    assert got.inverse.tolist() == [places.get(row, -1) for row in range(20 * batch)]
     for b in range(batch):
         best: list[int] = []
         for _ in range(keep[b]):
@@ -247,6 +249,7 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
         (((0,), (4,), (2,), (2,), (-1,)), "negative"),
         (((0,), (4,), (2,), (2,), (3,)), "keep=3 <= candidates=2"),
         (((0,), (4,), (5,), (2,), (3,)), "candidates=5 <= length=4"),
+        (((0, 3), (4, 4), (2, 2), (2, 2), (1, 1)), "rows 0 to 4 and the next begins at 3"),
     ],
 )
 def test_contradictory_segments_are_refused(fields: Any, match: str) -> None:

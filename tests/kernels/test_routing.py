@@ -66,11 +66,11 @@ def test_selections_and_logits(
 
 
 def test_launches_of_a_decision(backend: Backend, device: torch.device, launches: list[Any]) -> None:
-    """Four, and the input norm of the model; and two more, which restore the prompt."""
+    """Four, the input norm of the model included; and two more, which restore the prompt."""
     tiny = models.llava(layers=6)
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     with torch.no_grad(), reroute.enable(tiny.model, schedule=SCHEDULES[0][0], backend="torch") as handle:
         handle.backend = backend
         tiny.model(**given)
-    step = ["_defer_kernel", "_norm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel"]
+    step = ["_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel"]
     assert [report.kernel for report in launches] == [*step * 3, "_defer_kernel", "_admit_kernel"]

@@ -43,13 +43,13 @@ def same(got: Selection, wanted: Selection) -> None:
 def check(
     kernel: Any, scores: list[Tensor], keep: list[int], device: torch.device, *, texts: int = 3, gaps: int = 0
 ) -> None:
-    """One launch on a ragged batch whose lists have random rows."""
+    """One launch on a ragged batch whose lists have random rows, and whose samples have rows of nobody between them."""
     counts = [len(s) for s in scores]
     parts = [split(n + texts + gaps, n, gaps=gaps) for n in counts]
     candidates, text_rows = (rows_of([part[i] for part in parts], device) for i in (0, 1))
     lengths = tuple(n + texts + gaps for n in counts)
-    starts = tuple(sum(lengths[:b]) for b in range(len(counts)))
-    positions = torch.randperm(sum(lengths)).to(device)
+    starts = tuple(2 + sum(lengths[:b]) + 3 * b for b in range(len(counts)))
+    positions = torch.randperm(starts[-1] + lengths[-1] + 5).to(device)
     segments = Segments(starts, lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
     padded = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
     for row, score in zip(padded, scores, strict=True):
