@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 COARSE = tl.constexpr(512)  # bins of `coarse_bin`
+FINE = tl.constexpr(256)  # bins of `fine_bin`
 MOST = 2**31 // COARSE.value  # elements that `pick` can count
 SLOTS = tl.constexpr(512)  # keys that `threshold_key` looks at together: mostly all of them
 
@@ -28,6 +29,18 @@ def coarse_bin(key, SOFTMAX: tl.constexpr):
         return tl.minimum(tl.maximum((key >> 19).to(tl.int32) - 0x800, 0), 511)
     else:
         return (key >> 23).to(tl.int32)
+
+
+@triton.jit
+def fine_bin(key, SOFTMAX: tl.constexpr):
+    """One of 256 bins, ascending with those keys that are of one coarse bin and :func:`are_of_one_bin`."""
+    return ((key >> (11 if SOFTMAX else 15)) & 255).to(tl.int32)
+
+
+@triton.jit
+def are_of_one_bin(first_key, last_key, SOFTMAX: tl.constexpr):
+    """Whether the keys from the first to the last differ only below coarse bins; the outermost ones are wider."""
+    return ((first_key ^ last_key) >> (19 if SOFTMAX else 23)) == 0
 
 
 @triton.jit

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, scratch
-from reroute_kernels.triton_kernels.select import Logits, clear_counters, num_counters, run_select
+from reroute_kernels.triton_kernels._notes import clear_counters, num_counters
+from reroute_kernels.triton_kernels.select import Logits, run_select
 
 STRIDE = 16  # logits of a head begin at multiples of it
 

@@ -1,14 +1,13 @@
 """Exact top-k of every sample, in one launch: scores, rank keys, threshold, ascending indices and active rows.
 
-Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have two more
-stages (:mod:`reroute_kernels.triton_kernels._stages`), spread over shares of the row: one collects the keys near the
-threshold, one emits.
+Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have more stages
+(:mod:`reroute_kernels.triton_kernels._shares`), spread over shares of the row.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,13 +17,16 @@ from torch import Tensor
 from reroute_kernels.reference import Segments, Selection
 from reroute_kernels.triton_kernels._common import Variant, processors, scratch
 from reroute_kernels.triton_kernels._emission import choose, emit, fill, fill_inverse, lists_of, load_rows
-from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, pick, rank_key, threshold_key
+from reroute_kernels.triton_kernels._notes import collect, notes_of, num_counters, num_notes
+from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, rank_key, threshold_key
+from reroute_kernels.triton_kernels._shares import collect_share, emit_share, refine_share
 from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
 from reroute_kernels.triton_kernels._stages import arrive, role, wait
 
 TILE = 256  # candidates scored at a time; fewer where a model has many heads
 SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
+CROWD = 8192  # keys near its threshold that are told apart in one more stage
 
 # Another batch, prompt or number of kept rows must not compile anew.
 SIZES = ("batch", "scorers", "shares", "num_rows", "widest", "most_kept", "width")
@@ -44,26 +46,6 @@ class Logits(NamedTuple):
     heads: int
     parts: int
     block: int
-
-
-class _Notes(NamedTuple):
-    """What programs of one sample tell each other: keys, those near the threshold, and four tallies of each share of
-    them; how many programs have scored and collected; a histogram.
-    """
-
-    keys: Any
-    rivals: Any
-    tallies: Any
-    scored: Any
-    collected: Any
-    histogram: Any
-
-
-@triton.jit
-def clear_counters(counters, sample):
-    """Make the counters of a sample zero, as the selection must find them."""
-    at = tl.arange(0, 2 * COARSE)
-    tl.store(counters + sample * (COARSE + 8) + at, tl.zeros([2 * COARSE], tl.int32), mask=at < COARSE + 8)
 
 
 # --- stage 0: scores -------------------------------------------------------------------------
@@ -108,97 +90,17 @@ def _make_scores(
         at += scorers * TILE
         rows = tl.load(lists.candidates + at, mask=at < lists.n, other=0).to(tl.int32)
         tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
-        tl.atomic_add(notes.histogram + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
+        tl.atomic_add(notes.coarse + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
 
 
-# --- stage 1: the keys near the threshold ----------------------------------------------------
-
-
-@triton.jit
-def _collect(notes, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr):
-    """Copy the keys of a share that are in the bin of the threshold to the share's place among the rivals.
-
-    Their number, that of the keys in better bins, and the first and the last of them.
-    """
-    at = base + tl.arange(0, SHARE)
-    key = tl.load(notes.keys + at, mask=at < n, other=0)
-    best, _ = pick(tl.load(notes.histogram + tl.arange(0, COARSE)), tl.maximum(k - 1, 0))
-    bin = coarse_bin(key, FUSED)
-    # Both counts in one scan, 16 bits each.
-    rival, above = (at < n) & (bin == best), (at < n) & (bin < best)
-    packed = rival.to(tl.int32) | (above.to(tl.int32) << 16)
-    tl.store(notes.rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
-    total = tl.sum(packed, 0)
-    first_key, last_key = tl.min(tl.where(rival, key, 0xFFFFFFFF), 0), tl.max(tl.where(rival, key, 0), 0)
-    return total & 0xFFFF, total >> 16, first_key, last_key
-
-
-@triton.jit
-def _collect_share(notes, n, k, share, FUSED: tl.constexpr, SHARE: tl.constexpr):
-    """Collect, and tell the programs of the next stage."""
-    found, above, first_key, last_key = _collect(notes, n, k, share * SHARE, FUSED, SHARE)
-    tallies = notes.tallies + 4 * share
-    tl.store(tallies, found)
-    tl.store(tallies + 1, above)
-    tl.store(tallies + 2, first_key.to(tl.int32, bitcast=True))
-    tl.store(tallies + 3, last_key.to(tl.int32, bitcast=True))
-    arrive(notes.collected)
-
-
-# --- stage 2: what is kept -------------------------------------------------------------------
-
-
-@triton.jit
-def _settle(notes, shares, k, share, SHARE: tl.constexpr, SEGMENTS: tl.constexpr):
-    """From what all shares collected: the threshold and how many ties are kept.
-
-    Also how many keys of earlier shares are above the threshold, and how many equal it.
-    """
-    STEP: tl.constexpr = max(SLOTS // SEGMENTS, 32)
-    slot = tl.arange(0, SEGMENTS * STEP)
-    owner, column = slot // STEP, slot % STEP
-    limit = tl.load(notes.tallies + 4 * owner, mask=owner < shares, other=0)
-    each = 4 * tl.arange(0, SEGMENTS)
-    real = each < 4 * shares
-    above = tl.load(notes.tallies + each + 1, mask=real, other=0)
-    first_keys = tl.load(notes.tallies + each + 2, mask=real, other=-1).to(tl.uint32, bitcast=True)
-    last_keys = tl.load(notes.tallies + each + 3, mask=real, other=0).to(tl.uint32, bitcast=True)
-    end = tl.max(limit, 0)
-    rivals = notes.rivals + owner * SHARE + column
-    threshold, ties = threshold_key(
-        rivals, column, limit, end, k - tl.sum(above, 0), tl.min(first_keys, 0), tl.max(last_keys, 0), STEP
-    )
-    better, equal = tl.zeros(slot.shape, tl.int32), tl.zeros(slot.shape, tl.int32)
-    for first in range(0, end, STEP):
-        earlier = (column + first < limit) & (owner < share)
-        key = tl.load(rivals + first, mask=earlier, other=0)
-        better += (earlier & (key < threshold)).to(tl.int32)
-        equal += (earlier & (key == threshold)).to(tl.int32)
-    above_before = tl.sum(tl.where(each < 4 * share, above, 0), 0) + tl.sum(better, 0)
-    return threshold, ties, above_before, tl.sum(equal, 0)
-
-
-@triton.jit
-def _emit_share(lists, notes, shares, share, SHARE: tl.constexpr, SEGMENTS: tl.constexpr, TEXTS: tl.constexpr):
-    """Once all shares are collected, what is kept of this one."""
-    base = share * SHARE
-    rows, text = load_rows(lists.candidates, base, lists.n, SHARE), load_rows(lists.texts, 0, lists.m, TEXTS)
-    wait(notes.collected, shares)
-    at = base + tl.arange(0, SHARE)
-    key = tl.load(notes.keys + at, mask=at < lists.n, other=0)
-    threshold, ties, above_before, ties_before = _settle(notes, shares, lists.k, share, SHARE, SEGMENTS)
-    chosen, rank = choose(key, at < lists.n, threshold, ties, above_before, ties_before)
-    emit(lists, rows, chosen, rank, text, base, SHARE)
-
-
-# --- both at once: a short row ---------------------------------------------------------------
+# --- a short row, whose scores are all there -----------------------------------------------
 
 
 @triton.jit
 def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS: tl.constexpr):
     """Of a row of up to CHUNK candidates whose scores are all there."""
     rows, text = load_rows(lists.candidates, 0, lists.n, CHUNK), load_rows(lists.texts, 0, lists.m, TEXTS)
-    found, above, first_key, last_key = _collect(notes, lists.n, lists.k, 0, FUSED, CHUNK)
+    found, above, first_key, last_key = collect(notes, lists.n, lists.k, 0, FUSED, CHUNK, -1)
     tl.debug_barrier()  # the rivals are read by other threads
     slot = tl.arange(0, SLOTS)
     threshold, ties = threshold_key(
@@ -208,15 +110,6 @@ def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS:
     key = tl.load(notes.keys + at, mask=at < lists.n, other=0)  # again, from the L1 cache: registers are short
     chosen, rank = choose(key, at < lists.n, threshold, ties, 0, 0)
     emit(lists, rows, chosen, rank, text, 0, CHUNK)
-
-
-@triton.jit
-def _notes(notes, counters, batch, sample, shares, widest):
-    """Of this sample."""
-    keys = notes.to(tl.pointer_type(tl.uint32)) + sample.to(tl.int64) * widest
-    scored = counters + sample * (COARSE + 8) + 1
-    tallies = notes + 2 * batch * widest + 4 * shares * sample
-    return _Notes(keys, keys + batch * widest, tallies, scored, scored + 1, scored + 7)
 
 
 @triton.jit(do_not_specialize=SIZES + STRIDES)
@@ -249,10 +142,11 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     SHARE: tl.constexpr,
+    CROWD: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     """``source``: logits if there are PARTS, else scores. A sample has ``scorers`` programs, and if rows are long
-    (SEGMENTS is not 0 but a power of two, at least ``shares``) twice ``shares`` in the later stages.
+    (SEGMENTS is not 0 but a power of two, at least ``shares``) thrice ``shares`` in the later stages.
     """
     TEXTS: tl.constexpr = 1024  # text rows at a time
     FUSED: tl.constexpr = PARTS > 0
@@ -266,7 +160,7 @@ def _select_kernel(
         candidates, texts, positions, counts, kept, active, places, inverse, batch, sample,
         candidate_stride, text_stride, most_kept, width,
     )  # fmt: skip
-    notes = _notes(notes, counters, batch, sample, shares, widest)
+    notes = notes_of(notes, counters, batch, sample, shares, widest)
     row, n = sample.to(tl.int64), lists.n
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
     lead = tl.where(n > 0, first_row % 8, 0).to(tl.int32)
@@ -295,9 +189,11 @@ def _select_kernel(
     elif SEGMENTS > 0 and program < sharing:
         if stage == 1:
             wait(notes.scored, scoring)
-            _collect_share(notes, n, lists.k, program, FUSED, SHARE)
+            collect_share(notes, n, lists.k, sharing, program, FUSED, SHARE, CROWD)
+        elif stage == 2:
+            refine_share(notes, lists.k, sharing, program, FUSED, SHARE, CROWD, SEGMENTS)
         else:
-            _emit_share(lists, notes, sharing, program, SHARE, SEGMENTS, TEXTS)
+            emit_share(lists, notes, sharing, program, FUSED, SHARE, CROWD, SEGMENTS, TEXTS)
 
 
 def run_select(
@@ -324,14 +220,14 @@ def run_select(
     share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
     tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
     scorers = min(-(-(widest + 7) // tile), -(-processors(device) // batch))
-    _variant(source.heads, source.parts, source.block, tile, share, _power(shares))(
-        ((scorers + 2 * shares) * batch, 1, 1),
+    _variant(source.heads, source.parts, source.block, tile, share, CROWD if shares else -1, _power(shares))(
+        ((scorers + 3 * shares) * batch, 1, 1),
         source.logits,
         candidates,
         texts,
         positions.contiguous(),
         counts,
-        scratch("notes", batch * (2 * widest + 4 * shares), torch.int32, device),
+        scratch("notes", num_notes(batch, widest, shares), torch.int32, device),
         counters,
         scores,
         kept,
@@ -353,24 +249,20 @@ def run_select(
     return Selection(kept, active, places, inverse, scores)
 
 
-def num_counters(batch: int) -> int:
-    """How many counters a selection needs."""
-    return batch * int(COARSE.value + 8)
-
-
 def _power(size: int) -> int:
     """The power of two at or above ``size``; of 0 it is 0."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 @lru_cache(maxsize=256)
-def _variant(heads: int, parts: int, block: int, tile: int, share: int, segments: int) -> Variant:
+def _variant(heads: int, parts: int, block: int, tile: int, share: int, crowd: int, segments: int) -> Variant:
     constants = {
         "HEADS": heads,
         "PARTS": parts,
         "BLOCK": block,
         "TILE": tile,
         "SHARE": share,
+        "CROWD": crowd,
         "SEGMENTS": segments,
     }
     return Variant(_select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)

@@ -56,7 +56,7 @@ BUDGETS = {
     ("score_topk, Qwen 7B, 2304", "_select_kernel"): replace(SELECT, registers=128, instructions=3430, narrow=129),
     ("score_topk, Qwen 7B, 16384", "_score_kernel"): SCORE,
     ("score_topk, Qwen 7B, 16384", "_select_kernel"): replace(
-        SELECT, registers=108, barriers=56, instructions=2830, narrow=106
+        SELECT, registers=108, barriers=80, instructions=3930, narrow=132
     ),
     ("score_topk, LLaVA 7B, 576", "_score_kernel"): SCORE_JOINED,
     ("score_topk, LLaVA 7B, 576", "_select_kernel"): SELECT,
@@ -76,7 +76,7 @@ BUDGETS = {
     ("score_topk, 256 features", "_select_kernel"): SELECT,
     ("select, 576", "_select_kernel"): replace(SELECT, registers=92, barriers=29, instructions=1410, wide=0, narrow=53),
     ("select, 16384", "_select_kernel"): replace(
-        SELECT, registers=108, barriers=43, instructions=2320, wide=0, narrow=90
+        SELECT, registers=108, barriers=67, instructions=3420, wide=0, narrow=116
     ),
 }
 

@@ -58,11 +58,12 @@ def check(
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
-@pytest.fixture(params=["one program", "staged"])
+@pytest.fixture(params=["one program", "staged", "refined"])
 def path(request: pytest.FixtureRequest, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to select, at lengths a test can afford: rows of one program, and of several shares."""
-    if request.param == "staged":
-        for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128)):
+    """All ways to select, at lengths a test can afford: rows of one program, of several shares, and crowds in these."""
+    if request.param != "one program":
+        crowd = 0 if request.param == "refined" else kernel.CROWD
+        for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128), ("CROWD", crowd)):
             monkeypatch.setattr(kernel, name, value)
     return str(request.param)
 
@@ -111,12 +112,24 @@ def test_any_ragged_batch(kernel: Any, device: torch.device, data: Any) -> None:
         patch.setattr(kernel, "TILE", 16)
         patch.setattr(kernel, "SHARE", 16)
         patch.setattr(kernel, "SHORT", data.draw(st.sampled_from([0, 4096])))
+        patch.setattr(kernel, "CROWD", data.draw(st.sampled_from([0, 8, 4096])))
         check(kernel, [scores_of(kind, n) for n in counts], keep, device, texts=texts, gaps=gaps)
 
 
 def test_a_row_that_needs_no_patching_to_be_long(kernel: Any, device: torch.device) -> None:
     n = kernel.SHORT + 1
     check(kernel, [torch.randn(n), torch.randn(70)], [n // 4, 30], device)
+
+
+def test_a_crowd_costs_one_stage_more_not_a_pass_over_it(
+    kernel: Any, device: torch.device, launches: list[Any]
+) -> None:
+    """All scores in one coarse bin: hardly more instructions than if they are spread, where all look at few rivals."""
+    n = 2 * kernel.CROWD + 500
+    check(kernel, [torch.randn(n).mul(6).exp2()], [n // 4], device)
+    check(kernel, [torch.rand(n) + 1], [n // 4], device)
+    spread, crowded = (report.warp_instructions for report in launches)
+    assert crowded < 1.2 * spread
 
 
 def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device) -> None:
@@ -148,7 +161,7 @@ def test_any_number_of_programs_may_be_resident(
         check(kernel, [scores_of("few", 300), scores_of("normal", 150)], [90, 20], device)
 
 
-@pytest.mark.parametrize("path", ["one program", "staged"], indirect=True)
+@pytest.mark.parametrize("path", ["one program", "staged", "refined"], indirect=True)
 def test_a_weaker_order_is_a_race(executor: Any, kernel: Any, device: torch.device, path: str) -> None:
     """The checks would notice: without release and acquire, keys are read before they are written."""
     if executor.kind != "simt":
@@ -163,13 +176,38 @@ def test_a_weaker_order_is_a_race(executor: Any, kernel: Any, device: torch.devi
         check(kernel, [torch.randn(300)], [90], device)
 
 
+def softmax_source(kernel: Any, values: Tensor) -> Any:
+    """Logits ``values`` (heads, length) with statistics of any kind: what the score launch leaves."""
+    heads, length = values.shape
+    stride, parts = -(-length // 64) * 64, -(-length // 64)
+    logits = torch.nn.functional.pad(values, (0, stride - length)).flatten()
+    statistics = torch.full((parts * heads,), 4.0), torch.rand(parts * heads) + 1
+    return kernel.Logits(torch.cat((logits, *statistics)).to(values), stride, heads * stride, heads, parts, 64)
+
+
+@pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "broken"])
+def test_scores_of_a_softmax(kernel: Any, device: torch.device, path: str, kind: str) -> None:
+    """Their bins are finer than those of any scores; the outermost ones hold everything beyond 2 and below 2^-31."""
+    n, length = 500, 530
+    values = torch.randn(3, length)
+    values = {"nearly equal": values * 1e-4, "tiny": values * 8 - 40}.get(kind, values * 3)
+    if kind == "broken":
+        values[0, 30:90], values[:, 200:300] = NAN, -INF
+    row = torch.arange(length, device=device)[None]
+    segments = Segments((0,), (length,), (n,), (length - n,), (170,))
+    lists = row[:, 20 : 20 + n].clone(), torch.cat((row[:, :20], row[:, 20 + n :]), 1), row[0]
+    counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32, device=device)
+    source = softmax_source(kernel, values.to(device))
+    got = kernel.run_select(source, *lists, segments.counts(device), counters, segments)
+    assert got.scores.isnan().any() == (kind == "broken")
+    same(got, reference.select(got.scores, *lists, segments))
+
+
 @pytest.mark.parametrize(("n", "first"), [(2304, 0), (2304, 35), (4100, 35)])  # one program selects; shares do
 def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int, first: int) -> None:
     """Nearly every sector is used in full, wherever the picture begins; every logit is read once."""
     heads, length = 28, n + 64
-    stride, parts = -(-length // 64) * 64, -(-length // 64)
-    values = torch.randn(heads * stride), torch.full((parts * heads,), 4.0), torch.rand(parts * heads) + 1
-    logits = kernel.Logits(torch.cat(values), stride, heads * stride, heads, parts, 64)
+    logits = softmax_source(kernel, torch.randn(heads, length))
     row = torch.arange(length)[None]
     candidates, texts = row[:, first : first + n].clone(), torch.cat((row[:, :first], row[:, first + n :]), 1)
     segments = Segments((0,), (length,), (n,), (64,), (n // 4,))
@@ -180,7 +218,9 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     (report,) = launches
     load, store = report.global_load, report.global_store
     programs = -(-(n + first % 8) // kernel.TILE)
-    assert report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * parts  # with the statistics
+    assert (
+        report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * logits.parts
+    )  # with the statistics
     assert load.efficiency >= 0.975
     assert store.efficiency >= (0.82 if first else 0.91)
     assert load.min_sectors + store.min_sectors >= 0.96 * (load.sectors + store.sectors)
