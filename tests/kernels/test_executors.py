@@ -19,10 +19,13 @@ def command(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
-    """All at once, since each keeps one core busy; and where each writes to."""
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """All that are asked for at once, since each keeps one core busy; and where each writes to."""
     folder, processes = tmp_path_factory.mktemp("executors"), {}
-    for name in NAMES:
+    ours = (item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function))
+    for name in (item.callspec.params["name"] for item in ours):
         if unavailable(name) is None:
             report = folder / f"{name.replace(':', '-')}.txt"
             with report.open("wb") as file:
