@@ -43,7 +43,7 @@ def _defer_rmsnorm_kernel(
         place = tl.load(inverse + row)
         source = tl.where(place < 0, home, hidden + place * WIDTH)
         value = tl.load(source + column, mask=inside, other=0.0)
-        tl.store(home + column, value, mask=inside & (place >= 0))
+        tl.store(home + column, value, mask=column < tl.where(place < 0, 0, WIDTH))
         wide = value.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
         # Rounded before the weight, as models do it.

@@ -26,7 +26,7 @@ from reroute_kernels.triton_kernels._stages import arrive, role, wait
 TILE = 256  # candidates scored at a time; fewer where a model has many heads
 SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
-CROWD = 8192  # keys near its threshold that are told apart in one more stage
+CROWD = 8192  # more keys than that near its threshold are told apart in one more stage
 
 # Another batch, prompt or number of kept rows must not compile anew.
 SIZES = ("batch", "scorers", "shares", "num_rows", "widest", "most_kept", "width")
