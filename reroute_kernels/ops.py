@@ -102,9 +102,7 @@ def _fake_defer_rmsnorm(
 
 _defer_rmsnorm_op = _register(
     "defer_rmsnorm(Tensor(a!) pages, Tensor table, Tensor inverse, Tensor hidden, Tensor weight, float eps) -> Tensor",
-    lambda pages, table, inverse, hidden, *norm: _defer_rmsnorm.defer_rmsnorm(
-        pages, table, inverse, hidden, RMSNorm(*norm)
-    ),
+    _defer_rmsnorm.defer_rmsnorm,
     _fake_defer_rmsnorm,
     _no_flops,
 )

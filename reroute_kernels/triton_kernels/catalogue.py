@@ -57,8 +57,8 @@ def _defer_rmsnorm(features: int, dtype: torch.dtype = torch.bfloat16) -> Callab
     def launch() -> object:
         pages, table, _, hidden, *_ = _moved(features, 0, dtype)
         inverse = torch.arange(table.numel() * pages.shape[1])
-        norm = RMSNorm(torch.empty(features, dtype=dtype), 1e-6)
-        return defer_rmsnorm.defer_rmsnorm(pages, table, inverse, hidden, norm)
+        weight = torch.empty(features, dtype=dtype)
+        return defer_rmsnorm.defer_rmsnorm(pages, table, inverse, hidden, weight, 1e-6)
 
     return launch
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import RMSNorm
 from reroute_kernels.triton_kernels._common import Variant, processors
 
 RESIDENT = 8  # programs a multiprocessor: more rows than that share a program, and one load of the weight
@@ -51,12 +50,12 @@ def _defer_rmsnorm_kernel(
         tl.store(normed + tl.cast(row, tl.int64) * WIDTH + column, scaled, mask=inside)
 
 
-def defer_rmsnorm(pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+def defer_rmsnorm(pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """:func:`reroute_kernels.reference.defer_rmsnorm` to the lease with these pages and this table, in one launch.
 
     ValueError if shapes or dtypes disagree, or the pages are not contiguous.
     """
-    (_, page, features), weight = pages.shape, norm.weight
+    _, page, features = pages.shape
     count = table.numel() * page
     if weight.shape != (features,) or not pages.is_contiguous():
         raise ValueError(
@@ -71,8 +70,8 @@ def defer_rmsnorm(pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor,
     normed = pages.new_empty(count, features, dtype=torch.promote_types(pages.dtype, weight.dtype))
     if normed.numel():
         grid = min(count, RESIDENT * processors(pages.device)), 1, 1
-        tensors = (t.contiguous() for t in (table, inverse, hidden, weight))
-        _variant(page, features, pages.element_size())(grid, pages, *tensors, normed, count, norm.eps)
+        tensors = table.contiguous(), inverse.contiguous(), hidden.contiguous(), weight.contiguous(), normed
+        _variant(page, features, pages.element_size())(grid, pages, *tensors, count, eps)
     return normed
 
 

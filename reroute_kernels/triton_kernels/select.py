@@ -237,7 +237,7 @@ def run_select(
         batch,
         scorers,
         shares,
-        len(positions),
+        positions.shape[0],
         source.stride,
         source.peaks_at,
         candidates.stride(0),
