@@ -207,23 +207,11 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     segments = tuple(plan.segments(stage, starts) for stage in stages)
     queries = np.array([np.add(s.starts, s.lengths) - 1 for s in segments], dtype=np.int64)
     dropped = np.array([np.subtract(plan.lengths, plan.active(stage)) for stage in stages], dtype=np.int64)
-    candidates = _padded(plan.visual)
+    candidates, texts = _padded(plan.visual), _padded(plan.texts)
     ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
     counts = np.array([s.columns for s in segments], dtype=np.int64)
     positions = tokens % plan.length
-    parts = (
-        rows,
-        tokens,
-        inverse,
-        positions,
-        offsets,
-        candidates,
-        _padded(plan.texts),
-        ordinals,
-        queries,
-        dropped,
-        counts,
-    )
+    parts = (rows, tokens, inverse, positions, offsets, candidates, texts, ordinals, queries, dropped, counts)
     ends = list(accumulate(part.size for part in parts))
     packed = upload(np.concatenate([part.ravel() for part in parts]), device)
     pieces = torch.tensor_split(packed, ends[:-1])

@@ -14,8 +14,8 @@ class Lists(NamedTuple):
     """Of one sample.
 
     candidates, texts: ascending local rows, n and m of them; start: the row that is local row 0; positions: of rows.
-    dense: whether candidates and texts are all rows from 0 on. To be written: kept, k ordinals; active and places, from
-    ``first`` on m + k rows and their positions; inverse, of all rows where they are there.
+    dense: whether candidates and texts are all rows from 0 on. To be written: kept, k ordinals; active and
+    active_positions, m + k rows and their positions from place ``first`` on; inverse, the place of each row or -1.
     """
 
     candidates: Any
@@ -28,7 +28,7 @@ class Lists(NamedTuple):
     dense: Any
     kept: Any
     active: Any
-    places: Any
+    active_positions: Any
     inverse: Any
     first: Any
 
@@ -41,7 +41,7 @@ def lists_of(
     counts,
     kept,
     active,
-    places,
+    active_positions,
     inverse,
     batch,
     sample,
@@ -62,7 +62,7 @@ def lists_of(
     first = sample * width + width - m - k
     dense = last + 1 == n + m
     kept += row * most_kept
-    return Lists(candidates, texts, positions, n, m, k, start, dense, kept, active, places, inverse, first)
+    return Lists(candidates, texts, positions, n, m, k, start, dense, kept, active, active_positions, inverse, first)
 
 
 @triton.jit
@@ -139,4 +139,4 @@ def _write(lists, place, rows, valid, chosen, own):
     tl.store(lists.active + place, row.to(tl.int64), mask=chosen)
     # Of all rows: whole sectors, and hardly more of them than of the chosen ones.
     position = tl.load(lists.positions + row, mask=valid)
-    tl.store(lists.places + place, position, mask=chosen)
+    tl.store(lists.active_positions + place, position, mask=chosen)

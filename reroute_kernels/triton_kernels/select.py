@@ -124,7 +124,7 @@ def _select_kernel(
     scores,
     kept,
     active,
-    places,
+    active_positions,
     inverse,
     batch,
     scorers,
@@ -157,7 +157,7 @@ def _select_kernel(
     # Asked for with the counts, hence before it is known whether there is one.
     first_row = tl.load(candidates + sample.to(tl.int64) * candidate_stride, mask=widest > 0, other=0)
     lists = lists_of(
-        candidates, texts, positions, counts, kept, active, places, inverse, batch, sample,
+        candidates, texts, positions, counts, kept, active, active_positions, inverse, batch, sample,
         candidate_stride, text_stride, most_kept, width,
     )  # fmt: skip
     notes = notes_of(notes, counters, batch, sample, shares, widest)
@@ -172,7 +172,7 @@ def _select_kernel(
         fill(scores, n, widest, -float("inf"), program, scorers, TILE)
         fill(lists.kept, lists.k, most_kept, -1, program, scorers, TILE)
         fill(lists.active, sample * width, lists.first, -1, program, scorers, TILE)
-        fill(lists.places, sample * width, lists.first, -1, program, scorers, TILE)
+        fill(lists.active_positions, sample * width, lists.first, -1, program, scorers, TILE)
         if program < scoring:
             fill_inverse(lists, counts, batch, sample, num_rows, program, scoring, TILE)
             tiles = tl.cdiv(tl.load(counts + batch + sample).to(tl.int32), BLOCK)
@@ -214,7 +214,7 @@ def run_select(
         raise ValueError(f"{widest} candidates in a row: the selection kernel counts up to {MOST}")
     most_kept, width = max(segments.keep), segments.width
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
-    active, places = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
+    active, active_positions = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
     inverse = torch.empty(positions.shape, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
     share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
@@ -232,7 +232,7 @@ def run_select(
         scores,
         kept,
         active,
-        places,
+        active_positions,
         inverse,
         batch,
         scorers,
@@ -246,7 +246,7 @@ def run_select(
         most_kept,
         width,
     )
-    return Selection(kept, active, places, inverse, scores)
+    return Selection(kept, active, active_positions, inverse, scores)
 
 
 def _power(size: int) -> int:
