@@ -30,8 +30,8 @@ gpu-check: $(VENV)/.dev ## With a GPU: kernel tests, sanitizers, CUDA graph, mic
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
 	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
 
-test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of Triton supported, without simt:80
-	.venv-triton/bin/python -m pytest tests/kernels --deselect 'tests/kernels/test_executors.py::test_kernels[simt:80]'
+test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of Triton supported
+	.venv-triton/bin/python -m pytest tests/kernels
 
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \

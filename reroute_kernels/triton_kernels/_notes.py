@@ -80,15 +80,18 @@ def collect(notes, n, k, base, FUSED: tl.constexpr, SHARE: tl.constexpr, CROWD: 
     if CROWD >= 0 and tl.sum(tl.where(tl.arange(0, COARSE) == best, counts, 0), 0) > CROWD:
         tally = tl.histogram(fine_bin(key, FUSED), FINE, mask=rival)
         tl.atomic_add(notes.fine + tl.arange(0, FINE), tally, mask=tally > 0, sem="relaxed")
-    # Both counts in one scan, 16 bits each.
-    packed = rival.to(tl.int32) | (above.to(tl.int32) << 16)
-    tl.store(notes.rivals + base + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
-    total = tl.sum(packed, 0)
-    first_key, last_key = first_and_last(key, rival)
-    return total & 0xFFFF, total >> 16, first_key, last_key
+    return compact(notes.rivals + base, key, rival, above)
 
 
 @triton.jit
-def first_and_last(key, chosen):
-    """The least and the greatest of the chosen keys."""
-    return tl.min(tl.where(chosen, key, 0xFFFFFFFF), 0), tl.max(tl.where(chosen, key, 0), 0)
+def compact(rivals, key, rival, better):
+    """Write the keys that are rivals one after the other.
+
+    Their number, that of the better keys, and the first and the last of the rivals.
+    """
+    # Both counts in one scan, 16 bits each.
+    packed = rival.to(tl.int32) | (better.to(tl.int32) << 16)
+    tl.store(rivals + (tl.cumsum(packed, 0) & 0xFFFF) - 1, key, mask=rival)
+    total = tl.sum(packed, 0)
+    first_key, last_key = tl.min(tl.where(rival, key, 0xFFFFFFFF), 0), tl.max(tl.where(rival, key, 0), 0)
+    return total & 0xFFFF, total >> 16, first_key, last_key

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from reroute_kernels.triton_kernels._emission import choose, emit, load_rows
-from reroute_kernels.triton_kernels._notes import collect, first_and_last
+from reroute_kernels.triton_kernels._notes import collect, compact
 from reroute_kernels.triton_kernels._ranks import FINE, SLOTS, are_of_one_bin, fine_bin, pick, threshold_key
 from reroute_kernels.triton_kernels._stages import arrive, wait
 
@@ -64,16 +64,11 @@ def refine_share(
         at, own = tl.arange(0, SHARE), notes.rivals + share * SHARE
         mine = tl.load(notes.tallies + share)
         key = tl.load(own + at, mask=at < mine, other=0)
-        bin = fine_bin(key, FUSED)
-        rival, better = (at < mine) & (bin == best), (at < mine) & (bin < best)
-        packed = rival.to(tl.int32) | (better.to(tl.int32) << 16)
-        place = (tl.cumsum(packed, 0) & 0xFFFF) - 1
         tl.debug_barrier()  # all have read before one writes
-        tl.store(own + place, key, mask=rival)
-        total = tl.sum(packed, 0)
-        first_key, last_key = first_and_last(key, rival)
-        more = tl.load(notes.tallies + shares + share) + (total >> 16)
-        _note(notes.tallies + 4 * shares, shares, share, total & 0xFFFF, more, first_key, last_key)
+        bin = fine_bin(key, FUSED)
+        left, better, first_key, last_key = compact(own, key, (at < mine) & (bin == best), (at < mine) & (bin < best))
+        better += tl.load(notes.tallies + shares + share)
+        _note(notes.tallies + 4 * shares, shares, share, left, better, first_key, last_key)
         arrive(notes.refined)
 
 

@@ -19,13 +19,10 @@ def command(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
-    """All that are asked for at once, since each keeps one core busy; and where each writes to."""
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """All at once, since each keeps one core busy; and where each writes to."""
     folder, processes = tmp_path_factory.mktemp("executors"), {}
-    ours = (item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function))
-    for name in (item.callspec.params["name"] for item in ours):
+    for name in NAMES:
         if unavailable(name) is None:
             report = folder / f"{name.replace(':', '-')}.txt"
             with report.open("wb") as file:
