@@ -130,7 +130,7 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     real = rows.argmax(0, keepdim=True)
     slots = _slots(table, rows.clamp(min=0), pages.shape[1])
     slot = slots.index_select(0, real)
-    value = torch.where(filler[real], memory.index_select(0, slot), values.index_select(0, real))
+    value = torch.where(filler.index_select(0, real), memory.index_select(0, slot), values.index_select(0, real))
     memory.index_copy_(0, torch.where(filler, slot, slots), values)
     memory.index_copy_(0, slot, value)
 
@@ -198,14 +198,14 @@ def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor,
     a number for each scored row, which the selection hands on for the active ones. -0.0 equals +0.0,
     and a NaN of any sign ranks above everything, so that a broken score shows.
     """
-    keys = _rank_keys(scores.float())
+    keys = _rankable(scores.float())
     kept, active = [], []
     inverse = torch.full_like(positions, -1)
     counts = zip(segments.starts, segments.candidates, segments.texts, segments.keep, strict=True)
     for b, (start, n, m, k) in enumerate(counts):
-        best = torch.sort(keys[b, :n], stable=True).indices[:k].sort().values
+        best = torch.sort(keys[b, :n], stable=True, descending=True).indices[:k].sort().values
         kept.append(best)
-        rows = torch.cat((texts[b, :m], candidates[b, :n][best])).sort().values + start
+        rows = torch.cat((texts[b, :m], candidates[b].index_select(0, best))).sort().values + start
         end = (b + 1) * segments.width
         inverse.index_copy_(0, rows, torch.arange(end - len(rows), end, device=rows.device))
         active.append(rows)
@@ -260,10 +260,10 @@ def score_topk(
             scores.append(query.new_empty(0, dtype=torch.float32))
             continue
         last, span = query_rows[b : b + 1], slice(start, start + length)
-        q = rotate(query[b : b + 1], cos[last], sin[last], rope)
+        q = rotate(query[b : b + 1], cos.index_select(0, last), sin.index_select(0, last), rope)
         k = keys[span] if key_norm is None else key_norm(keys[span])
         k = rotate(k, cos[span], sin[span], rope)
-        scores.append(_attention(q, k, scale)[candidates[b, :n]])
+        scores.append(_attention(q, k, scale).index_select(0, candidates[b, :n]))
     padded = _stack(scores, candidates.shape[1], float("-inf"))
     return select(padded, candidates, texts, positions, segments)
 
@@ -276,15 +276,9 @@ def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return logits.softmax(-1).view(heads, -1).mean(0)
 
 
-def _rank_keys(scores: Tensor) -> Tensor:
-    """int32 keys that ascend as fp32 scores descend.
-
-    Sorting floats leaves signed zeros and NaN bits to the device; sorting integers does not.
-    """
-    bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0
-    largest = torch.iinfo(torch.int32).max
-    ascending = bits ^ ((bits >> 31) & largest)
-    return ascending.masked_fill_(scores.isnan(), largest).bitwise_not_()
+def _rankable(scores: Tensor) -> Tensor:
+    """Equal scores as equal bits, +0.0 for -0.0 and one NaN for all: sorting on a device may look at bits."""
+    return (scores + 0.0).masked_fill_(scores.isnan(), torch.nan)
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
