@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Rope, Selection
+from reroute_kernels.upload import outlive_queue
 
 from .methods import Method, ScoreView
 from .plan import Layout, Plan
@@ -100,7 +101,9 @@ class Reservation:
         """Give the rows back. Idempotent."""
         held, self._held = self._held, None
         if held is not None:
-            held[1].release()
+            _, lease, layout = held
+            outlive_queue(layout.rows)  # and with it all tables of the layout, which share its memory
+            lease.release()
 
 
 class Prefill:

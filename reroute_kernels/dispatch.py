@@ -19,6 +19,7 @@ from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
 OLDEST_TRITON = (3, 4)
+OLDEST_GPU = 80  # compute capability times ten
 
 _log = logging.getLogger("reroute")
 
@@ -128,6 +129,16 @@ def _triton(reason: str, device_type: str) -> Backend:
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         raise BackendUnavailable("triton", f"it needs triton {oldest} or newer and this is {triton.__version__}")
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # the driver's first use builds a C extension: without a compiler, anything may come
+        raise BackendUnavailable("triton", f"triton's driver does not start ({error})") from error
+    if target.backend != "cuda":
+        raise BackendUnavailable("triton", f"the kernels are made for NVIDIA GPUs and this is {target.backend}")
+    if target.arch < OLDEST_GPU:
+        raise BackendUnavailable(
+            "triton", f"it needs compute capability {OLDEST_GPU / 10} or newer and this is {target.arch / 10}"
+        )
     from reroute_kernels import ops
 
     return Backend.of("triton", reason, ops)

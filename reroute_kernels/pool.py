@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from reroute_kernels.upload import upload
+from reroute_kernels.upload import outlive_queue, upload
 
 
 class PoolLimitError(MemoryError):
@@ -72,12 +72,13 @@ class _Slab:
             stream = torch.cuda.current_stream(self.memory.device)
             for event in self.events.values():
                 stream.wait_event(event)
-            self.memory.record_stream(stream)
+        outlive_queue(self.memory)
 
     def leave(self) -> None:
         if self.on_gpu():
             stream = torch.cuda.current_stream(self.memory.device)
             self.events[stream.cuda_stream] = stream.record_event()
+        outlive_queue(self.memory)
 
     def on_gpu(self) -> bool:
         return type(self.memory) is Tensor and self.memory.is_cuda  # a fake tensor has no stream
@@ -133,8 +134,10 @@ class Lease:
     def release(self) -> None:
         """Return the pages to the pool; a second call does nothing."""
         with self._pool._lock:
-            slab, self._slab, self._table, self._view = self._slab, None, None, None
-            if slab is not None:
+            slab, table = self._slab, self._table
+            self._slab = self._table = self._view = None
+            if slab is not None and table is not None:
+                outlive_queue(table)
                 slab.leave()
                 slab.give_back(self._page_ids)
                 self._pool._leases -= 1

@@ -1,4 +1,7 @@
-"""Host integers on their way to a device: the one kind of copy that a prefill makes, and it never waits."""
+"""Host integers on their way to a device, the one kind of copy that a prefill makes; and how long they stay there.
+
+Nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -20,4 +23,15 @@ def upload(integers: Any, device: torch.device) -> Tensor:
             "host integers cannot be uploaded inside a CUDA graph capture: run the prefill once before, in the same "
             "`with handle.using(plan)`"
         )
-    return torch.tensor(integers, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+    staged = torch.tensor(integers, dtype=torch.int64, device="cpu")
+    # Pinned afterwards: torch.tensor refuses to pin what comes from numpy.
+    return (staged.pin_memory() if cuda else staged).to(device, non_blocking=True)
+
+
+def outlive_queue(tensor: Tensor) -> None:
+    """Keep the memory of ``tensor`` until all is done that the present CUDA stream has been asked for.
+
+    The allocator knows only of the stream on which a tensor was made, and would hand its memory on too early.
+    """
+    if type(tensor) is Tensor and tensor.is_cuda:  # a fake tensor has no stream
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,4 +1,4 @@
-"""What the launches share on the host: a short way to a compiled kernel, and scratch memory."""
+"""What the launches share on the host: a short way to a compiled kernel, and what it wants to know or get."""
 
 from __future__ import annotations
 
@@ -49,33 +49,12 @@ def _specialisation(argument: Any) -> Any:
     return type(argument)
 
 
-_scratch: dict[tuple[str, torch.device, int], Tensor] = {}
-
-
-def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """At least ``size`` elements that this stream reuses in every step.
-
-    A graph that is being captured gets memory of its own, as it may be replayed beside any stream.
-    """
-    if _capturing(device):
-        return torch.empty(size, dtype=dtype, device=device)
-    key = (name, device, _stream(device))
-    memory = _scratch.get(key)
-    if memory is None or memory.numel() < size:
-        memory = _scratch[key] = torch.empty(1 << max(size - 1, 1).bit_length(), dtype=dtype, device=device)
-    return memory
+def rowwise(tensor: Tensor) -> Tensor:
+    """``tensor`` as kernels read it: with its last axis contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int:
-    """Of the stream in use: its address, which Triton's driver has at hand; torch would make an object first."""
-    return int(driver.active.get_current_stream(device.index)) if device.type == "cuda" else 0

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
-from reroute_kernels.triton_kernels._common import Variant, scratch
+from reroute_kernels.triton_kernels._common import Variant, rowwise
 from reroute_kernels.triton_kernels._notes import clear_counters, num_counters
 from reroute_kernels.triton_kernels.select import Logits, run_select
 
@@ -129,7 +129,8 @@ def _add_products(logit, q, k):
     return logit
 
 
-@triton.jit
+# Another batch, or where in one upload the index lists happen to begin, must not compile anew.
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["query_rows", "counts"])
 def _score_kernel(
     query,
     keys,
@@ -248,7 +249,7 @@ def score_topk(
         raise ValueError(f"{heads} query heads cannot share {groups} key heads")
     if rope not in ("half", "interleaved"):
         raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
-    query, keys, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, cos, sin))
+    query, keys, cos, sin, query_rows = map(rowwise, (query, keys, cos, sin, query_rows))
     if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
         raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {features}")
     norm_weight, norm_eps = key_norm or (None, 0.0)
@@ -258,8 +259,8 @@ def score_topk(
     logit_stride = -(-length // STRIDE) * STRIDE
     peaks_at = batch * heads * logit_stride
     counts = segments.counts(device) if counts is None else counts
-    logits = scratch("logits", peaks_at + 2 * batch * most * heads, torch.float32, device)
-    counters = scratch("counters", num_counters(batch), torch.int32, device)
+    logits = torch.empty(peaks_at + 2 * batch * most * heads, dtype=torch.float32, device=device)
+    counters = torch.empty(num_counters(batch), dtype=torch.int32, device=device)  # the launch clears them
     parts, turns = max(min(-(-length // shape.block), most), 1), -(-shape.joined * heads // (groups * shape.rows))
     _variant(groups, heads // groups, features, cos.shape[-1], rope == "interleaved", shape, most)(
         (parts, groups // (shape.warps * shape.joined) * turns, batch),

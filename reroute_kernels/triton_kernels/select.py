@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reroute_kernels.reference import Segments, Selection
-from reroute_kernels.triton_kernels._common import Variant, processors, scratch
+from reroute_kernels.triton_kernels._common import Variant, processors, rowwise
 from reroute_kernels.triton_kernels._emission import choose, emit, fill, fill_inverse, lists_of, load_rows
 from reroute_kernels.triton_kernels._notes import collect, notes_of, num_counters, num_notes
 from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, rank_key, threshold_key
@@ -28,9 +28,10 @@ SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
 CROWD = 8192  # more keys than that near its threshold are told apart in one more stage
 
-# Another batch, prompt or number of kept rows must not compile anew.
+# Another batch, prompt or number of kept rows must not compile anew, nor where in one upload the lists begin.
 SIZES = ("batch", "scorers", "shares", "num_rows", "widest", "most_kept", "width")
 STRIDES = ("source_stride", "candidate_stride", "text_stride")
+LISTS = ("candidates", "texts", "positions", "counts")
 
 
 class Logits(NamedTuple):
@@ -112,7 +113,7 @@ def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS:
     emit(lists, rows, chosen, rank, text, 0, CHUNK)
 
 
-@triton.jit(do_not_specialize=SIZES + STRIDES)
+@triton.jit(do_not_specialize=SIZES + STRIDES, do_not_specialize_on_alignment=LISTS)
 def _select_kernel(
     source,
     candidates,
@@ -212,6 +213,7 @@ def run_select(
     (batch, widest), device = candidates.shape, candidates.device
     if widest > MOST:
         raise ValueError(f"{widest} candidates in a row: the selection kernel counts up to {MOST}")
+    candidates, texts, positions = map(rowwise, (candidates, texts, positions))
     most_kept, width = max(segments.keep), segments.width
     kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
     active, active_positions = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
@@ -225,9 +227,9 @@ def run_select(
         source.logits,
         candidates,
         texts,
-        positions.contiguous(),
+        positions,
         counts,
-        scratch("notes", num_notes(batch, widest, shares), torch.int32, device),
+        torch.empty(num_notes(batch, widest, shares), dtype=torch.int32, device=device),
         counters,
         scores,
         kept,
@@ -281,6 +283,7 @@ def select(
 
     counts: those of ``segments`` on the device, if they are there.
     """
+    scores = rowwise(scores)
     source = Logits(scores, scores.stride(0), 0, heads=1, parts=0, block=1)
     counts = segments.counts(scores.device) if counts is None else counts
     counters = counts.new_zeros(num_counters(len(scores)), dtype=torch.int32)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +23,22 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._resolve.cache_clear()
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: str | None) -> None:
-    """Of this machine: a GPU and a release of triton."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+def pretend(monkeypatch: pytest.MonkeyPatch, gpu: str | None, installed: str | None) -> None:
+    """Of this machine: a GPU, by Triton's names of its kind and architecture, and a release of triton."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     if installed is None:
         monkeypatch.setitem(sys.modules, "triton", None)  # what makes an import fail
-    else:
-        monkeypatch.setattr(pytest.importorskip("triton"), "__version__", installed)
+        return
+    triton = pytest.importorskip("triton")
+
+    def target() -> SimpleNamespace:
+        if gpu == "broken":
+            raise RuntimeError("Failed to find C compiler")
+        backend, _, arch = str(gpu).partition(":")
+        return SimpleNamespace(backend=backend, arch=int(arch) if arch.isdigit() else arch)
+
+    monkeypatch.setattr(triton, "__version__", installed)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_target=target)))
 
 
 def test_torch_is_the_reference() -> None:
@@ -40,26 +51,29 @@ def test_torch_is_the_reference() -> None:
 @pytest.mark.parametrize(
     ("device", "gpu", "installed", "why"),
     [
-        (CPU, True, "3.7.1", "these are on cpu"),
-        (CUDA, False, "3.7.1", "PyTorch finds no CUDA device"),
-        (CUDA, True, None, "triton cannot be imported"),
-        (CUDA, True, "3.3.1", "needs triton 3.4 or newer and this is 3.3.1"),
+        (CPU, "cuda:90", "3.7.1", "these are on cpu"),
+        (CUDA, None, "3.7.1", "PyTorch finds no CUDA device"),
+        (CUDA, "cuda:90", None, "triton cannot be imported"),
+        (CUDA, "cuda:90", "3.3.1", "needs triton 3.4 or newer and this is 3.3.1"),
+        (CUDA, "broken", "3.7.1", "driver does not start .*C compiler"),
+        (CUDA, "hip:gfx942", "3.7.1", "made for NVIDIA GPUs and this is hip"),
+        (CUDA, "cuda:75", "3.7.1", "needs compute capability 8.0 or newer and this is 7.5"),
     ],
 )
 def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, gpu: bool, installed: str | None, why: str
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, gpu: str | None, installed: str | None, why: str
 ) -> None:
     pretend(monkeypatch, gpu, installed)
     backend = resolve("auto", device)
     assert backend.name == "torch"
-    assert why in backend.reason
+    assert re.search(why, backend.reason)
     with pytest.raises(BackendUnavailable, match=why) as caught:
         resolve("triton", device)
     assert "use backend='torch' or 'auto'" in str(caught.value)
 
 
 def test_auto_is_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, True, "3.10.0+git1")
+    pretend(monkeypatch, "cuda:80", "3.10.0+git1")
     backend = resolve("auto", CUDA)
     assert (backend.name, backend.reason) == ("triton", "tensors are on cuda")
     assert resolve("triton", CUDA).defer is backend.defer is torch.ops.reroute_kernels.defer.default
@@ -84,7 +98,7 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_decided_and_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, False, None)
+    pretend(monkeypatch, None, None)
     with caplog.at_level(logging.INFO, logger="reroute"):
         first = resolve("auto", CPU)
         assert resolve("auto", CPU) is first

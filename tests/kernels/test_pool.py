@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroute_kernels import PagedPool, PoolLimitError
+from reroute_kernels import pool as pool_module
 from reroute_kernels.pool import _Slab
 from reroute_kernels.upload import upload
 
@@ -317,6 +319,36 @@ def test_a_page_changes_streams_in_order() -> None:
         lease.pages.fill_(2.0)
         torch.cuda.synchronize()
         assert torch.equal(lease.rows().cpu(), torch.full((PAGE, WIDTH), 2.0))
+
+
+@pytest.mark.parametrize("integers", [[[1, 2], [3, 4]], np.array([[1, 2], [3, 4]])], ids=["lists", "numpy"])
+def test_an_upload_to_a_gpu_never_waits(integers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to a GPU, as far as there is one without a GPU: pinned first, then a copy that is queued."""
+    copies, wanted = [], torch.tensor([[1, 2], [3, 4]])
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        copies.append((tensor, device.type, non_blocking))
+        return tensor
+
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[0])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert torch.equal(upload(integers, torch.device("cuda")), wanted)
+    ((copied, device, non_blocking),) = copies
+    assert copied is pinned[0]
+    assert (device, non_blocking) == ("cuda", True)
+
+
+def test_what_a_lease_used_outlives_the_stream_that_releases_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the one on which pool and page table were allocated."""
+    kept: list[int] = []
+    monkeypatch.setattr(pool_module, "outlive_queue", lambda tensor: kept.append(tensor.data_ptr()))
+    lease = make().lease([3])
+    used = {lease.pages.data_ptr(), lease.table.data_ptr()}
+    kept.clear()
+    lease.release()
+    assert set(kept) == used
 
 
 def test_no_upload_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:

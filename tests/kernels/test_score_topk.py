@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -282,6 +283,44 @@ def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.devi
     for other in (fused, transposed, torch.cat((keys, keys[..., :3]), -1)[..., :-3]):
         got = kernel.score_topk(query, other, cos.t().contiguous().t(), sin, *rest, **named)
         assert torch.equal(got.scores, wanted.scores)
+
+
+def test_two_threads_may_decide_at_once(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two launches of one decision the other launches both of its own, on the same stream."""
+    (first, named), (second, _) = (decision([70, 60], [n, 50], [9, 20], device) for n in (60, 41))
+    wanted = [kernel.score_topk(*arguments, **named) for arguments in (first, second)]
+    select, between = kernel.run_select, []
+
+    def interrupted(*arguments: Any) -> Selection:
+        monkeypatch.setattr(kernel, "run_select", select)
+        between.append(kernel.score_topk(*second, **named))
+        return select(*arguments)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(kernel, "run_select", interrupted)
+    for got, right in zip([kernel.score_topk(*first, **named), *between], wanted, strict=True):
+        assert all(map(torch.equal, got, right))
+
+
+def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel: Any, device: torch.device) -> None:
+    """They are pieces of one upload, so any of them may begin at an odd multiple of 8 bytes."""
+    from reroute_kernels.triton_kernels import select
+
+    if executor.kind == "interpreter":
+        pytest.skip("the interpreter compiles nothing")
+    compiled = lambda: sum(
+        len(cache[0]) for jit in (kernel._score_kernel, select._select_kernel) for cache in jit.device_caches.values()
+    )
+    arguments, named = decision([90, 70], [61, 50], [9, 20], device)
+    *tensors, last, candidates, texts, positions, segments = arguments
+    wanted, before = kernel.score_topk(*arguments, **named), compiled()
+    assert before
+    for moved in range(5):
+        lists = [last, candidates, texts, positions, torch.tensor(segments.columns, device=device)]
+        lists[moved] = torch.cat((lists[moved].new_zeros(1), lists[moved].flatten()))[1:].view(lists[moved].shape)
+        assert lists[moved].data_ptr() % 16 == 8
+        got = kernel.score_topk(*tensors, *lists[:4], replace(segments, on_device=lists[4]), **named)
+        assert all(map(torch.equal, got, wanted))
+    assert compiled() == before
 
 
 def test_what_cannot_be_is_refused(kernel: Any, device: torch.device) -> None:
