@@ -62,7 +62,8 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 
 .venv-triton/.dev: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv-triton
-	grep -v triton constraints-cpu.txt > .venv-triton/constraints.txt
-	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-triton/constraints.txt \
-		-e . triton==3.9.* pytest hypothesis
+	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
+		-e . pytest hypothesis
+	# Past pip's resolver: CUDA builds of torch want the one triton that they were released with.
+	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet --no-deps triton==3.9.*
 	touch $@

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reroute_kernels import Backend, PagedPool
+from reroute_kernels import Backend, PagedPool, resolve
 
 from .budget import ModelShape
 from .errors import RerouteError
@@ -19,7 +19,7 @@ from .prefill import Prefill, Reservation, Tables
 from .schedule import Action, Schedule
 from .stats import Stats, make_stats
 from .trace import Trace
-from .transformers import Controller, family_of
+from .transformers import Controller, Family
 from .transformers.forwards import RoutedPrefill
 
 __all__ = ["Handle"]
@@ -31,9 +31,10 @@ class Handle:
     def __init__(
         self,
         model: Any,
+        family: Family,
         schedule: Schedule,
         action: Action,
-        backend: Backend,
+        backend: str,
         *,
         method: Method | None,
         pool: PagedPool | None,
@@ -43,9 +44,9 @@ class Handle:
 
         Raises:
             RerouteError: the model or the schedule cannot be routed; nothing is changed then.
+            BackendUnavailable: the backend cannot run on the decoder's device.
         """
-        family = family_of(model)
-        self.schedule, self.action, self.backend = schedule, action, backend
+        self.schedule, self.action = schedule, action
         self._method, self._trace_on = method, trace
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(family.text_config)
@@ -55,15 +56,25 @@ class Handle:
                 f"Make it with PagedPool({self._shape.hidden}, …)."
             )
         self._model = weakref.ref(model)
-        names: dict[str, Any] = {"method": method.name if method else "schedule", "action": action}
-        self._names = {**names, "backend": backend.name, "backend_reason": backend.reason}
-        self._stats = Stats(**self._names)
         self._trace: Trace | None = None
         self._controller = Controller(family, schedule, action, self._start, self._done)
+        self._asked_for = backend
+        self._choose_backend(next(family.text.parameters()).device)
+        self._stats = Stats(**self._names)
 
     def attach(self) -> None:
         """Hook the model."""
         self._controller.attach(self._model())
+
+    def _choose_backend(self, device: torch.device) -> None:
+        self._device_type = device.type
+        self.backend: Backend = resolve(self._asked_for, device)
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        method = self._method.name if self._method else "schedule"
+        backend = {"backend": self.backend.name, "backend_reason": self.backend.reason}
+        return {"method": method, "action": self.action, **backend}
 
     @property
     def is_enabled(self) -> bool:
@@ -72,7 +83,7 @@ class Handle:
 
     def disable(self) -> None:
         """Restore the model exactly. Idempotent. A cache filled while routing was on needs it on to be continued."""
-        self._controller.detach(self._model())
+        self._controller.detach()
         self._pool = None
 
     def __enter__(self) -> Handle:
@@ -117,6 +128,8 @@ class Handle:
         self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
     ) -> Prefill:
         pool, device = self._pool, tables.cos.device
+        if device.type != self._device_type:  # the model has moved
+            self._choose_backend(device)
         fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, device)
         if pool is None or not (fits or self._pool_is_given):
             pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 import torch
 from torch import nn
 
-from reroute_kernels import PagedPool, resolve
+from reroute_kernels import BackendUnavailable, PagedPool, resolve
 
 from .errors import RerouteError, unknown
 from .methods import Method, get
@@ -18,7 +18,7 @@ from .schedule import Action, Schedule
 if TYPE_CHECKING:
     from .handle import Handle
 
-__all__ = ["disable", "enable"]
+__all__ = ["disable", "enable", "handle_of"]
 
 logger = logging.getLogger("reroute")
 DEFAULT_METHOD = "pdrop"
@@ -74,11 +74,13 @@ def enable(
             ratios are solved for it. Default: the method's own ratios.
         schedule: routing layers and ratios, instead of ``method``'s and ``keep``.
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
+            Chosen for the device of the decoder, and again if it moves to one of another type.
         pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
         trace: keep the decisions of the last prefill in ``handle.trace``.
 
     Returns:
-        A handle with ``stats()``, ``trace`` and ``disable()``, also a context manager; None without a model.
+        A handle with ``stats()``, ``trace`` and ``disable()``, also a context manager; None without a model, whose
+        ``handle_of`` then gives it once the model has been called.
 
     Raises:
         RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
@@ -112,6 +114,12 @@ def disable(model: nn.Module | None = None) -> None:
     _handles.clear()
 
 
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle that routes ``model``, also where ``enable`` was called without one; None while nothing does."""
+    handle = _handles.get(_unwrapped(model))
+    return handle if handle is not None and handle.is_enabled else None
+
+
 def _enable_one(
     model: nn.Module,
     *,
@@ -126,15 +134,14 @@ def _enable_one(
     from .handle import Handle
     from .transformers import family_of
 
-    num_layers = len(family_of(model).layers)
+    family = family_of(model)
+    num_layers = len(family.layers)
     chosen = None if schedule is not None and method is None else get(method or DEFAULT_METHOD)
     if schedule is None:
         assert chosen is not None
         chosen = chosen if keep is None else chosen.with_budget(keep, num_layers, action)
         schedule = chosen.schedule(num_layers, action)
-    schedule.validate(num_layers, action)
-    ops = resolve(backend, _device_of(model))
-    handle = Handle(model, schedule, action, ops, method=chosen, pool=pool, trace=trace)
+    handle = Handle(model, family, schedule, action, backend, method=chosen, pool=pool, trace=trace)
     # Everything is checked: only now may what was set before be replaced.
     disable(model)
     handle.attach()
@@ -151,12 +158,11 @@ def _enable_all(settings: dict[str, Any]) -> None:
     resolve(settings["backend"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def route(model: nn.Module) -> None:
-        own = _handles.get(model)
-        if own is not None and own.is_enabled:
+        if handle_of(model) is not None:
             return
         try:
             _enable_one(model, pool=None, **settings)
-        except RerouteError as error:
+        except (RerouteError, BackendUnavailable) as error:
             logger.warning("%s is not routed: %s", type(model).__name__, error)
 
     process_wide.stop()
@@ -167,7 +173,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what ``torch.compile`` returned."""
     inner: nn.Module = getattr(model, "_orig_mod", model)
     return inner
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

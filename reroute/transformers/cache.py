@@ -34,6 +34,26 @@ class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     fillers: bool
     shift: torch.Tensor | None
     group: tuple[int, ...]
+    _is_served = False
+
+    def serve(self) -> None:
+        """Let the forward that now runs store its tokens: its mask and positions are made for the rows held here."""
+        self._is_served = True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store tokens.
+
+        Raises:
+            UnsupportedCacheError: in a forward without routing, whose mask and positions would not fit these rows.
+        """
+        if not self._is_served:
+            raise UnsupportedCacheError(
+                "This cache was filled while routing was on, and this forward runs without it. Call reroute.enable "
+                "again to go on with the cache, or start a new one."
+            )
+        self._is_served = False
+        keys, values = super().update(*args, **kwargs)
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Logical length: what Transformers must believe."""

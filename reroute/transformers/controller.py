@@ -77,7 +77,8 @@ class Controller:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
-        self.family, self.schedule, self.action = family, schedule, action
+        self._family: Family | None = family
+        self.schedule, self.action = schedule, action
         self._start, self._done = start, done
         self._state = _ThreadState()
         self._undo: list[Callable[[], None]] = []
@@ -89,7 +90,7 @@ class Controller:
     def attach(self, model: Any) -> None:
         """Hook ``model``."""
         family, undo = self.family, self._undo
-        _forget_compiled(model)
+        _forget_compiled()
         undo.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
         undo.append(model.register_forward_hook(self._after_model, always_call=True).remove)
         undo.append(family.base.register_forward_pre_hook(self._before_base, with_kwargs=True).remove)
@@ -103,14 +104,21 @@ class Controller:
         undo.append(generate.restore)
         self._attached = True
 
-    def detach(self, model: nn.Module | None) -> None:
-        """Undo ``attach``. Idempotent; ``model`` may be gone."""
+    def detach(self) -> None:
+        """Undo ``attach`` and let go of the model. Idempotent."""
         self._abandon()
-        if model is not None and self._undo:
-            _forget_compiled(model)
-        self._attached = False
+        if self._undo:
+            _forget_compiled()
+        self._attached, self._family = False, None
         while self._undo:
             self._undo.pop()()
+
+    @property
+    def family(self) -> Family:
+        """The model's. RerouteError once routing is disabled."""
+        if self._family is None:
+            raise RerouteError("Routing of this model was disabled. Call reroute.enable for a new handle.")
+        return self._family
 
     @property
     def is_attached(self) -> bool:
@@ -317,7 +325,7 @@ class _Generate:
         return functools.partial(type(model).generate, model) if self._own is None else self._own
 
 
-def _forget_compiled(model: nn.Module) -> None:
-    """Compiled code does not see hooks that come or go later."""
-    if any(m._compiled_call_impl is not None for m in model.modules()) and "torch._dynamo" in sys.modules:
+def _forget_compiled() -> None:
+    """Compiled code does not see hooks that come or go later, and whatever calls the model may be compiled."""
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

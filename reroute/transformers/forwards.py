@@ -101,7 +101,16 @@ class RoutedPrefill:
         return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
 
     def finish(self) -> None:
-        """Tell the cache which rows its layers hold; drafted tokens after the prompt may be cropped later."""
+        """Tell the cache which rows its layers hold; drafted tokens after the prompt may be cropped later.
+
+        Raises:
+            RerouteError: no decision was made, as the decoder ran without its hooks.
+        """
+        if self.prefill is None:
+            raise RerouteError(
+                "The decoder ran around its hooks, so nothing was routed. Code that calls the model and was compiled "
+                "before reroute.enable must be compiled after it (torch.compiler.reset() forgets the old code)."
+            )
         if self.cache is None:
             return
         drafted = self.plan.drafted
@@ -125,6 +134,8 @@ class RoutedPrefill:
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
         layer = routed_layer(self.cache, index)
+        if layer is not None:
+            layer.serve()
         earlier = () if layer is None else layer.group
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
@@ -173,6 +184,7 @@ class Continuation:
         layer = routed_layer(cache_of(kwargs), index)
         if layer is None:
             return None
+        layer.serve()
         mask = kwargs.get("attention_mask")
         changed: Kwargs = {}
         if mask is not None or layer.fillers:

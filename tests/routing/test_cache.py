@@ -16,6 +16,8 @@ from support import RULES, any_prompt, any_rules, cache_of, close, enable, kv_le
 from torch import Tensor
 from transformers import DynamicCache
 
+from reroute.errors import UnsupportedCacheError
+
 
 def prefilled(tiny: Tiny, samples: list[Sample]) -> Any:
     return cache_of(tiny.model(**tiny.inputs(samples, positions=True), use_cache=True))
@@ -166,3 +168,18 @@ def test_any_cache(data: st.DataObject) -> None:
     total: Tensor = expected.active.sum()
     assert sum(kv_lengths(cache)) == int(total)
     assert cache.get_seq_length() == len(sample)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_routed_cache_is_not_continued_without_routing(tiny: Tiny, rules: Rules) -> None:
+    """It would go wrong without a word wherever masks or positions have to be adapted."""
+    sample, more = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 1)
+    with enable(tiny, rules):
+        cache = prefilled(tiny, [sample])
+    given = tiny.follow([sample], [more])
+    with pytest.raises(UnsupportedCacheError, match="filled while routing was on"):
+        tiny.model(**given, **{CACHE: cache})
+    with enable(tiny, RULES[0]):
+        fresh = prefilled(tiny, [sample])
+        tiny.model(**given, **{CACHE: fresh})
+        tiny.model(**given, **{CACHE: fresh})

@@ -51,6 +51,24 @@ def test_routing_under_compile(name: str, first: str) -> None:
     torch.testing.assert_close(logits(tiny, tiny.model), plain)
 
 
+@pytest.mark.parametrize("how", ["wrapper", "forward", "function"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_ran_compiled_before_is_routed_too(how: str) -> None:
+    tiny = models.llava(layers=3)
+    compiled: Any = torch.compile(tiny.model.forward if how == "forward" else tiny.model, backend="eager")
+    if how == "forward":
+        tiny.model.forward = compiled
+    elif how == "function":
+        compiled = torch.compile(lambda **given: tiny.model(**given), backend="eager")
+    call = tiny.model if how == "forward" else compiled
+    plain = logits(tiny, call)
+    with reroute.enable(tiny.model, schedule=SCHEDULE) as handle:
+        routed = logits(tiny, call)
+        torch.testing.assert_close(logits(tiny, tiny.model), routed)
+    assert handle.stats().prefills == 2
+    torch.testing.assert_close(logits(tiny, call), plain)
+
+
 def test_what_compile_returns_can_be_enabled() -> None:
     """Its forward and its ``generate`` are routed, and so are those of the model inside."""
     tiny = models.llava(layers=3)

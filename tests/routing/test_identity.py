@@ -196,6 +196,24 @@ def test_a_copy_of_a_routed_model_is_a_model_of_its_own() -> None:
     reroute.disable(twin.model)
 
 
+def test_a_handle_does_not_keep_the_model() -> None:
+    """Its figures are read after ``with``; the weights are gone as soon as the model is."""
+    tiny = models.llava(layers=4)
+    with reroute.enable(tiny.model, keep=0.5) as handle:
+        tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
+    weights = weakref.ref(tiny.model.model.language_model)
+    gc.collect()
+    gc.disable()
+    try:
+        del tiny
+        assert weights() is None
+    finally:
+        gc.enable()
+    assert handle.stats().prefills == 1
+    with pytest.raises(RerouteError, match="was disabled"):
+        handle.plan(torch.zeros(1, 3, dtype=torch.int64))
+
+
 def test_a_routed_model_can_be_freed() -> None:
     tiny = models.llava(layers=4)
     ref = weakref.ref(tiny.model)

@@ -77,6 +77,40 @@ def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
         reroute.disable()
 
 
+def test_the_handle_of_a_model(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    assert reroute.handle_of(tiny.model) is None
+    reroute.enable(keep=0.5, trace=True)
+    try:
+        assert reroute.handle_of(tiny.model) is None  # not called yet
+        tiny.model(**given)
+        handle = reroute.handle_of(tiny.model)
+        assert handle is not None
+        assert handle.stats().prefills == 1
+        assert handle.trace is not None
+        own = reroute.enable(tiny.model, keep=0.5)
+        assert reroute.handle_of(tiny.model) is own
+    finally:
+        reroute.disable()
+    assert reroute.handle_of(tiny.model) is None
+
+
+def test_a_backend_that_cannot_run_for_one_model(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a model on the CPU of a machine with a GPU: it says so, and the forward goes on."""
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    plain = tiny.model(**given).logits
+    monkeypatch.setattr("reroute.switch.resolve", lambda *_: None)  # where the GPU is
+    reroute.enable(backend="triton")
+    try:
+        with caplog.at_level(logging.WARNING, logger="reroute"):
+            assert torch.equal(tiny.model(**given).logits, plain)
+        assert "is not routed: backend='triton' cannot run: it needs CUDA tensors and these are on cpu" in caplog.text
+    finally:
+        reroute.disable()
+
+
 def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     from reroute_kernels import dispatch
 

@@ -16,7 +16,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import FastV, PDrop
-from reroute_kernels import BackendUnavailable, PagedPool, PoolLimitError
+from reroute.prefill import Tables
+from reroute_kernels import BackendUnavailable, PagedPool, PoolLimitError, resolve
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,22 @@ def test_backend_by_environment(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("REROUTE_BACKEND", "gpu")
     with pytest.raises(ValueError, match="REROUTE_BACKEND"):
         reroute.enable(tiny.model)
+
+
+def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is chosen by the decoder's device, and again once that is of another type."""
+    chosen: list[str] = []
+    plain = resolve("torch", torch.device("cpu"))
+    monkeypatch.setattr("reroute.handle.resolve", lambda name, device: chosen.append(device.type) or plain)
+    tiny = models.llava(layers=4)
+    ids = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])["input_ids"]
+    hidden = torch.zeros(*ids.shape, tiny.model.config.text_config.hidden_size)
+    tiny.model.to("meta")
+    with reroute.enable(tiny.model, keep=0.5) as handle:
+        plan = handle.plan(ids)
+        for _ in range(2):
+            handle._start(plan, hidden, Tables(hidden, hidden, None)).close()
+    assert chosen == ["meta", "cpu"]
 
 
 def test_models() -> None:
