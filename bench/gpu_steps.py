@@ -38,9 +38,9 @@ KERNEL_TESTS = ("rows", "defer_rmsnorm", "select", "score_topk", "ops", "routing
 SANITIZED = (
     *(f"tests/kernels/test_{name}.py" for name in ("rows", "defer_rmsnorm", "score_topk", "select")),
     "-k",
-    "odd or ragged or broken or few",
+    "odd or ragged or broken or few or fillers",
 )
-"""Few tests, of every kernel; ``few`` are the values of a selection by one program, in stages, and refined."""
+"""Few tests, of every kernel; ``few`` are values of a selection by one program, in stages, and refined."""
 MISLEADING = ("REROUTE_BACKEND", "TRITON_INTERPRET")
 """Variables of the environment with which a step could pass without a kernel on the GPU."""
 HANGING = [*("-o", "faulthandler_timeout=120"), *("-o", "faulthandler_exit_on_timeout=true")]
