@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: ``python -m bench.gpu_check [--out FOLDER]``, or ``make gpu-check``.
 
-Kernel tests, sanitizers, a routed prefill as a CUDA graph and one that may not wait, and the micro-benchmarks. A step
-that fails does not stop the others. Prints one table, writes it as CSV and JSON, and exits with 0 only if all passed.
+Kernel tests, a routed prefill as a CUDA graph and one that may not wait, the micro-benchmarks, and sanitizers. A step
+that fails or hangs does not stop the others. Results are written as CSV and JSON after every step, with all that the
+steps print beside them. Prints one table at the end, and exits with 0 only if all passed.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import argparse
 import csv
 import json
 import platform
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import gpu_steps as steps
-from .gpu_steps import Measurement, StepFailed, StepSkipped
+from .cases import OPERATIONS
+from .gpu_steps import Measurement, Program, Run, StepFailed, StepSkipped
 
-__all__ = ["Result", "attempt", "main", "plan", "report"]
+__all__ = ["Result", "attempt", "main", "plan", "report", "save"]
 
 Step = Callable[[], "str | list[Measurement]"]
+EXPECTED = "floor and modelled"  # columns of the table, whatever GPU it is
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,18 @@ class Result:
     measurements: tuple[Measurement, ...] = ()
 
 
-def plan(device: torch.device) -> dict[str, Step]:
-    """The steps in order."""
-    return {
-        "kernel tests": steps.kernel_tests,
-        "memcheck": lambda: steps.sanitizer("memcheck"),
-        "racecheck": lambda: steps.sanitizer("racecheck"),
-        "CUDA graph": lambda: steps.graph(device),
-        "no waiting": lambda: steps.no_waiting(device),
-        "benchmarks": steps.benchmarks,
+def plan(folder: Path) -> dict[str, Step]:
+    """The steps, those that tell most for their time first. The output of each goes to a file of ``folder``."""
+    every: dict[str, Callable[[Run], str | list[Measurement]]] = {
+        **{f"kernel tests: {name}": partial(steps.kernel_tests, name) for name in steps.KERNEL_TESTS},
+        "CUDA graph": partial(steps.prefills, "graph"),
+        "no waiting": partial(steps.prefills, "no-waiting"),
+        **{f"benchmarks: {operation}": partial(steps.benchmarks, operation) for operation in OPERATIONS},
+        "memcheck": partial(steps.sanitizer, "memcheck"),
+        "racecheck": partial(steps.sanitizer, "racecheck"),
     }
+    log = lambda name: folder / f"{re.sub(r'[: ]+', '-', name)}.txt"
+    return {name: partial(step, Program(log(name))) for name, step in every.items()}
 
 
 def attempt(name: str, step: Step) -> Result:
@@ -71,23 +78,33 @@ def attempt(name: str, step: Step) -> Result:
     return Result(name, status, round(time.perf_counter() - start, 1), detail, measurements)
 
 
-def report(results: Sequence[Result], environment: dict[str, Any], folder: Path) -> str:
-    """Write results.json and results.csv to ``folder``; return the table, below what went wrong."""
+def save(results: Sequence[Result], environment: dict[str, Any], folder: Path) -> None:
+    """Write results.json and results.csv to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment, "steps": [asdict(result) for result in results]}
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(_table(results))
+
+
+def report(results: Sequence[Result], environment: dict[str, Any]) -> str:
+    """What each step found, and the table."""
+    table = _table(results)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in table]
+    details = [f"--- {result.step} {result.status}: {result.detail}" for result in results]
+    units = f"Microseconds on {environment['gpu']}; floor and modelled are {environment[EXPECTED]}."
+    return "\n".join([*details, "", units, "", *lines])
+
+
+def _table(results: Sequence[Result]) -> list[list[str]]:
     names = [field.name for field in fields(Measurement)]
-    table: list[list[str]] = [["step", "status", "seconds", *names]]
+    table = [["step", "status", "seconds", *names]]
     for result in results:
         table.append([result.step, result.status, str(result.seconds), *[""] * len(names)])
         for measurement in result.measurements:
             table.append([result.step, "measured", "", *map(_cell, asdict(measurement).values())])
-    with (folder / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(table)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in table]
-    details = [f"--- {r.step} {r.status}: {r.detail}" for r in results if r.status != "passed"]
-    return "\n".join([*details, "", *lines])
+    return table
 
 
 def _cell(value: str | float | None) -> str:
@@ -100,7 +117,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
     gpu, cuda = torch.cuda.get_device_name(device), torch.version.cuda
-    return {"gpu": gpu, "cuda": cuda, **versions, "python": platform.python_version()}
+    return {"gpu": gpu, "cuda": cuda, **versions, "python": platform.python_version(), EXPECTED: "of an H100 SXM"}
 
 
 def main() -> int:
@@ -111,15 +128,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check needs a CUDA device, and torch {torch.__version__} finds none.", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    environment = _environment(device)
+    environment = _environment(torch.device("cuda"))
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
-    results = []
-    for name, step in plan(device).items():
+    results: list[Result] = []
+    for name, step in plan(options.out).items():
         results.append(attempt(name, step))
+        save(results, environment, options.out)
         print(f"{results[-1].status:8s}{name} ({results[-1].seconds} s)", flush=True)
-    print(report(results, environment, options.out))
-    print(f"\nMicroseconds. Written to {options.out}/results.csv and results.json.")
+    print(report(results, environment))
+    print(f"\nWritten to {options.out}: results.csv, results.json, and what each step printed.")
     return int(any(result.status == "failed" for result in results))
 
 

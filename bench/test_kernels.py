@@ -1,11 +1,12 @@
 """Micro-benchmarks of the operations on shapes of real models: ``pytest bench [--all]``.
 
-On CUDA both backends are measured in bf16, eagerly and as CUDA graphs, with a cold L2 cache. Elsewhere the reference
+On CUDA both backends are measured in bf16, eagerly and as CUDA graphs (``clock.py``). Elsewhere the reference
 is measured on the CPU in fp32, and the Triton kernels get the time that ``modelled.py`` gives them on an H100.
 """
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from reroute_kernels import resolve
 
 from .cases import OPERATIONS, Case, Problem, problems
-from .clock import Clock, DeviceClock, HostClock, captured
+from .clock import Clock, DeviceClock, HostClock, Mode, captured
 from .counts import simt_path
 from .modelled import AFFORDABLE, counted, model
 
@@ -23,17 +24,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 MEMORY = 24 << 30 if CUDA else 1 << 30  # bytes: larger cases are left out
-QUICK = {(576, 1), (2304, 1), (576, 4), (2304, 4)} if CUDA else {(576, 1), (2304, 1)}
+QUICK = {(576, 1), (2304, 1)} | ({(576, 4), (2304, 4), (16384, 1), (65536, 1)} if CUDA else set())
 ROUNDS = 50 if CUDA else 5
 CLOCK: Clock = DeviceClock(DEVICE) if CUDA else HostClock()
 MODELLED = Clock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    fitting = problems(MEMORY, DTYPE.itemsize)
+    fitting, only = problems(MEMORY, DTYPE.itemsize), metafunc.config.getoption("--operation")
     if not metafunc.config.getoption("--all"):
         fitting = [p for p in fitting if (p.visual, p.batch) in QUICK]
     metafunc.parametrize("problem", fitting, ids=str)
+    metafunc.parametrize("operation", [only] if only else OPERATIONS)
 
 
 @lru_cache(maxsize=1)
@@ -43,11 +45,16 @@ def case_of(problem: Problem) -> Case:
 
 @pytest.mark.parametrize("mode", ["eager", "graph"] if CUDA else ["eager"])
 @pytest.mark.parametrize("backend", ["torch", "triton"] if CUDA else ["torch"])
-@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.benchmark(timer=CLOCK)
 @torch.no_grad()
 def test_measured(
-    benchmark: Any, problem: Problem, operation: str, backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any,
+    problem: Problem,
+    operation: str,
+    backend: str,
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config,
 ) -> None:
     monkeypatch.delenv("REROUTE_BACKEND", raising=False)
     kernels, case = resolve(backend, DEVICE), case_of(problem)
@@ -58,12 +65,14 @@ def test_measured(
     benchmark.extra_info |= {"floor": 1e6 * expected.floor, "modelled": modelled and 1e6 * modelled}
     run = lambda: OPERATIONS[operation](kernels, case)
     run = captured(run) if mode == "graph" else run
-    benchmark.pedantic(lambda: CLOCK.run(run), rounds=ROUNDS, warmup_rounds=2)
+    benchmark.pedantic(lambda: CLOCK.run(run, mode), rounds=ROUNDS, warmup_rounds=2)
+    if (medians := pytestconfig.getoption("--medians")) is not None:
+        with medians.open("a") as file:
+            file.write(json.dumps({**benchmark.extra_info, "median": 1e6 * benchmark.stats.stats.median}) + "\n")
 
 
 @pytest.mark.skipif(CUDA, reason="a GPU measures instead")
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.benchmark(timer=MODELLED)
 def test_modelled(benchmark: Any, problem: Problem, operation: str, mode: str) -> None:
     result = model(operation, problem)
@@ -79,7 +88,6 @@ def test_modelled(benchmark: Any, problem: Problem, operation: str, mode: str) -
 
 @pytest.mark.skipif(CUDA, reason="a GPU measures instead")
 @pytest.mark.skipif(simt_path() is None, reason="simt is not here to count")
-@pytest.mark.parametrize("operation", OPERATIONS)
 def test_counted(operation: str, problem: Problem, record_property: Any) -> None:
     """What simt counts, in the properties of ``--junit-xml`` and printed with ``-rP``."""
     if problem.visual > AFFORDABLE or problem.batch > 1:

@@ -1,4 +1,4 @@
-"""Decisions to make: tensors and counts as a prefill would hand them to the score and select operations."""
+"""Decisions to make, as a prefill would hand them to the score and select operations, and how results compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels import Segments
+from reroute_kernels import Segments, Selection, reference
 
 PAGE = 64
 
@@ -64,3 +64,17 @@ def decision(
     indices = last, candidates, texts, torch.arange(total, device=device) % 97
     tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, segments)
     return tensors, {"scale": features**-0.5, "rope": rope}
+
+
+def same(got: Selection, wanted: Selection) -> None:
+    """Equal to the bit, NaN payloads included."""
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = (t.view(torch.int32) if t.dtype == torch.float32 else t for t in (a, b))
+        assert torch.equal(a, b)
+
+
+def exact(arguments: tuple[Any, ...], got: Selection) -> None:
+    """The selection is that of a stable sort of the kernel's own scores. arguments: those of score_topk."""
+    same(got, reference.select(got.scores, *arguments[5:]))

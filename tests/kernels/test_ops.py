@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.clock import captured
 from reroute_kernels import PagedPool, RMSNorm, Segments, Selection, reference
 
 HEADS, GROUPS, FEATURES = 4, 2, 16
@@ -39,7 +40,8 @@ class Problem:
         self.query_rows = integers(13, 18)
         self.candidates = integers([*range(2, 12)], [-1] * 10)
         self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
-        self.segments = Segments((0, 16), (14, 3), (10, 0), (4, 3), (3, 0))
+        columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
+        self.segments = Segments(*columns, on_device=integers(*columns))  # as a plan does: a capture uploads nothing
         self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
 
     @property
@@ -147,18 +149,17 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
     assert inverse.shape == (24,)
 
 
-def test_cuda_graph(ops: Any, executor: Any, device: torch.device) -> None:
-    if executor.kind != "cuda":
-        pytest.skip("of a GPU")
+def test_cuda_graph(ops: Any, executor: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing is captured, but neither is anything uploaded."""
     problem = Problem(device)
-    problem.step(ops, problem.pages, problem.hidden)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = problem.step(ops, problem.pages, problem.hidden)
+    run = lambda: problem.step(ops, problem.pages, problem.hidden)
+    if executor.kind == "cuda":
+        run = captured(run)
+    else:
+        monkeypatch.setattr(reference, "upload", None)
     problem.hidden.normal_()
     problem.keys.normal_()
-    graph.replay()
-    same(outputs, problem.step(reference, problem.pages.clone(), problem.hidden))
+    same(run(), problem.step(reference, problem.pages.clone(), problem.hidden))
 
 
 def test_launches_go_to_the_gpu_of_the_tensors(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:

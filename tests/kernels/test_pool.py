@@ -309,9 +309,10 @@ def test_threads_never_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pool.stats().pages_in_use == pool.stats().leases == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_page_changes_streams_in_order() -> None:
-    pool = PagedPool(WIDTH, torch.float32, "cuda", page_size=PAGE)
+def test_a_page_changes_streams_in_order(executor: Any) -> None:
+    if executor.kind != "cuda":
+        pytest.skip("of a GPU")
+    pool = PagedPool(WIDTH, torch.float32, executor.device, page_size=PAGE)
     with torch.cuda.stream(torch.cuda.Stream()), pool.lease([PAGE]) as lease:
         torch.cuda._sleep(100_000_000)
         lease.pages.fill_(1.0)

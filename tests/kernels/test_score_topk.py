@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import decision
+from routing_cases import decision, exact
 from torch import Tensor
 
 from reroute_kernels import RMSNorm, Segments, Selection, reference
@@ -29,16 +29,6 @@ def kernel(executor: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def exact(arguments: tuple[Any, ...], got: Selection) -> None:
-    """The selection is that of a stable sort of the kernel's own scores."""
-    wanted = reference.select(got.scores, *arguments[5:])
-    assert torch.equal(got.kept, wanted.kept)
-    assert torch.equal(got.active, wanted.active)
-    assert torch.equal(got.positions, wanted.positions)
-    bits = [t.view(torch.int32) for t in (got.scores, wanted.scores)]
-    assert torch.equal(*bits)  # -inf behind the counts included
 
 
 def normed(keys: Tensor, norm: RMSNorm | None, dtype: torch.dtype) -> Tensor:

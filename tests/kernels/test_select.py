@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import rows_of, split
+from routing_cases import rows_of, same, split
 from torch import Tensor
 
-from reroute_kernels import Segments, Selection, reference
+from reroute_kernels import Segments, reference
 
 INF, NAN = math.inf, math.nan
 NEGATIVE_NAN = torch.tensor([0xFFC00001 - 2**32], dtype=torch.int32).view(torch.float32).item()
@@ -29,15 +29,6 @@ def kernel(executor: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def same(got: Selection, wanted: Selection) -> None:
-    """Equal to the bit, NaN payloads included."""
-    for a, b in zip(got, wanted, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        a, b = (t.view(torch.int32) if t.dtype == torch.float32 else t for t in (a, b))
-        assert torch.equal(a, b)
 
 
 def check(

@@ -1,0 +1,114 @@
+"""Checks of routed prefills on a GPU, of a small random LLaVA: ``python -m bench.gpu_prefills graph|no-waiting``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reroute
+from reroute.handle import Handle
+
+from .clock import captured
+from .gpu_steps import StepFailed
+from .models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
+
+__all__ = ["CHECKS", "graph", "main", "no_waiting"]
+
+
+class Prefills:
+    """Routed prefills of one plan. They begin with embedded tokens: Transformers waits when it merges pictures."""
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model: Any = build(QUICK, dtype)
+        self.model: Any = model.to(device)
+        self.ids: Tensor = inputs_of(QUICK)["input_ids"].to(device)
+        self.embeds: Tensor = self.draw(0)
+
+    def draw(self, seed: int) -> Tensor:
+        """The input of another prompt with the same plan."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 512, self.ids.shape, generator=generator).to(self.ids.device)
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        picture = torch.randn(embeds.shape, generator=generator).to(embeds) * embeds.std()
+        return torch.where((self.ids == IMAGE_ID)[..., None], picture, embeds)
+
+    def run(self) -> list[Tensor]:
+        """Logits, and the keys and values of every layer."""
+        output = self.model(inputs_embeds=self.embeds, use_cache=True)
+        layers = output[CACHE].layers
+        return [output.logits, *(layer.keys for layer in layers), *(layer.values for layer in layers)]
+
+    def routing(self) -> Handle:
+        # Not "auto": on a GPU it is the kernels that are to be checked.
+        backend = "triton" if self.ids.is_cuda else "torch"
+        handle: Handle = reroute.enable(self.model, schedule=SCHEDULE, backend=backend)
+        return handle
+
+
+@torch.no_grad()
+def graph(device: torch.device, capture: Callable[[Callable[[], Any]], Callable[[], Any]] = captured) -> str:
+    """A captured prefill gives, for other inputs of its plan, the bits of the eager one."""
+    prefills, inputs = Prefills(device), 3
+    with prefills.routing() as handle:
+        plan = handle.plan(prefills.ids)
+        assert plan is not None
+        with handle.using(plan):
+            replay = capture(prefills.run)
+            for seed in range(1, inputs + 1):
+                prefills.embeds.copy_(prefills.draw(seed))
+                replayed = [tensor.clone() for tensor in replay()]
+                _equal(replayed, prefills.run())
+        stats = handle.stats()
+    return f"{inputs} inputs, logits and KV caches bit for bit, backend {stats.backend}"
+
+
+def _equal(replayed: list[Tensor], eager: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(replayed, eager, strict=True)):
+        if a.shape != b.shape or not torch.equal(a, b):
+            apart = (a.float() - b.float()).abs().max().item() if a.shape == b.shape else "their shapes"
+            raise StepFailed(f"replayed and eager prefill differ in tensor {i} (0: logits, then caches) by {apart}")
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def no_waiting(device: torch.device, guard: Callable[[], AbstractContextManager[None]] = _waiting_is_an_error) -> str:
+    """A routed prefill whose plan is made never waits for the device, its lease and its tables included."""
+    prefills = Prefills(device)
+    with prefills.routing() as handle:
+        plans = handle.plan(prefills.ids), handle.plan(prefills.ids)
+        for plan in plans:  # the first compiles
+            assert plan is not None
+            with handle.using(plan), guard() if plan is plans[1] else nullcontext():
+                prefills.run()
+        return f"{handle.stats().prefills} prefills, backend {handle.stats().backend}"
+
+
+CHECKS: dict[str, Callable[[torch.device], str]] = {"graph": graph, "no-waiting": no_waiting}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what a check found; what it found wrong is raised."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_prefills", description=__doc__)
+    parser.add_argument("check", choices=CHECKS)
+    check = parser.parse_args(arguments).check
+    if not torch.cuda.is_available():
+        parser.error(f"{check} needs a CUDA device, and torch {torch.__version__} finds none")
+    print(CHECKS[check](torch.device("cuda")))
+
+
+if __name__ == "__main__":
+    main()
