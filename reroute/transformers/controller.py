@@ -77,6 +77,7 @@ class Controller:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
+        family.mask_form()  # refuses attention that cannot be routed; each forward asks again
         self.family, self.schedule, self.action = family, schedule, action
         self._start, self._done = start, done
         self._state = _ThreadState()
