@@ -35,9 +35,14 @@ class Family:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: the decoder inside is not one that this family knows, or its heads are spread over
-                several GPUs.
+            UnsupportedModelError: the decoder inside is not one that this family knows, its heads are spread over
+                several GPUs, or ``model`` is a wrapper such as PEFT's.
         """
+        if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is a wrapper around the model. Pass model.get_base_model(), which has the "
+                "adapters in it, or what model.merge_and_unload() returns."
+            )
         if (model.tp_size or 1) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is loaded with tensor parallelism: each GPU has a part of the heads and would "
