@@ -17,6 +17,7 @@ import torch
 from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Rope, Selection
 from reroute_kernels.upload import outlive_queue
 
+from .errors import RerouteError
 from .methods import Method, ScoreView
 from .plan import Layout, Plan
 from .trace import StageTrace, Trace
@@ -263,7 +264,7 @@ class Prefill:
         seen = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
         view = ScoreView(seen, layer, stage, rows[self._layout.queries[stage]])
         scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)
-        for target, score, n in zip(scores, method.score(view), counts, strict=True):
+        for target, score, n in zip(scores, _checked_scores(method, view), counts, strict=True):
             target[:n] = score
         lists = self._rivals.candidates, self._rivals.texts, self._scored_positions(stage)
         return self._backend.select(scores, *lists, segments)
@@ -327,6 +328,25 @@ class Prefill:
 
 def _trim(padded: torch.Tensor, counts: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(row[:n] for row, n in zip(padded, counts, strict=True))
+
+
+def _checked_scores(method: Method, view: ScoreView) -> list[torch.Tensor]:
+    """What ``method`` returns, if it is one number per candidate: anything else might be broadcast. Never waits."""
+    returned = method.score(view)
+    scores = [] if returned is None else list(returned)
+    if len(scores) != len(view.hidden):
+        raise RerouteError(
+            f"Method {method.name!r} scored {len(scores)} samples instead of {len(view.hidden)}. Return one tensor for "
+            "each of view.hidden."
+        )
+    for sample, (score, hidden) in enumerate(zip(scores, view.hidden, strict=True)):
+        came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+        if came != (len(hidden),):
+            raise RerouteError(
+                f"Method {method.name!r} scored sample {sample} with {came} instead of a tensor {(len(hidden),)}. "
+                "Return one number for each row of view.hidden[b]."
+            )
+    return scores
 
 
 def _merged(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

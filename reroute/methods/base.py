@@ -70,7 +70,7 @@ class Method(ABC):
         """
 
     def score(self, view: ScoreView) -> list[torch.Tensor]:
-        """Scores (N_b,) fp32 of each sample's candidates, the highest kept first.
+        """Scores (N_b,) fp32 of each sample's candidates, the highest kept first. Other shapes are refused.
 
         Must not wait for the device, and must not let a sample depend on its batch neighbours.
         """

@@ -26,8 +26,10 @@ class Random(FastV):
 
     def score(self, view: ScoreView) -> list[torch.Tensor]:
         """See ``Method``."""
-        return [self._draw(view.stage, len(x)).to(x.device, non_blocking=True) for x in view.hidden]
+        return [self._draw(view.stage, len(x), x.device) for x in view.hidden]
 
-    def _draw(self, stage: int, n: int) -> torch.Tensor:
+    def _draw(self, stage: int, n: int, device: torch.device) -> torch.Tensor:
+        """On the host, where a seed means the same for any device, and pinned, so that the copy does not wait."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + stage)
-        return torch.rand(n, generator=generator, device="cpu")
+        drawn = torch.rand(n, generator=generator, device="cpu", pin_memory=device.type == "cuda")
+        return drawn.to(device, non_blocking=True)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedCacheError
 
-__all__ = ["RoutedLayer", "cache_of", "check_cache", "route_layer", "routed_layer"]
+__all__ = ["RoutedLayer", "cache_of", "check_cache", "past_length", "route_layer", "routed_layer"]
 
 
 class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -107,6 +107,11 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among keyword arguments: ``cache`` since Transformers 5.24, ``past_key_values`` before."""
     cache: Cache | None = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def past_length(cache: Cache | None) -> int:
+    """Logical length of ``cache``."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def check_cache(cache: Cache, layers: Iterable[int]) -> None:

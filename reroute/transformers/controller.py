@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from ..errors import RerouteError
 from ..plan import Plan, make_plan
 from ..prefill import Reservation
 from ..schedule import Action, Schedule
-from .cache import RoutedLayer, cache_of, check_cache
+from .cache import RoutedLayer, cache_of, check_cache, past_length
 from .families import Family
 from .forwards import NO_GRADIENTS, Continuation, Forward, RoutedPrefill, StartPrefill
 
@@ -77,13 +77,14 @@ class Controller:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
+        family.mask_form()  # refuses attention that cannot be routed; each forward asks again
         self._family: Family | None = family
         self.schedule, self.action = schedule, action
         self._start, self._done = start, done
         self._state = _ThreadState()
         self._undo: list[Callable[[], None]] = []
         self._attached = False
-        self._warned = False
+        self._warned: set[str] = set()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
@@ -135,20 +136,23 @@ class Controller:
     def generating(self, model: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Iterator[None]:
         """Know where the prompt of a ``generate`` ends: later tokens must not choose for it."""
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        self._refuse_chunks(model, kwargs, ids)
-        outer, self._state.prompt_end = self._state.prompt_end, None if ids is None else ids.shape[1]
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        self._refuse_chunks((config, model.generation_config), kwargs, ids)
+        outer, self._state.prompt_end = self._state.prompt_end, None if ids is None else _prompt_end(ids, kwargs)
         try:
             yield
         finally:
             self._state.prompt_end = outer
 
-    def _refuse_chunks(self, model: Any, kwargs: Kwargs, ids: torch.Tensor | None) -> None:
-        configs = (kwargs.get("generation_config"), model.generation_config)
-        sizes = [kwargs.get("prefill_chunk_size"), *(getattr(c, "prefill_chunk_size", None) for c in configs)]
-        if any(sizes) and ids is not None and bool(np.isin(ids.cpu().numpy(), self.family.visual_ids).any()):
+    def _refuse_chunks(self, configs: Sequence[Any], kwargs: Kwargs, ids: torch.Tensor | None) -> None:
+        sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
+        # As in Transformers: a keyword wins, None included; then whatever is set first.
+        size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
+        if size and ids is not None and bool(np.isin(ids.cpu().numpy(), self.family.visual_ids).any()):
             raise RerouteError(
                 "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
-                "Set prefill_chunk_size=None (routing already makes long prompts cheaper), or disable routing."
+                "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "
+                "routing."
             )
 
     # --- planning -------------------------------------------------------------------------------------------------
@@ -175,10 +179,9 @@ class Controller:
         is_visual = np.isin(ids, self.family.visual_ids)
         if not is_visual.any():
             return None
-        past = 0
         if cache is not None:
             check_cache(cache, range(self.schedule.layers[0], len(self.family.layers)))
-            past = cache.get_seq_length()
+        past = past_length(cache)
         if past and self.schedule.positions == "renumbered":
             raise RerouteError("positions='renumbered' is defined for one prompt only. Start a new cache.")
         valid = np.ones_like(ids, dtype=bool)
@@ -208,8 +211,17 @@ class Controller:
         return ends
 
     def _open(self, args: tuple[Any, ...], kwargs: Kwargs) -> Forward | None:
-        cache = cache_of(kwargs)
-        plan, reservation = self._state.given or (self._plan_call(args, kwargs, cache), None)
+        cache, ids = cache_of(kwargs), args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if ids is None else ids
+        if tokens is None:
+            return None  # Transformers raises
+        is_step = tokens.shape[1] == 1
+        plan = reservation = None
+        if self._state.given is not None and not (is_step and past_length(cache)):
+            plan, reservation = self._state.given
+            _check_given(plan, tokens, cache)
+        elif not is_step:
+            plan = self._plan_call(ids, kwargs, cache)
         if plan is not None and not plan.changes_nothing:
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.family.text.parameters()):
                 raise RerouteError(NO_GRADIENTS)
@@ -221,28 +233,26 @@ class Controller:
             return Continuation(self.family)
         return None
 
-    def _plan_call(self, args: tuple[Any, ...], kwargs: Kwargs, cache: Cache | None) -> Plan | None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        has_picture = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos"))
-        has_picture = has_picture or bool(kwargs.get("mm_encoder_outputs"))
+    def _plan_call(self, ids: torch.Tensor | None, kwargs: Kwargs, cache: Cache | None) -> Plan | None:
         if ids is None:
-            if has_picture:
-                self._warn("the prompt came as inputs_embeds; pass input_ids, which show where the visual tokens are")
-            return None
-        if ids.shape[1] == 1:
+            self._warn(
+                "the prompt came as inputs_embeds, which do not show where visual tokens are. If it has any, pass "
+                "input_ids, or call the model in handle.using(handle.plan(input_ids))"
+            )
             return None
         end = self._state.prompt_end
-        if end is not None and cache is not None and cache.get_seq_length() >= end:
+        if end is not None and past_length(cache) >= end:
             return None  # generate() checks drafted tokens: the prompt is behind
         plan = self.plan(ids, kwargs.get("attention_mask"), cache)
-        if plan is None and has_picture:
-            self._warn(f"input_ids hold none of the placeholders {self.family.visual_ids} for visual tokens")
+        has_picture = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos"))
+        if plan is None and (has_picture or kwargs.get("mm_encoder_outputs")):
+            self._warn(f"there is a picture, but none of its placeholders {self.family.visual_ids} in input_ids")
         return plan
 
     def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"Routing is enabled and there is a picture, but nothing was routed: {why}.", stacklevel=2)
+        if why not in self._warned:
+            self._warned.add(why)
+            warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 
@@ -297,6 +307,25 @@ class Controller:
     def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         forward = self._state.forward
         return output if forward is None else forward.after_last_layer(output)
+
+
+def _check_given(plan: Plan, tokens: torch.Tensor, cache: Cache | None) -> None:
+    """Refuse ``plan`` for a call of ``tokens`` (B, L) or (B, L, C) that it was not made for."""
+    (batch, length), past = tokens.shape[:2], past_length(cache)
+    if (batch, length, past) != (plan.batch, plan.length, plan.past):
+        raise RerouteError(
+            f"The plan in use is for tokens (batch, length) = {plan.batch, plan.length} after {plan.past} in the "
+            f"cache; this call has {batch, length} after {past}. Make a plan of its own for it, or call the model "
+            "outside of handle.using(plan)."
+        )
+
+
+def _prompt_end(ids: torch.Tensor, kwargs: Kwargs) -> int:
+    """One past the logical position of the last token of ``ids`` (B, L), for which ``generate`` is called."""
+    mask = kwargs.get("attention_mask")
+    # Transformers' rule: under a mask of another length, ids are only the tokens that follow the cache.
+    is_whole = mask is None or mask.shape[1] == ids.shape[1]
+    return ids.shape[1] + (0 if is_whole else past_length(cache_of(kwargs)))
 
 
 class _Generate:

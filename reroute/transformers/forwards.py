@@ -60,12 +60,17 @@ class RoutedPrefill:
     def __init__(
         self, plan: Plan, family: Family, start: StartPrefill, cache: Cache | None, *, record_states: bool
     ) -> None:
-        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller."""
+        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller.
+
+        Raises:
+            RerouteError: the present attention implementation cannot be routed.
+        """
         self.plan = plan
         self.prefill: Prefill | None = None
         self.cache = cache
         self.states: dict[int, torch.Tensor] = {}
         self._family, self._start, self._record = family, start, record_states
+        self._mask_form = family.mask_form()
         layers = plan.schedule.layers
         self._enters = frozenset(layers)
         self._decides = frozenset(layer + plan.schedule.score_layer_offset for layer in layers)
@@ -144,8 +149,7 @@ class RoutedPrefill:
         return stage
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        plan, implementation = self.plan, self._family.attention
-        rows = prefill.positions
+        plan, rows = self.plan, prefill.positions
         columns = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         fillers = prefill.has_fillers
         if layer is not None:
@@ -159,14 +163,14 @@ class RoutedPrefill:
             columns,
             past=plan.past,
             fillers=fillers,
-            implementation=implementation,
+            form=self._mask_form,
             dtype=hidden.dtype,
         )
         adapted = {
             "attention_mask": mask,
             "position_embeddings": (prefill.tables.cos, prefill.tables.sin),
             # Flash attention would take gaps in the ids for borders between packed sequences.
-            "position_ids": None if implementation.startswith("flash") else prefill.tables.ids,
+            "position_ids": None if self._mask_form == "padding" else prefill.tables.ids,
         }
         return _Stage(adapted, columns, fillers, prefill.shift)
 
@@ -175,8 +179,12 @@ class Continuation:
     """New tokens on a cache with routed layers: decoding, or a later turn without pictures."""
 
     def __init__(self, family: Family) -> None:
-        """For one forward; stages share the mask that their first layer needed."""
-        self._family = family
+        """For one forward; stages share the mask that their first layer needed.
+
+        Raises:
+            RerouteError: the present attention implementation cannot be routed.
+        """
+        self._family, self._mask_form = family, family.mask_form()
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
@@ -200,7 +208,7 @@ class Continuation:
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
         if layer.group not in self._masks:
             columns = layer.columns_with(new)
-            self._masks[layer.group] = decode_mask(mask, columns, implementation=self._family.attention)
+            self._masks[layer.group] = decode_mask(mask, columns, form=self._mask_form)
         return self._masks[layer.group]
 
     def _shifted(self, shift: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:

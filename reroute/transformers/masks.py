@@ -7,9 +7,15 @@ wherever the attention is then right, because any mask keeps CUDA's fast kernels
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-__all__ = ["decode_mask", "prefill_mask"]
+__all__ = ["MaskForm", "decode_mask", "prefill_mask"]
+
+MaskForm = Literal["additive", "boolean", "padding"]
+"""What an attention implementation takes: 4-D and added to the logits, 4-D and True where visible, or 2-D and True
+where there is a token."""
 
 
 def prefill_mask(
@@ -19,28 +25,28 @@ def prefill_mask(
     *,
     past: int,
     fillers: bool,
-    implementation: str,
+    form: MaskForm,
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
     """Mask for a stage of a prefill.
 
     Args:
         mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, or
-            (B, past + L) for flash attention.
+            (B, past + L) in the form ``padding``.
         rows: (B, S) position within this call of every running row, -1 for fillers.
         columns: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
         fillers: whether any row or column is a filler.
-        implementation: the model's attention implementation, which fixes the form of a mask built from nothing.
+        form: of a mask built from nothing.
         dtype: of an additive mask built from nothing.
     """
     if mask is None:
-        if not fillers and (past == 0 or implementation.startswith("flash")):
+        if not fillers and (past == 0 or form == "padding"):
             return None
-        if implementation.startswith("flash"):
+        if form == "padding":
             return columns >= 0
         picked = (columns[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
-        if implementation == "eager":
+        if form == "additive":
             lowest = torch.finfo(dtype).min
             picked = torch.zeros_like(picked, dtype=dtype).masked_fill_(~picked, lowest)
     elif mask.ndim == 2:
@@ -53,14 +59,14 @@ def prefill_mask(
     return _without_fillers(picked, rows, columns) if fillers else picked
 
 
-def decode_mask(mask: torch.Tensor | None, columns: torch.Tensor, *, implementation: str) -> torch.Tensor:
+def decode_mask(mask: torch.Tensor | None, columns: torch.Tensor, *, form: MaskForm) -> torch.Tensor:
     """Mask for new tokens on a cache whose rows lie at ``columns`` (B, T), -1 for fillers; the last are the new ones.
 
     With ``mask`` None every key that is not a filler is visible (Transformers passes None only then).
     """
     if mask is None:
         present = columns >= 0
-        return present if implementation.startswith("flash") else present[:, None, None, :]
+        return present if form == "padding" else present[:, None, None, :]
     if mask.ndim == 2:
         return _pick_2d(mask, columns)
     present = (columns >= 0)[:, None, None, :]

@@ -15,7 +15,7 @@ from oracle import MARGIN, Rules, predict
 from support import RULES, any_prompt, any_rules, cache_of, close, enable, generate, kv_lengths, rows, same_decisions
 from torch import Tensor
 
-FLASH = "flash_attention_2"
+FLASH, HUB = "flash_attention_2", "kernels-community/flash-attn2"
 
 
 def mixture(tiny: Tiny) -> list[Sample]:
@@ -45,9 +45,9 @@ def check_rows(tiny: Tiny, samples: Sequence[Sample], rules: Rules, side: str, *
     assert kv_lengths(cache_of(out))[first:] == longest[first:]
 
 
-@pytest.fixture(params=["sdpa", "eager", FLASH])
+@pytest.fixture(params=["sdpa", "eager", FLASH, HUB])
 def attention(request: pytest.FixtureRequest, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == FLASH:
+    if request.param in (FLASH, HUB):
         flash_on_cpu(monkeypatch)
     text = tiny.model.config.get_text_config()
     before = text._attn_implementation
@@ -155,9 +155,15 @@ def test_any_batch(data: st.DataObject) -> None:
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Transformers' flash path (2-D masks, unpadding, packing by position ids) kernels that run here.
 
-    Both are causal with the last query on the last key, as flash attention is.
+    Both are causal with the last query on the last key, as flash attention is. They go by two names: the usual one,
+    and the one that Transformers registers for kernels from the hub.
     """
     from transformers import modeling_flash_attention_utils as flash
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    for functions in (MASKS, FUNCTIONS):
+        monkeypatch.setitem(functions._global_mapping, HUB, functions[FLASH])
 
     def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""A second prefill inside ``handle.using(plan)`` does nothing that a CUDA graph capture forbids."""
+"""``handle.using(plan)``: a second prefill inside does nothing that a CUDA graph capture forbids."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import RULES, NoWaiting, enable
+from support import RULES, NoWaiting, cache_of, enable, generate, kv_lengths
 from torch import Tensor
 
+from reroute.errors import RerouteError
 from reroute.prefill import Reservation
 from reroute_kernels import PagedPool
 
@@ -135,6 +136,35 @@ def test_rows_are_held_until_the_block_ends(tiny: Tiny) -> None:
         assert torch.equal(outputs[0].logits, outputs[1].logits)
         lengths = [[layer.keys.shape[-2] for layer in getattr(o, CACHE).layers] for o in outputs]
         assert lengths[0] == lengths[1]
+
+
+def test_generation_on_a_plan(tiny: Tiny) -> None:
+    """The steps that follow the prefill are those of any routed cache."""
+    samples = [tiny.prompt(b, 5, tiny.grid, 4) for b in range(2)]
+    for rules in (RULES[0], Rules((2,), (1.0,))):
+        with enable(tiny, rules) as handle:
+            expected = generate(tiny, samples)
+            with handle.using(handle.plan(ids(tiny))):
+                output = generate(tiny, samples)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
+        assert kv_lengths(cache_of(output)) == kv_lengths(cache_of(expected))
+
+
+def test_a_plan_is_for_one_shape(tiny: Tiny) -> None:
+    given, one = inputs(tiny, 0), tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    with enable(tiny, RULES[0]) as handle, handle.using(handle.plan(ids(tiny))):
+        cache = cache_of(tiny.model(**given, use_cache=True))
+        for call, message in (
+            (one, r"= \(2, 25\) after 0 in the cache; this call has \(1, 25\) after 0"),
+            (tiny.inputs([tiny.prompt(0, 9)] * 2), r"\(2, 9\) after 0"),
+            ({"input_ids": torch.ones(2, 1, dtype=torch.long)}, r"\(2, 1\) after 0"),
+            ({name: x[..., :7, :] if name == "inputs_embeds" else x[..., :7] for name, x in given.items()}, "7"),
+            ({**given, CACHE: cache}, r"\(2, 25\) after 25\. .* outside of handle\.using"),
+        ):
+            with pytest.raises(RerouteError, match=message):
+                tiny.model(**call)
+        assert handle.stats().prefills == 1
 
 
 def test_a_reservation_moves_to_another_pool() -> None:

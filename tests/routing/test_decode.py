@@ -237,6 +237,28 @@ def test_later_turn_with_a_picture(tiny: Tiny, rules: Rules, attention: str) -> 
     assert kv_lengths(cache) == expected.kv_lengths
 
 
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("words", [4, 40])
+def test_later_turn_with_a_picture_in_either_spelling(tiny: Tiny, rules: Rules, words: int) -> None:
+    """``generate()`` may be given all ids or only those that the cache lacks, fewer than it holds or more."""
+    sample, turn = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, words)
+    for spelling in ("all", "new"):
+        with enable(tiny, rules) as handle:
+            first = generate(tiny, [sample], 4)
+            *told, last = new_tokens(first, len(sample))
+            before, new = sample + text(*told), text(last) + turn
+            given = tiny.follow([before], [new])
+            if spelling == "all":
+                whole = tiny.inputs([before + new])
+                given |= {name: whole[name] for name in ("input_ids", "mm_token_type_ids") if name in whole}
+            second = generate(tiny, given, 4, **{CACHE: cache_of(first)})
+        then = new_tokens(second, given["input_ids"].shape[1])
+        expected = predict(tiny, [sample, *(text(t) for t in told), new], rules, then=then[:-1])
+        same_decisions(handle.trace, [expected.decisions[-4]])
+        close(torch.cat(second.logits), expected.logits[-4:])
+        assert kv_lengths(cache_of(second)) == expected.kv_lengths
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_later_pictures_in_a_batch(tiny: Tiny, side: str) -> None:
     """Rows with and without a picture in either turn, so that fillers of both turns lie in the cache."""

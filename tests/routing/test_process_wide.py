@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 
@@ -126,20 +127,37 @@ def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 # --- warnings -----------------------------------------------------------------------------------------------------
 
 
-def test_embeddings_hide_the_picture() -> None:
+@pytest.mark.parametrize("call", ["with the picture", "merged", "generate"])
+def test_embeddings_hide_the_picture(call: str) -> None:
     """With ``inputs_embeds`` alone nobody can tell which tokens are visual."""
     tiny = models.llava(layers=4)
     sample = tiny.prompt(0, 5, tiny.grid, 4)
     given = tiny.inputs([sample])
-    embeds = tiny.model.get_input_embeddings()(given.pop("input_ids"))
+    ids, run = given.pop("input_ids"), tiny.model
+    if call == "with the picture":
+        given["inputs_embeds"] = tiny.model.get_input_embeddings()(ids)
+    else:
+        given = {"inputs_embeds": tiny.embeds(sample)[None]}
+        run = functools.partial(tiny.model.generate, max_new_tokens=3) if call == "generate" else run
     with reroute.enable(tiny.model, keep=0.5) as handle:
-        with pytest.warns(UserWarning, match="nothing was routed: the prompt came as inputs_embeds"):
-            tiny.model(**given, inputs_embeds=embeds)
+        with pytest.warns(UserWarning, match="nothing was routed: the prompt came as inputs_embeds") as caught:
+            run(**given)
+        assert len(caught) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tiny.model(**given, inputs_embeds=embeds)
+            run(**given)
         assert handle.stats().prefills == 0
         assert "no prefill was routed yet" in str(handle.stats())
+
+
+def test_embeddings_of_a_plan_hide_nothing() -> None:
+    tiny = models.llava(layers=4)
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    with reroute.enable(tiny.model, keep=0.5) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with handle.using(handle.plan(torch.tensor([sample.ids]))):
+            tiny.model.generate(inputs_embeds=tiny.embeds(sample)[None], max_new_tokens=3)
+        assert handle.stats().prefills == 1
 
 
 def test_silence_where_all_is_well(tiny: Tiny) -> None:

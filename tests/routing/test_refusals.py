@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -11,11 +13,12 @@ import torch
 from models import CACHE, Tiny
 from oracle import Rules
 from support import RULES, close, enable, generate, snapshot
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
-from reroute.methods import FastV, PDrop
+from reroute.methods import FastV, PDrop, ScoreView
 from reroute.prefill import Tables
 from reroute_kernels import BackendUnavailable, PagedPool, PoolLimitError, resolve
 
@@ -104,6 +107,29 @@ def test_models() -> None:
         reroute.enable(models.tiny("llava-gqa").model.model)
 
 
+class Forwarding(torch.nn.Module):
+    """What PEFT wraps a model in, twice: all that it lacks it takes from inside."""
+
+    def __init__(self, **inside: torch.nn.Module) -> None:
+        super().__init__()
+        for name, module in inside.items():
+            setattr(self, name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__["_modules"]
+        return modules[name] if name in modules else getattr(next(iter(modules.values())), name)
+
+    def get_base_model(self) -> Any:
+        return self.base_model.model
+
+
+def test_adapters(tiny: Tiny) -> None:
+    wrapper = Forwarding(base_model=Forwarding(model=tiny.model))
+    with pytest.raises(UnsupportedModelError, match=r"Forwarding is a wrapper.*model\.get_base_model\(\)"):
+        reroute.enable(wrapper)
+    reroute.enable(wrapper.get_base_model()).disable()
+
+
 def test_tensor_parallelism(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process would rank by its own heads only, and nobody would notice."""
     monkeypatch.setattr(tiny.model, "_tp_size", 2)
@@ -150,13 +176,85 @@ def refuses(tiny: Tiny, kind: type[Exception], message: str, call: Callable[[], 
             assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
 
 
-@pytest.mark.parametrize("where", ["argument", "model"])
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
 def test_chunked_prefill(tiny: Tiny, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = tiny.prompt(0, 5, tiny.grid, 4)
-    given = {"prefill_chunk_size": 8} if where == "argument" else {}
+    given: dict[str, Any] = {"prefill_chunk_size": 8} if where == "argument" else {}
+    if where == "config":
+        given["generation_config"] = GenerationConfig(prefill_chunk_size=8)
     if where == "model":
         monkeypatch.setattr(tiny.model.generation_config, "prefill_chunk_size", 8, raising=False)
     refuses(tiny, RerouteError, "[Cc]hunked prefill", lambda: generate(tiny, [sample], **given))
+
+
+def test_chunks_are_turned_off_by_what_the_refusal_says(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Transformers too a keyword goes before every configuration, and None in an own one leaves the model's."""
+    monkeypatch.setattr(tiny.model.generation_config, "prefill_chunk_size", 8, raising=False)
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    config = GenerationConfig(max_new_tokens=2, prefill_chunk_size=None)
+    with enable(tiny, RULES[0]) as handle:
+        with pytest.raises(RerouteError, match="generate with prefill_chunk_size=None"):
+            tiny.model.generate(given.pop("input_ids"), config, **given)
+        generate(tiny, [tiny.prompt(0, 5, tiny.grid, 4)], prefill_chunk_size=None)
+        assert handle.stats().prefills == 1
+
+
+UNKNOWN_MASKS = ("flex_attention", "an_own_function", "paged|eager")
+
+
+@pytest.mark.parametrize("name", UNKNOWN_MASKS)
+def test_attention_with_unknown_masks(tiny: Tiny, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", name)
+    before = snapshot(tiny.model)
+    with pytest.raises(RerouteError, match=rf"'{re.escape(name)}' cannot be routed.* 'sdpa', 'eager' or a flash"):
+        enable(tiny, RULES[0])
+    assert snapshot(tiny.model) == before
+
+
+@pytest.mark.parametrize("name", UNKNOWN_MASKS)
+def test_attention_that_is_set_later(tiny: Tiny, name: str) -> None:
+    """Before a routed prefill, and before tokens that follow one."""
+    sample, follower = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2)
+    with enable(tiny, RULES[0]):
+        cache = getattr(tiny.model(**tiny.inputs([sample]), use_cache=True), CACHE)
+    for given in (tiny.inputs([sample]), {**tiny.follow([sample], [follower]), CACHE: cache}):
+
+        def call(given: dict[str, Any] = given) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", name)
+                tiny.model(**given)
+
+        refuses(tiny, RerouteError, "cannot be routed: its masks are not known", call)
+    assert cache.get_seq_length() == len(sample)
+
+
+@dataclass(frozen=True)
+class Own(FastV):
+    """A method that scores as it likes."""
+
+    name = "own"
+    rank: Callable[[list[Tensor]], Any] = list
+
+    def score(self, view: ScoreView) -> Any:
+        return self.rank(view.hidden)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (lambda hidden: [x.norm() for x in hidden], r"sample 0 with \(\) instead of a tensor \(16,\)"),
+        (lambda hidden: [x.norm(dim=-1, keepdim=True) for x in hidden], r"sample 0 with \(16, 1\) instead"),
+        (lambda hidden: [hidden[0].norm(dim=-1), hidden[0].norm(dim=-1)], r"sample 1 with \(16,\) .* tensor \(0,\)"),
+        (lambda hidden: [x.norm(dim=-1).tolist() for x in hidden], "sample 0 with list instead"),
+        (lambda hidden: [x.norm(dim=-1) for x in hidden[:1]], "scored 1 samples instead of 2"),
+        (lambda hidden: None, "scored 0 samples instead of 2"),
+    ],
+)
+def test_scores_of_another_shape(tiny: Tiny, rank: Callable[[list[Tensor]], Any], message: str) -> None:
+    """They would be broadcast, and nobody would notice."""
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 9)])
+    with enable(tiny, RULES[0], method=Own(rank=rank)), pytest.raises(RerouteError, match=f"Method 'own'.*{message}"):
+        tiny.model(**given)
 
 
 def test_a_prompt_without_a_question(tiny: Tiny) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroute.errors import RerouteError
 from reroute.methods import METHODS, FastV, Method, PDrop, Random, ScoreView, get
@@ -128,6 +129,24 @@ def test_random_leaves_the_global_generator_alone_and_needs_no_data() -> None:
     assert torch.equal(before, torch.get_rng_state())
     with FakeTensorMode():
         assert Random().score(view(9))[0].shape == (9,)
+
+
+def test_random_reaches_a_gpu_without_waiting() -> None:
+    """From pinned memory; fake tensors need no GPU."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls[func.overloadpacket.__name__] = kwargs
+            return func(*args, **kwargs)
+
+    with FakeTensorMode():
+        on_gpu = ScoreView([torch.empty(9, 4, device="cuda")], 3, 0, torch.empty(1, 4, device="cuda"))
+        with Recording():
+            (scores,) = Random().score(on_gpu)
+    assert scores.device.type == "cuda"
+    assert calls["rand"]["pin_memory"]
+    assert calls["_to_copy"]["non_blocking"]
 
 
 def test_a_method_of_ones_own() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from reroute_kernels import RMSNorm, Rope
 
-from ...errors import UnsupportedModelError
+from ...errors import RerouteError, UnsupportedModelError
+from ..masks import MaskForm
 
 __all__ = ["Family"]
 
@@ -34,9 +35,14 @@ class Family:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: the decoder inside is not one that this family knows, or its heads are spread over
-                several GPUs.
+            UnsupportedModelError: the decoder inside is not one that this family knows, its heads are spread over
+                several GPUs, or ``model`` is a wrapper such as PEFT's.
         """
+        if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is a wrapper around the model. Pass model.get_base_model(), which has the "
+                "adapters in it, or what model.merge_and_unload() returns."
+            )
         if (model.tp_size or 1) > 1:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is loaded with tensor parallelism: each GPU has a part of the heads and would "
@@ -59,10 +65,22 @@ class Family:
         names = ("image_token_id", "video_token_id")
         return tuple(i for name in names if (i := getattr(self.config, name, None)) is not None)
 
-    @property
-    def attention(self) -> str:
-        """The decoder's present attention implementation: ``eager``, ``sdpa``, ``flash_attention_2``…"""
-        return str(self.text_config._attn_implementation)
+    def mask_form(self) -> MaskForm:
+        """What the decoder's present attention takes for a mask; ``padding`` means flash attention.
+
+        Raises:
+            RerouteError: an attention implementation whose masks are not known.
+        """
+        name = str(self.text_config._attn_implementation)
+        forms: dict[str, MaskForm] = {"eager": "additive", "sdpa": "boolean"}
+        if name in forms:
+            return forms[name]
+        if "flash" in name:  # what Transformers asks; kernels from a hub have other names around it
+            return "padding"
+        raise RerouteError(
+            f"Attention implementation {name!r} cannot be routed: its masks are not known. Call "
+            "model.set_attn_implementation(…) with 'sdpa', 'eager' or a flash attention."
+        )
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
