@@ -137,10 +137,8 @@ class Handle:
         )
 
     def _done(self, forward: RoutedPrefill) -> None:
-        assert forward.prefill is not None
-        cache = forward.cache
-        layers = () if cache is None else cache.layers
-        size = next(self._controller.family.text.parameters()).element_size()
+        prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
+        scores = prefill is not None and prefill.ranks_by_attention
         count = self._stats.prefills + 1
-        self._stats = make_stats(forward.plan, self._shape, self._names, layers, size, count)
-        self._trace = forward.prefill.trace
+        self._stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
+        self._trace = None if prefill is None else prefill.trace

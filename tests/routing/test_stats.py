@@ -1,0 +1,115 @@
+"""Budgets are honest: what ``stats()`` says of prefills that were routed, or might have been."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from models import CACHE, Tiny
+from oracle import Rules
+from support import RULES, Fixed, cache_of, enable, kv_lengths, schedule
+
+import reroute
+from reroute.budget import ModelShape, budget, prefill_cost, scoring_flops
+from reroute.methods import FastV, Random
+
+TWO_PICTURES_ONLY = Rules((2,), (0.97,), rounding="half_even")
+"""Keeps all of one picture's 16 tokens, and 31 of two pictures' 32."""
+
+
+def shape_of(tiny: Tiny) -> ModelShape:
+    return ModelShape.from_config(tiny.model.config.get_text_config())
+
+
+def held(cache: Any) -> int:
+    """Bytes of the keys and values in a cache."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+# --- one prefill --------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_prefill(tiny: Tiny) -> None:
+    pair = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(7, 2, tiny.grid, 7)]  # as long as one another: no fillers
+    with enable(tiny, RULES[0]) as handle:
+        assert handle.stats().prefills == 0
+        cache = cache_of(tiny.model(**tiny.inputs(pair), use_cache=True))
+        stats = handle.stats()
+        tiny.model(**tiny.inputs([tiny.prompt(8, 5)]))  # text: nothing to route
+        assert handle.stats() == stats
+    assert (stats.prefills, stats.layers, stats.visual) == (1, RULES[0].layers, (16, 16))
+    assert stats.kept == ((8, 4, 2), (8, 4, 2))
+    assert stats.avg_tokens == pytest.approx((2 * 16 + 2 * 8 + 2 * 4 + 2 * 2) / 8)
+    assert stats.keep == pytest.approx(stats.avg_tokens / 16)
+    assert stats.kv_bytes == held(cache)
+    assert stats.kv_bytes_dense > stats.kv_bytes
+    assert 0 < stats.scoring_flops < stats.prefill_flops < stats.prefill_flops_dense
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prefill_costs_its_budget(tiny: Tiny, rules: Rules, batch: int) -> None:
+    """What was planned for one prompt, for each of a batch of equals: measured bytes included."""
+    with enable(tiny, rules) as handle:
+        tiny.model(**tiny.inputs([tiny.prompt(seed, 5, tiny.grid, 4) for seed in range(batch)]), use_cache=True)
+    stats = handle.stats()
+    planned = budget(shape_of(tiny), schedule(rules), rules.action, 16, 9, bytes_per_element=4)
+    assert (stats.avg_tokens, stats.keep) == (planned.avg_tokens, planned.keep)
+    assert stats.prefill_flops == batch * planned.prefill_flops
+    assert stats.scoring_flops == batch * planned.scoring_flops
+    assert stats.kv_bytes == batch * planned.kv_bytes
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Random(layer=3, keep=0.25), Fixed(stages=((3, 0.25),), table=(tuple(map(float, range(16))),))],
+    ids=lambda method: method.name,
+)
+def test_own_scores_are_not_charged_for_attention(tiny: Tiny, method: FastV) -> None:
+    stats = []
+    for chosen in (FastV(layer=3, keep=0.25), method):
+        with reroute.enable(tiny.model, method=chosen, action="remove") as handle:
+            tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
+        stats.append(handle.stats())
+    attention, own = stats
+    assert attention.scoring_flops == scoring_flops(shape_of(tiny), 25)
+    assert own.scoring_flops == 0
+    assert own.prefill_flops == attention.prefill_flops - attention.scoring_flops
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_later_turns_attend_to_earlier_ones(tiny: Tiny, rules: Rules) -> None:
+    """Queries of the new turn, keys of what each layer holds; scores are of the new turn alone."""
+    turns = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 5)]
+    shape = shape_of(tiny)
+    with enable(tiny, rules) as handle:
+        cache = cache_of(tiny.model(**tiny.inputs(turns[:1]), use_cache=True))
+        before, first = kv_lengths(cache), handle.stats()
+        tiny.model(**tiny.follow(turns[:1], turns[1:]), **{CACHE: cache}, use_cache=True)
+        stats, keys = handle.stats(), kv_lengths(cache)
+    tokens = [after - earlier for after, earlier in zip(keys, before, strict=True)]
+    routed = prefill_cost(shape, tokens, keys)
+    dense = prefill_cost(shape, [23] * 8, [25 + 23] * 8, bytes_per_element=4)
+    alone = budget(shape, schedule(rules), rules.action, 16, 7)
+    assert stats.prefill_flops - stats.scoring_flops == routed.prefill_flops
+    assert stats.scoring_flops == alone.scoring_flops
+    assert stats.prefill_flops > alone.prefill_flops
+    assert (stats.prefill_flops_dense, stats.kv_bytes_dense) == (dense.prefill_flops, dense.kv_bytes)
+    assert first.kv_bytes < stats.kv_bytes == held(cache)
+
+
+def test_text_in_the_batch_does_not_dilute_the_average(tiny: Tiny) -> None:
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 25)]
+    stats = []
+    for batch in (samples[:1], samples):
+        with enable(tiny, RULES[0]) as handle:
+            tiny.model(**tiny.inputs(batch))
+        stats.append(handle.stats())
+    assert stats[1].visual == (16, 0)
+    assert (stats[1].avg_tokens, stats[1].keep) == (stats[0].avg_tokens, stats[0].keep)
+
+
+def test_no_cache_saves_no_memory(tiny: Tiny) -> None:
+    with enable(tiny, RULES[0]) as handle:
+        tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]), use_cache=False)
+    assert (handle.stats().kv_bytes, handle.stats().kv_bytes_dense) == (0, 0)
