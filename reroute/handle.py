@@ -20,7 +20,7 @@ from .schedule import Action, Schedule
 from .stats import Stats, make_stats
 from .trace import Trace
 from .transformers import Controller, family_of
-from .transformers.forwards import RoutedPrefill
+from .transformers.forwards import DensePrefill, RoutedPrefill
 
 __all__ = ["Handle"]
 
@@ -86,12 +86,15 @@ class Handle:
         self.disable()
 
     def stats(self) -> Stats:
-        """Budget of the last routed prefill, and how many there were."""
+        """Budget of the last prefill with visual tokens, whether its plan deferred any of them or not."""
         return self._stats
 
     @property
     def trace(self) -> Trace | None:
-        """Decisions of the last routed prefill (``enable(..., trace=True)``), None before the first."""
+        """Decisions of the last prefill with visual tokens (``enable(..., trace=True)``).
+
+        None before the first one, and after one whose plan kept everything (``keep=1``): nothing was decided.
+        """
         if not self._trace_on:
             raise RerouteError("Tracing is off: pass trace=True to reroute.enable.")
         return self._trace
@@ -136,7 +139,7 @@ class Handle:
             trace=self._trace_on,
         )
 
-    def _done(self, forward: RoutedPrefill) -> None:
+    def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
         scores = prefill is not None and prefill.ranks_by_attention
         count = self._stats.prefills + 1

@@ -55,7 +55,7 @@ class Stats:
         return "\n".join((head, visual, *_costs(self), f"{self.prefills} prefills recorded"))
 
 
-_NOTHING = "no prefill was routed yet"
+_NOTHING = "no prefill with visual tokens was recorded yet"
 
 
 def _costs(spent: Stats) -> tuple[str, ...]:

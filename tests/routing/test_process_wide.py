@@ -105,7 +105,7 @@ def test_embeddings_hide_the_picture() -> None:
             warnings.simplefilter("error")
             tiny.model(**given, inputs_embeds=embeds)
         assert handle.stats().prefills == 0
-        assert "no prefill was routed yet" in str(handle.stats())
+        assert "no prefill with visual tokens was recorded yet" in str(handle.stats())
 
 
 def test_silence_where_all_is_well(tiny: Tiny) -> None:

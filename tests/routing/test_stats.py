@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from models import CACHE, Tiny
+import torch
+from models import CACHE, PAD, Tiny
 from oracle import Rules
-from support import RULES, Fixed, cache_of, enable, kv_lengths, schedule
+from support import RULES, Fixed, cache_of, enable, generate, kv_lengths, schedule
+from torch import nn
 
 import reroute
 from reroute.budget import ModelShape, budget, prefill_cost, scoring_flops
 from reroute.methods import FastV, Random
+from reroute_kernels import PagedPool
 
 TWO_PICTURES_ONLY = Rules((2,), (0.97,), rounding="half_even")
 """Keeps all of one picture's 16 tokens, and 31 of two pictures' 32."""
@@ -113,3 +116,64 @@ def test_no_cache_saves_no_memory(tiny: Tiny) -> None:
     with enable(tiny, RULES[0]) as handle:
         tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]), use_cache=False)
     assert (handle.stats().kv_bytes, handle.stats().kv_bytes_dense) == (0, 0)
+
+
+# --- prefills that nothing is deferred in -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["route", "remove"])
+def test_keeping_everything_is_recorded(tiny: Tiny, action: Any) -> None:
+    """A sweep over budgets needs no special case at 1. Rows of padding run too; none is leased."""
+    pool = PagedPool(64, torch.float32, "cpu")
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 1, tiny.grid, 3), tiny.prompt(2, 6)]
+    given = tiny.inputs(samples)
+    for name in {"input_ids", "attention_mask", "mm_token_type_ids"} & given.keys():
+        given[name] = nn.functional.pad(given[name], (3, 0), value=PAD)
+    with reroute.enable(tiny.model, keep=1.0, action=action, pool=pool, trace=True) as handle:
+        cache = cache_of(tiny.model(**given, use_cache=True))
+        assert handle.trace is None
+    stats = handle.stats()
+    assert (stats.prefills, stats.visual, stats.avg_tokens, stats.keep) == (1, (16, 32, 0), 24, 1)
+    assert [set(kept) for kept in stats.kept] == [{16}, {32}, {0}]
+    assert stats.layer_lengths == (38 + 3,) * 8
+    assert (stats.scoring_flops, stats.prefill_flops) == (0, stats.prefill_flops_dense)
+    assert stats.kv_bytes == stats.kv_bytes_dense == held(cache)
+    assert "ratio 1.000" in str(stats)
+    assert pool.stats().pages == 0
+
+
+def test_a_dense_prefill_replaces_the_statistics_of_a_routed_one(tiny: Tiny) -> None:
+    one, two = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 1, tiny.grid, 3)
+    with enable(tiny, TWO_PICTURES_ONLY) as handle:
+        tiny.model(**tiny.inputs([two]))
+        assert (handle.stats().kept, len(handle.trace)) == (((31,),), 1)
+        tiny.model(**tiny.inputs([one]))
+        assert (handle.stats().kept, handle.trace) == (((16,),), None)
+        assert handle.stats().prefills == 2
+
+
+def test_a_dense_turn_after_a_routed_one(tiny: Tiny) -> None:
+    """It runs every token, on keys that the first turn left out."""
+    turns = [tiny.prompt(1, 2, tiny.grid, 1, tiny.grid, 3), tiny.prompt(0, 5, tiny.grid, 4)]
+    with enable(tiny, TWO_PICTURES_ONLY) as handle:
+        cache = cache_of(tiny.model(**tiny.inputs(turns[:1]), use_cache=True))
+        tiny.model(**tiny.follow(turns[:1], turns[1:]), **{CACHE: cache}, use_cache=True)
+    stats = handle.stats()
+    assert (stats.avg_tokens, stats.scoring_flops) == (16, 0)
+    expected = prefill_cost(shape_of(tiny), [25] * 8, kv_lengths(cache), bytes_per_element=4)
+    assert (stats.prefill_flops, stats.kv_bytes) == (expected.prefill_flops, expected.kv_bytes)
+    assert stats.prefill_flops < stats.prefill_flops_dense
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_only_prefills_that_succeed_are_recorded(tiny: Tiny, keep: float) -> None:
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    with reroute.enable(tiny.model, keep=keep) as handle:
+        norm = tiny.model.model.language_model.norm
+        failing = norm.register_forward_pre_hook(lambda *_: pytest.fail("out of memory"))
+        with pytest.raises(pytest.fail.Exception):
+            tiny.model(**given)
+        failing.remove()
+        assert handle.stats().prefills == 0
+        generate(tiny, given, 4)  # one prefill, three decode steps
+        assert handle.stats().prefills == 1
