@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -17,7 +18,7 @@ from .methods import Method
 from .plan import Plan
 from .prefill import Prefill, Reservation, Tables
 from .schedule import Action, Schedule
-from .stats import Stats, make_stats
+from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import Controller, family_of
 from .transformers.forwards import DensePrefill, RoutedPrefill
@@ -57,8 +58,9 @@ class Handle:
         self._model = weakref.ref(model)
         names: dict[str, Any] = {"method": method.name if method else "schedule", "action": action}
         self._names = {**names, "backend": backend.name, "backend_reason": backend.reason}
-        self._stats = Stats(**self._names)
+        self._stats, self._totals = Stats(**self._names), Totals()
         self._trace: Trace | None = None
+        self._recording = threading.Lock()
         self._controller = Controller(family, schedule, action, self._start, self._done)
 
     def attach(self) -> None:
@@ -88,6 +90,10 @@ class Handle:
     def stats(self) -> Stats:
         """Budget of the last prefill with visual tokens, whether its plan deferred any of them or not."""
         return self._stats
+
+    def totals(self) -> Totals:
+        """Sums and means over all prefills with visual tokens since ``enable``, by whatever thread."""
+        return self._totals
 
     @property
     def trace(self) -> Trace | None:
@@ -142,6 +148,8 @@ class Handle:
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
         scores = prefill is not None and prefill.ranks_by_attention
-        count = self._stats.prefills + 1
-        self._stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
-        self._trace = None if prefill is None else prefill.trace
+        with self._recording:
+            count = self._totals.prefills + 1
+            stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
+            self._stats, self._totals = stats, self._totals.plus(stats)
+            self._trace = None if prefill is None else prefill.trace

@@ -9,7 +9,7 @@ from typing import Any
 from .budget import ModelShape, prefill_cost
 from .plan import Plan
 
-__all__ = ["Stats", "make_stats"]
+__all__ = ["Stats", "Totals", "make_stats"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,66 @@ class Stats:
         return "\n".join((head, visual, *_costs(self), f"{self.prefills} prefills recorded"))
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Sums of the ``Stats`` of all prefills so far, and means over their prompts, however these were batched.
+
+    A prompt is a sample that has visual tokens. ``visual`` sums up N over the prompts, ``active`` the visual tokens per
+    layer; all other fields are sums of what ``Stats`` calls the same.
+    """
+
+    prefills: int = 0
+    prompts: int = 0
+    visual: int = 0
+    active: float = 0.0
+    prefill_flops: float = 0.0
+    scoring_flops: float = 0.0
+    prefill_flops_dense: float = 0.0
+    kv_bytes: int = 0
+    kv_bytes_dense: int = 0
+
+    @property
+    def avg_visual(self) -> float:
+        """Visual tokens N of a prompt, mean over all prompts."""
+        return self.visual / max(1, self.prompts)
+
+    @property
+    def avg_tokens(self) -> float:
+        """avg_T, mean over all prompts."""
+        return self.active / max(1, self.prompts)
+
+    @property
+    def keep(self) -> float:
+        """The share of all visual tokens that a layer ran."""
+        return self.active / self.visual if self.visual else 1.0
+
+    def plus(self, stats: Stats) -> Totals:
+        """The totals with one more prefill."""
+        prompts = _prompts(stats.visual)
+        return Totals(
+            prefills=self.prefills + 1,
+            prompts=self.prompts + prompts,
+            visual=self.visual + sum(stats.visual),
+            active=self.active + prompts * stats.avg_tokens,
+            prefill_flops=self.prefill_flops + stats.prefill_flops,
+            scoring_flops=self.scoring_flops + stats.scoring_flops,
+            prefill_flops_dense=self.prefill_flops_dense + stats.prefill_flops_dense,
+            kv_bytes=self.kv_bytes + stats.kv_bytes,
+            kv_bytes_dense=self.kv_bytes_dense + stats.kv_bytes_dense,
+        )
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        if not self.prefills:
+            return _NOTHING
+        head = f"{self.prefills} prefills of {self.prompts} prompts, {self.avg_visual:.1f} visual tokens each"
+        return "\n".join((head, *_costs(self)))
+
+
 _NOTHING = "no prefill with visual tokens was recorded yet"
 
 
-def _costs(spent: Stats) -> tuple[str, ...]:
+def _costs(spent: Stats | Totals) -> tuple[str, ...]:
     ratio = spent.prefill_flops / spent.prefill_flops_dense
     return (
         f"avg_T {spent.avg_tokens:.1f} ({spent.keep:.1%} of all visual tokens, mean over all layers)",

@@ -1,9 +1,12 @@
-"""Budgets are honest: what ``stats()`` says of prefills that were routed, or might have been."""
+"""Budgets are honest: what ``stats()`` and ``totals()`` say of prefills that were routed, or might have been."""
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
+import models
 import pytest
 import torch
 from models import CACHE, PAD, Tiny
@@ -14,6 +17,7 @@ from torch import nn
 import reroute
 from reroute.budget import ModelShape, budget, prefill_cost, scoring_flops
 from reroute.methods import FastV, Random
+from reroute.stats import Stats, Totals, make_stats
 from reroute_kernels import PagedPool
 
 TWO_PICTURES_ONLY = Rules((2,), (0.97,), rounding="half_even")
@@ -174,6 +178,61 @@ def test_only_prefills_that_succeed_are_recorded(tiny: Tiny, keep: float) -> Non
         with pytest.raises(pytest.fail.Exception):
             tiny.model(**given)
         failing.remove()
-        assert handle.stats().prefills == 0
+        assert handle.totals() == Totals()
         generate(tiny, given, 4)  # one prefill, three decode steps
-        assert handle.stats().prefills == 1
+        assert (handle.stats().prefills, handle.totals().prefills) == (1, 1)
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [RULES[0], TWO_PICTURES_ONLY])
+def test_totals_do_not_depend_on_batches(tiny: Tiny, rules: Rules) -> None:
+    """A data set with prompts of text in it: sums over prefills, means over the prompts with pictures."""
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 1, tiny.grid, 3), tiny.prompt(2, 6)]
+    with enable(tiny, rules) as handle:
+        assert "no prefill with visual tokens" in str(handle.totals())
+        singles = []
+        for sample in samples:
+            tiny.model(**tiny.inputs([sample]), use_cache=True)
+            singles.append(handle.stats())
+        one_by_one = handle.totals()
+    with enable(tiny, rules) as handle:
+        tiny.model(**tiny.inputs(samples), use_cache=True)
+        together = handle.totals()
+    pictures = singles[:2]
+    assert (one_by_one.prefills, one_by_one.prompts) == (2, 2)
+    assert (together.prefills, together.prompts) == (1, 2)
+    for totals in (one_by_one, together):
+        assert totals.avg_visual == 24
+        assert totals.avg_tokens == pytest.approx(sum(s.avg_tokens for s in pictures) / 2)
+        assert totals.keep == pytest.approx(totals.avg_tokens / 24)
+    for name in ("prefill_flops", "scoring_flops", "prefill_flops_dense", "kv_bytes", "kv_bytes_dense"):
+        assert getattr(one_by_one, name) == sum(getattr(s, name) for s in pictures)
+    assert str(one_by_one).startswith("2 prefills of 2 prompts, 24.0 visual tokens each\navg_T ")
+
+
+def test_threads_add_to_the_same_totals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*args: Any, **settings: Any) -> Stats:
+        stats = make_stats(*args, **settings)
+        time.sleep(0.02)  # whoever does not wait their turn counts from the same sums
+        return stats
+
+    monkeypatch.setattr("reroute.handle.make_stats", slowly)
+    tiny = models.tiny("llava-gqa")
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                tiny.model(**given)
+
+    with enable(tiny, RULES[0]) as handle:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    stats, totals = handle.stats(), handle.totals()
+    assert (stats.prefills, totals.prefills, totals.prompts) == (9, 9, 9)
+    assert totals.prefill_flops == 9 * stats.prefill_flops
