@@ -58,9 +58,9 @@ class Handle:
         self._model = weakref.ref(model)
         names: dict[str, Any] = {"method": method.name if method else "schedule", "action": action}
         self._names = {**names, "backend": backend.name, "backend_reason": backend.reason}
-        self._stats, self._totals = Stats(**self._names), Totals()
+        self._stats = Stats(**self._names)
         self._trace: Trace | None = None
-        self._recording = threading.Lock()
+        self._totals, self._recording = Totals(), threading.Lock()
         self._controller = Controller(family, schedule, action, self._start, self._done)
 
     def attach(self) -> None:
