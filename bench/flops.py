@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, budget, kv_bytes, prefill_flops
+from reroute.budget import ModelShape, budget, prefill_cost
 
 __all__ = ["Modelled", "table"]
 
@@ -41,15 +41,14 @@ def table() -> list[Modelled]:
     rows = []
     for model, shape in MODELS.items():
         for visual in PROMPTS:
-            lengths = [visual + TEXT] * shape.num_layers
-            dense = prefill_flops(shape, lengths)
-            kv = kv_bytes(shape, lengths)
-            rows.append(Modelled(model, visual, "dense", "1", float(visual), dense / 1e12, 1.0, kv / 2**20))
+            dense = prefill_cost(shape, [visual + TEXT] * shape.num_layers)
+            spent = (dense.prefill_flops / 1e12, 1.0, dense.kv_bytes / 2**20)
+            rows.append(Modelled(model, visual, "dense", "1", float(visual), *spent))
             for name in ("fastv", "pdrop"):
                 for keep in BUDGETS:
                     method = methods.get(name).with_budget(float(keep), shape.num_layers, "route")
                     cost = budget(shape, method.schedule(shape.num_layers, "route"), "route", visual, TEXT)
-                    flops = cost.prefill_flops
-                    saved = (flops / 1e12, flops / dense, cost.kv_bytes / 2**20)
-                    rows.append(Modelled(model, visual, f"{name} route", str(keep), cost.avg_tokens, *saved))
+                    ratio = cost.prefill_flops / dense.prefill_flops
+                    spent = (cost.prefill_flops / 1e12, ratio, cost.kv_bytes / 2**20)
+                    rows.append(Modelled(model, visual, f"{name} route", str(keep), cost.avg_tokens, *spent))
     return rows

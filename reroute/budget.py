@@ -20,19 +20,20 @@ __all__ = [
     "Attention",
     "Budget",
     "ModelShape",
+    "PrefillCost",
     "Shape",
     "average_tokens",
     "budget",
     "kv_bytes",
     "layer_flops",
-    "prefill_flops",
+    "prefill_cost",
     "scale_layers",
     "scoring_flops",
     "solve",
 ]
 
 Attention = Literal["dense", "causal"]
-"""How attention is counted: all S * S pairs, or the S * (S + 1) / 2 that a causal mask leaves."""
+"""How attention is counted: all pairs of a query and a key, or those that a causal mask leaves."""
 
 Shape = Literal["uniform", "pyramid", "geometric"]
 """How keep ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
@@ -140,29 +141,16 @@ class ModelShape:
             ) from None
 
 
-def layer_flops(shape: ModelShape, tokens: int, attention: Attention = "dense") -> int:
-    """FLOPs of one decoder layer on ``tokens`` tokens."""
+def layer_flops(shape: ModelShape, tokens: int, keys: int | None = None, *, attention: Attention = "dense") -> int:
+    """FLOPs of one decoder layer on ``tokens`` tokens, whose cache then holds ``keys`` rows (default: just these)."""
     if attention not in get_args(Attention):
         raise unknown("attention", attention, get_args(Attention))
     d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     weights = 2 * d * q + 2 * d * kv + 3 * d * shape.intermediate
-    pairs = 2 * tokens * tokens if attention == "dense" else tokens * (tokens + 1)
-    return 2 * tokens * weights + 2 * q * pairs
-
-
-def prefill_flops(
-    shape: ModelShape,
-    lengths_per_layer: Sequence[int],
-    *,
-    attention: Attention = "dense",
-    lm_head: bool = False,
-) -> int:
-    """FLOPs of a prefill whose layer i runs ``lengths_per_layer[i]`` tokens; scoring not included.
-
-    ``lm_head`` adds the output head on the one row that generation needs.
-    """
-    layers = sum(layer_flops(shape, tokens, attention) for tokens in lengths_per_layer)
-    return layers + 2 * shape.hidden * shape.vocab * lm_head
+    pairs = tokens * (tokens if keys is None else keys)
+    if attention == "causal":
+        pairs -= tokens * (tokens - 1) // 2
+    return 2 * tokens * weights + 4 * q * pairs
 
 
 def scoring_flops(shape: ModelShape, pool: int) -> int:
@@ -176,25 +164,64 @@ def kv_bytes(shape: ModelShape, lengths_per_layer: Sequence[int], bytes_per_elem
     return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * sum(lengths_per_layer)
 
 
+@dataclass(frozen=True)
+class PrefillCost:
+    """What a prefill costs.
+
+    - ``prefill_flops``: of the whole prefill, scoring included; ``scoring_flops``: of scoring alone.
+    - ``kv_bytes``: size of the KV cache after the prefill.
+    """
+
+    prefill_flops: int
+    scoring_flops: int
+    kv_bytes: int
+
+
+def prefill_cost(
+    shape: ModelShape,
+    tokens: Sequence[int],
+    keys: Sequence[int] | None = None,
+    scored: Sequence[int] = (),
+    *,
+    batch: int = 1,
+    attention: Attention = "dense",
+    lm_head: bool = False,
+    bytes_per_element: int = 2,
+) -> PrefillCost:
+    """The cost of a prefill, from its counts alone: every budget and every statistic comes from here.
+
+    Args:
+        shape: the decoder.
+        tokens: rows of a sample that each layer runs.
+        keys: rows of a sample that each layer's cache then holds, earlier turns included (default: ``tokens``).
+        scored: rows that are scored, one entry per decision and sample; none if nothing computes attention scores.
+        batch: samples that run and store as many rows; fillers are rows.
+        attention: see ``Attention``.
+        lm_head: add the output head, on the one row per sample that generation needs.
+        bytes_per_element: of a key or a value.
+    """
+    keys = tokens if keys is None else keys
+    layers = sum(layer_flops(shape, t, k, attention=attention) for t, k in zip(tokens, keys, strict=True))
+    head = 2 * shape.hidden * shape.vocab * lm_head
+    scoring = sum(scoring_flops(shape, rows) for rows in scored)
+    stored = batch * kv_bytes(shape, keys, bytes_per_element)
+    return PrefillCost(batch * (layers + head) + scoring, scoring, stored)
+
+
 def average_tokens(counts_per_layer: Sequence[int]) -> float:
     """avg_T: mean over all layers of the visual tokens that a layer runs."""
     return sum(counts_per_layer) / len(counts_per_layer)
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What one prompt costs.
+class Budget(PrefillCost):
+    """What one prompt costs, and for how many visual tokens.
 
-    - ``avg_tokens``: avg_T, from rounded counts; ``keep``: avg_T / N.
-    - ``prefill_flops``: of the whole prefill, scoring included; ``scoring_flops``: of scoring alone.
-    - ``kv_bytes``: size of the KV cache after the prefill.
+    ``avg_tokens``: avg_T, from rounded counts; ``keep``: avg_T / N.
     """
 
     avg_tokens: float
     keep: float
-    prefill_flops: int
-    scoring_flops: int
-    kv_bytes: int
 
 
 def budget(
@@ -212,7 +239,8 @@ def budget(
     """What a prompt of ``visual`` and ``text`` tokens costs under a schedule.
 
     A decision scores the whole prompt with ``route``, what is left of it with ``remove``, and
-    nothing if no token is to be deferred. ``scores=False``: a method that computes no attention.
+    nothing if no token is to be deferred. ``scores=False``: a method with a ``score`` of its own, whose cost is not
+    known and not counted.
 
     Raises:
         RerouteError: the schedule does not fit the model or the action.
@@ -221,14 +249,14 @@ def budget(
     counts = schedule.counts(visual)
     pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
     decides = scores and any(kept < visual for kept in counts)
-    scoring = sum(scoring_flops(shape, text + pool) for pool in pools) if decides else 0
     per_layer = schedule.per_layer(visual, shape.num_layers)
-    lengths = [text + kept for kept in per_layer]
     average = average_tokens(per_layer)
-    return Budget(
-        avg_tokens=average,
-        keep=average / visual if visual else 1.0,
-        prefill_flops=prefill_flops(shape, lengths, attention=attention, lm_head=lm_head) + scoring,
-        scoring_flops=scoring,
-        kv_bytes=kv_bytes(shape, lengths, bytes_per_element),
+    cost = prefill_cost(
+        shape,
+        [text + kept for kept in per_layer],
+        scored=[text + pool for pool in pools] if decides else (),
+        attention=attention,
+        lm_head=lm_head,
+        bytes_per_element=bytes_per_element,
     )
+    return Budget(**vars(cost), avg_tokens=average, keep=average / visual if visual else 1.0)

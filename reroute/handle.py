@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -17,10 +18,10 @@ from .methods import Method
 from .plan import Plan
 from .prefill import Prefill, Reservation, Tables
 from .schedule import Action, Schedule
-from .stats import Stats, make_stats
+from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import Controller, Family
-from .transformers.forwards import RoutedPrefill
+from .transformers.forwards import DensePrefill, RoutedPrefill
 
 __all__ = ["Handle"]
 
@@ -57,6 +58,7 @@ class Handle:
             )
         self._model = weakref.ref(model)
         self._trace: Trace | None = None
+        self._totals, self._recording = Totals(), threading.Lock()
         self._controller = Controller(family, schedule, action, self._start, self._done)
         self._asked_for = backend
         self._choose_backend(next(family.text.parameters()).device)
@@ -97,12 +99,19 @@ class Handle:
         self.disable()
 
     def stats(self) -> Stats:
-        """Budget of the last routed prefill, and how many there were."""
+        """Budget of the last prefill with visual tokens, whether its plan deferred any of them or not."""
         return self._stats
+
+    def totals(self) -> Totals:
+        """Sums and means over all prefills with visual tokens since ``enable``, by whatever thread."""
+        return self._totals
 
     @property
     def trace(self) -> Trace | None:
-        """Decisions of the last routed prefill (``enable(..., trace=True)``), None before the first."""
+        """Decisions of the last prefill with visual tokens (``enable(..., trace=True)``).
+
+        None before the first one, and after one whose plan kept everything (``keep=1``): nothing was decided.
+        """
         if not self._trace_on:
             raise RerouteError("Tracing is off: pass trace=True to reroute.enable.")
         return self._trace
@@ -150,11 +159,11 @@ class Handle:
             trace=self._trace_on,
         )
 
-    def _done(self, forward: RoutedPrefill) -> None:
-        assert forward.prefill is not None
-        cache = forward.cache
-        layers = () if cache is None else cache.layers
-        size = next(self._controller.family.text.parameters()).element_size()
-        count = self._stats.prefills + 1
-        self._stats = make_stats(forward.plan, self._shape, self._names, layers, size, count)
-        self._trace = forward.prefill.trace
+    def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
+        prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
+        scores = prefill is not None and prefill.ranks_by_attention
+        with self._recording:
+            count = self._totals.prefills + 1
+            stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
+            self._stats, self._totals = stats, self._totals.plus(stats)
+            self._trace = None if prefill is None else prefill.trace

@@ -132,7 +132,8 @@ class Prefill:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
         """
         self.plan, self.stage, self.tables = plan, -1, tables
-        self._backend, self._projector, self._method = backend, projector, method
+        self._backend, self._projector = backend, projector
+        self._method = None if method is None or method.uses_attention else method
         self._selection: Selection | None = None
         self._positions: torch.Tensor | None = None
         self._written: torch.Tensor | None = None
@@ -162,6 +163,11 @@ class Prefill:
         return self._positions
 
     @property
+    def ranks_by_attention(self) -> bool:
+        """False if the method scores by itself."""
+        return self._method is None
+
+    @property
     def has_fillers(self) -> bool:
         """True if some sample is shorter than the compact length of the present stage."""
         return min(self.plan.active(self.stage)) < self.plan.width(self.stage)
@@ -185,7 +191,7 @@ class Prefill:
     def decide(self, layer: int, hidden: torch.Tensor) -> None:
         """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""
         stage = self.stage + 1
-        if self._method is None or self._method.uses_attention:
+        if self._method is None:
             selection = self._rank_by_attention(stage, layer, hidden)
         else:
             selection = self._rank_by_method(self._method, stage, layer, hidden)

@@ -1,4 +1,4 @@
-"""What the last routed prefill cost, measured where it can be measured."""
+"""What prefills cost, measured where it can be measured."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .budget import ModelShape, kv_bytes, prefill_flops, scoring_flops
+from .budget import ModelShape, prefill_cost
 from .plan import Plan
 
-__all__ = ["Stats", "make_stats"]
+__all__ = ["Stats", "Totals", "make_stats"]
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Budget of the last routed prefill of a handle. ``kept`` and ``visual`` are per sample of its batch.
+    """Budget of the last prefill with visual tokens. ``kept`` and ``visual`` are per sample of its batch.
 
-    FLOPs count two per multiply-add, over all layers and samples, with fillers, without the LM head and the vision
-    tower. ``kv_bytes`` is read off the cache after the prefill (0 without a cache); ``kv_bytes_dense`` is what the
-    plain model would have stored.
+    ``avg_tokens`` is a mean over the samples that have visual tokens.
+
+    FLOPs count two per multiply-add and every pair of a query and a key, those of earlier turns included, over all
+    layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of attention
+    scores. They are 0 for a method with a ``score`` of its own: what that costs cannot be known and is not counted.
+    ``prefill_flops_dense`` and ``kv_bytes_dense`` are what the plain model would have run and stored, with no earlier
+    turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
+
+    ``prefills`` counts those that were recorded so far, this one included.
     """
 
     method: str
@@ -42,21 +48,80 @@ class Stats:
         """A few lines for people."""
         head = f"{self.method}, {self.action}, backend {self.backend} ({self.backend_reason})"
         if not self.prefills:
-            return f"{head}\nno prefill was routed yet"
+            return f"{head}\n{_NOTHING}"
         counts = zip(self.layers, zip(*self.kept, strict=True), strict=True)
         stages = ", ".join(f"layer {layer}: {_slashed(kept)}" for layer, kept in counts)
-        ratio = self.prefill_flops / self.prefill_flops_dense
-        return "\n".join(
-            (
-                head,
-                f"visual tokens {_slashed(self.visual)}, kept from {stages}",
-                f"avg_T {self.avg_tokens:.1f} ({self.keep:.1%} of all visual tokens, mean over all layers)",
-                f"prefill {self.prefill_flops / 1e9:.4g} GFLOP with scoring ({self.scoring_flops / 1e9:.3g}); "
-                f"dense {self.prefill_flops_dense / 1e9:.4g}, ratio {ratio:.3f}",
-                f"KV cache {self.kv_bytes / 2**20:.4g} MiB measured; dense {self.kv_bytes_dense / 2**20:.4g} MiB",
-                f"{self.prefills} prefills routed",
-            )
+        visual = f"visual tokens {_slashed(self.visual)}, kept from {stages}"
+        return "\n".join((head, visual, *_costs(self), f"{self.prefills} prefills recorded"))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums of the ``Stats`` of all prefills so far, and means over their prompts, however these were batched.
+
+    A prompt is a sample that has visual tokens. ``visual`` sums up N over the prompts, ``active`` the visual tokens per
+    layer; all other fields are sums of what ``Stats`` calls the same.
+    """
+
+    prefills: int = 0
+    prompts: int = 0
+    visual: int = 0
+    active: float = 0.0
+    prefill_flops: float = 0.0
+    scoring_flops: float = 0.0
+    prefill_flops_dense: float = 0.0
+    kv_bytes: int = 0
+    kv_bytes_dense: int = 0
+
+    @property
+    def avg_visual(self) -> float:
+        """Visual tokens N of a prompt, mean over all prompts."""
+        return self.visual / max(1, self.prompts)
+
+    @property
+    def avg_tokens(self) -> float:
+        """avg_T, mean over all prompts."""
+        return self.active / max(1, self.prompts)
+
+    @property
+    def keep(self) -> float:
+        """The share of all visual tokens that a layer ran."""
+        return self.active / self.visual if self.visual else 1.0
+
+    def plus(self, stats: Stats) -> Totals:
+        """The totals with one more prefill."""
+        prompts = _prompts(stats.visual)
+        return Totals(
+            prefills=self.prefills + 1,
+            prompts=self.prompts + prompts,
+            visual=self.visual + sum(stats.visual),
+            active=self.active + prompts * stats.avg_tokens,
+            prefill_flops=self.prefill_flops + stats.prefill_flops,
+            scoring_flops=self.scoring_flops + stats.scoring_flops,
+            prefill_flops_dense=self.prefill_flops_dense + stats.prefill_flops_dense,
+            kv_bytes=self.kv_bytes + stats.kv_bytes,
+            kv_bytes_dense=self.kv_bytes_dense + stats.kv_bytes_dense,
         )
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        if not self.prefills:
+            return _NOTHING
+        head = f"{self.prefills} prefills of {self.prompts} prompts, {self.avg_visual:.1f} visual tokens each"
+        return "\n".join((head, *_costs(self)))
+
+
+_NOTHING = "no prefill with visual tokens was recorded yet"
+
+
+def _costs(spent: Stats | Totals) -> tuple[str, ...]:
+    ratio = spent.prefill_flops / spent.prefill_flops_dense
+    return (
+        f"avg_T {spent.avg_tokens:.1f} ({spent.keep:.1%} of all visual tokens, mean over all layers)",
+        f"prefill {spent.prefill_flops / 1e9:.4g} GFLOP with scoring ({spent.scoring_flops / 1e9:.3g}); "
+        f"dense {spent.prefill_flops_dense / 1e9:.4g}, ratio {ratio:.3f}",
+        f"KV cache {spent.kv_bytes / 2**20:.4g} MiB measured; dense {spent.kv_bytes_dense / 2**20:.4g} MiB",
+    )
 
 
 def _slashed(counts: Sequence[int]) -> str:
@@ -64,37 +129,60 @@ def _slashed(counts: Sequence[int]) -> str:
     return "/".join(map(str, counts))
 
 
+def _prompts(visual: Sequence[int]) -> int:
+    """How many samples have visual tokens."""
+    return sum(n > 0 for n in visual)
+
+
 def make_stats(
     plan: Plan,
     shape: ModelShape,
     names: dict[str, Any],
     cache_layers: Sequence[Any],
-    element_size: int,
+    *,
+    scores: bool,
     prefills: int,
 ) -> Stats:
-    """Stats of one prefill. ``cache_layers`` are the cache's layers after it, ``names`` the descriptive fields."""
-    schedule, batch, layers = plan.schedule, plan.batch, shape.num_layers
-    stages = [schedule.stage_of(layer) for layer in range(layers)]
-    visual = [plan.visual_counts if s < 0 else plan.kept[s] for s in stages]
-    total = sum(plan.visual_counts)
-    average = sum(map(sum, visual)) / layers
+    """Stats of one prefill.
+
+    Args:
+        plan: of the prefill; one that changes nothing ran dense.
+        shape: the decoder.
+        names: the descriptive fields.
+        cache_layers: the layers of the cache after the prefill, none without a cache.
+        scores: whether the decisions computed attention scores.
+        prefills: how many prefills were recorded, this one included.
+    """
+    layers = range(shape.num_layers)
+    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
+    active = sum(sum(plan.visual_counts if s < 0 else plan.kept[s]) for s in stages) / len(layers)
     widths = [plan.width(s) for s in stages]
-    pools = [sum(plan.lengths) if plan.scores_pool(s) else batch * plan.width(s - 1) for s in range(len(plan.kept))]
-    scoring = float(sum(scoring_flops(shape, rows) for rows in pools))
-    tensors = [(layer.keys, layer.values) for layer in cache_layers]
-    dense = [plan.length] * layers
+    tensors = [t for layer in cache_layers for t in (layer.keys, layer.values)]
+    stored = tuple(int(layer.keys.shape[-2]) for layer in cache_layers) or tuple(widths)
+    size = tensors[0].element_size() if tensors else 0
+    routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
+    whole, all_keys = [plan.length for _ in layers], [plan.past + plan.length for _ in layers]
+    dense = prefill_cost(shape, whole, all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
         **names,
-        layers=schedule.layers,
+        layers=plan.schedule.layers,
         visual=plan.visual_counts,
         kept=tuple(zip(*plan.kept, strict=True)),
-        avg_tokens=average / batch,
-        keep=average / total,
-        prefill_flops=batch * prefill_flops(shape, widths) + scoring,
-        scoring_flops=scoring,
-        prefill_flops_dense=float(batch * prefill_flops(shape, dense)),
-        kv_bytes=sum(k.numel() * k.element_size() + v.numel() * v.element_size() for k, v in tensors),
-        kv_bytes_dense=batch * kv_bytes(shape, [plan.past + plan.length] * layers, element_size),
-        layer_lengths=tuple(int(k.shape[-2]) for k, _ in tensors) or tuple(widths),
+        avg_tokens=active / _prompts(plan.visual_counts),
+        keep=active / sum(plan.visual_counts),
+        prefill_flops=float(routed.prefill_flops),
+        scoring_flops=float(routed.scoring_flops),
+        prefill_flops_dense=float(dense.prefill_flops),
+        kv_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        kv_bytes_dense=dense.kv_bytes,
+        layer_lengths=stored,
         prefills=prefills,
     )
+
+
+def _scored(plan: Plan) -> list[int]:
+    """Rows that are scored, per decision and sample: rows of this prompt only, whatever the cache holds."""
+    rows: list[int] = []
+    for stage in range(len(plan.kept)):
+        rows += plan.lengths if plan.scores_pool(stage) else [plan.width(stage - 1)] * plan.batch
+    return rows

@@ -51,8 +51,8 @@ NOTES: Final = (
     "avg_T / N, up to rounding down to whole tokens.",
     "Acc@0.5: a box is right if its IoU with the true box is at least 0.5. ± in the table: binomial standard error "
     "(s.e.) of that figure. ± in the sentences: s.e. of a paired difference, as all setups got the same questions.",
-    "Prefill FLOPs are computed: the decoder's, scoring included, without the vision tower and the output head. "
-    "KV bytes are read off the cache after the prefill (dense: computed).",
+    "Prefill FLOPs are computed: the decoder's, scoring by attention included, without the vision tower and the output "
+    "head. KV bytes are read off the cache after the prefill.",
     "Prefill time is measured in this run, vision tower included: median of the ratios to the dense prefill of the "
     f"same round, all setups in turn, for single prompts and for a batch of {TIMED_BATCH}. With one prompt of so "
     "small a model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures larger "

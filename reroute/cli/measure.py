@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from ..report import Cost, Setup
 
 if TYPE_CHECKING:
     from ..handle import Handle
-    from ..stats import Stats
+    from ..stats import Totals
 
 __all__ = ["costs", "routed"]
 
@@ -29,10 +29,16 @@ def routed(model: Any, setup: Setup, backend: str, *, trace: bool = False) -> It
     if setup.method is None:
         yield None
         return
-    with reroute.enable(
-        model, method=setup.method, action=setup.action, keep=setup.keep, backend=backend, trace=trace
-    ) as handle:
+    with _enable(model, setup, backend, trace=trace) as handle:
         yield handle
+
+
+def _enable(model: Any, setup: Setup, backend: str, *, trace: bool = False) -> Handle:
+    """Route as ``setup`` says; dense is a routing that keeps everything."""
+    handle: Handle = reroute.enable(
+        model, method=setup.method, action=setup.action, keep=setup.keep, backend=backend, trace=trace
+    )
+    return handle
 
 
 def costs(
@@ -47,28 +53,32 @@ def costs(
 ) -> list[Cost]:
     """Time prefills of every prompt, all setups in turn in each round, so that a busy moment hits all alike.
 
-    ``setups[0]`` is dense and at least one other is not. ``progress`` is told how many prefills were done. After
-    ``limit_s`` seconds no further round is begun.
+    ``setups[0]`` is dense. Another round before these warms up and counts. ``progress`` is told how many prefills were
+    done. After ``limit_s`` seconds no further round is begun.
     """
-    seconds: list[list[float]] = [[] for _ in setups]
-    stats: list[list[Stats]] = [[] for _ in setups]
     deadline = time.perf_counter() + limit_s
+    counted = [_count(model, prompts, setup, backend, progress) for setup in setups]
+    seconds: list[list[float]] = [[] for _ in setups]
     for inputs in prompts:
-        for done in range(rounds + 1):  # the first round warms up and counts
-            if done > 1 and time.perf_counter() > deadline:
+        for done in range(rounds):
+            if done and time.perf_counter() > deadline:
                 break
-            for i, setup in enumerate(setups):
-                with routed(model, setup, backend) as handle:
-                    elapsed = _prefill(model, inputs)
-                if done:
-                    seconds[i].append(elapsed)
-                elif handle is not None:
-                    stats[i].append(handle.stats())
+            for setup, own in zip(setups, seconds, strict=True):
+                with routed(model, setup, backend):
+                    own.append(_prefill(model, inputs))
                 progress(1)
-    return [
-        _cost(setup, own, stats[i] or stats[-1], seconds[0])
-        for i, (setup, own) in enumerate(zip(setups, seconds, strict=True))
-    ]
+    return [_cost(totals, own, seconds[0]) for totals, own in zip(counted, seconds, strict=True)]
+
+
+def _count(
+    model: Any, prompts: Sequence[Inputs], setup: Setup, backend: str, progress: Callable[[int], object]
+) -> Totals:
+    """What the prompts cost."""
+    with _enable(model, setup, backend) as handle:
+        for inputs in prompts:
+            _prefill(model, inputs)
+            progress(1)
+    return handle.totals()
 
 
 def _prefill(model: Any, inputs: Inputs) -> float:
@@ -86,14 +96,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cost(setup: Setup, seconds: list[float], stats: list[Stats], dense_seconds: list[float]) -> Cost:
-    dense = setup.method is None
-    visual = fmean(sum(s.visual) for s in stats)
+def _cost(totals: Totals, seconds: list[float], dense_seconds: list[float]) -> Cost:
     return Cost(
-        visual=visual,
-        avg_tokens=visual if dense else fmean(s.avg_tokens for s in stats),
-        flops=fmean(s.prefill_flops_dense if dense else s.prefill_flops for s in stats),
-        kv_bytes=fmean(s.kv_bytes_dense if dense else s.kv_bytes for s in stats),
+        visual=totals.avg_visual,
+        avg_tokens=totals.avg_tokens,
+        flops=totals.prefill_flops / totals.prompts,
+        kv_bytes=totals.kv_bytes / totals.prompts,
         seconds=median(seconds),
         time_ratio=median(own / reference for own, reference in zip(seconds, dense_seconds, strict=True)),
     )

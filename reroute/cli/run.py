@@ -31,8 +31,8 @@ TIMING_S: Final = 20.0
 NOTES: Final = (
     "The answers are greedy. One answer says nothing about accuracy: see reroute demo, and the benchmarks, for that.",
     "avg_T: visual tokens that a layer runs, mean over all layers, counted. Prefill FLOPs are computed: the decoder's, "
-    "scoring included, without the vision tower and the output head. KV bytes are read off the cache after the "
-    "prefill (dense: computed).",
+    "scoring by attention included, without the vision tower and the output head. KV bytes are read off the cache "
+    "after the prefill.",
     "Prefill time is measured, vision tower included, all setups in turn: the median of the ratios to the dense "
     "prefill of the same round.",
 )

@@ -22,7 +22,7 @@ from ..prefill import Reservation
 from ..schedule import Action, Schedule
 from .cache import RoutedLayer, cache_of, check_cache, past_length
 from .families import Family
-from .forwards import NO_GRADIENTS, Continuation, Forward, RoutedPrefill, StartPrefill
+from .forwards import NO_GRADIENTS, Continuation, DensePrefill, Forward, RoutedPrefill, StartPrefill
 
 __all__ = ["Controller"]
 
@@ -48,7 +48,7 @@ class _ThreadState(threading.local):
 class Controller:
     """Routes one model by hooks; ``detach`` restores it exactly.
 
-    ``start`` makes the prefill of a plan; ``done`` is told of every routed prefill that succeeded.
+    ``start`` makes the prefill of a plan; ``done`` is told of every prefill with a plan that succeeded.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Controller:
         schedule: Schedule,
         action: Action,
         start: StartPrefill,
-        done: Callable[[RoutedPrefill], None],
+        done: Callable[[RoutedPrefill | DensePrefill], None],
     ) -> None:
         """Check that ``family``'s model can be routed on ``schedule``.
 
@@ -229,6 +229,8 @@ class Controller:
             record = getattr(self.family.text_config, "output_hidden_states", False) if record is None else record
             start = functools.partial(self._start, reservation=reservation)
             return RoutedPrefill(plan, self.family, start, cache, record_states=bool(record))
+        if plan is not None:
+            return DensePrefill(plan, self.family)
         if cache is not None and any(isinstance(layer, RoutedLayer) for layer in cache.layers):
             return Continuation(self.family)
         return None
@@ -279,11 +281,12 @@ class Controller:
     @_uncompiled
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._state.forward = self._state.forward, None
-        if not isinstance(forward, RoutedPrefill):
-            return
-        forward.close()
-        if output is not None:  # None: the forward raised
-            forward.finish()
+        succeeded = output is not None
+        if isinstance(forward, RoutedPrefill):
+            forward.close()
+            if succeeded:
+                forward.finish()
+        if isinstance(forward, RoutedPrefill | DensePrefill) and succeeded:
             self._done(forward)
 
     @_uncompiled

@@ -1,4 +1,4 @@
-"""The two kinds of forward that a hooked model must adapt: a routed prefill, and new tokens on a routed cache."""
+"""The kinds of forward that hooks follow: a routed prefill, one that runs dense, and new tokens on a routed cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .cache import RoutedLayer, cache_of, route_layer, routed_layer
 from .families import Family
 from .masks import decode_mask, prefill_mask
 
-__all__ = ["NO_GRADIENTS", "Continuation", "Forward", "RoutedPrefill", "StartPrefill"]
+__all__ = ["NO_GRADIENTS", "Continuation", "DensePrefill", "Forward", "RoutedPrefill", "StartPrefill"]
 
 Kwargs = dict[str, Any]
 
@@ -214,3 +214,20 @@ class Continuation:
     def _shifted(self, shift: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:
         ids = kwargs["position_ids"] - shift
         return {"position_embeddings": self._family.rope_tables(hidden, ids), "position_ids": ids}
+
+
+class DensePrefill(Continuation):
+    """A prefill whose plan changes nothing: the model runs as it would without it, so that its cost can be recorded."""
+
+    prefill = None
+
+    def __init__(self, plan: Plan, family: Family) -> None:
+        """The cache is known from the first layer on: the model may have made it itself."""
+        super().__init__(family)
+        self.plan = plan
+        self.cache: Cache | None = None
+
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+        """See ``Continuation``: earlier turns may have left routed layers."""
+        self.cache = cache_of(kwargs)
+        return super().before_layer(index, hidden, kwargs)

@@ -209,21 +209,3 @@ def test_attentions_stay_compact(tiny: Tiny) -> None:
     for attention in attentions:
         close(attention.sum(-1), torch.ones(attention.shape[:3]))
         assert torch.equal(attention, attention.tril())
-
-
-def test_statistics_are_those_of_the_prefill(tiny: Tiny) -> None:
-    pair = [samples(tiny)[0], tiny.prompt(7, 2, tiny.grid, 7)]  # as long as one another: no fillers
-    with enable(tiny, RULES[0]) as handle:
-        assert handle.stats().prefills == 0
-        cache = tiny.model(**tiny.inputs(pair), use_cache=True)[1]
-        stats = handle.stats()
-        tiny.model(**tiny.inputs([tiny.prompt(8, 5)]))  # text: no routed prefill
-        assert handle.stats() == stats
-    assert (stats.prefills, stats.layers, stats.visual) == (1, RULES[0].layers, (16, 16))
-    assert stats.kept == ((8, 4, 2), (8, 4, 2))
-    assert stats.avg_tokens == pytest.approx((2 * 16 + 2 * 8 + 2 * 4 + 2 * 2) / 8)
-    assert stats.keep == pytest.approx(stats.avg_tokens / 16)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert stats.kv_bytes == held
-    assert stats.kv_bytes_dense > held
-    assert 0 < stats.scoring_flops < stats.prefill_flops < stats.prefill_flops_dense

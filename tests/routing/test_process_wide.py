@@ -147,7 +147,7 @@ def test_embeddings_hide_the_picture(call: str) -> None:
             warnings.simplefilter("error")
             run(**given)
         assert handle.stats().prefills == 0
-        assert "no prefill was routed yet" in str(handle.stats())
+        assert "no prefill with visual tokens was recorded yet" in str(handle.stats())
 
 
 def test_embeddings_of_a_plan_hide_nothing() -> None:

@@ -16,7 +16,7 @@ from reroute.budget import (
     budget,
     kv_bytes,
     layer_flops,
-    prefill_flops,
+    prefill_cost,
     scale_layers,
     scoring_flops,
     solve,
@@ -127,8 +127,9 @@ def test_released_schedules(
 def test_full_model() -> None:
     for shape, flops, size in (LLAVA, 8.4496, 318.0), (QWEN, 8.4625, 34.8):
         lengths = [636] * shape.num_layers
-        assert prefill_flops(shape, lengths) / 1e12 == pytest.approx(flops, abs=5e-5)
-        assert kv_bytes(shape, lengths) / 2**20 == pytest.approx(size, abs=0.05)
+        full = prefill_cost(shape, lengths)
+        assert full.prefill_flops / 1e12 == pytest.approx(flops, abs=5e-5)
+        assert full.kv_bytes / 2**20 == pytest.approx(size, abs=0.05)
     assert layer_flops(LLAVA, 1) - 4 * 4096 == 404_750_336
     assert layer_flops(QWEN, 1) - 4 * 3584 == pytest.approx(466.09e6, abs=5e3)
 
@@ -137,7 +138,7 @@ def test_without_text() -> None:
     def teraflops(name: str, tier: int) -> float:
         return cost(name, tier, LLAVA, text=0, scores=False).prefill_flops / 1e12
 
-    assert prefill_flops(LLAVA, [576] * 32) / 1e12 == pytest.approx(7.6343, abs=5e-5)
+    assert prefill_cost(LLAVA, [576] * 32).prefill_flops / 1e12 == pytest.approx(7.6343, abs=5e-5)
     assert teraflops("fastv", 192) == pytest.approx(2.5108, abs=5e-5)
     assert teraflops("fastv", 128) == pytest.approx(1.6696, abs=5e-5)
     assert teraflops("fastv", 64) == pytest.approx(0.8449, abs=5e-5)
@@ -192,16 +193,29 @@ def test_toy_budget() -> None:
     schedule = Schedule((1, 3), (0.5, 0.25))
     lengths = [11, 7, 7, 5]
     assert [layer_flops(TOY, n) for n in lengths] == [16544, 9632, 9632, 6560]
-    assert [layer_flops(TOY, n, "causal") for n in lengths] == [14784, 8960, 8960, 6240]
-    assert prefill_flops(TOY, lengths, attention="causal", lm_head=True) == 38944 + 2 * 8 * 10
+    assert [layer_flops(TOY, n, attention="causal") for n in lengths] == [14784, 8960, 8960, 6240]
+    assert prefill_cost(TOY, lengths, attention="causal", lm_head=True).prefill_flops == 38944 + 2 * 8 * 10
     # q row 2*8*8, keys 2*P*8*4, logits 2*8*P, twice with P = 11
-    assert budget(TOY, schedule, "route", 8, 3) == Budget(4.5, 4.5 / 8, 42368 + 2 * 1008, 2 * 1008, 480)
+    expected = Budget(42368 + 2 * 1008, 2 * 1008, 480, avg_tokens=4.5, keep=4.5 / 8)
+    assert budget(TOY, schedule, "route", 8, 3) == expected
     assert budget(TOY, schedule, "remove", 8, 3).scoring_flops == 1008 + 128 + 7 * 80
     assert budget(TOY, schedule, "route", 8, 3, bytes_per_element=4).kv_bytes == 960
     assert average_tokens([8, 4, 4, 2]) == 4.5
     attention: Any = "sparse"
     with pytest.raises(RerouteError, match=r"Unknown attention 'sparse'; known: causal, dense"):
-        layer_flops(TOY, 3, attention)
+        layer_flops(TOY, 3, attention=attention)
+
+
+def test_earlier_turns_are_keys() -> None:
+    """5 tokens after 3: 5 * 8 pairs, of which a causal mask leaves 4 + 5 + 6 + 7 + 8; a pair costs 2 * (8 + 8)."""
+    weights = layer_flops(TOY, 5) - 32 * 25
+    assert layer_flops(TOY, 5, 8) == weights + 32 * 40
+    assert layer_flops(TOY, 5, 8, attention="causal") == weights + 32 * 30
+    cost = prefill_cost(TOY, [5, 3, 3, 2], [8, 6, 4, 2], scored=[5, 4], batch=2)
+    layers = sum(layer_flops(TOY, t, k) for t, k in zip([5, 3, 3, 2], [8, 6, 4, 2], strict=True))
+    assert cost.scoring_flops == scoring_flops(TOY, 5) + scoring_flops(TOY, 4)
+    assert cost.prefill_flops == 2 * layers + cost.scoring_flops
+    assert cost.kv_bytes == 2 * kv_bytes(TOY, [20])
 
 
 def test_shape_from_config() -> None:
