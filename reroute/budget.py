@@ -24,6 +24,7 @@ __all__ = [
     "Shape",
     "average_tokens",
     "budget",
+    "check_keep",
     "kv_bytes",
     "layer_flops",
     "prefill_cost",
@@ -60,6 +61,12 @@ def scale_layers(layers_of_32: Sequence[int], num_layers: int) -> tuple[int, ...
     return tuple(sorted({first, *(layer for layer in later if layer > first)}))
 
 
+def check_keep(keep: float) -> None:
+    """RerouteError for a budget ``keep`` = avg_T / N that no model can have."""
+    if not 0 < keep <= 1:
+        raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
+
+
 def solve(shape: Shape, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
     """Keep ratios of a shape, one per routing layer, for the budget ``keep`` = avg_T / N.
 
@@ -72,8 +79,7 @@ def solve(shape: Shape, layers: Sequence[int], num_layers: int, keep: float) -> 
     if shape not in _RATIO:
         raise unknown("shape", shape, _RATIO)
     Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
-    if not 0 < keep <= 1:
-        raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
+    check_keep(keep)
     if keep == 1:
         return (1.0,) * len(layers)
     target = keep * num_layers - layers[0]

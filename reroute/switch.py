@@ -11,6 +11,7 @@ from torch import nn
 
 from reroute_kernels import BackendUnavailable, PagedPool, resolve
 
+from .budget import check_keep
 from .errors import RerouteError, unknown
 from .methods import Method, get
 from .schedule import Action, Schedule
@@ -79,7 +80,7 @@ def enable(
         trace: keep the decisions of the last prefill in ``handle.trace``.
 
     Returns:
-        A handle with ``stats()``, ``trace`` and ``disable()``, also a context manager; None without a model, whose
+        A handle with ``stats()``, ``totals()``, ``trace`` and ``disable()``, also a context manager; None without a model, whose
         ``handle_of`` then gives it once the model has been called.
 
     Raises:
@@ -155,6 +156,8 @@ def _enable_all(settings: dict[str, Any]) -> None:
 
     if settings["method"] is not None:
         get(settings["method"])
+    if settings["keep"] is not None:
+        check_keep(settings["keep"])
     resolve(settings["backend"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def route(model: nn.Module) -> None:
