@@ -80,8 +80,8 @@ def enable(
         trace: keep the decisions of the last prefill in ``handle.trace``.
 
     Returns:
-        A handle with ``stats()``, ``totals()``, ``trace`` and ``disable()``, also a context manager; None without a model, whose
-        ``handle_of`` then gives it once the model has been called.
+        A handle with ``stats()``, ``totals()``, ``trace`` and ``disable()``, also a context manager. None without a
+        model: ``handle_of`` gives the handle of each once it has been called.
 
     Raises:
         RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
