@@ -115,11 +115,6 @@ class Schedule:
                 "prompt. Use positions='preserved' with action 'route'."
             )
 
-    @property
-    def is_dense(self) -> bool:
-        """True if every stage keeps everything, so that the plain model gives the answer."""
-        return all(ratio == 1 for ratio in self.keep)
-
     def stage_of(self, layer: int) -> int:
         """The stage that ``layer`` belongs to; -1 before the first routing layer."""
         return bisect_right(self.layers, layer) - 1

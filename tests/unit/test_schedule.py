@@ -98,11 +98,6 @@ def test_lists_become_tuples() -> None:
     assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5)))
 
 
-def test_is_dense() -> None:
-    assert Schedule((2, 7), (1.0, 1.0)).is_dense
-    assert not Schedule((2, 7), (1.0, 0.999)).is_dense
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
