@@ -1,4 +1,7 @@
-"""A model spread over two devices, as fake tensors: they know their device, and operations refuse to mix them."""
+"""Models that are not all in one place.
+
+Two devices are fake tensors: they know their device, and operations refuse to mix them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from models import CACHE
 from oracle import Rules
-from support import enable
+from support import enable, generate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.utils import backend_registration
@@ -119,6 +122,25 @@ def test_a_model_on_two_devices(
                 inputs_embeds=embeds[:, :1], attention_mask=mask, position_ids=ids[..., :1], **{CACHE: cache}
             )
         assert decoded.logits.shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_weights_that_come_when_they_are_needed(name: str) -> None:
+    """As of layers that accelerate offloads: their parameters have no values but in the forward of their module."""
+    accelerate = pytest.importorskip("accelerate")
+    tiny = getattr(models, name)(layers=4)
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)]
+    rules = Rules((1, 2), (0.5, 0.25))
+    plain = generate(tiny, samples, 3)
+    with enable(tiny, rules):
+        routed = generate(tiny, samples, 3)
+    accelerate.cpu_offload(tiny.model, execution_device="cpu")
+    assert next(tiny.model.model.language_model.parameters()).is_meta
+    with enable(tiny, rules) as handle:
+        offloaded = generate(tiny, samples, 3)
+    assert handle.stats().backend == "torch"
+    for expected, got in ((routed, offloaded), (plain, generate(tiny, samples, 3))):
+        assert all(map(torch.equal, got.logits, expected.logits))
 
 
 def test_the_test_can_fail() -> None:
