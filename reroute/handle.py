@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -31,7 +30,6 @@ class Handle:
 
     def __init__(
         self,
-        model: Any,
         family: Family,
         schedule: Schedule,
         action: Action,
@@ -41,7 +39,7 @@ class Handle:
         pool: PagedPool | None,
         trace: bool,
     ) -> None:
-        """Check everything but leave ``model`` alone until ``attach``; ``reroute.enable`` does both.
+        """Check everything but leave the model alone until ``attach``; ``reroute.enable`` does both.
 
         Raises:
             RerouteError: the model or the schedule cannot be routed; nothing is changed then.
@@ -56,7 +54,6 @@ class Handle:
                 f"The pool holds rows of {pool.width} features, the model's have {self._shape.hidden}. "
                 f"Make it with PagedPool({self._shape.hidden}, …)."
             )
-        self._model = weakref.ref(model)
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
         self._controller = Controller(family, schedule, action, self._start, self._done)
@@ -64,13 +61,13 @@ class Handle:
         self._choose_backend(next(family.text.parameters()).device)
         self._stats = Stats(**self._names)
 
-    def attach(self) -> None:
-        """Hook the model."""
-        self._controller.attach(self._model())
+    def attach(self, model: Any) -> None:
+        """Hook ``model``, to which the family is bound."""
+        self._controller.attach(model)
 
     def _choose_backend(self, device: torch.device) -> None:
-        self._device_type = device.type
         self.backend: Backend = resolve(self._asked_for, device)
+        self._device_type = device.type
 
     @property
     def _names(self) -> dict[str, Any]:
@@ -84,7 +81,10 @@ class Handle:
         return self._controller.is_attached
 
     def disable(self) -> None:
-        """Restore the model exactly. Idempotent. A cache filled while routing was on needs it on to be continued."""
+        """Restore the model exactly. Idempotent.
+
+        A cache filled while routing was on needs it on to be continued. Not to be called during a forward.
+        """
         self._controller.detach()
         self._pool = None
 
@@ -125,8 +125,8 @@ class Handle:
         """
         return self._controller.plan(input_ids, attention_mask, cache)
 
-    def using(self, plan: Plan) -> AbstractContextManager[None]:
-        """Run the forwards inside ``with`` on ``plan``, without looking at their ids.
+    def using(self, plan: Plan | None) -> AbstractContextManager[None]:
+        """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
 
         They share one place in the pool, which is held until the block ends: after one forward the next may be captured
         in a CUDA graph, which must not be replayed once the block has ended. Single decoding steps

@@ -126,10 +126,12 @@ class Plan:
         return all(stage == self.visual_counts for stage in self.kept)
 
     @cached_property
-    def drafted(self) -> int:
-        """Trailing tokens that follow the query in every sample: drafts and answers, not part of the prompt."""
-        after: Bools = np.all(self.order > np.asarray(self.query)[:, None], axis=0)
-        return int(np.cumprod(after[::-1]).sum())
+    def tail(self) -> int:
+        """Trailing tokens that are text in every sample: the question and what follows it. Every layer runs them."""
+        is_text: Bools = np.all(
+            [np.isin(row, texts) for row, texts in zip(self.order, self.texts, strict=True)], axis=0
+        )
+        return int(np.cumprod(is_text[::-1]).sum())
 
     def active(self, stage: int) -> tuple[int, ...]:
         """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""

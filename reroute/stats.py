@@ -60,7 +60,8 @@ class Totals:
     """Sums of the ``Stats`` of all prefills so far, and means over their prompts, however these were batched.
 
     A prompt is a sample that has visual tokens. ``visual`` sums up N over the prompts, ``active`` the visual tokens per
-    layer; all other fields are sums of what ``Stats`` calls the same.
+    layer; all other fields are sums of what ``Stats`` calls the same. Without a cache every step of ``generate`` is a
+    prefill, and counts.
     """
 
     prefills: int = 0
@@ -161,7 +162,9 @@ def make_stats(
     stored = tuple(int(layer.keys.shape[-2]) for layer in cache_layers) or tuple(widths)
     size = tensors[0].element_size() if tensors else 0
     routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
-    whole, all_keys = [plan.length for _ in layers], [plan.past + plan.length for _ in layers]
+    whole, first = [plan.length for _ in layers], plan.schedule.layers[0]
+    # Layers before the first routing layer store what they would without routing, which may be a sliding window.
+    all_keys = [stored[i] if i < first else plan.past + plan.length for i in layers]
     dense = prefill_cost(shape, whole, all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
         **names,

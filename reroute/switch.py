@@ -6,10 +6,9 @@ import logging
 import weakref
 from typing import TYPE_CHECKING, Any, get_args, overload
 
-import torch
 from torch import nn
 
-from reroute_kernels import BackendUnavailable, PagedPool, resolve
+from reroute_kernels import BackendUnavailable, PagedPool, check_backend
 
 from .budget import check_keep
 from .errors import RerouteError, unknown
@@ -142,10 +141,10 @@ def _enable_one(
         assert chosen is not None
         chosen = chosen if keep is None else chosen.with_budget(keep, num_layers, action)
         schedule = chosen.schedule(num_layers, action)
-    handle = Handle(model, family, schedule, action, backend, method=chosen, pool=pool, trace=trace)
+    handle = Handle(family, schedule, action, backend, method=chosen, pool=pool, trace=trace)
     # Everything is checked: only now may what was set before be replaced.
     disable(model)
-    handle.attach()
+    handle.attach(model)
     _handles[model] = handle
     return handle
 
@@ -158,7 +157,7 @@ def _enable_all(settings: dict[str, Any]) -> None:
         get(settings["method"])
     if settings["keep"] is not None:
         check_keep(settings["keep"])
-    resolve(settings["backend"], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_backend(settings["backend"])
 
     def route(model: nn.Module) -> None:
         if handle_of(model) is not None:

@@ -4,7 +4,7 @@ Knows nothing of Transformers or of methods. :mod:`reroute_kernels.reference` is
 specification; :func:`resolve` picks the backend that runs it.
 """
 
-from reroute_kernels.dispatch import Backend, BackendUnavailable, resolve
+from reroute_kernels.dispatch import Backend, BackendUnavailable, check_backend, resolve
 from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
 from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 
@@ -19,5 +19,6 @@ __all__ = [
     "Rope",
     "Segments",
     "Selection",
+    "check_backend",
     "resolve",
 ]

@@ -88,13 +88,27 @@ def resolve(name: str, device: torch.device) -> Backend:
     The environment variable REROUTE_BACKEND overrides ``name``. Raises ValueError for an unknown
     name and BackendUnavailable for a backend that cannot run. Call it once and keep the result.
     """
+    return _resolve(*_chosen(name), device.type)
+
+
+def check_backend(name: str) -> None:
+    """Raise what :func:`resolve` would raise for any device of this machine, but without touching a GPU.
+
+    For a choice that is made before the process has chosen its GPU, or forked.
+    """
+    if _chosen(name)[0] == "triton":
+        _import_triton("cuda")
+
+
+def _chosen(name: str) -> tuple[str, str]:
+    """The backend that ``name`` or the environment asks for, and which of them does."""
     override = os.environ.get(OVERRIDE)
     chosen = override or name
     if chosen not in KNOWN:
         source = f" (from {OVERRIDE})" if override else ""
         known = ", ".join(map(repr, KNOWN))
         raise ValueError(f"unknown backend {chosen!r}{source}; known: {known}")
-    return _resolve(chosen, f"{OVERRIDE} asks for it" if override else "asked for", device.type)
+    return chosen, f"{OVERRIDE} asks for it" if override else "asked for"
 
 
 @cache
@@ -116,8 +130,8 @@ def _torch(reason: str) -> Backend:
     return Backend.of("torch", reason, reference)
 
 
-def _triton(reason: str, device_type: str) -> Backend:
-    # The one place where the Triton backend is built, and the only one that may import triton.
+def _import_triton(device_type: str) -> Any:
+    """The one place that may import triton."""
     if device_type != "cuda":
         raise BackendUnavailable("triton", f"it needs CUDA tensors and these are on {device_type}")
     if not torch.cuda.is_available():
@@ -129,6 +143,11 @@ def _triton(reason: str, device_type: str) -> Backend:
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         raise BackendUnavailable("triton", f"it needs triton {oldest} or newer and this is {triton.__version__}")
+    return triton
+
+
+def _triton(reason: str, device_type: str) -> Backend:
+    triton = _import_triton(device_type)
     try:
         target = triton.runtime.driver.active.get_current_target()
     except Exception as error:  # the driver's first use builds a C extension: without a compiler, anything may come

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from reroute_kernels.upload import outlive_queue, upload
+from reroute_kernels.upload import has_stream, outlive_queue, upload
 
 
 class PoolLimitError(MemoryError):
@@ -68,20 +68,17 @@ class _Slab:
     # Pages change hands on the host, ahead of the device. On one CUDA stream order is enough; a
     # holder on another stream has to queue behind the former ones. Events do that without a sync.
     def enter(self) -> None:
-        if self.on_gpu():
+        if has_stream(self.memory):
             stream = torch.cuda.current_stream(self.memory.device)
             for event in self.events.values():
                 stream.wait_event(event)
         outlive_queue(self.memory)
 
     def leave(self) -> None:
-        if self.on_gpu():
+        if has_stream(self.memory):
             stream = torch.cuda.current_stream(self.memory.device)
             self.events[stream.cuda_stream] = stream.record_event()
         outlive_queue(self.memory)
-
-    def on_gpu(self) -> bool:
-        return type(self.memory) is Tensor and self.memory.is_cuda  # a fake tensor has no stream
 
 
 class Lease:

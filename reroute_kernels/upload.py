@@ -28,10 +28,15 @@ def upload(integers: Any, device: torch.device) -> Tensor:
     return (staged.pin_memory() if cuda else staged).to(device, non_blocking=True)
 
 
+def has_stream(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on a GPU, and not a fake one."""
+    return type(tensor) is Tensor and tensor.is_cuda
+
+
 def outlive_queue(tensor: Tensor) -> None:
     """Keep the memory of ``tensor`` until all is done that the present CUDA stream has been asked for.
 
     The allocator knows only of the stream on which a tensor was made, and would hand its memory on too early.
     """
-    if type(tensor) is Tensor and tensor.is_cuda:  # a fake tensor has no stream
+    if has_stream(tensor):
         tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -15,10 +15,50 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedCacheError
 
-__all__ = ["RoutedLayer", "cache_of", "check_cache", "past_length", "route_layer", "routed_layer"]
+__all__ = [
+    "RoutedLayer",
+    "WatchedLayer",
+    "cache_of",
+    "check_cache",
+    "past_length",
+    "route_layer",
+    "routed_layer",
+    "serve",
+    "watch",
+]
 
 
-class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that."""
+
+    _is_served = False
+
+    def serve(self) -> None:
+        """Let the forward that now runs store its tokens here."""
+        self._is_served = True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store tokens.
+
+        Raises:
+            UnsupportedCacheError: in a forward without routing; nothing is stored then.
+        """
+        if not self._is_served:
+            raise UnsupportedCacheError(
+                "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
+                "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
+            )
+        self._is_served = False
+        keys, values = super().update(*args, **kwargs)
+        return keys, values
+
+    def reset(self) -> None:
+        """Become an ordinary empty layer again."""
+        super().reset()
+        self.__class__ = DynamicLayer  # type: ignore[assignment]
+
+
+class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
     """A dynamic cache layer that lacks some rows of the logical sequence.
 
     - ``columns`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
@@ -34,26 +74,6 @@ class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     fillers: bool
     shift: torch.Tensor | None
     group: tuple[int, ...]
-    _is_served = False
-
-    def serve(self) -> None:
-        """Let the forward that now runs store its tokens: its mask and positions are made for the rows held here."""
-        self._is_served = True
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store tokens.
-
-        Raises:
-            UnsupportedCacheError: in a forward without routing, whose mask and positions would not fit these rows.
-        """
-        if not self._is_served:
-            raise UnsupportedCacheError(
-                "This cache was filled while routing was on, and this forward runs without it. Call reroute.enable "
-                "again to go on with the cache, or start a new one."
-            )
-        self._is_served = False
-        keys, values = super().update(*args, **kwargs)
-        return keys, values
 
     def get_seq_length(self) -> int:
         """Logical length: what Transformers must believe."""
@@ -67,11 +87,11 @@ class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return torch.cat([self.columns, later.expand(self.columns.shape[0], -1)], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens; those of a routed prompt are not all here and cannot be dropped."""
+        """Drop the newest tokens, up to the last text of a routed prompt; its visual tokens are not all here."""
         newest = self.get_seq_length() - self.logical
         if abs(tokens_to_remove) > newest:
             raise UnsupportedCacheError(
-                f"Cannot crop {abs(tokens_to_remove)} tokens: only the {newest} tokens after the routed prompt can be "
+                f"Cannot crop {abs(tokens_to_remove)} tokens: only the {newest} tokens after the visual ones can be "
                 "removed. Start a new cache for a shorter prompt."
             )
         super().crop(tokens_to_remove)
@@ -80,7 +100,6 @@ class RoutedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Become an ordinary empty layer again."""
         super().reset()
         del self.columns, self.logical, self.fillers, self.shift, self.group
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder samples, and with them the positions that they hold."""
@@ -122,7 +141,7 @@ def check_cache(cache: Cache, layers: Iterable[int]) -> None:
     """
     if isinstance(cache, DynamicCache):
         present = [cache.layers[i] for i in layers if i < len(cache.layers)]
-        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "RoutedLayer"}
+        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "WatchedLayer", "RoutedLayer"}
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -143,6 +162,19 @@ def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
         return None
     layer = cache.layers[index]
     return layer if isinstance(layer, RoutedLayer) else None
+
+
+def serve(cache: Cache | None, index: int) -> None:
+    """Let layer ``index`` store the tokens of the forward that now runs, to which routing adapts it."""
+    if cache is not None and index < len(cache.layers) and isinstance(layer := cache.layers[index], WatchedLayer):
+        layer.serve()
+
+
+def watch(cache: Cache) -> None:
+    """Make the layers of a routed ``cache`` that hold everything refuse a plain forward, before any layer changes."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = WatchedLayer
 
 
 def route_layer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import warnings
 import weakref
@@ -40,7 +39,7 @@ class _ThreadState(threading.local):
     """What the present thread is doing with the model."""
 
     forward: Forward | None = None
-    given: tuple[Plan, Reservation] | None = None
+    given: tuple[Plan | None, Reservation | None] | None = None
     prompt_end: int | None = None
     labels: torch.Tensor | None = None
 
@@ -158,15 +157,19 @@ class Controller:
     # --- planning -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def using(self, plan: Plan) -> Iterator[None]:
-        """Use ``plan``, and one place in the pool, for the forwards of this thread instead of reading their ids."""
-        reservation = Reservation(plan)
+    def using(self, plan: Plan | None) -> Iterator[None]:
+        """Use ``plan``, and one place in the pool, for the forwards of this thread instead of reading their ids.
+
+        None, which is what text has for a plan: route nothing.
+        """
+        reservation = None if plan is None else Reservation(plan)
         outer, self._state.given = self._state.given, (plan, reservation)
         try:
             yield
         finally:
             self._state.given = outer
-            reservation.release()
+            if reservation is not None:
+                reservation.release()
 
     def plan(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
@@ -219,7 +222,8 @@ class Controller:
         plan = reservation = None
         if self._state.given is not None and not (is_step and past_length(cache)):
             plan, reservation = self._state.given
-            _check_given(plan, tokens, cache)
+            if plan is not None:
+                _check_given(plan, tokens, cache)
         elif not is_step:
             plan = self._plan_call(ids, kwargs, cache)
         if plan is not None and not plan.changes_nothing:
@@ -359,5 +363,4 @@ class _Generate:
 
 def _forget_compiled() -> None:
     """Compiled code does not see hooks that come or go later, and whatever calls the model may be compiled."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    torch.compiler.reset()

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from ..plan import Plan
 from ..prefill import Prefill, Reservation, Tables
-from .cache import RoutedLayer, cache_of, route_layer, routed_layer
+from .cache import RoutedLayer, cache_of, route_layer, routed_layer, serve, watch
 from .families import Family
 from .masks import decode_mask, prefill_mask
 
@@ -86,6 +86,7 @@ class RoutedPrefill:
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
         """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
+        serve(cache_of(kwargs), index)
         if self._record:
             self.states[index] = self.after_last_layer(hidden)
         scores_before = self.plan.schedule.score_layer_offset < 0
@@ -106,23 +107,24 @@ class RoutedPrefill:
         return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
 
     def finish(self) -> None:
-        """Tell the cache which rows its layers hold; drafted tokens after the prompt may be cropped later.
+        """Tell the cache which rows its layers hold; text after the visual tokens may be cropped later.
 
         Raises:
             RerouteError: no decision was made, as the decoder ran without its hooks.
         """
         if self.prefill is None:
             raise RerouteError(
-                "The decoder ran around its hooks, so nothing was routed. Code that calls the model and was compiled "
-                "before reroute.enable must be compiled after it (torch.compiler.reset() forgets the old code)."
+                "The decoder's layers ran without their hooks, so nothing was routed: they were replaced after "
+                "reroute.enable, or other code runs them. Call reroute.enable again on the model as it is now."
             )
         if self.cache is None:
             return
-        drafted = self.plan.drafted
-        logical = self.plan.past + self.plan.length - drafted
+        tail = self.plan.tail
+        logical = self.plan.past + self.plan.length - tail
         for index, (stage, group) in self._stored.items():
-            columns = stage.columns[:, : stage.columns.shape[1] - drafted]
+            columns = stage.columns[:, : stage.columns.shape[1] - tail]
             route_layer(self.cache, index, columns, logical, stage.fillers, stage.shift, group)
+        watch(self.cache)
 
     def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.prefill is not None
@@ -139,8 +141,6 @@ class RoutedPrefill:
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
         layer = routed_layer(self.cache, index)
-        if layer is not None:
-            layer.serve()
         earlier = () if layer is None else layer.group
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
@@ -189,10 +189,11 @@ class Continuation:
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
-        layer = routed_layer(cache_of(kwargs), index)
+        cache = cache_of(kwargs)
+        serve(cache, index)
+        layer = routed_layer(cache, index)
         if layer is None:
             return None
-        layer.serve()
         mask = kwargs.get("attention_mask")
         changed: Kwargs = {}
         if mask is not None or layer.fillers:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reroute_kernels import BackendUnavailable, dispatch, reference, resolve
+from reroute_kernels import BackendUnavailable, check_backend, dispatch, reference, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -70,6 +70,20 @@ def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(
     with pytest.raises(BackendUnavailable, match=why) as caught:
         resolve("triton", device)
     assert "use backend='torch' or 'auto'" in str(caught.value)
+
+
+def test_a_check_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may choose its GPU, or fork, after it has asked for routing."""
+    pretend(monkeypatch, "broken", "3.7.1")
+    for name in dispatch.KNOWN:
+        check_backend(name)
+    with pytest.raises(BackendUnavailable, match="does not start"):
+        resolve("triton", CUDA)
+    pretend(monkeypatch, None, "3.7.1")
+    with pytest.raises(BackendUnavailable, match="finds no CUDA device"):
+        check_backend("triton")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        check_backend("cuda")
 
 
 def test_auto_is_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,10 +176,11 @@ def test_a_routed_cache_is_not_continued_without_routing(tiny: Tiny, rules: Rule
     sample, more = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 1)
     with enable(tiny, rules):
         cache = prefilled(tiny, [sample])
-    given = tiny.follow([sample], [more])
+    given, lengths = tiny.follow([sample], [more]), kv_lengths(cache)
     with pytest.raises(UnsupportedCacheError, match="filled while routing was on"):
         tiny.model(**given, **{CACHE: cache})
-    with enable(tiny, RULES[0]):
+    assert kv_lengths(cache) == lengths
+    with enable(tiny, rules):  # as the message says
         fresh = prefilled(tiny, [sample])
-        tiny.model(**given, **{CACHE: fresh})
-        tiny.model(**given, **{CACHE: fresh})
+        expected = tiny.model(**given, **{CACHE: fresh}).logits
+        assert torch.equal(tiny.model(**given, **{CACHE: cache}).logits, expected)

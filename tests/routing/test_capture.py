@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -149,6 +150,17 @@ def test_generation_on_a_plan(tiny: Tiny) -> None:
         assert torch.equal(output.sequences, expected.sequences)
         assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
         assert kv_lengths(cache_of(output)) == kv_lengths(cache_of(expected))
+
+
+def test_text_has_no_plan(tiny: Tiny) -> None:
+    given = tiny.inputs([tiny.prompt(0, 9)])
+    embeds = tiny.model.get_input_embeddings()(given["input_ids"])
+    plain = tiny.model(**given).logits
+    with enable(tiny, RULES[0]) as handle, handle.using(handle.plan(given["input_ids"])), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(tiny.model(**given).logits, plain)
+        assert torch.equal(tiny.model(inputs_embeds=embeds).logits, plain)
+        assert handle.stats().prefills == 0
 
 
 def test_a_plan_is_for_one_shape(tiny: Tiny) -> None:

@@ -11,6 +11,7 @@ import torch
 from models import Tiny
 
 import reroute
+from reroute.errors import RerouteError
 
 SCHEDULE = reroute.Schedule((1, 2), (0.5, 0.25))
 
@@ -67,6 +68,16 @@ def test_what_ran_compiled_before_is_routed_too(how: str) -> None:
         torch.testing.assert_close(logits(tiny, tiny.model), routed)
     assert handle.stats().prefills == 2
     torch.testing.assert_close(logits(tiny, call), plain)
+
+
+def test_layers_that_were_replaced_after_enable() -> None:
+    tiny = models.llava(layers=3)
+    with reroute.enable(tiny.model, schedule=SCHEDULE):
+        layers = tiny.model.model.language_model.layers
+        for i, other in enumerate(models.llava(layers=3).model.model.language_model.layers):
+            layers[i] = other
+        with pytest.raises(RerouteError, match="without their hooks"):
+            logits(tiny, tiny.model)
 
 
 def test_what_compile_returns_can_be_enabled() -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -145,6 +146,19 @@ def test_assistant_model(tiny: Tiny) -> None:
         helped = generate(tiny, [sample], 8, assistant_model=assistant).sequences
     assert torch.equal(helped, greedy)
     same_decisions(handle.trace, [predict(tiny, sample, RULES[0])])
+
+
+def test_an_assistant_that_is_routed_too() -> None:
+    """Its cache is cropped into the question of its own routed prompt."""
+    tiny, assistant = models.llava(layers=4), models.llava(layers=3)
+    assistant.model.generation_config.num_assistant_tokens = 3
+    sample = prompts(tiny)[0]
+    with enable(tiny, Rules((1, 2), (0.5, 0.25))):
+        greedy = generate(tiny, [sample], 8).sequences
+        with enable(assistant, Rules((1,), (0.5,))) as other:
+            helped = generate(tiny, [sample], 8, assistant_model=assistant.model).sequences
+            assert other.stats().prefills
+    assert torch.equal(helped, greedy)
 
 
 # --- step by step, without generate() -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import FastV, PDrop, ScoreView
 from reroute.prefill import Tables
-from reroute_kernels import BackendUnavailable, PagedPool, PoolLimitError, resolve
+from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,26 @@ def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is chosen by the decoder's device, and again once that is of another type."""
     chosen: list[str] = []
     plain = resolve("torch", torch.device("cpu"))
-    monkeypatch.setattr("reroute.handle.resolve", lambda name, device: chosen.append(device.type) or plain)
+
+    def choose(name: str, device: torch.device) -> Backend:
+        chosen.append(device.type)
+        if len(chosen) == 2:
+            raise BackendUnavailable(name, "of the test")
+        return plain
+
+    monkeypatch.setattr("reroute.handle.resolve", choose)
     tiny = models.llava(layers=4)
     ids = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])["input_ids"]
     hidden = torch.zeros(*ids.shape, tiny.model.config.text_config.hidden_size)
     tiny.model.to("meta")
     with reroute.enable(tiny.model, keep=0.5) as handle:
         plan = handle.plan(ids)
-        for _ in range(2):
-            handle._start(plan, hidden, Tables(hidden, hidden, None)).close()
-    assert chosen == ["meta", "cpu"]
+        start = lambda: handle._start(plan, hidden, Tables(hidden, hidden, None)).close()
+        with pytest.raises(BackendUnavailable, match="of the test"):
+            start()
+        for _ in range(2):  # a choice that failed was not made
+            start()
+    assert chosen == ["meta", "cpu", "cpu"]
 
 
 def test_models() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -210,6 +211,21 @@ def test_totals_do_not_depend_on_batches(tiny: Tiny, rules: Rules) -> None:
     for name in ("prefill_flops", "scoring_flops", "prefill_flops_dense", "kv_bytes", "kv_bytes_dense"):
         assert getattr(one_by_one, name) == sum(getattr(s, name) for s in pictures)
     assert str(one_by_one).startswith("2 prefills of 2 prompts, 24.0 visual tokens each\navg_T ")
+
+
+def test_a_window_before_the_first_routing_layer_saves_nothing(tiny: Tiny) -> None:
+    """Such a layer stores no more without routing."""
+    with enable(tiny, Rules((2,), (1.0,))) as handle:
+        plan = handle.plan(tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])["input_ids"])
+    assert plan is not None
+    rows = [7, 7, *[plan.length] * (tiny.num_layers - 2)]
+    shape = shape_of(tiny)
+    stored = [torch.zeros(1, shape.kv_heads, n, shape.head_dim) for n in rows]
+    layers = [SimpleNamespace(keys=tensor, values=tensor) for tensor in stored]
+    names = {"method": "", "action": "route", "backend": "", "backend_reason": ""}
+    stats = make_stats(plan, shape, names, layers, scores=True, prefills=1)
+    assert stats.prefill_flops == stats.prefill_flops_dense
+    assert stats.kv_bytes == stats.kv_bytes_dense
 
 
 def test_threads_add_to_the_same_totals(monkeypatch: pytest.MonkeyPatch) -> None:
