@@ -129,8 +129,8 @@ def _add_products(logit, q, k):
     return logit
 
 
-# Another batch, or where in one upload the index lists happen to begin, must not compile anew.
-@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["query_rows", "counts"])
+# Where in one upload the index lists happen to begin must not compile anew.
+@triton.jit(do_not_specialize_on_alignment=["query_rows", "counts"])
 def _score_kernel(
     query,
     keys,

@@ -65,7 +65,7 @@ BUDGETS = {
     ),
     ("score_topk, Qwen 7B fp32", "_select_kernel"): SELECT,
     ("score_topk, Qwen3 8B", "_score_kernel"): Budget(
-        registers=118, barriers=12, instructions=870, wide=17, narrow=8, occupancy=0.25
+        registers=118, barriers=12, instructions=860, wide=17, narrow=8, occupancy=0.25
     ),
     ("score_topk, Qwen3 8B", "_select_kernel"): SELECT,
     ("score_topk, 80 features", "_score_kernel"): SCORE_JOINED,
