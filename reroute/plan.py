@@ -128,10 +128,9 @@ class Plan:
     @cached_property
     def tail(self) -> int:
         """Trailing tokens that are text in every sample: the question and what follows it. Every layer runs them."""
-        is_text: Bools = np.all(
-            [np.isin(row, texts) for row, texts in zip(self.order, self.texts, strict=True)], axis=0
-        )
-        return int(np.cumprod(is_text[::-1]).sum())
+        last = [rows[-1] if len(rows) else -1 for rows in self.visual]
+        after: Bools = np.all(self.order > np.asarray(last)[:, None], axis=0)
+        return int(np.cumprod(after[::-1]).sum())
 
     def active(self, stage: int) -> tuple[int, ...]:
         """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""

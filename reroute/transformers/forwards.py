@@ -86,7 +86,6 @@ class RoutedPrefill:
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
         """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
-        serve(cache_of(kwargs), index)
         if self._record:
             self.states[index] = self.after_last_layer(hidden)
         scores_before = self.plan.schedule.score_layer_offset < 0
@@ -140,6 +139,7 @@ class RoutedPrefill:
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
+        serve(self.cache, index)
         layer = routed_layer(self.cache, index)
         earlier = () if layer is None else layer.group
         if earlier not in self._stages:
