@@ -33,5 +33,7 @@ def head_mean(logits, rows, valid, peak, weight, stride, HEADS: tl.constexpr):
     """Mean over heads of the softmax at ``rows``; all heads at once, so that one wait covers their loads."""
     head = tl.arange(0, peak.shape[0])
     mask = valid[None, :] & (head < HEADS)[:, None]
-    logit = tl.load(logits + (head[:, None] * stride + rows[None, :]), mask=mask, other=-float("inf"))
+    # Triton 3.6 would lay lanes along heads, a sector for each logit. The hint lays them along rows.
+    at = tl.max_contiguous(logits + (head[:, None] * stride + rows[None, :]), [1, 2])
+    logit = tl.load(at, mask=mask, other=-float("inf"))
     return tl.sum(tl.exp2(logit - peak[:, None]) * weight[:, None], 0)

@@ -72,60 +72,55 @@ def _load_angles(rows, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, dtype
 
 @triton.jit
 def _load_features(rows, mask, D: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Firsts and seconds of the rotary pairs, and the features that do not rotate; None for what there is not."""
+    """A tuple of the parts that exist: first and second halves of the rotary pairs, features that do not rotate."""
     REST: tl.constexpr = triton.next_power_of_2(D - ROT) if D - ROT > 16 else 16
-    first, second, rest = None, None, None
-    if ROT > 0:
+    if ROT == D:
+        parts = _load_pairs(rows, mask, ROT, INTERLEAVED)
+    elif ROT > 0:
         first, second = _load_pairs(rows, mask, ROT, INTERLEAVED)
-    if ROT < D:
-        rest = _load(rows, mask, ROT, D - ROT, REST)
-    return first, second, rest
-
-
-@triton.jit
-def _squares(part):
-    """Sum of squares over features, fp32."""
-    if part is None:
-        total = 0.0
+        parts = (first, second, _load(rows, mask, ROT, D - ROT, REST))
     else:
-        total = tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)
-    return total
+        parts = (_load(rows, mask, ROT, D - ROT, REST),)
+    return parts
 
 
 @triton.jit
-def _scaled(part, factor, weight):
-    """In fp32 and rounded before the weight, as models do it."""
-    if part is not None:
-        part = (part.to(tl.float32) * factor).to(part.dtype) * weight.to(part.dtype)
-    return part
+def _square(part):
+    """Sum of squares over features, fp32."""
+    return tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)
 
 
 @triton.jit
-def _normalise(features, weights, eps, D: tl.constexpr):
+def _normalise(parts, weights, eps, D: tl.constexpr):
     """Root-mean-square norm over the D features; what pads them is zero and stays so."""
-    first, second, rest = features
-    square = _squares(first) + _squares(second) + _squares(rest)
+    square = _square(parts[0])
+    for i in tl.static_range(1, len(parts)):
+        square += _square(parts[i])
     factor = tl.rsqrt(square * (1 / D) + eps)[:, :, None]
-    return _scaled(first, factor, weights[0]), _scaled(second, factor, weights[1]), _scaled(rest, factor, weights[2])
+    normed = ()
+    for i in tl.static_range(len(parts)):  # in fp32 and rounded before the weight, as models do it
+        scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)
+        normed = normed + (scaled * weights[i].to(scaled.dtype),)  # type: ignore[assignment]  # noqa: RUF005
+    return normed
 
 
 @triton.jit
-def _rotate(features, cos, sin, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _rotate(parts, cos, sin, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
     """In the dtype of the keys and rounded at every step, as the model's own rotation is."""
-    first, second, rest = features
     if ROT > 0:
+        first, second = parts[0], parts[1]
         c = _load_angles(cos, mask, ROT, INTERLEAVED, first.dtype)
         s = _load_angles(sin, mask, ROT, INTERLEAVED, first.dtype)
-        first, second = first * c - second * s, second * c + first * s
-    return first, second, rest
+        parts = (first * c - second * s, second * c + first * s) + parts[2:]  # noqa: RUF005
+    return parts
 
 
 @triton.jit
 def _add_products(logit, q, k):
     """``logit`` (warps, heads, rows) plus q (warps, heads, features) times k, whose leading axes are warps and rows."""
-    if q is not None:
-        rows = k.reshape(logit.shape[0], logit.shape[2], k.shape[2])
-        logit = tl.dot(q, rows.permute(0, 2, 1), logit, input_precision="ieee")
+    for i in tl.static_range(len(q)):
+        rows = k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])
+        logit = tl.dot(q[i], rows.permute(0, 2, 1), logit, input_precision="ieee")
     return logit
 
 
@@ -185,7 +180,7 @@ def _score_kernel(
         one = tl.full([1, 1], 1, tl.int1)
         last = tl.load(query_rows + sample) + tl.zeros([1, 1], tl.int64)
         q = _load_features(query + sample * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
-        q_first, q_second, q_rest = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
+        q = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
         if norm_weight is not None:
             weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
         out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
@@ -199,13 +194,8 @@ def _score_kernel(
             k = _load_features(at, tl.broadcast_to(valid, WARPS * JOINED, BLOCK), D, ROT, INTERLEAVED)
             if norm_weight is not None:
                 k = _normalise(k, weights, norm_eps, D)
-            first, second, rest = _rotate(
-                k, cos + place * cos_stride, sin + place * sin_stride, valid, ROT, INTERLEAVED
-            )
-            logit = tl.zeros([WARPS, ROWS, JOINED * BLOCK], tl.float32)
-            logit = _add_products(logit, q_first, first)
-            logit = _add_products(logit, q_second, second)
-            logit = _add_products(logit, q_rest, rest)
+            k = _rotate(k, cos + place * cos_stride, sin + place * sin_stride, valid, ROT, INTERLEAVED)
+            logit = _add_products(tl.zeros([WARPS, ROWS, JOINED * BLOCK], tl.float32), q, k)
             if JOINED > 1:  # each query head keeps what belongs to its own key head
                 own = (member // HEADS)[:, None] == tl.arange(0, JOINED)[None, :]
                 each = logit.reshape(WARPS, ROWS, JOINED, BLOCK)
