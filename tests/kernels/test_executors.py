@@ -1,6 +1,6 @@
 """Runs the kernel tests once for every executor that can run here, each in a process of its own.
 
-``--sample`` runs the first case of each test, on the executors of ``SAMPLED``. ``pytest -n 2`` runs two executors at once.
+``--sample`` runs the first case of each test, on the executors of ``SAMPLED``. With ``-n 2`` two executors run at once.
 """
 
 from __future__ import annotations
