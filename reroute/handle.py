@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from reroute_kernels import Backend, PagedPool, resolve
+from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 
 from .budget import ModelShape
 from .errors import RerouteError
-from .methods import Method
+from .methods import Method, Random
 from .plan import Plan
 from .prefill import Prefill, Reservation, Tables
 from .schedule import Action, Schedule
@@ -21,6 +21,7 @@ from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import Controller, Family
 from .transformers.forwards import DensePrefill, RoutedPrefill
+from .warm_up import Rehearsal
 
 __all__ = ["Handle"]
 
@@ -67,7 +68,7 @@ class Handle:
 
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self._asked_for, device)
-        self._device_type = device.type
+        self._device = device
 
     @property
     def _names(self) -> dict[str, Any]:
@@ -134,11 +135,37 @@ class Handle:
         """
         return self._controller.using(plan)
 
-    def _start(
-        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
-    ) -> Prefill:
+    @torch.no_grad()
+    def warm_up(self, *, visual: int, batch: int = 1) -> WarmUp:
+        """Compile and load, before serving, every kernel that prefills up to this size can need.
+
+        Args:
+            visual: most visual tokens N of one prompt.
+            batch: most prompts of one prefill.
+
+        Returns:
+            These kernels, how long each took and whether Triton had its binary; none on the torch backend. It prints
+            as a table.
+
+        Runs prefills of a few tokens without the layers between decisions. Nothing waits for the device, and stats and
+        trace stay as they are. Call it on the CUDA stream and under the autocast of the prefills to come, and again
+        once the model has moved or its dtype has changed.
+
+        Raises:
+            RerouteError: routing was disabled, or a size is below 1.
+        """
+        if visual < 1 or batch < 1:
+            raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
+        rehearsal = Rehearsal(self._controller.family, self.schedule, self.action)
+        pool = self._place(rehearsal.hidden, rehearsal.tables)
+        # A method of one's own may not like prompts of a few tokens; any scores need the same kernels.
+        method = None if self._method is None or self._method.uses_attention else Random()
+        return load_kernels(self.backend, visual, batch, lambda backend: rehearsal.run(backend, pool, method, batch))
+
+    def _place(self, hidden: torch.Tensor, tables: Tables) -> PagedPool:
+        """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
         pool, device = self._pool, tables.cos.device
-        if device.type != self._device_type:  # the model has moved
+        if device != self._device:  # the model has moved
             self._choose_backend(device)
         fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, device)
         if pool is None or not (fits or self._pool_is_given):
@@ -148,6 +175,12 @@ class Handle:
                 f"The pool holds {pool.dtype} on {pool.device}, the model runs {hidden.dtype} on {device}. "
                 "Make the pool with the model's dtype and device, or pass none."
             )
+        return pool
+
+    def _start(
+        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
+    ) -> Prefill:
+        pool = self._place(hidden, tables)
         return Prefill(
             plan,
             self.backend,

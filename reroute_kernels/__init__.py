@@ -7,11 +7,13 @@ specification; :func:`resolve` picks the backend that runs it.
 from reroute_kernels.dispatch import Backend, BackendUnavailable, check_backend, resolve
 from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
 from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
+from reroute_kernels.warm_up import LoadedKernel, WarmUp, load_kernels
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
     "Lease",
+    "LoadedKernel",
     "PagedPool",
     "PoolLimitError",
     "PoolStats",
@@ -19,6 +21,8 @@ __all__ = [
     "Rope",
     "Segments",
     "Selection",
+    "WarmUp",
     "check_backend",
+    "load_kernels",
     "resolve",
 ]

@@ -1,12 +1,15 @@
-"""The choice of a backend: made once per name and device type, logged once, with its reason."""
+"""The choice of a backend: made once per name and device, logged once, with its reason."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +21,7 @@ from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
 
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 6)
 OLDEST_GPU = 80  # compute capability times ten
 
 _log = logging.getLogger("reroute")
@@ -87,8 +90,11 @@ def resolve(name: str, device: torch.device) -> Backend:
 
     The environment variable REROUTE_BACKEND overrides ``name``. Raises ValueError for an unknown
     name and BackendUnavailable for a backend that cannot run. Call it once and keep the result.
+
+    Triton counts as able to run once each kernel has been compiled (or found in Triton's cache), loaded and launched
+    on ``device``, in a variant that compiles quickly.
     """
-    return _resolve(*_chosen(name), device.type)
+    return _resolve(*_chosen(name), device)
 
 
 def check_backend(name: str) -> None:
@@ -112,17 +118,17 @@ def _chosen(name: str) -> tuple[str, str]:
 
 
 @cache
-def _resolve(name: str, asked: str, device_type: str) -> Backend:
+def _resolve(name: str, asked: str, device: torch.device) -> Backend:
     if name == "torch":
         backend = _torch(asked)
     elif name == "triton":
-        backend = _triton(asked, device_type)
+        backend = _triton(asked, device)
     else:
         try:
-            backend = _triton(f"tensors are on {device_type}", device_type)
+            backend = _triton(f"tensors are on {device.type}", device)
         except BackendUnavailable as error:
             backend = _torch(f"triton cannot run: {error.why}")
-    _log.info("backend %s on %s: %s", backend.name, device_type, backend.reason)
+    _log.info("backend %s on %s: %s", backend.name, device, backend.reason)
     return backend
 
 
@@ -146,18 +152,69 @@ def _import_triton(device_type: str) -> Any:
     return triton
 
 
-def _triton(reason: str, device_type: str) -> Backend:
-    triton = _import_triton(device_type)
-    try:
-        target = triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # the driver's first use builds a C extension: without a compiler, anything may come
-        raise BackendUnavailable("triton", f"triton's driver does not start ({error})") from error
-    if target.backend != "cuda":
-        raise BackendUnavailable("triton", f"the kernels are made for NVIDIA GPUs and this is {target.backend}")
-    if target.arch < OLDEST_GPU:
-        raise BackendUnavailable(
-            "triton", f"it needs compute capability {OLDEST_GPU / 10} or newer and this is {target.arch / 10}"
-        )
-    from reroute_kernels import ops
+def _triton(reason: str, device: torch.device) -> Backend:
+    triton = _import_triton(device.type)
+    with _on(device):
+        try:
+            target = triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # the driver's first use builds a C extension: without a compiler, anything may come
+            raise BackendUnavailable("triton", f"triton's driver does not start ({_said(error)})") from error
+        if target.backend != "cuda":
+            raise BackendUnavailable("triton", f"the kernels are made for NVIDIA GPUs and this is {target.backend}")
+        if target.arch < OLDEST_GPU:
+            raise BackendUnavailable(
+                "triton", f"it needs compute capability {OLDEST_GPU / 10} or newer and this is {target.arch / 10}"
+            )
+        return Backend.of("triton", reason, _tried_operations(target.arch))
 
-    return Backend.of("triton", reason, ops)
+
+def _tried_operations(arch: int) -> Any:
+    """The operations, once each kernel has been launched on a few rows; nothing waits for the results.
+
+    Any kernel would show what is wrong with the C compiler, ptxas or the driver, but only all of them whether this
+    release of Triton compiles them. One variant of each does: what a model needs is compiled by ``Handle.warm_up``, or
+    in its first prefill.
+    """
+    name = "ptxas"
+    try:
+        _ask_ptxas(arch)
+        name = "import"
+        from reroute_kernels import ops
+        from reroute_kernels.triton_kernels.catalogue import SMALLEST
+
+        for case in SMALLEST:
+            name = case.name
+            case.launch()
+    except torch.OutOfMemoryError:
+        raise  # says nothing about Triton, and another time there may be room
+    except Exception as error:  # Triton, ptxas, a C compiler, the driver: each has its own kind
+        raise BackendUnavailable("triton", f"its kernels do not start here: {name} fails ({_said(error)})") from error
+    return ops
+
+
+def _ask_ptxas(arch: int) -> None:
+    """RuntimeError if ptxas does not know the GPU: LLVM would end the process over it before ptxas is asked."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    except ImportError:  # a release that calls them otherwise
+        return
+    command = [get_ptxas(arch).path, "--gpu-name", sm_arch_from_capability(arch), "--version"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Make tensors on ``device``, a GPU, and launch there."""
+    with torch.cuda.device(device), device:
+        yield
+
+
+def _said(error: BaseException) -> str:
+    """The innermost of the errors that led to ``error``, on one line and shortened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # Of Triton's errors, what the compiler said: without the source before it, and the command to repeat it behind.
+    words = getattr(error, "error_message", None) or str(error)
+    return f"{type(error).__name__}: {shorten(words.partition('Repro command')[0], 200, placeholder=' …')}"

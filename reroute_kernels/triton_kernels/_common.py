@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import Lock
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,9 +22,12 @@ class Variant:
     instrumentation) are read when a kernel is first launched with such arguments.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
-        """``constants``: in the order of the kernel's parameters, which they end. ``options``: num_warps and so on."""
-        self._kernel, self.constants, self._options = kernel, constants, options
+    def __init__(self, name: str, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        """``constants``: in the order of the kernel's parameters, which they end. ``options``: num_warps and so on.
+
+        ``name``: what it is, for people; where a kernel has several variants for one model, also what it is for.
+        """
+        self.name, self._kernel, self.constants, self._options = name, kernel, constants, options
         self._values = tuple(constants.values())
         self._is_interpreted = not isinstance(kernel, JITFunction)
         self._compiled: dict[tuple[Any, ...], Any] = {}
@@ -33,12 +40,39 @@ class Variant:
         active = driver.active
         key = (active, active.get_current_device(), *[_specialisation(argument) for argument in arguments])
         compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments, *self._values)
+        if compiled is None or _observer is not None:
+            self._compiled[key] = self._launch_by_triton(grid, arguments)
         else:
-            made = self._kernel[grid](*arguments, **self.constants, **self._options)
-            # Inside triton.AsyncCompileMode it is a promise, kept by now and unable to launch.
-            self._compiled[key] = made.result() if hasattr(made, "result") else made
+            compiled[grid](*arguments, *self._values)
+
+    def _launch_by_triton(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> Any:
+        """The long way, which compiles or loads what is not there yet, and returns it."""
+        begun = perf_counter()
+        made = self._kernel[grid](*arguments, **self.constants, **self._options)
+        # Inside triton.AsyncCompileMode it is a promise, kept by now and unable to launch.
+        compiled = made.result() if hasattr(made, "result") else made
+        if (observer := _observer) is not None:
+            observer(self.name, compiled, perf_counter() - begun)
+        return compiled
+
+
+Observer = Callable[[str, Any, float], None]
+"""Takes the name of a variant, what Triton has compiled for it, and the seconds that the launch took on the host."""
+
+_observer: Observer | None = None
+_observing = Lock()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell ``observer`` of every launch in this process until the block ends; one block at a time."""
+    global _observer
+    with _observing:
+        _observer = observer
+        try:
+            yield
+        finally:
+            _observer = None
 
 
 def _specialisation(argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The launches whose machine code is inspected and budgeted: every kernel, at shapes of real models."""
+"""The launches whose machine code is inspected and budgeted, every kernel at shapes of real models; and small ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reroute_kernels.triton_kernels import defer_rmsnorm, rows, score, select
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and a call of a launcher with CPU tensors that launches one or more kernels."""
+    """A name, and a call of a launcher with tensors on the default device that launches one or more kernels."""
 
     name: str
     launch: Callable[[], object]
@@ -83,7 +83,7 @@ def _score_topk(
             torch.empty(length, groups, features, dtype=dtype),
             torch.empty(length, features, dtype=dtype),
             torch.empty(length, features, dtype=dtype),
-            torch.tensor([length - 1]),
+            row[0, -1:],
             row[:, :visual],
             row[:, visual:],
             row[0],
@@ -125,4 +125,12 @@ CASES = (
     Case("score_topk, 256 features", _score_topk(8, 4, 576, 256)),
     Case("select, 576", _select(576)),
     Case("select, 16384", _select(16384)),
+)
+
+# Every kernel once, of those variants that use most of Triton's language one that compiles quickly.
+SMALLEST = (
+    Case("defer", _defer(16)),
+    Case("admit", _admit(16)),
+    Case("defer_rmsnorm", _defer_rmsnorm(16)),
+    Case("score_topk", _score_topk(1, 1, select.SHORT + 1, 16, normed=True)),
 )

@@ -80,4 +80,4 @@ def _variant(page: int, features: int, itemsize: int) -> Variant:
     block = triton.next_power_of_2(features)
     constants = {"PAGE": page, "WIDTH": features, "BLOCK": block}
     warps = min(max(block * itemsize // 1024, 1), 16)  # two accesses of 16 bytes a thread, where a row is not too long
-    return Variant(_defer_rmsnorm_kernel, constants, num_warps=warps, enable_fp_fusion=False)
+    return Variant("defer_rmsnorm", _defer_rmsnorm_kernel, constants, num_warps=warps, enable_fp_fusion=False)

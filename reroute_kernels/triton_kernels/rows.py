@@ -163,7 +163,7 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tenso
 @lru_cache(maxsize=256)
 def _defer_variant(page: int, width: int, unit: int) -> Variant:
     constants = {"PAGE": page, "WIDTH": width, "UNIT": _UNITS[unit], **_SHAPE}
-    return Variant(_defer_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
+    return Variant("defer", _defer_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
 @lru_cache(maxsize=256)
@@ -181,7 +181,8 @@ def _admit_variant(page: int, width: int, unit: int, shapes: tuple[tuple[int, in
         "TURNS": -(-widest // span),
         **_SHAPE,
     }
-    return Variant(_admit_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
+    name = f"admit, with {len(shapes)} companions" if shapes else "admit"
+    return Variant(name, _admit_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def _units(size: int, source: Tensor, target: Tensor) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
 from reroute_kernels.triton_kernels._stages import arrive, role, wait
 
 TILE = 256  # candidates scored at a time; fewer where a model has many heads
+LEAST = 1024  # the shortest rows that a kernel is compiled for
 SHORT = 4096  # the longest row that one program selects from
 SHARE = 2048  # candidates of one program in the later stages of a longer row
 CROWD = 8192  # more keys than that near its threshold are told apart in one more stage
@@ -219,10 +220,11 @@ def run_select(
     active, active_positions = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
     inverse = torch.empty(positions.shape, dtype=torch.int64, device=device)
     scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
-    share, shares = (SHARE, -(-widest // SHARE)) if widest > SHORT else (max(_power(widest), 1024), 0)
+    share, most_shares = _cut(widest)
+    shares = -(-widest // share) if most_shares else 0
     tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
     scorers = min(-(-(widest + 7) // tile), -(-processors(device) // batch))
-    _variant(source.heads, source.parts, source.block, tile, share, CROWD if shares else -1, _power(shares))(
+    _variant(source.heads, source.parts, source.block, tile, share, CROWD if shares else -1, most_shares)(
         ((scorers + 3 * shares) * batch, 1, 1),
         source.logits,
         candidates,
@@ -251,6 +253,29 @@ def run_select(
     return Selection(kept, active, active_positions, inverse, scores)
 
 
+def _cut(widest: int) -> tuple[int, int]:
+    """SHARE and SEGMENTS for rows of up to ``widest`` candidates: each pair of them is compiled for once.
+
+    Of long rows few pairs, since what exceeds the shares is masked: up to 16384 candidates, 65536 and so on.
+    """
+    if widest <= SHORT:
+        return max(_power(widest), LEAST), 0
+    segments = 8
+    while segments * SHARE < widest:
+        segments *= 4
+    return SHARE, segments
+
+
+def widths(most: int) -> list[int]:
+    """Of rows of 1 to ``most`` candidates, the shortest one for each kernel that they need."""
+    first, shortest = 1, []
+    while first <= most:
+        shortest.append(first)
+        share, segments = _cut(first)
+        first = share * max(segments, 1) + 1
+    return shortest
+
+
 def _power(size: int) -> int:
     """The power of two at or above ``size``; of 0 it is 0."""
     return 1 << (size - 1).bit_length() if size else 0
@@ -267,7 +292,8 @@ def _variant(heads: int, parts: int, block: int, tile: int, share: int, crowd: i
         "CROWD": crowd,
         "SEGMENTS": segments,
     }
-    return Variant(_select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
+    name = f"select, up to {share * max(segments, 1)} candidates"
+    return Variant(name, _select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
 
 
 def select(

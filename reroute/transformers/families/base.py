@@ -30,6 +30,8 @@ class Family:
     rope: Rope = "half"
     renumbers: ClassVar[bool] = True
     """Whether position ids are one number per token, so that kept tokens may be renumbered."""
+    may_lack_position_ids: ClassVar[bool] = False
+    """Whether layers get position ids in some calls (``generate``) and none in others (a plain forward)."""
 
     def __init__(self, model: Any) -> None:
         """Bind to ``model``.

@@ -16,6 +16,7 @@ class Qwen25VL(Family):
     model_types = ("qwen2_5_vl",)
     text_model_types = ("qwen2_5_vl_text",)
     renumbers = False
+    may_lack_position_ids = True
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``Family``. A video counts as its frames, one grid each."""

@@ -32,7 +32,7 @@ def _first_gpu(gpu: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture
 def variant() -> Variant:
-    return Variant(_takes_one, {"WIDTH": 3}, num_warps=1)
+    return Variant("test", _takes_one, {"WIDTH": 3}, num_warps=1)
 
 
 def test_a_launch_is_on_the_current_device_and_stream(gpu: Emulation, variant: Variant) -> None:

@@ -88,7 +88,7 @@ def _takes_all(first, second, table, several, maybe, number, plain, scale, WIDTH
     """Its parameters are all there is to it."""
 
 
-VARIANT = Variant(_takes_all, {"WIDTH": 3, "UNIT": tl.int64}, num_warps=2)
+VARIANT = Variant("test", _takes_all, {"WIDTH": 3, "UNIT": tl.int64}, num_warps=2)
 GRID = 5, 3, 2
 A, B, C, D = (torch.empty(64) for _ in range(4))
 TABLE = torch.arange(4)

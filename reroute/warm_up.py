@@ -1,0 +1,66 @@
+"""Prefills of a few tokens that make every decision of a schedule, but run no layer: what warms kernels up."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from reroute_kernels import Backend, PagedPool
+
+from .methods import Method
+from .plan import Plan, make_plan
+from .prefill import Prefill, Reservation, Tables
+from .schedule import Action, Schedule
+from .transformers import Family
+from .transformers.forwards import RoutedPrefill
+
+__all__ = ["Rehearsal"]
+
+TEXT, VISUAL = 0, 1
+PROMPT = np.array([TEXT] * 4 + [VISUAL] * 16 + [TEXT] * 4)
+
+
+class Rehearsal:
+    """Prefills of short prompts, by the code that serves long ones.
+
+    All that a kernel is compiled for comes from where it comes from in a real prefill: the embedding, the rotary
+    tables, the norms and projections of every scoring layer, the lease. What differs with the size of a prompt is the
+    business of the backend.
+    """
+
+    def __init__(self, family: Family, schedule: Schedule, action: Action) -> None:
+        """Embed the longest batch of prompts that is run."""
+        self._family, self._schedule, self._action = family, schedule, action
+        embedding = family.text.get_input_embeddings()
+        device = embedding.weight.device
+        ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
+        self.hidden: torch.Tensor = embedding(ids)
+        self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
+        self.tables = Tables(*family.rope_tables(self.hidden, self._positions), self._positions)
+
+    def run(self, backend: Backend, pool: PagedPool, method: Method | None, batch: int) -> None:
+        """Prefills of one prompt, and of two if ``batch`` is more than 1."""
+        for prompts in range(1, min(batch, 2) + 1):
+            for has_ids in (True, False) if self._family.may_lack_position_ids else (True,):
+                self._prefill(prompts, has_ids, backend, pool, method)
+
+    def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, method: Method | None) -> None:
+        def start(plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None) -> Prefill:
+            return Prefill(plan, backend, pool, self._family, tables, reservation=reservation, method=method)
+
+        ids = np.tile(PROMPT, (prompts, 1))
+        plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), self._schedule, self._action)
+        assert plan is not None
+        kwargs = {
+            "position_embeddings": (self.tables.cos[:prompts], self.tables.sin[:prompts]),
+            "position_ids": self._positions[:prompts] if has_ids else None,
+        }
+        hidden = self.hidden[:prompts]
+        forward = RoutedPrefill(plan, self._family, start, None, record_states=False)
+        try:
+            for layer in range(len(self._family.layers)):
+                replaced = forward.before_layer(layer, hidden, kwargs)
+                hidden = (hidden if replaced is None else replaced[0]).clone()  # as if the layer had run
+            forward.after_last_layer(hidden)
+        finally:
+            forward.close()

@@ -1,0 +1,128 @@
+"""Compile and load the kernels of a backend before the first prefill that is served, and say which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from threading import get_ident
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from reroute_kernels.dispatch import Backend
+from reroute_kernels.reference import Selection
+
+__all__ = ["LoadedKernel", "WarmUp", "load_kernels"]
+
+Source = Literal["compiled", "from Triton's cache", "loaded before"]
+"""Whether Triton compiled a kernel, found its binary in the cache on disk, or had it in this process already."""
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel that is ready. ``seconds``: of its first launch in the warm-up, on the host."""
+
+    name: str
+    seconds: float
+    source: Source
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The kernels that prefills of up to ``visual`` visual tokens and ``batch`` prompts can need, by first use.
+
+    None where there is nothing to compile.
+    """
+
+    backend: str
+    reason: str
+    visual: int
+    batch: int
+    kernels: tuple[LoadedKernel, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Sum over the kernels."""
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    def __str__(self) -> str:
+        """A line for each kernel."""
+        if not self.kernels:
+            return f"nothing to compile on backend {self.backend} ({self.reason})"
+        sources = [kernel.source for kernel in self.kernels]
+        counts = ", ".join(f"{n} {source}" for source in get_args(Source) if (n := sources.count(source)))
+        head = (
+            f"{len(self.kernels)} kernels for up to {self.visual} visual tokens and batches of up to {self.batch}, "
+            f"ready after {self.seconds:.2f} s: {counts}"
+        )
+        width = max(len(kernel.name) for kernel in self.kernels)
+        lines = (f"  {k.name:{width}}  {k.seconds:5.2f} s  {k.source}" for k in self.kernels)
+        return "\n".join((head, *lines))
+
+
+def load_kernels(backend: Backend, visual: int, batch: int, prefills: Callable[[Backend], None]) -> WarmUp:
+    """Run ``prefills`` on a backend that loads whatever prompts of up to ``visual`` visual tokens can need.
+
+    Prompts of a few tokens are enough: each of their selections is made once for every length of a row that a kernel
+    is compiled for. They come one by one, and in a batch too if ``batch`` is more than 1.
+    """
+    kernels = [] if backend.name == "torch" else _loaded_by(lambda: prefills(_at_every_width(backend, visual)))
+    return WarmUp(backend.name, backend.reason, visual, batch, tuple(kernels))
+
+
+def _at_every_width(backend: Backend, visual: int) -> Backend:
+    """``backend``, which selects once more from rows padded to each width that has a kernel of its own."""
+    from reroute_kernels.triton_kernels.select import widths
+
+    def padded(rows: Tensor, value: float) -> list[Tensor]:
+        gaps = (width - rows.shape[1] for width in widths(visual))
+        return [pad(rows, (0, gap), value=value) for gap in gaps if gap > 0]
+
+    def select(scores: Tensor, candidates: Tensor, *rest: Any) -> Selection:
+        selection = backend.select(scores, candidates, *rest)
+        for wide in zip(padded(scores, -float("inf")), padded(candidates, -1), strict=True):
+            backend.select(*wide, *rest)
+        return selection
+
+    def score_topk(*arguments: Any, **settings: Any) -> Selection:
+        launch: Callable[..., Selection] = backend.score_topk
+        selection = launch(*arguments, **settings)
+        scored, candidates, rest = arguments[:5], arguments[5], arguments[6:]
+        for wide in padded(candidates, -1):
+            launch(*scored, wide, *rest, **settings)
+        return selection
+
+    return replace(backend, select=select, score_topk=score_topk)
+
+
+def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:
+    """Each kernel that ``run`` launches from this thread."""
+    from triton import knobs
+
+    from reroute_kernels.triton_kernels._common import observing
+
+    thread, listener = get_ident(), knobs.compilation.listener
+    loaded: dict[Any, LoadedKernel] = {}
+    hits: list[bool] = []  # of the launch that runs now
+
+    def compiling(**event: Any) -> None:
+        if get_ident() == thread:
+            hits.append(event["cache_hit"])
+        if listener is not None:
+            listener(**event)
+
+    def launched(name: str, compiled: Any, seconds: float) -> None:
+        if get_ident() != thread:
+            return
+        source: Source = "loaded before" if not hits else "from Triton's cache" if all(hits) else "compiled"
+        loaded.setdefault(compiled, LoadedKernel(name, seconds, source))
+        hits.clear()
+
+    knobs.compilation.listener = compiling
+    try:
+        with observing(launched):
+            run()
+    finally:
+        knobs.compilation.listener = listener
+    return list(loaded.values())
