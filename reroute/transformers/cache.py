@@ -65,8 +65,8 @@ class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         newest = self.get_seq_length() - self.logical
         if not -newest <= tokens_to_remove <= 0:
             raise UnsupportedCacheError(
-                f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can be "
-                f"removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
+                f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
+                f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
             )
         super().crop(tokens_to_remove)
 
