@@ -6,6 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench gpu-check test-oldest test-triton test-week train clean
+# Releases of Triton that every kernel test runs on, and one more that a sample of each runs on. The rest of the
+# supported ones, 3.7, is the one of constraints-cpu.txt.
+TRITON_FULL := 3.6 3.9
+TRITON_SAMPLE := 3.8
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -14,7 +18,7 @@ demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, r
 	$(BIN)/reroute demo
 
 test: $(VENV)/.dev ## Run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -30,8 +34,13 @@ gpu-check: $(VENV)/.dev ## With a GPU: kernel tests, sanitizers, CUDA graph, mic
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
 	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
 
-test-triton: .venv-triton/.dev ## Run the kernel tests on the newest release of Triton supported
-	.venv-triton/bin/python -m pytest tests/kernels
+test-triton: $(TRITON_FULL:%=test-triton-%) $(TRITON_SAMPLE:%=test-triton-%) ## Run the kernel tests on the other releases of Triton supported
+
+$(TRITON_FULL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 tests/kernels
+
+$(TRITON_SAMPLE:%=test-triton-%): test-triton-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 tests/kernels --sample
 
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
@@ -41,7 +50,7 @@ train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on t
 	$(BIN)/python -m reroute.embedded.train --out runs/embedded
 
 clean: ## Remove the environments and all caches
-	rm -rf $(VENV) .venv-oldest .venv-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,10 +69,6 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 		-e . transformers==5.20.* pytest hypothesis
 	touch $@
 
-.venv-triton/.dev: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
-		-e . pytest hypothesis
-	# Past pip's resolver: CUDA builds of torch want the one triton that they were released with.
-	.venv-triton/bin/python -m pip --disable-pip-version-check install --quiet --no-deps triton==3.9.*
-	touch $@
+# A folder to put before the environment's own triton: a CUDA build of torch wants the one that it was released with.
+$(VENV)/triton-%: | $(VENV)/.dev
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==$*.*

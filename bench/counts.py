@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-__all__ = ["MISSING", "Counts", "count", "simt_path"]
+__all__ = ["MISSING", "SIMT_CACHE", "Counts", "count", "simt_path"]
 
 ROOT = Path(__file__).parents[1]
 MISSING = "simt is neither at $SIMT_PATH nor at ../shared/simt"
 ARCH = 90
+SIMT_CACHE = {"TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache-simt")}
+"""Environment under which simt compiles: Triton 3.6 would take its cached PTX for machine code."""
 
 
 def simt_path() -> Path | None:
@@ -48,7 +51,8 @@ def count(run: Callable[[], object]) -> Counts:
         sys.path.insert(0, str(path))
     import simt
 
-    with simt.installed(arch=ARCH, check_races=False, check_uninit=False) as reports:
+    quick = {"check_races": False, "check_uninit": False}
+    with mock.patch.dict(os.environ, SIMT_CACHE), simt.installed(arch=ARCH, **quick) as reports:
         run()
     return Counts(
         launches=len(reports),

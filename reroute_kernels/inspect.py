@@ -114,7 +114,9 @@ def _tool(name: str, *arguments: str) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([path, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed with status {done.returncode}: {done.stderr.strip()}")
     return done.stdout + done.stderr  # cuobjdump reports on either
 
 

@@ -5,7 +5,7 @@ import torch
 
 from bench.cases import MODELS, OPERATIONS, Case, Problem, problems
 from bench.clock import Clock, HostClock
-from bench.counts import MISSING, simt_path
+from bench.counts import ARCH, MISSING, simt_path
 from bench.modelled import LAUNCHES, counted, distinct_bytes, floor_bytes, model
 from reroute_kernels import Backend, reference
 
@@ -44,6 +44,19 @@ def test_formulas_give_what_simt_counts(operation: str, problem: Problem) -> Non
     assert counts.launches == LAUNCHES[operation]
     tolerance = {"select": 0.15, "score_topk": 0.01, "step": 0.01}.get(operation, 0)
     assert distinct_bytes(operation, problem) == pytest.approx(counts.minimal, rel=tolerance)
+
+
+@pytest.mark.skipif(simt_path() is None, reason=MISSING)
+def test_what_simt_compiled_is_not_taken_for_machine_code() -> None:
+    """Triton 3.6 would find it in the cache that both share."""
+    from reroute_kernels import ops
+    from reroute_kernels.triton_kernels.offline import compiling_for
+
+    problem = Problem("Qwen2.5-VL-7B", 36)
+    counted("defer", problem)
+    with compiling_for(ARCH) as launches:
+        OPERATIONS["defer"](Backend.of("triton", "test", ops), Case(problem, torch.device("cpu"), torch.bfloat16))
+    assert launches[0].cubin.startswith(b"\x7fELF")
 
 
 def test_problems_fit_the_memory() -> None:

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
     parser.addoption("--examples", type=int, default=8, help="random cases for each property of a kernel")
+    parser.addoption("--sample", action="store_true", help="only the first case of each test that runs on executors")
 
 
 def chosen(config: pytest.Config) -> Executor | None:
@@ -54,10 +55,16 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that use an executor if there is one, and the others if there is none."""
     wanted = chosen(config) is not None
-    others = [i for i in items if HERE in i.path.parents and ("executor" in getattr(i, "fixturenames", ())) != wanted]
-    if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = [i for i in items if i not in others]
+    kept = [i for i in items if HERE not in i.path.parents or ("executor" in getattr(i, "fixturenames", ())) == wanted]
+    if wanted and config.getoption("--sample"):
+        first = {_function(item): item for item in reversed(kept)}
+        kept = [item for item in kept if first[_function(item)] is item]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 @pytest.fixture(scope="session")
