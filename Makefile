@@ -66,7 +66,7 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 .venv-oldest/.dev: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
-		-e . transformers==5.20.* pytest hypothesis
+		-e . transformers==5.17.* pytest hypothesis
 	touch $@
 
 # A folder to put before the environment's own triton: a CUDA build of torch wants the one that it was released with.

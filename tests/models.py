@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -27,7 +28,10 @@ from transformers import (
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """Name of the cache argument and output: ``past_key_values`` until Transformers 5.23."""
 
-PAD, PICTURE, VIDEO, VOCABULARY = 0, 120, 121, 128
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+"""The release, (major, minor), for what the older ones of those supported cannot do."""
+
+PAD, PICTURE, VIDEO, START, VOCABULARY = 0, 120, 121, 122, 128
 LAYERS = 8
 Grid = tuple[int, int]
 
@@ -215,6 +219,7 @@ def qwen(*, layers: int = LAYERS, attention: str = "sdpa", seed: int = 0) -> Tin
         },
         image_token_id=PICTURE,
         video_token_id=VIDEO,
+        vision_start_token_id=START,
     )
     return Tiny(_filled(Qwen2_5_VLForConditionalGeneration, config, attention, seed), (4, 4))
 

@@ -29,8 +29,12 @@ __all__ = [
 
 
 class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that."""
+    """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that.
 
+    ``logical``: logical length without the tokens after the visual ones, which alone may be cropped.
+    """
+
+    logical: int
     _is_served = False
 
     def serve(self) -> None:
@@ -52,10 +56,24 @@ class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         keys, values = super().update(*args, **kwargs)
         return keys, values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens, whose number is given with a minus sign as everywhere in Transformers.
+
+        Raises:
+            UnsupportedCacheError: visual tokens or what lies before them would go, of which not all layers have all.
+        """
+        newest = self.get_seq_length() - self.logical
+        if not -newest <= tokens_to_remove <= 0:
+            raise UnsupportedCacheError(
+                f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
+                f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
+            )
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Become an ordinary empty layer again."""
-        super().reset()
         self.__class__ = DynamicLayer  # type: ignore[assignment]
+        self.__dict__ = vars(DynamicLayer())  # type: ignore[no-untyped-call]
 
 
 class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
@@ -63,14 +81,13 @@ class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
 
     - ``columns`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
       later follow one by one.
-    - ``logical``: logical length when T rows were stored.
+    - ``logical``: see ``WatchedLayer``; the logical length when T rows were stored.
     - ``fillers``: whether ``columns`` has any -1.
     - ``shift`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
     - ``group``: the routing layers of the stages that stored here: layers of one group hold the same rows.
     """
 
     columns: torch.Tensor
-    logical: int
     fillers: bool
     shift: torch.Tensor | None
     group: tuple[int, ...]
@@ -85,21 +102,6 @@ class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
         """Logical positions (B, stored + new) once ``new`` more tokens are stored."""
         later = torch.arange(self.logical, self.get_seq_length() + new, device=self.columns.device)
         return torch.cat([self.columns, later.expand(self.columns.shape[0], -1)], dim=1)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens, up to the last text of a routed prompt; its visual tokens are not all here."""
-        newest = self.get_seq_length() - self.logical
-        if abs(tokens_to_remove) > newest:
-            raise UnsupportedCacheError(
-                f"Cannot crop {abs(tokens_to_remove)} tokens: only the {newest} tokens after the visual ones can be "
-                "removed. Start a new cache for a shorter prompt."
-            )
-        super().crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        """Become an ordinary empty layer again."""
-        super().reset()
-        del self.columns, self.logical, self.fillers, self.shift, self.group
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder samples, and with them the positions that they hold."""
@@ -170,11 +172,15 @@ def serve(cache: Cache | None, index: int) -> None:
         layer.serve()
 
 
-def watch(cache: Cache) -> None:
-    """Make the layers of a routed ``cache`` that hold everything refuse a plain forward, before any layer changes."""
+def watch(cache: Cache, logical: int) -> None:
+    """Make the layers of a routed ``cache`` that hold everything refuse what the others must, before any changes.
+
+    ``logical``: see ``WatchedLayer``.
+    """
+    layer: Any
     for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.__class__ = WatchedLayer
+        if type(layer) in (DynamicLayer, WatchedLayer):
+            layer.__class__, layer.logical = WatchedLayer, logical
 
 
 def route_layer(

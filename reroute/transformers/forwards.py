@@ -123,7 +123,7 @@ class RoutedPrefill:
         for index, (stage, group) in self._stored.items():
             columns = stage.columns[:, : stage.columns.shape[1] - tail]
             route_layer(self.cache, index, columns, logical, stage.fillers, stage.shift, group)
-        watch(self.cache)
+        watch(self.cache, logical)
 
     def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.prefill is not None

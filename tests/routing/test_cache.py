@@ -141,6 +141,21 @@ def test_newest_tokens_can_be_cropped(tiny: Tiny, rules: Rules) -> None:
     assert kv_lengths(cache) == expected.kv_lengths
 
 
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("amount", [-8, 1, 40])
+def test_a_routed_prompt_is_not_cropped(tiny: Tiny, rules: Rules, amount: int) -> None:
+    """Nor is any layer of its cache. A positive number is the length that was left in earlier releases."""
+    sample, more = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 3)
+    with enable(tiny, rules):
+        cache = prefilled(tiny, [sample])
+        tiny.model(**tiny.follow([sample], [more]), **{CACHE: cache})
+        lengths = kv_lengths(cache)
+        with pytest.raises(UnsupportedCacheError, match=r"only its 7 tokens .* crop\(-7\) to crop\(0\)"):
+            cache.crop(amount)
+    assert kv_lengths(cache) == lengths
+    assert cache.get_seq_length() == len(sample) + 3
+
+
 def test_reset_makes_it_an_empty_cache(tiny: Tiny) -> None:
     first, second = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 7)
     with enable(tiny, RULES[0]):
