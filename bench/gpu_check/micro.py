@@ -46,13 +46,11 @@ ON_CPU = 64 << 20  # bytes of the largest case where there is no GPU
 
 @dataclass(frozen=True)
 class Key:
-    """What tells one measurement from all others. ``model`` is empty and the counts are 0 where there is no problem."""
+    """What tells one measurement from all others. ``problem`` is empty where there is none."""
 
     kind: str
     operation: str
-    model: str
-    visual: int
-    batch: int
+    problem: str
     backend: str
     mode: Mode
 
@@ -62,13 +60,12 @@ def keys(device: torch.device) -> list[Key]:
     cuda = device.type == "cuda"
     modes: tuple[Mode, ...] = ("graph", "eager") if cuda else ("eager",)
     backends = ("triton", "torch") if cuda else ("torch",)
-    every = [(name, ("", 0, 0), "torch") for name in EMPTY]
+    every = [(name, "", "torch") for name in EMPTY]
     for problem in PROBLEMS:
         if cuda or problem.memory(4) <= ON_CPU:
-            of = problem.model, problem.visual, problem.batch
-            every += [(name, of, backend) for name in ORDER for backend in backends]
-            every += [(name, of, "torch") for name in (TOPK, COPY)]
-    return [Key("operation", name, *of, backend, mode) for name, of, backend in every for mode in modes]
+            every += [(name, str(problem), backend) for name in ORDER for backend in backends]
+            every += [(name, str(problem), "torch") for name in (TOPK, COPY)]
+    return [Key("operation", *of, mode) for of in every for mode in modes]
 
 
 def measure(device_name: str, file: Path, end: float) -> int:
@@ -81,13 +78,12 @@ def measure(device_name: str, file: Path, end: float) -> int:
     for i, key in enumerate(todo):
         if time.monotonic() + ROOM > end:
             print(f"out of time: {len(todo) - i} more to measure")
-            return UNFINISHED
+            return FAILED if failed else UNFINISHED
         values = _measured(key, device)
         failed += "error" in values
-        line = json.dumps({**asdict(key), **values})
-        print(line, flush=True)
         with file.open("a") as lines:
-            lines.write(line + "\n")
+            lines.write(json.dumps({**asdict(key), **values}) + "\n")
+        print(*asdict(key).values(), values.get("error") or f"{values['median_us']:.1f} µs", flush=True)
         if "error" in values and not _is_alive(device):
             print("the device takes no more work from this program")
             return FAILED
@@ -111,14 +107,14 @@ def _measured(key: Key, device: torch.device) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     fifths = statistics.quantiles(samples, n=5)
-    return {"median": statistics.median(samples), "p20": fifths[0], "p80": fifths[3], **_modelled(key)}
+    return {"median_us": statistics.median(samples), "p20_us": fifths[0], "p80_us": fifths[3], **_modelled(key)}
 
 
 def _run_of(key: Key, device: torch.device) -> Callable[[], Any]:
     if key.operation in EMPTY:
         one = torch.zeros(1, device=device)
         return lambda: [one.add_(1) for _ in range(EMPTY[key.operation])]
-    problem = Problem(key.model, key.visual, key.batch)
+    problem = _problem(key)
     case = _case(problem, device)
     if key.operation == TOPK:
         return lambda: case.scores.topk(problem.kept).indices.sort(-1)
@@ -134,11 +130,15 @@ def _modelled(key: Key) -> dict[str, float]:
     """Microseconds of the Triton kernels on an H100 by formula; floor is that of any implementation."""
     if key.operation not in OPERATIONS:
         return {}
-    result = model(key.operation, Problem(key.model, key.visual, key.batch))
-    values = {"floor": result.floor}
+    result = model(key.operation, _problem(key))
+    values = {"floor_us": result.floor}
     if key.backend == "triton":
-        values |= {"hidden": result.hidden, "modelled": result.graph if key.mode == "graph" else result.eager[0]}
+        values |= {"hidden_us": result.hidden, "modelled_us": result.graph if key.mode == "graph" else result.eager[0]}
     return {name: 1e6 * seconds for name, seconds in values.items()}
+
+
+def _problem(key: Key) -> Problem:
+    return next(problem for problem in PROBLEMS if str(problem) == key.problem)
 
 
 @lru_cache(maxsize=1)

@@ -131,6 +131,7 @@ def test_versions(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(micro, "PROBLEMS", (Problem("Qwen2.5-VL-7B", 40), Problem("LLaVA-1.5-7B", 1 << 20)))
+    monkeypatch.setattr(micro, "ROUNDS", {"eager": 3})
     return tmp_path / "measured.jsonl"
 
 
@@ -144,11 +145,13 @@ def test_operations(file: Path) -> None:
     lines = list(read_lines(file))
     names = [line["operation"] for line in lines]
     assert names == ["1 empty launch", "4 empty launches", *micro.ORDER, "torch.topk, sort", "copy of a step's floor"]
-    assert all(next(iter(line)) == "kind" and 0 < line["p20"] <= line["median"] <= line["p80"] for line in lines)
+    assert all(
+        next(iter(line)) == "kind" and 0 < line["p20_us"] <= line["median_us"] <= line["p80_us"] for line in lines
+    )
     step = next(line for line in lines if line["operation"] == "step")
-    identity = {"kind": "operation", "operation": "step", "model": "Qwen2.5-VL-7B", "visual": 40, "batch": 1}
+    identity = {"kind": "operation", "operation": "step", "problem": "Qwen2.5-VL-7B N=40 B=1"}
     assert step.items() >= {**identity, "backend": "torch", "mode": "eager"}.items()
-    assert step["floor"] == pytest.approx(1e6 * micro.model("step", Problem("Qwen2.5-VL-7B", 40)).floor)
+    assert step["floor_us"] == 1e6 * micro.model("step", Problem("Qwen2.5-VL-7B", 40)).floor
     before = file.read_text()
     assert measure(file) == PASSED
     assert file.read_text() == before
@@ -198,7 +201,7 @@ def test_operations_of_a_gpu() -> None:
     assert visual[0] == 576
     assert visual[-1] == max(visual)
     modelled = micro._modelled(every[4])
-    assert 0 < modelled["floor"] < modelled["hidden"] < modelled["modelled"]
+    assert 0 < modelled["floor_us"] < modelled["hidden_us"] < modelled["modelled_us"]
 
 
 def test_the_program_counts_its_imports(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
