@@ -121,7 +121,7 @@ def _status(step: Step, ended: Ended) -> Status:
         return "skipped"
     if step.measures and ended.code == UNFINISHED:
         return "unfinished"
-    return "passed" if ended.code == PASSED and re.search(step.evidence, ended.output) else "failed"
+    return "passed" if ended.code == step.status and re.search(step.evidence, ended.output) else "failed"
 
 
 def _detail(step: Step, ended: Ended) -> str:
@@ -133,7 +133,8 @@ def _detail(step: Step, ended: Ended) -> str:
         return f"out of time after {ended.seconds:.0f} s: {lines[-1]}" if ended.seconds else lines[-1]
     if step.excuse and (excuse := re.search(f".*({step.excuse}).*", ended.output)):
         return excuse[0].strip("= ")
-    if ended.code == PASSED and not re.search(step.evidence, ended.output):
-        return f"exit status 0, but what it printed does not match {step.evidence!r}"
-    failed = f"exit status {ended.code}: " if ended.code not in (None, PASSED, UNFINISHED) else ""
-    return failed + (f"in {step.output}" if step.output and not failed else lines[-1])
+    if ended.code not in (step.status, UNFINISHED):
+        return f"exit status {ended.code}: {lines[-1]}"
+    if not re.search(step.evidence, ended.output):
+        return f"exit status {ended.code}, but what it printed does not match {step.evidence!r}"
+    return f"in {step.output}" if step.output else lines[-1]

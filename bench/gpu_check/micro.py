@@ -7,7 +7,6 @@ that do nothing, whose time is in every other graph too. Times are microseconds.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from reroute_kernels import resolve
 from ..cases import OPERATIONS, Case, Problem
 from ..clock import Clock, DeviceClock, HostClock, Mode, captured
 from ..modelled import BANDWIDTH, model
+from ..timing import Spread
 from .day import FAILED, PASSED, UNFINISHED
 from .record import read_lines
 
@@ -106,8 +106,7 @@ def _measured(key: Key, device: torch.device) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    fifths = statistics.quantiles(samples, n=5)
-    return {"median_us": statistics.median(samples), "p20_us": fifths[0], "p80_us": fifths[3], **_modelled(key)}
+    return {**{f"{name}_us": value for name, value in asdict(Spread.of(samples)).items()}, **_modelled(key)}
 
 
 def _run_of(key: Key, device: torch.device) -> Callable[[], Any]:

@@ -25,9 +25,9 @@ class Step:
 
     estimate: seconds on an H100 with 16 cores. limit: seconds after which they are killed. least: seconds without
     which they do not begin. shares: other steps may use the GPU meanwhile. measures: the programs take ``--seconds``
-    and ``--out``, keep to that time, and end with status 3 if more is left to measure. evidence: a pattern that the
-    output of each program has if it did its work; excuse: one that it has where this machine cannot do it. output: the
-    file that gets the output in place of the log.
+    and ``--out``, keep to that time, and end with status 3 if more is left to measure. status: that of a program that
+    passes, and evidence: a pattern that its output has if it did its work; excuse: one that it has where this machine
+    cannot do it. output: the file that gets the output in place of the log.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Step:
     shares: bool = False
     measures: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    status: int = 0
     evidence: str = ""
     excuse: str = ""
     output: str = ""
@@ -66,8 +67,8 @@ def _check(name: str) -> Step:
     return Step(f"checks/{name}", (_module("checks", name),), estimate=30, limit=100, least=25, shares=True)
 
 
-def _prefills(model: str, estimate: float, limit: float) -> Step:
-    return Step(f"prefill/{model}", (_module("prefill", "--model", model),), estimate, limit, least=45, measures=True)
+def _prefills(model: str, seconds: float) -> Step:
+    return Step(f"prefill/{model}", (_module("prefill", "--model", model),), seconds, seconds, least=45, measures=True)
 
 
 KERNELS = ("_defer_kernel", "_admit_kernel", "_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel")
@@ -79,25 +80,41 @@ SANITIZED = (
 
 
 def _sanitizer(tool: str) -> Step:
-    """A few tests under one tool of compute-sanitizer, every tensor an allocation of its own.
-
-    It waits as long as the imports take until the first CUDA call, or it would let the tests pass unseen.
-    """
-    run = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0"]
-    run += ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "20"]
-    run += [option for name in KERNELS for option in ("--kernel-name", f"kns={name}")]
+    """A few tests under one tool of compute-sanitizer."""
     files = [("rows", "defer_rmsnorm"), ("score_topk",), ("select",)]
     paths = [[f"tests/kernels/test_{name}.py" for name in names] for names in files]
-    programs = tuple((*run, *_pytest(100, *some, "-k", SANITIZED, "-x")) for some in paths)
+    tests = [_pytest(100, *some, "-k", SANITIZED, "-x") for some in paths]
+    return _sanitized(tool, tool, tests, estimate=65, evidence="(ERROR|RACECHECK) SUMMARY: 0 ")
+
+
+def _planted() -> Step:
+    """A launch in which memcheck must find a fault: else what it finds elsewhere says nothing."""
+    return _sanitized("planted", "memcheck", [_module("planted")], 35, "Invalid __global__ write", FOUND)
+
+
+FOUND = 9  # exit status where a sanitizer found something
+
+
+def _sanitized(
+    name: str, tool: str, programs: Sequence[Arguments], estimate: float, evidence: str, status: int = 0
+) -> Step:
+    """Programs in which each tensor is an allocation of its own.
+
+    The tool waits as long as the imports take until the first CUDA call, or it would let the program pass unseen.
+    """
+    run = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--launch-timeout", "0"]
+    run += ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "20"]
+    run += [option for kernel in KERNELS for option in ("--kernel-name", f"kns={kernel}")]
     return Step(
-        f"sanitizer/{tool}",
-        programs,
-        estimate=65,
+        f"sanitizer/{name}",
+        tuple((*run, *program) for program in programs),
+        estimate,
         limit=120,
-        least=45,
+        least=min(estimate, 45),
         shares=True,
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        evidence="(ERROR|RACECHECK) SUMMARY: 0 ",
+        status=status,
+        evidence=evidence,
         excuse="Device not supported",
     )
 
@@ -132,14 +149,15 @@ STEPS = (
     _kernel_tests("score", 20),
     _check("graph"),
     _check("no-waiting"),
-    _prefills("llava-7b", estimate=95, limit=105),
-    _prefills("qwen-7b", estimate=95, limit=105),
+    _prefills("llava-7b", 100),
+    _prefills("qwen-7b", 100),
     Step("operations", (_module("operations"),), estimate=60, limit=70, least=30, measures=True),
     _kernel_tests("stress", 40, group="streams"),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
+    _planted(),
     _ncu(),
-    _prefills("qwen-32b", estimate=60, limit=90),
+    _prefills("qwen-32b", 85),
 )
 SMOKE = STEPS[0]
 

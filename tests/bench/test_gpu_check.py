@@ -55,7 +55,7 @@ def test_order() -> None:
     """Do they start, are they right, what do they gain, and then the rest. What is timed has the GPU to itself."""
     groups = list(dict.fromkeys(step.name.partition("/")[0] for step in STEPS))
     assert groups == ["smoke", "kernels", "checks", "prefill", "operations", "streams", "sanitizer", "ncu"]
-    assert [len(batch) for batch in batches(STEPS)] == [1, 10, 1, 1, 1, 3, 1, 1]
+    assert [len(batch) for batch in batches(STEPS)] == [1, 10, 1, 1, 1, 4, 1, 1]
     assert not any(step.shares for step in STEPS if step.measures or step.name in ("smoke", "ncu"))
     assert sum(len(step.programs) for step in batches(STEPS)[1]) <= MOST_AT_ONCE
 
@@ -69,12 +69,8 @@ def test_measuring_programs() -> None:
 
 def test_choice_of_steps() -> None:
     assert chosen([]) == list(STEPS)
-    assert [s.name for s in chosen(["ncu", "sanitizer"])] == [
-        "smoke",
-        "sanitizer/memcheck",
-        "sanitizer/racecheck",
-        "ncu",
-    ]
+    names = ["smoke", "sanitizer/memcheck", "sanitizer/racecheck", "sanitizer/planted", "ncu"]
+    assert [s.name for s in chosen(["ncu", "sanitizer"])] == names
     assert [s.name for s in chosen(["prefill/qwen-7b"])] == ["smoke", "prefill/qwen-7b"]
     with pytest.raises(ValueError, match=r"no step is called ncuu, x; known: smoke, kernels, .*ncu, kernels/select, "):
         chosen(["x", "ncuu", "ncu"])
@@ -142,8 +138,13 @@ def test_status_of_tools() -> None:
     assert judged(memcheck, [ended("5 passed\n========= ERROR SUMMARY: 0 errors")]).status == "passed"
     unseen = judged(memcheck, [ended("========= Error: No attachable process found.\n5 passed")])
     assert (unseen.status, "does not match" in unseen.detail) == ("failed", True)
+    assert all("--launch-timeout 0" in " ".join(program) for program in memcheck.programs)
     refused = judged(memcheck, [ended("========= Error: Device not supported. See\n5 passed", 9)])
     assert (refused.status, refused.detail) == ("skipped", "Error: Device not supported. See")
+    planted = next(s for s in STEPS if s.name == "sanitizer/planted")
+    assert judged(planted, [ended("Invalid __global__ write of size 4\nERROR SUMMARY: 1 error", 9)]).status == "passed"
+    assert judged(planted, [ended("nobody stopped it\nERROR SUMMARY: 0 errors")]).status == "failed"
+    assert judged(planted, [ended("cannot import torch", 9)]).status == "failed"
     assert judged(ncu, [ended("==PROF== \n  _score_kernel (2, 8, 1)x(128, 1, 1)\n")]).detail == "in ncu.txt"
     assert judged(ncu, [ended("==ERROR== ERR_NVGPUCTRPERM - no permission", 1)]).status == "skipped"
     assert judged(ncu, [ended("==WARNING== No kernels were profiled.")]).status == "failed"
@@ -334,7 +335,7 @@ def step(name, code, **others):
 plan.SMOKE = step("smoke", "import json; print(json.dumps({'gpu': 'stand-in'}))")
 plan.STEPS = (
     plan.SMOKE,
-    step("first", "open('{FOLDER}/count', 'a').write('x'); print('did it')"),
+    step("first", "import sys; print({}, file=open(sys.argv[-1], 'a')); print('did it')", measures=True),
     step("hangs", "import subprocess, time; print('seen', subprocess.Popen(['sleep', '600']).pid); time.sleep(600)"),
     step("last", "print('too late')"),
 )
@@ -345,7 +346,7 @@ sys.exit(main())
 
 def started(folder: Path) -> subprocess.Popen[str]:
     """The command on stand-ins, in another directory; it hangs in its third step."""
-    (folder / "driver.py").write_text(DRIVER.replace("{FOLDER}", str(folder)))
+    (folder / "driver.py").write_text(DRIVER)
     process = subprocess.Popen(
         [sys.executable, "driver.py", "--out", "out"],
         cwd=folder,
@@ -383,7 +384,7 @@ def test_killed(tmp_path: Path) -> None:
     process.wait()
     record = Record(tmp_path / "out")
     assert statuses(record) == {"smoke": "passed", "first": "passed", "hangs": "unfinished", "last": "unfinished"}
-    assert (tmp_path / "count").read_text() == "x"
+    assert record.measured.read_text() == "{}\n"
 
 
 def test_smoke_is_the_first_step() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reroute
 from bench.cases import Problem
 from bench.clock import DeviceClock, captured
+from bench.counts import count, simt_path
 from bench.gpu_check import checks, environment, micro, operations, smoke
 from bench.gpu_check.checks import CheckFailed
 from bench.gpu_check.day import FAILED, NO_START, NOTHING_RUN, PASSED, UNFINISHED, WRONG
@@ -46,31 +48,38 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Backend:
     return resolve("torch", CPU)
 
 
-def shifted(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend's operation whose result is another in one place."""
-
-    def run(*arguments: Any, **named: Any) -> Any:
-        result = operation(*arguments, **named)
-        if result is None:  # defer: the pages are
-            arguments[0].view(-1)[-1] += 1
-            return None
-        one = result[0] if isinstance(result, tuple) else result
-        one.view(-1)[0] += 1
-        return result
-
-    return run
-
-
 def test_smoke(reference: Backend, capsys: pytest.CaptureFixture[str]) -> None:
     assert smoke.check_all(reference, reference, CPU, torch.float32) == PASSED
     assert capsys.readouterr().out.splitlines()[-1] == "all kernels start and are right"
 
 
-@pytest.mark.parametrize("operation", ["defer", "admit", "defer_rmsnorm", "select", "score_topk"])
-def test_smoke_finds_wrong_results(operation: str, reference: Backend, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = replace(reference, **{operation: shifted(getattr(reference, operation))})
-    assert smoke.check_all(wrong, reference, CPU, torch.float32) == WRONG
+def first(tensor: torch.Tensor) -> None:
+    tensor.view(-1)[0] += 1
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "a row goes to another place": ("defer", lambda arguments, _: first(arguments[0])),
+    "a row comes from another place": ("admit", lambda _, result: first(result[0])),
+    "a row goes home wrongly": ("defer_rmsnorm", lambda arguments, _: first(arguments[0].pages)),
+    "another norm": ("defer_rmsnorm", lambda _, result: first(result)),
+    "another token": ("select", lambda _, result: first(result.kept)),
+    "another token by attention": ("score_topk", lambda _, result: first(result.kept)),
+    "other scores, in the same order": ("score_topk", lambda _, result: result.scores.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_smoke_finds_wrong_results(fault: str, reference: Backend, capsys: pytest.CaptureFixture[str]) -> None:
+    operation, spoil = FAULTS[fault]
+
+    def wrong(*arguments: Any, **named: Any) -> Any:
+        result = getattr(reference, operation)(*arguments, **named)
+        spoil(arguments, result)
+        return result
+
+    status = smoke.check_all(replace(reference, **{operation: wrong}), reference, CPU, torch.float32)
     *lines, last = capsys.readouterr().out.splitlines()
+    assert status == WRONG
     assert sum("right" not in line for line in lines) == 1
     assert operation in last
 
@@ -123,6 +132,15 @@ def test_versions(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert found["modelled"] == f"for an H100 SXM (bench.modelled){said}"
     assert environment.printed(f"a warning\n{json.dumps(found)}\nselect: right") == found
     assert environment.printed("Traceback") == {}
+
+
+@pytest.mark.skipif(simt_path() is None, reason="simt is not here to run it")
+def test_the_planted_fault_is_one() -> None:
+    assert count(lambda: None).launches == 0  # which makes simt importable
+    import simt
+
+    with simt.installed(arch=90), pytest.raises(simt.OutOfBounds):
+        import_module("bench.gpu_check.planted").launch(CPU)
 
 
 # --- micro-benchmarks -------------------------------------------------------------------------------------------------
