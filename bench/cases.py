@@ -109,7 +109,8 @@ class Case:
         segments = Segments(self.lease.starts, *counts)
         self.segments = replace(segments, on_device=segments.counts(device))
         self.query_rows = self.starts[:, 0] + length - 1
-        self.cos, self.sin = self._draw(rows, shape.features), self._draw(rows, shape.features)
+        angles = self._draw(rows, shape.features // 2).repeat(1, 2)  # each at both places of its pair
+        self.cos, self.sin = angles.cos(), angles.sin()
         self.positions = torch.arange(rows, device=device)
         self.ids = self.positions.unsqueeze(1)
 

@@ -6,7 +6,6 @@ is measured on the CPU in fp32, and the Triton kernels get the time that ``model
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -31,11 +30,11 @@ MODELLED = Clock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    fitting, only = problems(MEMORY, DTYPE.itemsize), metafunc.config.getoption("--operation")
+    fitting = problems(MEMORY, DTYPE.itemsize)
     if not metafunc.config.getoption("--all"):
         fitting = [p for p in fitting if (p.visual, p.batch) in QUICK]
     metafunc.parametrize("problem", fitting, ids=str)
-    metafunc.parametrize("operation", [only] if only else OPERATIONS)
+    metafunc.parametrize("operation", OPERATIONS)
 
 
 @lru_cache(maxsize=1)
@@ -54,21 +53,16 @@ def test_measured(
     backend: str,
     mode: Mode,
     monkeypatch: pytest.MonkeyPatch,
-    pytestconfig: pytest.Config,
 ) -> None:
     monkeypatch.delenv("REROUTE_BACKEND", raising=False)
     kernels, case = resolve(backend, DEVICE), case_of(problem)
     benchmark.group = f"{operation}, measured on {DEVICE.type}, {DTYPE}"
     expected = model(operation, problem)
     modelled = {"eager": expected.eager[0], "graph": expected.graph}[mode] if backend == "triton" else None
-    benchmark.extra_info |= {"operation": operation, "problem": str(problem), "backend": backend, "mode": mode}
     benchmark.extra_info |= {"floor": 1e6 * expected.floor, "modelled": modelled and 1e6 * modelled}
     run = lambda: OPERATIONS[operation](kernels, case)
     run = captured(run) if mode == "graph" else run
     benchmark.pedantic(lambda: CLOCK.run(run, mode), rounds=ROUNDS, warmup_rounds=2)
-    if (medians := pytestconfig.getoption("--medians")) is not None:
-        with medians.open("a") as file:
-            file.write(json.dumps({**benchmark.extra_info, "median": 1e6 * benchmark.stats.stats.median}) + "\n")
 
 
 @pytest.mark.skipif(CUDA, reason="a GPU measures instead")

@@ -1,350 +1,392 @@
-"""``make gpu-check`` as far as a machine without a GPU can run it: every step on the CPU or with a stand-in."""
+"""``python -m bench.gpu_check`` as far as a machine without a GPU can run it: its plan, and its days on stand-ins."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from processes import assert_ends
 
-import reroute
-from bench import gpu_check, gpu_prefills, gpu_steps
-from bench.clock import DeviceClock, captured
-from bench.gpu_check import Result, attempt, main, report, save
-from bench.gpu_steps import Measurement, Program, StepFailed, StepSkipped
+from bench.gpu_check import plan
+from bench.gpu_check.day import FAILED, NO_START, NOTHING_RUN, PASSED, UNFINISHED, WRONG, Day, judged
+from bench.gpu_check.plan import MINUTES, MOST_AT_ONCE, RESERVE, ROOT, SMOKE, STEPS, Step, batches, chosen, expected
+from bench.gpu_check.program import Ended
+from bench.gpu_check.record import Record, Result, read_lines
 
-CPU = torch.device("cpu")
-ENVIRONMENT = {"gpu": "stand-in", "floor and modelled": "of an H100 SXM"}
-MEASURED = Measurement("step", "LLaVA N=576 B=1", "torch", "eager", 12.345, 4.7, None)
+GPU = json.dumps({"gpu": "stand-in", "torch": "2"})
 
 
-def fails(error: Exception) -> Callable[[], str]:
-    def step() -> str:
-        raise error
-
-    return step
+def step(name: str, programs: int = 1, **others: Any) -> Step:
+    return Step(name, (("true",),) * programs, **{"estimate": 10, "limit": 30, "least": 5, **others})
 
 
-def twice(run: Callable[[], Any]) -> Callable[[], Any]:
-    """In place of a capture: a warm-up, and every replay runs again."""
-    run()
-    return run
+def ended(output: str = "1 passed", code: int | None = 0, cause: Any = "itself", seconds: float = 10) -> Ended:
+    return Ended(cause, code, seconds, output)
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("step", "status", "detail"),
-    [
-        (lambda: "fine", "passed", "fine"),
-        (lambda: [MEASURED], "passed", "1 measurements"),
-        (fails(StepFailed("wrong bits")), "failed", "wrong bits"),
-        (fails(StepSkipped("not installed")), "skipped", "not installed"),
-        (fails(ZeroDivisionError("planted")), "failed", "ZeroDivisionError: planted"),
-    ],
-)
-def test_a_step_cannot_stop_the_others(step: Any, status: str, detail: str) -> None:
-    result = attempt("name", step)
-    assert (result.step, result.status) == ("name", status)
-    assert detail in result.detail
+def test_the_default_fits_into_its_time() -> None:
+    assert expected(STEPS, MOST_AT_ONCE) + RESERVE <= 60 * MINUTES <= 540
+    assert all(step.least <= step.estimate <= step.limit for step in STEPS)
+    assert SMOKE.limit <= 90
+    assert expected(STEPS, 2) > expected(STEPS, MOST_AT_ONCE)
 
 
-def test_table_csv_and_json(tmp_path: Path) -> None:
-    results = [
-        Result("memcheck", "skipped", 0.0, "not installed"),
-        Result("CUDA graph", "failed", 1.5, "wrong bits"),
-        Result("benchmarks", "passed", 2.0, "1 measurements", (MEASURED,)),
-    ]
-    save(results, ENVIRONMENT, tmp_path / "out")
-    printed = report(results, ENVIRONMENT)
-    assert "--- CUDA graph failed: wrong bits" in printed
-    assert "--- benchmarks passed: 1 measurements" in printed
-    assert "Microseconds on stand-in; floor and modelled are of an H100 SXM." in printed
-    assert (
-        " ".join(printed.splitlines()[-1].split()) == "benchmarks measured step LLaVA N=576 B=1 torch eager 12.35 4.70"
-    )
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert record["environment"] == ENVIRONMENT
-    assert record["steps"][2]["measurements"][0]["median"] == 12.345
-    with (tmp_path / "out" / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["status"] for row in rows] == ["skipped", "failed", "passed", "measured"]
-    assert rows[-1]["median"] == "12.35"
+def test_what_is_expected_of_programs_side_by_side() -> None:
+    """Three alone, and five that share two places."""
+    steps = [step("a"), step("b", 3, shares=True, estimate=20), step("c", 2, shares=True), step("d", estimate=7)]
+    assert expected(steps, 5) == 10 + 20 + 7
+    assert expected(steps, 2) == 10 + 40 + 7
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    assert main() == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
+def test_order() -> None:
+    """Do they start, are they right, what do they gain, and then the rest. What is timed has the GPU to itself."""
+    groups = list(dict.fromkeys(step.name.partition("/")[0] for step in STEPS))
+    assert groups == ["smoke", "kernels", "checks", "prefill", "operations", "streams", "sanitizer", "ncu"]
+    assert [len(batch) for batch in batches(STEPS)] == [1, 10, 1, 1, 1, 4, 1, 1]
+    assert not any(step.shares for step in STEPS if step.measures or step.name in ("smoke", "ncu"))
+    assert sum(len(step.programs) for step in batches(STEPS)[1]) <= MOST_AT_ONCE
 
 
-def run_main(steps: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "stand-in")
-    monkeypatch.setattr(gpu_check, "plan", lambda folder: steps)
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(folder)])
-    return main()
+def test_measuring_programs() -> None:
+    measuring = [" ".join(step.programs[0][1:]) for step in STEPS if step.measures]
+    models = ("llava-7b", "qwen-7b", "qwen-32b")
+    prefills = [f"-m bench.gpu_check.prefill --model {model}" for model in models]
+    assert measuring == [*prefills[:2], "-m bench.gpu_check.operations", prefills[2]]
 
 
-@pytest.mark.parametrize(("step", "status"), [(lambda: "fine", 0), (fails(StepFailed("no")), 1)])
-def test_exit_status(step: Any, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_main({"first": step, "last": lambda: [MEASURED]}, tmp_path, monkeypatch) == status
-    assert json.loads((tmp_path / "results.json").read_text())["steps"][-1]["step"] == "last"
+def test_choice_of_steps() -> None:
+    assert chosen([]) == list(STEPS)
+    names = ["smoke", "sanitizer/memcheck", "sanitizer/racecheck", "sanitizer/planted", "ncu"]
+    assert [s.name for s in chosen(["ncu", "sanitizer"])] == names
+    assert [s.name for s in chosen(["prefill/qwen-7b"])] == ["smoke", "prefill/qwen-7b"]
+    with pytest.raises(ValueError, match=r"no step is called ncuu, x; known: smoke, kernels, .*ncu, kernels/select, "):
+        chosen(["x", "ncuu", "ncu"])
 
 
-def test_results_are_written_after_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> str:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_main({"first": lambda: [MEASURED], "second": interrupted}, tmp_path, monkeypatch)
-    (step,) = json.loads((tmp_path / "results.json").read_text())["steps"]
-    assert (step["step"], step["status"]) == ("first", "passed")
-    assert MEASURED.problem in (tmp_path / "results.csv").read_text()
+def collected(*arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", *arguments, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def test_the_steps(tmp_path: Path) -> None:
-    """In their order; each writes to a file of its own."""
-    steps = gpu_check.plan(tmp_path)
-    kinds = ["kernel tests", "CUDA graph", "no waiting", "benchmarks", "memcheck", "racecheck"]
-    assert list(dict.fromkeys(name.partition(":")[0] for name in steps)) == kinds
-    assert "benchmarks: score_topk" in steps
-    with mock.patch.object(Program, "__call__", autospec=True, side_effect=lambda self, *_: self.log.name):
-        logs = [str(step()) for name, step in steps.items() if not name.startswith(("benchmarks", "mem", "race"))]
-    assert logs[0] == "kernel-tests-rows.txt"
-    assert len(set(logs)) == len(logs)
+def test_no_kernel_and_no_file_of_kernel_tests_is_left_out() -> None:
+    files = {test.partition("::")[0] for test in collected("tests/kernels", "--executor", "interpreter")}
+    run = {argument for step in STEPS for argument in step.programs[0] if argument.startswith("tests/kernels/")}
+    assert files - run == {"tests/kernels/test_interpreter.py"}  # tests of that executor itself
+    sources = (ROOT / "reroute_kernels" / "triton_kernels").glob("*.py")
+    launched = {name for file in sources for name in re.findall(r"\ndef (_\w+_kernel)\(", file.read_text())}
+    assert launched == {*plan.KERNELS}
 
 
-# --- programs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Program:
-    return Program(tmp_path / "logs" / "program.txt")
-
-
-def test_programs(program: Program) -> None:
-    assert program([sys.executable, "-c", "print(1); print('== 2 ==')"], 60, {}) == "2"
-    assert program.log.read_text() == "1\n== 2 ==\n"
-    with pytest.raises(StepFailed, match=r"planted\nexit status 1; the whole output: .*program\.txt"):
-        program([sys.executable, "-c", "raise SystemExit('planted')"], 60, {})
-
-
-def test_nothing_inherited_may_replace_the_kernels(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REROUTE_BACKEND", "torch")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    show = "import os; print(*map(os.environ.get, ('REROUTE_BACKEND', 'TRITON_INTERPRET', 'GIVEN', 'PATH')))"
-    assert program([sys.executable, "-c", show], 60, {"GIVEN": "given"}) == f"None None given {os.environ['PATH']}"
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_program_that_never_ends_is_killed_with_all_it_started(program: Program) -> None:
-    start = time.monotonic()
-    with pytest.raises(StepFailed, match="started\nkilled after 1 s"):
-        program(["sh", "-c", "sleep 1000 & echo $!; echo started; sleep 1000"], 1, {})
-    assert time.monotonic() - start < gpu_steps.GRACE
-    grandchild = int(program.log.read_text().split()[0])
-    while is_running(grandchild):  # it has been sent the signal
-        assert time.monotonic() - start < 60
-        time.sleep(0.01)
-
-
-def test_a_test_that_hangs_is_named(program: Program, tmp_path: Path) -> None:
-    file = tmp_path / "test_file.py"
-    file.write_text("import time\n\ndef test_that_hangs():\n    time.sleep(1000)\n")
-    soon = [option.replace("=120", "=1") for option in gpu_steps.HANGING]
-    with pytest.raises(StepFailed, match=r"(?s)in test_that_hangs.*exit status 1"):
-        program([sys.executable, "-m", "pytest", str(file), "-v", "-p", "no:cacheprovider", *soon], 60, {})
-
-
-def command(arguments: Any, limit: float, environment: dict[str, str]) -> str:
-    """In place of a program."""
-    return " ".join([*arguments, *environment])
-
-
-def test_kernel_tests_run_on_the_device() -> None:
-    assert "-m pytest tests/kernels/test_select.py --executor cuda" in gpu_steps.kernel_tests("select", command)
-
-
-def collected(program: Program, *arguments: str) -> set[str]:
-    options = ["--executor", "interpreter", "--collect-only", "-q"]
-    program([sys.executable, "-m", "pytest", *arguments, *options], 300, {})
-    return {line for line in program.log.read_text().splitlines() if "::" in line}
-
-
-def test_no_file_of_kernel_tests_is_left_out(program: Program) -> None:
-    files = {test.partition("::")[0] for test in collected(program, "tests/kernels")}
-    elsewhere = "interpreter"  # tests of that executor itself
-    assert files == {f"tests/kernels/test_{name}.py" for name in (*gpu_steps.KERNEL_TESTS, elsewhere)}
-
-
-def test_sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(StepSkipped, match="not installed"):
-        gpu_steps.sanitizer("memcheck", command)
-    program = tmp_path / "bin" / "compute-sanitizer"
-    program.parent.mkdir()
-    program.touch(mode=0o755)
-    run = gpu_steps.sanitizer("racecheck", command)
-    assert run.startswith(f"{program} --tool racecheck --error-exitcode 9")
-    assert run.endswith("PYTORCH_NO_CUDA_MEMORY_CACHING")
-
-
-def test_the_sanitizer_has_few_tests_but_of_every_kernel(program: Program) -> None:
-    tests = collected(program, *gpu_steps.SANITIZED)
-    assert 15 <= len(tests) <= 40
+def test_the_sanitizer_has_few_tests_but_of_every_kernel() -> None:
+    (program,) = {step.programs for step in STEPS if step.name == "sanitizer/memcheck"}
+    files = [argument for arguments in program for argument in arguments if argument.startswith("tests/")]
+    tests = collected(*files, "--executor", "interpreter", "-k", plan.SANITIZED)
+    assert 10 <= len(tests) <= 25
     for wanted in ("test_rows", "test_defer_rmsnorm", "test_score_topk", "[staged-few]", "[refined-few]"):
         assert any(wanted in test for test in tests), wanted
 
 
-# --- benchmarks -------------------------------------------------------------------------------------------------------
+def test_the_parts_of_a_file_are_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text("".join(f"def test_{i}():\n    pass\n" for i in range(7)))
+    options = ["-p", "bench.gpu_check.parts", "--part"]
+    assert [test[-1] for test in collected(str(file), *options, "0/3")] == ["0", "3", "6"]
+    assert [test[-1] for test in collected(str(file), *options, "2/3")] == ["2", "5"]
+    programs = {s.name: s.programs for s in STEPS}["kernels/select"]
+    assert [p[p.index("--part") + 1] for p in programs] == [f"{i}/{len(programs)}" for i in range(len(programs))]
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_what_was_measured_is_kept(broken: bool) -> None:
-    def run(arguments: Any, limit: float, environment: Any) -> str:
-        assert arguments[arguments.index("--operation") + 1] == "step"
-        file = next(a for a in arguments if a.startswith("--medians=")).partition("=")[2]
-        Path(file).write_text(json.dumps(vars(MEASURED)) + "\n")
-        if broken:
-            raise StepFailed("1 failed, 1 passed")
-        return ""
-
-    result = attempt("benchmarks", lambda: gpu_steps.benchmarks("step", run))
-    assert result.status == ("failed" if broken else "passed")
-    assert result.measurements == (MEASURED,)
+# --- what a step comes to ---------------------------------------------------------------------------------------------
 
 
-def test_benchmarks_that_cannot_start() -> None:
-    result = attempt("benchmarks", lambda: gpu_steps.benchmarks("step", fails_to_run))
-    assert (result.status, result.detail, result.measurements) == ("failed", "no pytest", ())
+@pytest.mark.parametrize(
+    ("program", "status", "detail"),
+    [
+        (ended("==== 3 passed in 1s ====\n\n"), "passed", "3 passed in 1s"),
+        (ended("boom", 1), "failed", "exit status 1: boom"),
+        (ended("", -11), "failed", "exit status -11: no output"),
+        (ended("4 left", UNFINISHED), "unfinished", "4 left"),
+        (ended("row 1", None, "limit"), "failed", "killed at its limit of 30 s: row 1"),
+        (ended("row 1", None, "time"), "unfinished", "out of time after 10 s: row 1"),
+        (ended("not begun: why", None, "time", 0), "unfinished", "not begun: why"),
+        (ended("ncu is not installed", None, "missing", 0), "skipped", "ncu is not installed"),
+    ],
+)
+def test_status(program: Ended, status: str, detail: str) -> None:
+    result = judged(step("x", measures=True), [program])
+    assert (result.status, result.detail) == (status, detail)
+    assert (result.end != "") == (status == "failed" and program.output != "")
 
 
-def fails_to_run(*_: Any) -> str:
-    raise StepFailed("no pytest")
+def test_status_of_tools() -> None:
+    """A sanitizer may let a program pass unseen, and a machine may not have what it takes."""
+    memcheck, ncu = (next(s for s in STEPS if s.name == name) for name in ("sanitizer/memcheck", "ncu"))
+    assert judged(memcheck, [ended("5 passed\n========= ERROR SUMMARY: 0 errors")]).status == "passed"
+    unseen = judged(memcheck, [ended("========= Error: No attachable process found.\n5 passed")])
+    assert (unseen.status, "does not match" in unseen.detail) == ("failed", True)
+    assert all("--launch-timeout 0" in " ".join(program) for program in memcheck.programs)
+    refused = judged(memcheck, [ended("========= Error: Device not supported. See\n5 passed", 9)])
+    assert (refused.status, refused.detail) == ("skipped", "Error: Device not supported. See")
+    planted = next(s for s in STEPS if s.name == "sanitizer/planted")
+    assert judged(planted, [ended("Invalid __global__ write of size 4\nERROR SUMMARY: 1 error", 9)]).status == "passed"
+    assert judged(planted, [ended("nobody stopped it\nERROR SUMMARY: 0 errors")]).status == "failed"
+    assert judged(planted, [ended("cannot import torch", 9)]).status == "failed"
+    assert judged(ncu, [ended("==PROF== \n  _score_kernel (2, 8, 1)x(128, 1, 1)\n")]).detail == "in ncu.txt"
+    assert judged(ncu, [ended("==ERROR== ERR_NVGPUCTRPERM - no permission", 1)]).status == "skipped"
+    assert judged(ncu, [ended("==WARNING== No kernels were profiled.")]).status == "failed"
 
 
-def test_the_benchmarks_of_one_operation(program: Program) -> None:
-    """As they run here: on the CPU."""
-    measured = gpu_steps.benchmarks("select", program)
-    assert {measurement.operation for measurement in measured} == {"select"}
-    assert len({measurement.problem for measurement in measured}) == len(measured) >= 6
-    assert all(measurement.median > 0 for measurement in measured)
+def test_a_step_is_as_good_as_its_worst_program() -> None:
+    result = judged(step("x"), [ended(), ended("first", 1, seconds=12), ended("second", 2)])
+    assert (result.status, result.seconds) == ("failed", 12)
+    assert result.detail == "exit status 1: first; exit status 2: second"
+    assert result.end == "first\nsecond"
 
 
-# --- prefills ---------------------------------------------------------------------------------------------------------
+# --- days on stand-ins, with a clock that stands still but for what runs ----------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_checks_run_as_programs(program: Program) -> None:
-    with pytest.raises(StepFailed, match="no-waiting needs a CUDA device"):
-        gpu_steps.prefills("no-waiting", program)
+class StandIns:
+    """In place of programs: what each prints and how long it takes, by the name of its step; and a clock."""
+
+    def __init__(self, **programs: Ended) -> None:
+        self.programs = {"smoke": ended(GPU, seconds=20), **programs}
+        self.now, self.began = 0.0, list[str]()
+        self.interrupt: Callable[[], None] = lambda: None
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(
+        self, steps: Sequence[Step], at_once: int, left: Callable[[], float], measured: Path
+    ) -> Iterator[tuple[Step, Ended]]:
+        for each in (step for step in steps for _ in step.programs):
+            if left() < each.least:
+                yield each, ended("not begun", None, "time", 0)
+                continue
+            self.began.append(each.name)
+            program = self.programs.get(each.name, ended())
+            self.now += min(program.seconds, max(left(), 0))
+            if each.name == "interrupted":
+                self.interrupt()
+                program = ended("half", None, "time", 2)
+            yield each, program
+
+    def day(self, folder: Path, steps: Sequence[Step], minutes: float = 9) -> tuple[int, Record]:
+        record = Record(folder)
+        day = Day(record, minutes, self.clock, self.run)
+        self.interrupt = day.stop
+        return day.go_through([step("smoke", least=0), *steps]), record
 
 
-def test_checks_print_what_they_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(gpu_prefills.CHECKS, "graph", lambda device: f"ran on {device}")
-    gpu_prefills.main(["graph"])
-    assert capsys.readouterr().out == "ran on cuda\n"
+def statuses(record: Record) -> dict[str, str]:
+    return {name: result.status for name, result in record.results.items()}
 
 
-@pytest.mark.parametrize(("is_cuda", "backend"), [(True, "triton"), (False, "torch")])
-def test_checks_choose_their_backend(is_cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefills: Any = SimpleNamespace(model=None, ids=SimpleNamespace(is_cuda=is_cuda))
-    monkeypatch.setattr(reroute, "enable", lambda model, **given: given["backend"])
-    assert gpu_prefills.Prefills.routing(prefills) == backend
-
-
-def test_graph_step() -> None:
-    assert "3 inputs" in gpu_prefills.graph(CPU, twice)
-
-
-def test_graph_step_finds_stale_results() -> None:
-    def capture(run: Callable[[], Any]) -> Callable[[], Any]:
-        result = run()
-        return lambda: result
-
-    with pytest.raises(StepFailed, match="differ in tensor 0"):
-        gpu_prefills.graph(CPU, capture)
-
-
-def test_no_waiting_step() -> None:
-    guarded: list[int] = []
-
-    @contextmanager
-    def guard() -> Iterator[None]:
-        guarded.append(1)
-        yield
-
-    assert gpu_prefills.no_waiting(CPU, guard) == "2 prefills, backend torch"
-    assert guarded == [1]
-
-
-def test_no_waiting_step_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    gpu_prefills.no_waiting(CPU)
-    assert modes == ["error", "default"]
-
-
-# --- clocks of a device, on a stand-in --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "waits"), [("eager", ["wait"]), ("graph", [])])
-def test_device_clock(mode: Any, waits: list[str]) -> None:
-    """Before it starts, data and dirty lines leave the cache; an eager run begins on an idle device."""
-    did: list[str] = []
-
-    class Log(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            did.append(f"{func.overloadpacket} of {args[0].nbytes}")
-            return func(*args, **(kwargs or {}))
-
-    event, properties = mock.Mock(), mock.Mock(L2_cache_size=64)
-    event.return_value.elapsed_time.return_value = 2.0
-    event.return_value.record.side_effect = lambda: did.append("record")
-    with (
-        mock.patch.object(torch.cuda, "Event", event),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(torch.cuda, "synchronize", side_effect=lambda device: did.append("wait")),
+def test_exit_status(tmp_path: Path) -> None:
+    steps = [step("a"), step("b")]
+    for i, (programs, status) in enumerate(
+        [
+            ({}, PASSED),
+            ({"a": ended("no", 1)}, FAILED),
+            ({"a": ended("x", None, "missing", 0)}, PASSED),
+            ({"a": ended("x", None, "time")}, UNFINISHED),
+            ({"a": ended("x", None, "time"), "b": ended("no", 1)}, FAILED),
+            ({"smoke": ended(GPU, WRONG)}, FAILED),
+        ]
     ):
-        clock = DeviceClock(CPU)
-        with Log():
-            clock.run(lambda: did.append("run"), mode)
-    assert did == ["aten.zero_ of 128", "aten.sum of 128", *waits, "record", "run", "record"]
-    assert clock() == 0.002
+        code, record = StandIns(**programs).day(tmp_path / str(i), steps)
+        assert code == status
+        assert [*record.results] == ["smoke", "a", "b"]
 
 
-def test_capture_warms_up_and_returns_the_captured_result() -> None:
-    runs: list[int] = []
+@pytest.mark.parametrize(
+    "smoke", [ended("cannot compile", NO_START), ended("Error", 1), ended(GPU, None, "limit"), ended("", -11)]
+)
+def test_nothing_else_runs_if_the_kernels_do_not_start(smoke: Ended, tmp_path: Path) -> None:
+    stand_ins = StandIns(smoke=smoke)
+    status, record = stand_ins.day(tmp_path, [step("a")])
+    assert (status, stand_ins.began) == (NO_START, ["smoke"])
+    assert statuses(record) == {"smoke": "failed", "a": "unfinished"}
+    assert smoke.output in (tmp_path / "table.txt").read_text()
 
-    def run() -> int:
-        runs.append(1)
-        return len(runs)
 
-    stand_in = mock.MagicMock()
-    names = ("Stream", "stream", "current_stream", "CUDAGraph", "graph")
-    with mock.patch.multiple(torch.cuda, **{name: getattr(stand_in, name) for name in names}):
-        replay = captured(run)
-        assert (replay(), replay(), len(runs)) == (2, 2, 2)
-    assert stand_in.CUDAGraph.return_value.replay.call_count == 2
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, record = StandIns(smoke=ended("it needs a CUDA device", NOTHING_RUN)).day(tmp_path, [step("a")])
+    assert (status, record.results) == (NOTHING_RUN, {})
+    assert "it needs a CUDA device" in capsys.readouterr().out
+
+
+def test_time_runs_out_and_a_later_call_goes_on(tmp_path: Path) -> None:
+    """What passed stays, what failed is repeated, and what is too long for the rest leaves it to what is not."""
+    steps = [step("passes"), step("fails"), step("long", least=500), step("short"), step("last")]
+    stand_ins = StandIns(fails=ended("no", 1), short=ended(seconds=27))
+    status, record = stand_ins.day(tmp_path, steps, minutes=(20 + 10 + 10 + 27 + RESERVE + 1) / 60)
+    assert (status, stand_ins.began) == (FAILED, ["smoke", "passes", "fails", "short"])
+    assert statuses(record)["long"] == statuses(record)["last"] == "unfinished"
+    again = StandIns(fails=ended("still no", 1))
+    status, record = again.day(tmp_path, steps, minutes=11)
+    assert (status, again.began) == (FAILED, ["smoke", "fails", "long", "last"])
+    assert record.results["fails"].detail == "exit status 1: still no"
+    assert StandIns().day(tmp_path, steps)[0] == PASSED
+    done = StandIns()
+    assert (done.day(tmp_path, steps)[0], done.began) == (PASSED, ["smoke"])
+
+
+def test_what_is_not_begun_does_not_hide_what_an_earlier_call_found(tmp_path: Path) -> None:
+    StandIns(a=ended("no", 1)).day(tmp_path, [step("a")])
+    status, record = StandIns().day(tmp_path, [step("a")], minutes=(20 + RESERVE + 1) / 60)
+    assert (status, record.results["a"].detail) == (FAILED, "exit status 1: no")
+
+
+def test_time_that_is_left_goes_to_what_was_cut_short(tmp_path: Path) -> None:
+    steps = [step("measured", measures=True), step("b")]
+    stand_ins = StandIns(measured=ended("more", UNFINISHED))
+    assert stand_ins.day(tmp_path, steps)[0] == UNFINISHED
+    assert stand_ins.began == ["smoke", "measured", "b", "measured"]
+
+
+def test_an_interrupted_day_is_one_whose_time_is_over(tmp_path: Path) -> None:
+    stand_ins = StandIns()
+    status, record = stand_ins.day(tmp_path, [step("a"), step("interrupted"), step("c")])
+    assert (status, stand_ins.began) == (UNFINISHED, ["smoke", "a", "interrupted"])
+    assert statuses(record) == {"smoke": "passed", "a": "passed", "interrupted": "unfinished", "c": "unfinished"}
+
+
+def test_a_folder_is_of_one_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    StandIns().day(tmp_path, [step("a")])
+    other = StandIns(smoke=ended(GPU.replace("stand-in", "other")))
+    status, record = other.day(tmp_path, [step("a"), step("b")])
+    assert (status, other.began) == (NOTHING_RUN, ["smoke"])
+    assert "of another machine (gpu stand-in, here other); choose another --out" in capsys.readouterr().out
+    assert record.environment["gpu"] == "stand-in"
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path: Path) -> None:
+    ncu = ended("==PROF==\n  _score_kernel")
+    steps = [step("a", 2), step("ncu", output="ncu.txt"), step("b")]
+    record = StandIns(b=ended("E   planted\n1 failed", 1), ncu=ncu).day(tmp_path, steps)[1]
+    record.measured.write_text(
+        '{"kind": "k", "name": "n", "us": 1.23456, "all": [1, 2]}\n{"kind": "k", "error": "e"}\n'
+    )
+    record.write()
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"results.json", "measured.jsonl", "log.txt", "table.txt", "ncu.txt"}
+    known = json.loads((tmp_path / "results.json").read_text())
+    assert known["environment"]["gpu"] == "stand-in"
+    assert {"commit", "date", "cores", "source"} <= known["environment"].keys()
+    assert [fields["estimate"] for fields in known["steps"]] == [10] * 4
+    log, table = ((tmp_path / name).read_text() for name in ("log.txt", "table.txt"))
+    headings = re.findall(r"(?m)^={20} (.*) ={20}$", log)
+    assert headings[0] == "smoke: exit status 0 after 20 s"
+    assert headings[1:] == [f"{name}: exit status {int(name == 'b')} after 10 s" for name in ("a", "a", "ncu", "b")]
+    assert "planted" in log
+    assert "_score_kernel" not in log
+    assert "_score_kernel" in (tmp_path / "ncu.txt").read_text()
+    assert re.search(r"b +failed +10 +10 +exit status 1: 1 failed", table)
+    assert re.search(r"k\nname +us +error\nn +1\.235\n +e\n", table)
+    assert "--- b failed\nE   planted" in table
+
+
+def test_what_a_kill_left_is_mended(tmp_path: Path) -> None:
+    file = tmp_path / "measured.jsonl"
+    file.write_text('{"kind": "k"}\n{"kind": "half')
+    assert list(read_lines(file)) == [{"kind": "k"}]
+    record = Record(tmp_path)
+    assert file.read_text() == '{"kind": "k"}\n'
+    record.add(Result("a", "passed", 1.0, 2.0, "d"))
+    assert Record(tmp_path).results == record.results
+
+
+def test_another_programs_results_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="is not of this program"):
+        Record(tmp_path)
+    command = [sys.executable, "-m", "bench.gpu_check", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, "choose another folder" in done.stderr) == (NOTHING_RUN, True)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from bench.gpu_check import plan
+from bench.gpu_check.plan import Step
+def step(name, code, **others):
+    return Step(name, ((sys.executable, "-c", code),), **dict(estimate=1, limit=60, least=0, **others))
+plan.SMOKE = step("smoke", "import json; print(json.dumps({'gpu': 'stand-in'}))")
+plan.STEPS = (
+    plan.SMOKE,
+    step("first", "import sys; print({}, file=open(sys.argv[-1], 'a')); print('did it')", measures=True),
+    step("hangs", "import subprocess, time; print('seen', subprocess.Popen(['sleep', '600']).pid); time.sleep(600)"),
+    step("last", "print('too late')"),
+)
+from bench.gpu_check.__main__ import main
+sys.exit(main())
+"""
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    """The command on stand-ins, in another directory; it hangs in its third step."""
+    (folder / "driver.py").write_text(DRIVER)
+    process = subprocess.Popen(
+        [sys.executable, "driver.py", "--out", "out"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "first" in line:
+            return process
+    raise AssertionError("it did not come so far")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    """It kills what runs and writes what there is, in the folder that the caller named from where it is."""
+    process = started(tmp_path)
+    time.sleep(1)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == UNFINISHED
+    assert re.search(r"hangs +unfinished .*out of time after \d s: seen \d+", printed)
+    steps = json.loads((tmp_path / "out" / "results.json").read_text())["steps"]
+    assert [fields["status"] for fields in steps] == ["passed", "passed", "unfinished", "unfinished"]
+    grandchild = re.search(r"seen (\d+)", (tmp_path / "out" / "log.txt").read_text())
+    assert grandchild is not None
+    assert_ends(int(grandchild[1]))
+
+
+def test_killed(tmp_path: Path) -> None:
+    """What was found is there, and another call goes on."""
+    process = started(tmp_path)
+    process.kill()
+    process.wait()
+    record = Record(tmp_path / "out")
+    assert statuses(record) == {"smoke": "passed", "first": "passed", "hangs": "unfinished", "last": "unfinished"}
+    assert record.measured.read_text() == "{}\n"
+
+
+def test_smoke_is_the_first_step() -> None:
+    assert STEPS[0] is SMOKE
+    assert replace(SMOKE, name="x") != SMOKE

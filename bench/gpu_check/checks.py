@@ -1,4 +1,4 @@
-"""Checks of routed prefills on a GPU, of a small random LLaVA: ``python -m bench.gpu_prefills graph|no-waiting``."""
+"""Checks of routed prefills on a GPU, of a small random LLaVA: ``python -m bench.gpu_check.checks NAME``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor
 import reroute
 from reroute.handle import Handle
 
-from .clock import captured
-from .gpu_steps import StepFailed
-from .models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
+from ..clock import captured
+from ..models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
 
-__all__ = ["CHECKS", "graph", "main", "no_waiting"]
+__all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting"]
+
+
+class CheckFailed(Exception):
+    """A check found something wrong."""
 
 
 class Prefills:
@@ -72,7 +75,7 @@ def _equal(replayed: list[Tensor], eager: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(replayed, eager, strict=True)):
         if a.shape != b.shape or not torch.equal(a, b):
             apart = (a.float() - b.float()).abs().max().item() if a.shape == b.shape else "their shapes"
-            raise StepFailed(f"replayed and eager prefill differ in tensor {i} (0: logits, then caches) by {apart}")
+            raise CheckFailed(f"replayed and eager prefill differ in tensor {i} (0: logits, then caches) by {apart}")
 
 
 @contextmanager
@@ -102,7 +105,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {"graph": graph, "no-waiting"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what a check found; what it found wrong is raised."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_prefills", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check.checks", description=__doc__)
     parser.add_argument("check", choices=CHECKS)
     check = parser.parse_args(arguments).check
     if not torch.cuda.is_available():
