@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check test-oldest test-triton test-week train clean
+.PHONY: help demo test lint bench gpu-check test-oldest test-triton test-week mutants train clean
 # Releases of Triton that every kernel test runs on, and one more that a sample of each runs on. The rest of the
 # supported ones, 3.7, is the one of constraints-cpu.txt.
 TRITON_FULL := 3.6 3.9
@@ -28,7 +28,7 @@ lint: $(VENV)/.dev ## Check style and types
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 	$(BIN)/python -m bench
 
-gpu-check: $(VENV)/.dev ## With a GPU: kernel tests, sanitizers, CUDA graph, micro-benchmarks; one table
+gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, and how fast are prefills and operations
 	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
@@ -45,6 +45,9 @@ $(TRITON_SAMPLE:%=test-triton-%): test-triton-%: $(VENV)/triton-%
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
+
+mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (hours)
+	$(BIN)/python tests/mutants
 
 train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
 	$(BIN)/python -m reroute.embedded.train --out runs/embedded
