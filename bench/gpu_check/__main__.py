@@ -42,7 +42,8 @@ def main() -> int:
         parser.error(str(error))
     day = Day(record, options.minutes)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: day.stop())
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: day.stop())
     status = day.go_through(wanted)
     if status != NOTHING_RUN:
         print(f"\n{record.table()}\n\nWritten to {record.folder}.")

@@ -133,7 +133,7 @@ def _detail(step: Step, ended: Ended) -> str:
         return f"out of time after {ended.seconds:.0f} s: {lines[-1]}" if ended.seconds else lines[-1]
     if step.excuse and (excuse := re.search(f".*({step.excuse}).*", ended.output)):
         return excuse[0].strip("= ")
-    if ended.code not in (step.status, UNFINISHED):
+    if ended.code not in (step.status, UNFINISHED if step.measures else None):
         return f"exit status {ended.code}: {lines[-1]}"
     if not re.search(step.evidence, ended.output):
         return f"exit status {ended.code}, but what it printed does not match {step.evidence!r}"

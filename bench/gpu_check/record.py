@@ -74,12 +74,12 @@ class Record:
         _replace(self.folder / name, output)
 
     def table(self) -> str:
-        """Everything to look at."""
+        """Everything to look at, the steps last: of a long output the end is what is seen."""
         about = [f"{name}: {value}" for name, value in self.environment.items()]
         rows = [[r.step, r.status, f"{r.seconds:.0f}", f"{r.estimate:.0f}", r.detail] for r in self.results.values()]
         ends = [f"--- {r.step} {r.status}\n{r.end}" for r in self.results.values() if r.end]
         steps = _aligned([["step", "status", "seconds", "estimate", "detail"], *rows])
-        return "\n\n".join(["\n".join(about), steps, *_tables(read_lines(self.measured)), *ends])
+        return "\n\n".join([*_tables(read_lines(self.measured)), *ends, "\n".join(about), steps])
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
