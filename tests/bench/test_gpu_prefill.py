@@ -1,0 +1,399 @@
+"""End-to-end prefills for a GPU, as far as a CPU can run them: tiny models, and stand-ins for graphs and profilers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import import_utils
+
+import reroute_kernels
+from bench.flops import TEXT
+from bench.gpu_check import measure, prefill, shapes
+from bench.gpu_check.capture import captured_prefill
+from bench.gpu_check.kernels import OURS, kernel_times
+from bench.gpu_check.lines import MODELS, Deadline, Key, Lines, OutOfTime, keys, read
+from bench.gpu_check.measure import Session, Wrong
+from bench.gpu_check.shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, memory_of_weights
+from bench.live import LiveBytes
+from bench.modelled_prefill import schedule_of
+from reroute.budget import ModelShape, budget, prefill_cost
+from reroute.prefill import Prefill
+
+CPU = torch.device("cpu")
+TINY = ("tiny-llava", "tiny-qwen")
+ROUTE = Key("prefill", "tiny-llava", 36, 1, "route", "torch", "eager")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUNDS", "LEAST"):
+        monkeypatch.setattr(measure, name, 1)
+
+
+def rerun(run: Callable[[], Any]) -> Callable[[], Any]:
+    """In place of a capture: a warm-up, and every replay runs again."""
+    run()
+    return run
+
+
+def session(model: str = "tiny-llava", capture: Any = rerun) -> Session:
+    return Session(model, CPU, Deadline(600), capture)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Session:
+    return session()
+
+
+def call(file: Path, model: str = "tiny-llava", seconds: float = 600) -> int:
+    return prefill.main(["--model", model, "--device", "cpu", "--seconds", str(seconds), "--out", str(file)])
+
+
+# --- all lines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_everything_is_measured(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "measured.jsonl"
+    assert call(file, model) == 0
+    lines = list(read(file))
+    assert [Key(*list(line.values())[:7]) for line in lines] == keys(model, cuda=False)
+    assert all(next(iter(line)) == "kind" for line in lines)
+    for line in lines:
+        assert not {"error", "skipped"} & line.keys()
+        assert line["layers"] == line["of_layers"] == SHAPES[model].num_layers
+        assert 0 < line["min_ms"] <= line["median_ms"]
+        assert 0 < line["host_ms"] <= line["median_ms"]
+        is_dense = line["variant"].startswith("dense")
+        assert ("ratio" in line) == ("dense_ms" in line) == (not is_dense)
+        assert ("flop_ratio" in line) == ("plan_ms" in line) == (line["kind"] == "prefill" and not is_dense)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_graphs_of_it_all(model: str) -> None:
+    """With a stand-in for the capture; the kernels need a GPU."""
+    wanted = [key for key in keys(model, cuda=False, modes=("graph",)) if key.batch == 1]
+    assert {key.kind for key in wanted} == {"prefill", "layers"}
+    measured = session(model)
+    for key in wanted:
+        values = measured.measure(key)
+        assert values["median_ms"] > 0
+        assert not {"host_ms", "plan_ms"} & values.keys()
+
+
+def test_flop_ratios(tiny: Session) -> None:
+    values, shape = tiny.measure(ROUTE), SHAPES["tiny-llava"]
+    schedule = schedule_of(12, "route", 1 / 3)
+    assert (schedule.layers, schedule.counts(36)) == ((1, 2, 5, 8), (16, 16, 8, 4))
+    for name, attention in (("flop_ratio", "dense"), ("flop_ratio_causal", "causal")):
+        ours = budget(shape, schedule, "route", 36, TEXT, attention=attention)
+        dense = prefill_cost(shape, [36 + TEXT] * 12, attention=attention)
+        assert values[name] == round(ours.prefill_flops / dense.prefill_flops, 4) < 1
+    assert values["flop_ratio"] != values["flop_ratio_causal"]
+    assert values["avg_tokens"] == round((36 + 16 + 3 * 16 + 3 * 8 + 4 * 4) / 12, 4)
+
+
+def test_ratios_are_those_of_each_round(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of (ours, dense): the second is so slow that medians over all rounds would say something else."""
+    rounds = [[(1.0, 2.0), (3.0, 4.0)], [(5.0, 30.0), (5.0, 20.0)], [(1.0, 3.0), (2.0, 3.0)]]
+    monkeypatch.setattr(Session, "_rounds", lambda self, runs: iter(rounds))
+    assert tiny._compared(ROUTE, [lambda: None] * 2) == {
+        "median_ms": 3000.0,
+        "min_ms": 2000.0,
+        "rounds": 3,
+        "host_ms": 1000.0,
+        "dense_ms": 4000.0,
+        "ratio": 1.0,
+    }
+
+
+def test_rounds_alternate(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(measure, "ROUNDS", 3)
+    rounds = list(tiny._rounds([lambda: ran.append("ours"), lambda: ran.append("dense")]))
+    assert len(rounds) == 3
+    assert ran == ["ours", "dense"] * 4  # the first warms up
+    assert all(0 <= returned <= ended for pair in rounds for returned, ended in pair)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_without_time_nothing_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "measured.jsonl"
+    assert call(file, seconds=-1) == 3
+    assert not file.exists()
+
+
+def test_a_later_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    file, wanted = tmp_path / "measured.jsonl", keys("tiny-llava", cuda=False)
+    measured: list[Key] = []
+
+    def measured_or_late(self: Session, key: Key) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise OutOfTime
+        measured.append(key)
+        return {"median_ms": 1.0}
+
+    monkeypatch.setattr(Session, "measure", measured_or_late)
+    assert call(file) == 3
+    assert measured == wanted[:2]
+    assert f"{len(wanted) - 2} lines left, the next of them {wanted[2]}" in capsys.readouterr().out
+    measured.clear()
+    assert call(file) == 3
+    assert measured == wanted[2:4]
+    monkeypatch.setattr(Session, "measure", lambda self, key: {"median_ms": 1.0})
+    assert call(file) == 0
+    assert len(list(read(file))) == len(wanted)
+    monkeypatch.setattr(Session, "__init__", mock.Mock(side_effect=AssertionError("nothing is left to build it for")))
+    assert call(file) == 0
+
+
+def test_no_round_begins_that_would_end_late(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def run() -> None:
+        now[0] += 0.1
+
+    def rounds(seconds: float) -> int:
+        tiny._deadline = Deadline(seconds)
+        return len(list(tiny._rounds([run])))
+
+    monkeypatch.setattr(tiny, "_deadline", None)
+    monkeypatch.setattr(measure, "LEAST", 3)
+    monkeypatch.setattr(measure, "ROUNDS", 15)
+    assert rounds(100) == pytest.approx(measure.SECONDS / 0.1, abs=1)
+    assert rounds(0.75) == 5  # after the sixth run there are 0.15 s left, and one takes 0.1
+    with pytest.raises(OutOfTime):
+        rounds(0.35)
+    monkeypatch.setattr(measure, "ROUNDS", 7)
+    assert rounds(100) == 7
+
+
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "measured.jsonl"
+    lines = Lines(file)
+    lines.add(ROUTE, {"median_ms": 1.0})
+    file.write_text(file.read_text() + '{"kind": "pref')
+    again = Lines(file)
+    assert again.wanted([ROUTE]) == []
+    again.add(ROUTE, {"median_ms": 2.0})
+    assert [line["median_ms"] for line in read(file)] == [1.0, 2.0]
+
+
+def test_what_failed_comes_last(tmp_path: Path) -> None:
+    lines, every = Lines(tmp_path / "measured.jsonl"), keys("tiny-llava", cuda=False)
+    for key, values in ((every[0], {"error": "x"}), (every[1], {"error": "x"}), (every[2], {}), (every[1], {})):
+        lines.add(key, values)
+    assert Lines(tmp_path / "measured.jsonl").wanted(every) == [*every[3:], every[0]]
+
+
+def test_lines_of_others_are_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "measured.jsonl"
+    other = json.dumps({"kind": "operation", "operation": "step", "problem": "LLaVA", "backend": "torch"})
+    file.write_text(other + "\n")
+    Lines(file).add(ROUTE, {"median_ms": 1.0})
+    assert [line["kind"] for line in read(file)] == ["operation", "prefill"]
+
+
+def test_the_most_telling_come_first() -> None:
+    wanted = keys("llava-7b", cuda=True)
+    assert len({*wanted}) == len(wanted)
+    first = [(key.variant, key.backend, key.mode) for key in wanted if key.kind == "prefill"][:6]
+    modes = ("eager", "graph")
+    assert first == [(v, b, m) for v, b in (("dense", ""), ("route", "triton"), ("remove", "triton")) for m in modes]
+    place = {(key.kind, key.visual, key.batch, key.variant, key.backend): i for i, key in enumerate(wanted)}
+    of = lambda visual, batch, *variant, kind="prefill": place[(kind, visual, batch, *variant)]
+    assert of(576, 1, "dense again", "") < of(2880, 1, "dense", "") < of(16384, 1, "dense", "")
+    assert of(16384, 1, "dense again", "") < of(576, 1, "route", "triton", kind="kernels")
+    assert of(16384, 1, "route", "triton", kind="kernels") < of(576, 1, "route", "torch") < of(576, 8, "dense", "")
+    for problem in ((576, 1), (2880, 1), (16384, 1), (576, 8), (2880, 8), (16384, 8)):
+        assert of(*problem, "dense", "") < of(*problem, "route", "triton") < of(*problem, "dense again", "")
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_one_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The others are measured; a later call measures only what failed."""
+    file, enable = tmp_path / "measured.jsonl", measure.reroute.enable
+
+    def planted(*args: Any, action: str, **given: Any) -> Any:
+        if action == "remove":
+            raise torch.OutOfMemoryError("planted")
+        return enable(*args, action=action, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.reroute, "enable", planted)
+        assert call(file) == 1
+    assert "planted" in capsys.readouterr().err
+    lines, wanted = list(read(file)), keys("tiny-llava", cuda=False)
+    assert len(lines) == len(wanted)
+    for line in lines:
+        if line["variant"] == "remove":
+            assert line["error"] == "OutOfMemoryError: planted"
+            assert "median_ms" not in line
+        else:
+            assert "error" not in line
+    assert call(file) == 0
+    again = list(read(file))[len(wanted) :]
+    assert [line["variant"] for line in again] == ["remove", "remove"]
+    assert all("median_ms" in line for line in again)
+
+
+def test_a_device_that_no_longer_answers_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "measured.jsonl"
+    monkeypatch.setattr(Session, "measure", mock.Mock(side_effect=RuntimeError("illegal address")))
+    monkeypatch.setattr(Session, "clear", mock.Mock(side_effect=RuntimeError("CUDA error")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        call(file)
+    assert [line["error"] for line in read(file)] == ["RuntimeError: illegal address"]
+
+
+def test_wrong_tokens_are_no_number(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row more than was planned."""
+    lengths = Session._lengths
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_lengths", lambda self, key: [n + (n < 96) for n in lengths(self, key)])
+        with pytest.raises(Wrong, match="the lengths of the cache"):
+            tiny.measure(ROUTE)
+    tiny.measure(ROUTE)
+
+
+def test_infinite_logits_are_no_number(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = Prefill.restore
+    monkeypatch.setattr(Prefill, "restore", lambda self, hidden: restore(self, hidden) * math.inf)
+    with pytest.raises(Wrong, match="not finite"):
+        tiny.measure(ROUTE)
+
+
+def test_a_graph_with_other_bits_is_no_number() -> None:
+    def stale(run: Callable[[], Any]) -> Callable[[], Any]:
+        result = run()
+        if hasattr(result, "logits"):
+            result.logits = result.logits + 1e-6
+        return lambda: result
+
+    measured = session(capture=stale)
+    with pytest.raises(Wrong, match="bit for bit"):
+        measured.measure(replace(ROUTE, mode="graph"))
+
+
+def test_another_backend_is_no_number(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REROUTE_BACKEND", "torch")
+    with pytest.raises(Wrong, match="the backend should be triton and came out as torch"):
+        tiny.measure(replace(ROUTE, backend="triton"))
+
+
+def test_what_memory_does_not_allow_is_skipped(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "_free", lambda self: 2.0**10)
+    values = tiny.measure(ROUTE)
+    assert values["skipped"] == "needs about 0 GiB, and 0 are free"
+    assert "median_ms" not in values
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_have_their_shapes(model: str) -> None:
+    with FakeTensorMode():
+        network = build(model, SHAPES[model], CPU, torch.bfloat16)
+    assert ModelShape.from_config(network.config.get_text_config()) == SHAPES[model]
+    parameters = [*network.model.language_model.parameters(), *network.lm_head.parameters()]
+    assert sum(p.nbytes for p in parameters) == pytest.approx(memory_of_weights(SHAPES[model], 2), rel=0.01)
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("model", ["llava-7b", "qwen-7b"])
+def test_memory_is_foreseen(model: str) -> None:
+    """Not less than it takes, and little more."""
+    shape = replace(SHAPES[model], num_layers=4)
+    with FakeTensorMode(), torch.no_grad():
+        network = build(model, shape, CPU, torch.bfloat16)
+        prompt, live = Prompt(network, 576, 8, CPU), LiveBytes()
+        with live:
+            network(**prompt.given)
+    taken = max(live.timeline())
+    assert taken <= memory_of_prefill(shape, [576 + TEXT] * shape.num_layers, 8, 2) < 1.2 * taken
+
+
+def test_layers_that_fit() -> None:
+    large = SHAPES["qwen-32b"]
+    assert fitting(large, 78 << 30, 2) == large
+    fewer = fitting(large, 40 << 30, 2)
+    assert 20 < fewer.num_layers < 64
+    assert memory_of_weights(fewer, 2) + shapes.ROOM <= 40 << 30
+    assert fitting(large, 1, 2).num_layers == 1
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_capture_makes_no_mask_of_its_own(model: str) -> None:
+    """Releases before 5.20 make one while a stream is captured, so that a graph is not what runs eagerly."""
+    network = build(model, SHAPES[model], CPU, torch.float32)
+    prompt, masks = Prompt(network, 36, 1, CPU), []
+    for layer in network.model.language_model.layers:
+        see = lambda module, args, kwargs: masks.append(kwargs["attention_mask"])
+        layer.register_forward_pre_hook(see, with_kwargs=True)
+    with (
+        torch.no_grad(),
+        mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=True),
+        mock.patch("bench.gpu_check.capture.captured", rerun),
+    ):
+        captured_prefill(lambda: network(**prompt.given))
+    assert masks == [None] * SHAPES[model].num_layers
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def event(name: str, microseconds: float, device: Any = torch.autograd.DeviceType.CUDA) -> Any:
+    return SimpleNamespace(name=name, device_type=device, time_range=mock.Mock(elapsed_us=lambda: microseconds))
+
+
+def test_kernel_times() -> None:
+    events = [
+        event("_score_kernel", 5.0),
+        event("_score_kernel", 7.0),
+        event("_defer_kernel", 2.0),
+        event("_defer_rmsnorm_kernel", 6.0),
+        event("gemm<" + 200 * "x", 60.0),
+        event("aten::mm", 999.0, torch.autograd.DeviceType.CPU),
+    ]
+    times = kernel_times(events)
+    assert (times["device_us"], times["launches"], times["share"]) == (80.0, 5, 0.25)
+    assert times["kernels"] == {
+        "_defer_rmsnorm_kernel": {"launches": 1, "median_us": 6.0, "sum_us": 6.0},
+        "_score_kernel": {"launches": 2, "median_us": 6.0, "sum_us": 12.0},
+        "_defer_kernel": {"launches": 1, "median_us": 2.0, "sum_us": 2.0},
+    }
+    (name, largest), *rest = times["largest"].items()
+    assert (len(name), largest["sum_us"], rest) == (80, 60.0, [])
+    assert "saw nothing" in kernel_times([event("aten::mm", 999.0, torch.autograd.DeviceType.CPU)])["skipped"]
+
+
+def test_our_kernels_have_these_names() -> None:
+    folder = Path(reroute_kernels.__file__).parent / "triton_kernels"
+    sources = "".join(file.read_text() for file in folder.glob("*.py"))
+    assert {*re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE)} == {*OURS}
