@@ -36,8 +36,10 @@ VARIANTS: dict[str, tuple[Literal["route", "remove"], float]] = {
 MODES = ("eager", "graph")
 PROFILED_FROM = 2.2
 """The place in ``PROBLEMS`` behind which kernels are profiled first: once it ran, a profiler may slow launches down."""
-EXTRA_AFTER = 2.5
-"""How many places after its problem the variants come that tell less."""
+LATER = 2.5
+"""How many places behind its problem comes what tells less."""
+LONG = 16384
+"""Visual tokens from which the device is behind the host even eagerly: a graph then tells little more."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,9 @@ def keys(model: str, *, cuda: bool, modes: Sequence[str] | None = None) -> list[
     ranked: list[tuple[float, Key]] = []
 
     def add(rank: float, kind: str, problem: tuple[int, int], variants: Sequence[tuple[str, str]]) -> None:
-        each_in = MODES[:1] if kind == "kernels" else modes
-        ranked.extend(
-            (rank, Key(kind, model, *problem, variant, backend, mode))
-            for (variant, backend), mode in product(variants, each_in)
-        )
+        for (variant, backend), mode in product(variants, MODES[:1] if kind == "kernels" else modes):
+            late = LATER if mode == "graph" and problem[0] >= LONG else 0.0
+            ranked.append((rank + late, Key(kind, model, *problem, variant, backend, mode)))
 
     for rank, problem in enumerate(problems):
         first, *others = backends
@@ -96,7 +96,7 @@ def keys(model: str, *, cuda: bool, modes: Sequence[str] | None = None) -> list[
         if cuda:
             add(max(rank, PROFILED_FROM), "kernels", problem, [("route", first)])
         extra = [("route", other) for other in others] + [("route 1/9", first)]
-        add(rank + EXTRA_AFTER, "prefill", problem, extra)
+        add(rank + LATER, "prefill", problem, extra)
     return [key for _, key in sorted(ranked, key=lambda pair: pair[0])]
 
 

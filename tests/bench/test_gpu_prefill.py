@@ -223,13 +223,23 @@ def test_the_most_telling_come_first() -> None:
     first = [(key.variant, key.backend, key.mode) for key in wanted if key.kind == "prefill"][:6]
     modes = ("eager", "graph")
     assert first == [(v, b, m) for v, b in (("dense", ""), ("route", "triton"), ("remove", "triton")) for m in modes]
-    place = {(key.kind, key.visual, key.batch, key.variant, key.backend): i for i, key in enumerate(wanted)}
-    of = lambda visual, batch, *variant, kind="prefill": place[(kind, visual, batch, *variant)]
-    assert of(576, 1, "dense again", "") < of(2880, 1, "dense", "") < of(16384, 1, "dense", "")
-    assert of(16384, 1, "dense again", "") < of(576, 1, "route", "triton", kind="kernels")
-    assert of(16384, 1, "route", "triton", kind="kernels") < of(576, 1, "route", "torch") < of(576, 8, "dense", "")
-    for problem in ((576, 1), (2880, 1), (16384, 1), (576, 8), (2880, 8), (16384, 8)):
-        assert of(*problem, "dense", "") < of(*problem, "route", "triton") < of(*problem, "dense again", "")
+
+    def of(visual: int, batch: int, variant: str, backend: str = "triton", **more: str) -> int:
+        of_variant = {"backend": "" if variant.startswith("dense") else backend, "variant": variant}
+        return wanted.index(Key(**{"kind": "prefill", "mode": "eager", **of_variant, **more}, **problem(visual, batch)))
+
+    def problem(visual: int, batch: int) -> dict[str, Any]:
+        return {"model": "llava-7b", "visual": visual, "batch": batch}
+
+    assert of(576, 1, "dense again", mode="graph") < of(2880, 1, "dense") < of(16384, 1, "dense")
+    assert of(16384, 1, "dense again") < of(576, 1, "route", kind="kernels") < of(16384, 1, "route", kind="kernels")
+    assert of(16384, 1, "route", kind="kernels") < of(576, 1, "route", backend="torch") < of(576, 8, "dense")
+    assert of(576, 8, "route") < of(16384, 1, "dense", mode="graph")
+    for visual in (576, 2880, 16384):
+        for batch in (1, 8):
+            for mode in modes:
+                route = of(visual, batch, "route", mode=mode)
+                assert of(visual, batch, "dense", mode=mode) < route < of(visual, batch, "dense again", mode=mode)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
