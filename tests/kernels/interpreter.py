@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
@@ -76,6 +77,16 @@ def reduce(original: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def index(original: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6 asks an array of one dimension for an integer, which NumPy refuses since 2.4."""
+
+    def run(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return run
+
+
 def repair() -> None:
     """Patch the interpreter of this process."""
     for name in ("binary_op", "create_dot", "create_fma"):
@@ -83,3 +94,4 @@ def repair() -> None:
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(InterpreterBuilder, name, cast(getattr(InterpreterBuilder, name)))
     ReduceOps.apply_impl = reduce(ReduceOps.apply_impl)
+    interpreter._patch_lang_tensor = index(interpreter._patch_lang_tensor)
