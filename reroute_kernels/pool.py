@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from reroute_kernels.streams import Mark, is_capturing, mark, queue_behind, stream_of
+from reroute_kernels.streams import Mark, is_capturing, mark, queue_behind, stream_of, stream_on
 from reroute_kernels.upload import upload
 
 _WAYS_OUT = "use a smaller batch or shorter prompts, or wait for running prefills to end"
@@ -69,11 +69,16 @@ class _Slab:
         self.free.sort()
 
     def marks_of(self, pages: Sequence[int]) -> set[Mark | None]:
-        return set(map(self.marks.__getitem__, pages))
+        span = _span(pages)
+        return set(map(self.marks.__getitem__, pages) if span is None else self.marks[span])
 
     def mark(self, pages: Sequence[int], mark: Mark) -> None:
-        for page in pages:
-            self.marks[page] = mark
+        span = _span(pages)
+        if span is not None:
+            self.marks[span] = [mark] * len(pages)
+        else:
+            for page in pages:
+                self.marks[page] = mark
 
 
 class Lease:
@@ -94,7 +99,8 @@ class Lease:
         self._pool = pool
         self._slab: _Slab | None = slab
         self._page_ids = page_ids
-        self._view = _consecutive(slab.memory, page_ids)
+        span = _span(page_ids)
+        self._view = None if span is None else slab.memory[span].view(-1, pool.width)
         self._table: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None  # that uses the lease now
         self.starts = starts
@@ -138,8 +144,8 @@ class Lease:
     def release(self) -> None:
         """Return the pages to the pool; a second call does nothing.
 
-        The next lease of a page waits for the uses of this one, and for the current CUDA stream: if graphs with this
-        lease were replayed, release on a stream that has waited for them.
+        The current CUDA stream counts as their last user, behind the uses before. If graphs with this lease were
+        replayed, release on a stream that has waited for the replays.
         """
         with self._pool._lock:
             if self._slab is not None:
@@ -254,7 +260,7 @@ class PagedPool:
         """
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative: got {list(lengths)}")
-        if self.device.type == "cuda" and is_capturing(torch.cuda.current_stream(self.device)):
+        if is_capturing(stream_on(self.device)):
             raise RuntimeError("a lease cannot be taken inside a CUDA graph capture: take it before, and hold it")
         counts = [-(-length // self.page_size) for length in lengths]
         *firsts, total = accumulate(counts, initial=0)
@@ -351,13 +357,11 @@ class PagedPool:
         return self._pages() - sum(len(slab.free) for slab in self._slabs)
 
 
-def _consecutive(pages: Tensor, ids: Sequence[int]) -> Tensor | None:
-    """The rows (R, C) of pages ``ids`` as a view, or None if they do not follow one another."""
+def _span(ids: Sequence[int]) -> slice | None:
+    """Ascending ``ids`` as a slice, or None if they do not follow one another."""
     if not ids:
-        return pages[:0].view(-1, pages.shape[-1])
-    if ids[-1] - ids[0] != len(ids) - 1:
-        return None
-    return pages[ids[0] : ids[-1] + 1].view(-1, pages.shape[-1])
+        return slice(0, 0)
+    return slice(ids[0], ids[-1] + 1) if ids[-1] - ids[0] == len(ids) - 1 else None
 
 
 def _probe(device: torch.device | str) -> Tensor:

@@ -28,8 +28,17 @@ def stream_of(tensor: Tensor) -> torch.cuda.Stream | None:
     return None
 
 
-def is_capturing(stream: torch.cuda.Stream) -> bool:
+def stream_on(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that new tensors on ``device`` would have."""
+    if device.type == "cuda" and type(torch.empty(0)) is Tensor:
+        return torch.cuda.current_stream(device)
+    return None
+
+
+def is_capturing(stream: torch.cuda.Stream | None) -> bool:
     """Whether the work of ``stream`` now goes into a CUDA graph instead of its queue."""
+    if stream is None:
+        return False
     if stream == torch.cuda.current_stream():
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.stream(stream):  # PyTorch asks the current stream of the current device only

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels.streams import is_capturing
+from reroute_kernels.streams import is_capturing, stream_on
 
 
 def upload(integers: Any, device: torch.device) -> Tensor:
@@ -19,12 +19,12 @@ def upload(integers: Any, device: torch.device) -> Tensor:
     Raises:
         RuntimeError: inside a CUDA graph capture. The graph would read host memory that is gone.
     """
-    cuda = device.type == "cuda" and type(torch.empty(0)) is Tensor  # a fake tensor is nowhere
-    if cuda and is_capturing(torch.cuda.current_stream(device)):
+    stream = stream_on(device)
+    if is_capturing(stream):
         raise RuntimeError(
             "host integers cannot be uploaded inside a CUDA graph capture: run the prefill once before, in the same "
             "`with handle.using(plan)`"
         )
     staged = torch.tensor(integers, dtype=torch.int64, device="cpu")
     # Pinned afterwards: torch.tensor refuses to pin what comes from numpy.
-    return (staged.pin_memory() if cuda else staged).to(device, non_blocking=True)
+    return (staged if stream is None else staged.pin_memory()).to(device, non_blocking=True)

@@ -262,3 +262,20 @@ def test_a_page_changes_streams_in_order(executor: Any) -> None:
         lease.pages.fill_(2.0)
         torch.cuda.synchronize()
         assert torch.equal(lease.rows().cpu(), torch.full((PAGE, WIDTH), 2.0))
+
+
+def test_pages_do_not_wait_for_their_neighbours(executor: Any) -> None:
+    if executor.kind != "cuda":
+        pytest.skip("of a GPU; elsewhere see test_pool_streams.py")
+    pool, other = PagedPool(WIDTH, torch.float32, executor.device, page_size=PAGE), torch.cuda.Stream()
+    pool.lease([4 * PAGE]).release()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        released, held = (pool.lease([PAGE]) for _ in range(2))
+        torch.cuda._sleep(1_000_000_000)
+        released.release()
+        end = other.record_event()
+    with pool.lease([2 * PAGE]) as lease, held:
+        assert lease.table.tolist() == [2, 3]  # waits for the current stream
+        assert not end.query()
+    torch.cuda.synchronize()

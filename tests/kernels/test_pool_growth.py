@@ -166,8 +166,7 @@ def test_errors_of_other_kinds_stay_as_they_are(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch, "empty", broken)
-    monkeypatch.setattr("reroute_kernels.pool.is_capturing", lambda _: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr("reroute_kernels.pool.stream_on", lambda _: None)
     with pytest.raises(RuntimeError, match=r"encountered$"):
         pool.lease([1])
     assert pool.stats().pages == 0

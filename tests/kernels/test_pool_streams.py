@@ -152,7 +152,7 @@ def test_memory_outlives_the_streams_that_use_it(pool: PagedPool, streams: list[
     give(take(pool, 2, a), a)
     lease = take(pool, 2, b)
     hand_over(lease, c)
-    give(lease, a)
+    give(lease, c)
     pool.trim()
     assert pool.stats().pages == 0
 

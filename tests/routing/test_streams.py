@@ -90,7 +90,11 @@ def test_one_place_for_two_streams(
     a, b, c = streams
     with enable(tiny, rules, pool=pool_of(8)) as handle:
         with handle.using(handle.plan(ids)):
-            outputs = [on(stream, run) for stream in (a, b, a)]
+            outputs = [on(a, run)]
+            end = a.now
+            on(a, lambda: ids + 1)
+            outputs += [on(b, run), on(a, run)]
+            assert 0 < b.knows(a.cuda_stream) <= end
         with handle.using(handle.plan(ids)):
             outputs.append(on(c, run))
     gpu.synchronize()
