@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from reroute_kernels import Segments
+from reroute_kernels.streams import Mark, mark, queue_behind, stream_of
 from reroute_kernels.upload import upload
 
 from .errors import RerouteError
@@ -35,6 +36,7 @@ class Layout:
     """The plan's index tensors on one device, for one placement of the samples in the pool (R lease rows).
 
     - ``segments``: of each stage, the counts of its decision.
+    - ``uploaded``: the upload in the queue of its CUDA stream. Another stream has to ``join`` before it reads.
     - ``rows`` (B, L): lease row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
     - ``inverse`` (R,): the same, and -1 for page tails.
@@ -47,6 +49,7 @@ class Layout:
     """
 
     segments: tuple[Segments, ...]
+    uploaded: Mark | None
     rows: torch.Tensor
     tokens: torch.Tensor
     inverse: torch.Tensor
@@ -57,6 +60,16 @@ class Layout:
     ordinals: torch.Tensor
     queries: torch.Tensor
     dropped: torch.Tensor
+
+    def join(self) -> None:
+        """Let the current CUDA stream wait for the upload, and keep the tables for all that it is asked to do.
+
+        Inside a CUDA graph capture nothing is waited for: see ``reroute_kernels.streams.queue_behind``.
+        """
+        stream = stream_of(self.rows)
+        if stream is not None:
+            queue_behind([self.uploaded], stream)
+            self.rows.record_stream(stream)  # and with it all tables, which share its memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +159,16 @@ class Plan:
         return int(np.searchsorted(self.texts[sample], self.query[sample], side="right"))
 
     def layout(self, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
-        """Index tensors for samples that start at lease rows ``starts``: one upload, kept for the next use."""
+        """Index tensors for samples that start at lease rows ``starts``: one upload, kept for the next use.
+
+        Any thread and CUDA stream may ask; the current stream waits for the upload if another one made it.
+        """
         key = (tuple(starts), num_rows, device)
-        if key not in self._layouts:
-            self._layouts[key] = _upload(self, starts, num_rows, device)
-        return self._layouts[key]
+        layout = self._layouts.get(key)
+        if layout is None:  # of two threads that come here at once, both take what the first one puts there
+            layout = self._layouts.setdefault(key, _upload(self, starts, num_rows, device))
+        layout.join()
+        return layout
 
 
 def make_plan(
@@ -218,7 +236,7 @@ def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.devi
     pieces = torch.tensor_split(packed, ends[:-1])
     *tensors, on_device = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
     segments = tuple(replace(s, on_device=c) for s, c in zip(segments, on_device, strict=True))
-    return Layout(segments, *tensors)
+    return Layout(segments, mark(stream_of(packed)), *tensors)
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 
 from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Rope, Selection
-from reroute_kernels.upload import outlive_queue
 
 from .errors import RerouteError
 from .methods import Method, ScoreView
@@ -71,7 +70,7 @@ class _Rivals:
 
 
 class Reservation:
-    """A place in a pool for the prefills of one plan, one after the other.
+    """A place in a pool for the prefills of one plan, one after the other, on any CUDA stream.
 
     The first prefill leases the rows and uploads the index tables; both stay where they are until ``release``. So any
     later one allocates no pool rows and uploads nothing, and may be captured in a CUDA graph.
@@ -83,27 +82,33 @@ class Reservation:
         self._held: tuple[PagedPool, Lease, Layout] | None = None
 
     def take(self, pool: PagedPool) -> tuple[Lease, Layout]:
-        """The lease and the index tables.
+        """The lease and the index tables, for the current CUDA stream. ``Lease.end_use`` ends the prefill.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
+            torch.OutOfMemoryError: the device has no room for it; likewise.
         """
-        if self._held is None or self._held[0] is not pool:
-            self.release()
-            lease = pool.lease(self._plan.lengths)
-            try:
-                self._held = pool, lease, self._plan.layout(lease.starts, lease.num_rows, pool.device)
-            except BaseException:
-                lease.release()
-                raise
-        return self._held[1:]
+        if self._held is not None and self._held[0] is pool:
+            _, lease, layout = self._held
+            lease.begin_use()
+            layout.join()
+            return lease, layout
+        self.release()
+        lease = pool.lease(self._plan.lengths)
+        try:
+            layout = self._plan.layout(lease.starts, lease.num_rows, pool.device)
+        except BaseException:
+            lease.release()
+            raise
+        self._held = pool, lease, layout
+        return lease, layout
 
     def release(self) -> None:
         """Give the rows back. Idempotent."""
         held, self._held = self._held, None
         if held is not None:
             _, lease, layout = held
-            outlive_queue(layout.rows)  # and with it all tables of the layout, which share its memory
+            layout.join()  # graphs with these tables may have been replayed on this stream
             lease.release()
 
 
@@ -130,6 +135,7 @@ class Prefill:
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
+            torch.OutOfMemoryError: the device has no room for it; likewise.
         """
         self.plan, self.stage, self.tables = plan, -1, tables
         self._backend, self._projector = backend, projector
@@ -153,7 +159,9 @@ class Prefill:
     def close(self) -> None:
         """Give the pool rows back, unless they are reserved. Idempotent."""
         self._written = None
-        if not self._is_reserved:
+        if self._is_reserved:
+            self._lease.end_use()
+        else:
             self._reservation.release()
 
     @property

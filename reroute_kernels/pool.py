@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, ClassVar
@@ -17,7 +17,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from reroute_kernels.upload import has_stream, outlive_queue, upload
+from reroute_kernels.streams import Mark, is_capturing, mark, queue_behind, stream_of, stream_on
+from reroute_kernels.upload import upload
+
+_WAYS_OUT = "use a smaller batch or shorter prompts, or wait for running prefills to end"
 
 
 class PoolLimitError(MemoryError):
@@ -39,11 +42,11 @@ class PoolStats:
 
 @dataclass(eq=False)
 class _Slab:
-    """One tensor of pages, its free page ids (ascending) and the work that may still touch it."""
+    """One tensor of pages, its free page ids (ascending), and for each page the mark of its last use."""
 
     memory: Tensor
     free: list[int]
-    events: dict[int, torch.cuda.Event] = field(default_factory=dict)
+    marks: list[Mark | None]
 
     @property
     def pages(self) -> int:
@@ -65,20 +68,17 @@ class _Slab:
         self.free.extend(pages)
         self.free.sort()
 
-    # Pages change hands on the host, ahead of the device. On one CUDA stream order is enough; a
-    # holder on another stream has to queue behind the former ones. Events do that without a sync.
-    def enter(self) -> None:
-        if has_stream(self.memory):
-            stream = torch.cuda.current_stream(self.memory.device)
-            for event in self.events.values():
-                stream.wait_event(event)
-        outlive_queue(self.memory)
+    def marks_of(self, pages: Sequence[int]) -> set[Mark | None]:
+        span = _span(pages)
+        return set(map(self.marks.__getitem__, pages) if span is None else self.marks[span])
 
-    def leave(self) -> None:
-        if has_stream(self.memory):
-            stream = torch.cuda.current_stream(self.memory.device)
-            self.events[stream.cuda_stream] = stream.record_event()
-        outlive_queue(self.memory)
+    def mark(self, pages: Sequence[int], mark: Mark) -> None:
+        span = _span(pages)
+        if span is not None:
+            self.marks[span] = [mark] * len(pages)
+        else:
+            for page in pages:
+                self.marks[page] = mark
 
 
 class Lease:
@@ -88,32 +88,29 @@ class Lease:
     lengths: rows of each sample.
     num_rows: R, rows of all pages; the rows after a sample's last one, its page tail, are zero.
 
-    ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. Release on
-    the CUDA stream that used the lease.
+    ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. The CUDA stream
+    that was current when the lease was taken may use it. Before another one does, call ``begin_use`` there.
     """
 
     def __init__(
-        self,
-        pool: PagedPool,
-        slab: _Slab,
-        page_ids: Sequence[int],
-        starts: tuple[int, ...],
-        lengths: tuple[int, ...],
+        self, pool: PagedPool, slab: _Slab, page_ids: Sequence[int], starts: tuple[int, ...], lengths: tuple[int, ...]
     ) -> None:
-        """Made by :meth:`PagedPool.lease`."""
+        """Made by :meth:`PagedPool.lease`, which has taken the pages."""
         self._pool = pool
         self._slab: _Slab | None = slab
-        self._page_ids = tuple(page_ids)
-        self._view = _consecutive(slab.memory, page_ids)
+        self._page_ids = page_ids
+        span = _span(page_ids)
+        self._view = None if span is None else slab.memory[span].view(-1, pool.width)
+        self._table: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None  # that uses the lease now
         self.starts = starts
         self.lengths = lengths
         self.num_rows = len(page_ids) * pool.page_size
-        self._table: Tensor | None = upload(page_ids, slab.memory.device)
 
     @property
     def pages(self) -> Tensor:
         """The slab that holds the lease: (P, page_size, C)."""
-        return self._alive()[0]
+        return self._alive()[0].memory
 
     @property
     def table(self) -> Tensor:
@@ -125,25 +122,70 @@ class Lease:
 
         Elsewhere a gathered copy; so read from it, and write with ``defer``.
         """
-        pages, table = self._alive()
-        return pages[table].view(-1, pages.shape[-1]) if self._view is None else self._view
+        slab, table = self._alive()
+        return slab.memory[table].view(-1, slab.memory.shape[-1]) if self._view is None else self._view
+
+    def begin_use(self) -> None:
+        """Hand the lease over to the current CUDA stream, whose later work waits for the uses before.
+
+        Nothing is waited for inside a CUDA graph capture: see :func:`reroute_kernels.streams.queue_behind`.
+        """
+        self._begin_use(self._alive()[0])
+
+    def end_use(self) -> None:
+        """End the use by its CUDA stream: a later one on another stream waits for what was queued until now.
+
+        Without this call it waits for all that was queued until it begins.
+        """
+        slab, stream, self._stream = self._slab, self._stream, None
+        if slab is not None and (end := mark(stream)) is not None:
+            slab.mark(self._page_ids, end)
 
     def release(self) -> None:
-        """Return the pages to the pool; a second call does nothing."""
+        """Return the pages to the pool; a second call does nothing.
+
+        The current CUDA stream counts as their last user, behind the uses before. If graphs with this lease were
+        replayed, release on a stream that has waited for the replays.
+        """
         with self._pool._lock:
-            slab, table = self._slab, self._table
-            self._slab = self._table = self._view = None
-            if slab is not None and table is not None:
-                outlive_queue(table)
-                slab.leave()
-                slab.give_back(self._page_ids)
+            if self._slab is not None:
+                self._return_pages(self._slab)
                 self._pool._leases -= 1
 
-    def _alive(self) -> tuple[Tensor, Tensor]:
+    def _prepare(self, slab: _Slab) -> None:
+        """Wait for the former holders of the pages, clear the page tails and upload the page table."""
+        self._begin_use(slab)
+        # Projections read whole pages. A tail left as found could hold another prefill's NaN, or
+        # shift the scale of a quantised projection: a result would depend on the pool's past.
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            page, used = divmod(start + length, self._pool.page_size)
+            if used:
+                slab.memory[self._page_ids[page], used:].zero_()
+        self._table = upload(self._page_ids, slab.memory.device)
+
+    def _begin_use(self, slab: _Slab) -> None:
+        stream = stream_of(slab.memory)
+        if stream is None or stream == self._stream:
+            return
+        self.end_use()
+        queue_behind(slab.marks_of(self._page_ids), stream)
+        # The allocator knows only of the stream on which a tensor was made, and would hand its memory on too early.
+        for tensor in (slab.memory, self._table):
+            if tensor is not None:
+                tensor.record_stream(stream)
+        self._stream = stream
+
+    def _return_pages(self, slab: _Slab) -> None:
+        self._begin_use(slab)
+        self.end_use()
+        self._slab = self._table = self._view = None
+        slab.give_back(self._page_ids)
+
+    def _alive(self) -> tuple[_Slab, Tensor]:
         slab, table = self._slab, self._table
         if slab is None or table is None:
             raise RuntimeError("this lease was released; take a new one with PagedPool.lease()")
-        return slab.memory, table
+        return slab, table
 
     def __enter__(self) -> Lease:
         """Return the lease itself."""
@@ -163,7 +205,8 @@ class PagedPool:
     """Pages of ``page_size`` rows of ``width`` features, leased to prefills; thread-safe.
 
     Growth never copies: the pool is a list of slabs and a lease lives wholly in one. Released
-    memory stays in the pool until :meth:`trim`. No call waits for the device. On CUDA, take a
+    memory stays in the pool until :meth:`trim`, or until the device has no room for another slab. No
+    call waits for the device, unless PyTorch's allocator does when memory is short. On CUDA, take a
     lease before a graph capture begins, not inside it.
     """
 
@@ -207,13 +250,17 @@ class PagedPool:
     def lease(self, lengths: Sequence[int]) -> Lease:
         """Pages for one prefill of B samples with ``lengths[b]`` rows each.
 
-        A sample starts on a page of its own; an empty one takes none. Raises ValueError for a
-        negative length, PoolLimitError where ``max_bytes`` forbids the pages, and RuntimeError inside
-        a CUDA graph capture.
+        A sample starts on a page of its own; an empty one takes none.
+
+        Raises:
+            ValueError: a length is negative.
+            PoolLimitError: ``max_bytes`` forbids the pages.
+            torch.OutOfMemoryError: the device has no room for them (RuntimeError on the CPU).
+            RuntimeError: inside a CUDA graph capture.
         """
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative: got {list(lengths)}")
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(stream_on(self.device)):
             raise RuntimeError("a lease cannot be taken inside a CUDA graph capture: take it before, and hold it")
         counts = [-(-length // self.page_size) for length in lengths]
         *firsts, total = accumulate(counts, initial=0)
@@ -221,13 +268,11 @@ class PagedPool:
         # A slab born in inference mode could not be written outside it later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             slab = self._find(total)
-            page_ids = slab.take(total)
+            lease = Lease(self, slab, slab.take(total), starts, tuple(lengths))
             try:
-                slab.enter()
-                self._clear_tails(slab, page_ids, starts, lengths)
-                lease = Lease(self, slab, page_ids, starts, tuple(lengths))
+                lease._prepare(slab)
             except BaseException:
-                slab.give_back(page_ids)
+                lease._return_pages(slab)
                 raise
             self._leases += 1
             self._peak_pages = max(self._peak_pages, self._pages_in_use())
@@ -268,29 +313,39 @@ class PagedPool:
                 self._trim()  # idle slabs, each too small for this lease
             if count > limit - self._pages():
                 raise PoolLimitError(
-                    f"the pool needs {count * self._page_bytes} bytes in one piece; "
-                    f"{self._pages_in_use() * self._page_bytes} bytes are in use (slabs with "
-                    f"leases hold {self._pages() * self._page_bytes}) and the limit is "
-                    f"{self.max_bytes}: raise max_bytes, use a smaller batch or shorter prompts, "
-                    f"or wait for running prefills to end"
+                    f"{self._shortage(count)} and the limit is {self.max_bytes}: raise max_bytes, {_WAYS_OUT}"
                 )
             size = min(size, limit - self._pages())
-        slab = self._new_slab(size)
+        try:
+            slab = self._new_slab(size)
+        except RuntimeError:  # out of memory: on the CPU it has no class of its own
+            slab = self._least_slab(count)
         self._slabs.append(slab)
         return slab
 
-    def _new_slab(self, pages: int) -> _Slab:
-        shape = (pages, self.page_size, self.width)
-        memory = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return _Slab(memory, list(range(pages)))
+    def _least_slab(self, count: int) -> _Slab:
+        """What a lease needs and no more, with the memory of idle slabs, each of which is too small for it."""
+        self._trim()
+        try:
+            return self._new_slab(count)
+        except RuntimeError as error:
+            # The allocator's class and text stay: callers look for them to try a smaller batch, and a PoolLimitError
+            # would send users to max_bytes, which is not what is short.
+            if self.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+                error.args = (f"{error}\n{self._shortage(count)}: {_WAYS_OUT}",)
+            raise
 
-    def _clear_tails(self, slab: _Slab, page_ids: list[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
-        # Projections read whole pages. A tail left as found could hold another prefill's NaN, or
-        # shift the scale of a quantised projection: a result would depend on the pool's past.
-        for start, length in zip(starts, lengths, strict=True):
-            page, used = divmod(start + length, self.page_size)
-            if used:
-                slab.memory[page_ids[page], used:].zero_()
+    def _shortage(self, count: int) -> str:
+        reserved, in_use = self._pages() * self._page_bytes, self._pages_in_use() * self._page_bytes
+        return (
+            f"the pool needs {count * self._page_bytes} bytes in one piece; {in_use} bytes are in use (slabs with "
+            f"leases hold {reserved}, and {reserved - in_use} of them are free)"
+        )
+
+    def _new_slab(self, pages: int) -> _Slab:
+        memory = torch.empty((pages, self.page_size, self.width), dtype=self.dtype, device=self.device)
+        # Its stream may have been asked for work with what was there before: others wait for that too.
+        return _Slab(memory, list(range(pages)), [mark(stream_of(memory))] * pages)
 
     def _trim(self) -> None:
         self._slabs = [slab for slab in self._slabs if len(slab.free) < slab.pages]
@@ -302,13 +357,11 @@ class PagedPool:
         return self._pages() - sum(len(slab.free) for slab in self._slabs)
 
 
-def _consecutive(pages: Tensor, ids: Sequence[int]) -> Tensor | None:
-    """The rows (R, C) of pages ``ids`` as a view, or None if they do not follow one another."""
+def _span(ids: Sequence[int]) -> slice | None:
+    """Ascending ``ids`` as a slice, or None if they do not follow one another."""
     if not ids:
-        return pages[:0].view(-1, pages.shape[-1])
-    if ids[-1] - ids[0] != len(ids) - 1:
-        return None
-    return pages[ids[0] : ids[-1] + 1].view(-1, pages.shape[-1])
+        return slice(0, 0)
+    return slice(ids[0], ids[-1] + 1) if ids[-1] - ids[0] == len(ids) - 1 else None
 
 
 def _probe(device: torch.device | str) -> Tensor:

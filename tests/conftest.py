@@ -1,11 +1,27 @@
-"""Makes ``models`` and ``oracle`` importable from every test (this folder is put on the path), and tests repeatable."""
+"""Makes ``models``, ``oracle`` and ``races`` importable from every test (this folder is put on the path), and tests
+repeatable.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A ``races.Gpu`` that watches the test."""
+    from races import Gpu
+
+    gpu = Gpu()
+    gpu.install(monkeypatch)
+    with gpu.watching():
+        yield gpu

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroute_kernels import PagedPool, PoolLimitError
-from reroute_kernels import pool as pool_module
 from reroute_kernels.pool import _Slab
-from reroute_kernels.upload import upload
 
 PAGE = 4
 WIDTH = 8
@@ -50,15 +47,6 @@ def test_empty_leases_take_nothing(lengths: list[int]) -> None:
         assert lease.table.shape == (0,)
         assert pool.stats().pages == 0
         assert pool.stats().leases == 1
-    assert pool.stats().leases == 0
-
-
-def test_no_lease_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make()
-    pool.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
-        pool.lease([1])
     assert pool.stats().leases == 0
 
 
@@ -115,52 +103,6 @@ def test_tails_are_zero_whatever_the_pages_held() -> None:
         rows = lease.rows()
         assert torch.equal(rows[5:8], torch.zeros(3, WIDTH))
         assert torch.equal(rows[10:12], torch.zeros(2, WIDTH))
-
-
-def test_growth_doubles_never_copies_and_stops_at_the_limit() -> None:
-    pool = make(max_pages=9)
-    first = pool.lease([2 * PAGE])
-    address = first.pages.data_ptr()
-    second = pool.lease([PAGE])
-    third = pool.lease([3 * PAGE])
-    assert [lease.pages.shape[0] for lease in (first, second, third)] == [2, 4, 4]
-    assert first.pages.data_ptr() == address
-    assert second.pages is third.pages
-    fourth = pool.lease([3 * PAGE])
-    assert fourth.pages.shape[0] == 3
-    assert pool.stats().bytes_reserved == 9 * PAGE_BYTES
-
-
-def test_limit_error_has_the_numbers_and_the_way_out() -> None:
-    pool = make(max_pages=3)
-    with pool.lease([2 * PAGE]), pytest.raises(PoolLimitError) as caught:
-        pool.lease([2 * PAGE])
-    message = str(caught.value)
-    for part in (
-        f"needs {2 * PAGE_BYTES} bytes",
-        f"{2 * PAGE_BYTES} bytes are in use",
-        f"limit is {3 * PAGE_BYTES}",
-        "raise max_bytes",
-        "smaller batch",
-    ):
-        assert part in message
-    assert isinstance(caught.value, MemoryError)
-    assert pool.stats().leases == 0
-    with pool.lease([3 * PAGE]):  # the idle slab, too small, made room
-        assert pool.stats().pages == 3
-
-
-def test_released_memory_stays_until_trim() -> None:
-    pool = make()
-    with pool.lease([PAGE]) as lease:
-        pool.lease([2 * PAGE]).release()
-        assert pool.stats().pages == 3
-        pool.trim()
-        assert pool.stats().pages == 1
-        assert lease.rows().shape == (PAGE, WIDTH)
-    assert pool.stats().pages == 1
-    pool.trim()
-    assert pool.stats().pages == 0
 
 
 def test_a_lease_ends_with_its_block_and_only_once() -> None:
@@ -322,38 +264,18 @@ def test_a_page_changes_streams_in_order(executor: Any) -> None:
         assert torch.equal(lease.rows().cpu(), torch.full((PAGE, WIDTH), 2.0))
 
 
-@pytest.mark.parametrize("integers", [[[1, 2], [3, 4]], np.array([[1, 2], [3, 4]])], ids=["lists", "numpy"])
-def test_an_upload_to_a_gpu_never_waits(integers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way to a GPU, as far as there is one without a GPU: pinned first, then a copy that is queued."""
-    copies, wanted = [], torch.tensor([[1, 2], [3, 4]])
-
-    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
-        copies.append((tensor, device.type, non_blocking))
-        return tensor
-
-    pinned: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[0])
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    assert torch.equal(upload(integers, torch.device("cuda")), wanted)
-    ((copied, device, non_blocking),) = copies
-    assert copied is pinned[0]
-    assert (device, non_blocking) == ("cuda", True)
-
-
-def test_what_a_lease_used_outlives_the_stream_that_releases_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which need not be the one on which pool and page table were allocated."""
-    kept: list[int] = []
-    monkeypatch.setattr(pool_module, "outlive_queue", lambda tensor: kept.append(tensor.data_ptr()))
-    lease = make().lease([3])
-    used = {lease.pages.data_ptr(), lease.table.data_ptr()}
-    kept.clear()
-    lease.release()
-    assert set(kept) == used
-
-
-def test_no_upload_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert torch.equal(upload([[1, 2]], torch.device("cpu")), torch.tensor([[1, 2]]))
-    with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
-        upload([1], torch.device("cuda"))
+def test_pages_do_not_wait_for_their_neighbours(executor: Any) -> None:
+    if executor.kind != "cuda":
+        pytest.skip("of a GPU; elsewhere see test_pool_streams.py")
+    pool, other = PagedPool(WIDTH, torch.float32, executor.device, page_size=PAGE), torch.cuda.Stream()
+    pool.lease([4 * PAGE]).release()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        released, held = (pool.lease([PAGE]) for _ in range(2))
+        torch.cuda._sleep(1_000_000_000)
+        released.release()
+        end = other.record_event()
+    with pool.lease([2 * PAGE]) as lease, held:
+        assert lease.table.tolist() == [2, 3]  # waits for the current stream
+        assert not end.query()
+    torch.cuda.synchronize()
