@@ -180,7 +180,7 @@ def _score_kernel(
         real = tl.broadcast_to((member < JOINED * HEADS)[None, :], WARPS, ROWS)
         one = tl.full([1, 1], 1, tl.int1)
         last = tl.load(query_rows + sample) + tl.zeros([1, 1], tl.int64)
-        q = _load_features(query + sample * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
+        q = _load_features(query + sample.to(tl.int64) * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
         q = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
         if norm_weight is not None:
             weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -57,13 +58,38 @@ def decision(
     query = torch.randn(len(lengths), heads, features) * 2
     both = angles.repeat_interleave(2, -1) if rope == "interleaved" else angles.repeat(1, 2)
     cos, sin = (t.to(table_dtype or dtype).to(device) for t in (both.cos(), both.sin()))
-    last = torch.tensor([s + max(n, 1) - 1 for s, n in zip(starts, lengths, strict=True)], device=device)
+    # The query's own row is the last one in a prefill; no kernel may take that for granted.
+    last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
     parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
     candidates, texts = (rows_of([part[i] for part in parts], device) for i in (0, 1))
     segments = Segments(tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
-    indices = last, candidates, texts, torch.arange(total, device=device) % 97
+    indices = last.to(device), candidates, texts, torch.arange(total, device=device) % 97
     tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, segments)
     return tensors, {"scale": features**-0.5, "rope": rope}
+
+
+def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:
+    """Rows of any length are selected from in stages, by programs with a share of 128 candidates each; more than
+    ``crowd`` keys in the bin of the threshold are refined. select: the module.
+    """
+    for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128), ("CROWD", crowd)):
+        patch.setattr(select, name, value)
+
+
+def gibibytes(executor: Any, count: int, dtype: torch.dtype) -> Tensor:
+    """New memory of ``count`` elements. It is not poisoned: what a test never touches costs nothing but addresses."""
+    if executor.kind == "simt":
+        pytest.skip("simt makes a copy of all that a tensor spans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        return torch.empty(count, dtype=dtype, device=executor.device)
+
+
+def num_compiled(executor: Any, *kernels: Any) -> int:
+    """How many variants of these kernels were compiled so far."""
+    if executor.kind == "interpreter":
+        pytest.skip("the interpreter compiles nothing")
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
 def same(got: Selection, wanted: Selection) -> None:

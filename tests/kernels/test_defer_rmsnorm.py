@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_cases import gibibytes, num_compiled
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -152,6 +153,34 @@ def test_any_lease(ops: Any, device: torch.device, data: Any) -> None:
     assert torch.equal(lease.rows(), rows)
     assert got.shape == (lease.num_rows, features)
     torch.testing.assert_close(got, norm(rows), rtol=2e-2 if dtype != FP32 else 1e-5, atol=1e-6)
+
+
+def test_pages_that_are_gibibytes_apart(executor: Any, device: torch.device) -> None:
+    """No offset is counted in 32 bits."""
+    from reroute_kernels.triton_kernels import defer_rmsnorm as kernel
+
+    page, features = 4, 64
+    far, norm = 2**31 // (page * features), norm_of(features, BF16, device)
+    pages = gibibytes(executor, (far + 1) * page * features, BF16).view(-1, page, features)
+    rows, hidden = torch.randn(2, page, features).to(pages), torch.randn(1, 1, features).to(pages)
+    pages[far], pages[0] = rows
+    inverse = torch.tensor([-1, 0, *[-1] * 6], device=device)
+    got = kernel.defer_rmsnorm(pages, torch.tensor([far, 0], device=device), inverse, hidden, *norm)
+    rows[0, 1] = hidden
+    assert torch.equal(torch.stack((pages[far], pages[0])), rows)
+    torch.testing.assert_close(got, norm(rows.flatten(0, 1)))
+
+
+def test_another_number_of_rows_compiles_nothing_anew(executor: Any, ops: Any, device: torch.device) -> None:
+    from reroute_kernels.triton_kernels import defer_rmsnorm as kernel
+
+    norm = norm_of(16, FP32, device)
+    counts = []
+    for rows in (12, 16, 1):
+        lease = PagedPool(16, FP32, device, page_size=1).lease([rows])
+        check(ops, running(lease, [torch.arange(1)]), norm)
+        counts.append(num_compiled(executor, kernel._defer_rmsnorm_kernel))
+    assert len(set(counts)) == 1
 
 
 def test_broken_and_empty_rows(ops: Any, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_cases import gibibytes, num_compiled
 from torch import Tensor
 
 from reroute_kernels import reference
@@ -108,6 +109,35 @@ def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.dev
         here = pages[offset : offset + 3 * 8 * 64].view(3, 8, 64)
         compact = hidden[offset : offset + 2 * length * 64].view(2, length, 64)
         agree(ops, here, table, rows[:, :length], compact, [compact.view(-1, 64)[:1].expand(16, 64)])
+
+
+def test_another_number_of_rows_compiles_nothing_anew(executor: Any, ops: Any, device: torch.device) -> None:
+    """Nor where in one upload the index lists begin."""
+    from reroute_kernels.triton_kernels import rows as kernel
+
+    compiled = lambda: num_compiled(executor, kernel._defer_kernel, kernel._admit_kernel)
+    pages, companion = draw((4, 8, 16), torch.float32, device), draw((32, 4), torch.float32, device)
+    counts = []
+    for count, moved in ((3, 0), (16, 0), (1, 0), (3, 1), (16, 1)):
+        lists = torch.arange(32, device=device)[moved:]
+        table, rows = lists[:3], lists[4:][:count]
+        assert rows.data_ptr() % 16 == 8 * moved
+        agree(ops, pages, table, rows[None], draw((1, count, 16), torch.float32, device), [companion])
+        counts.append(compiled())
+    assert len(set(counts)) == 1
+
+
+def test_pages_that_are_gibibytes_apart(executor: Any, ops: Any, device: torch.device) -> None:
+    """No offset is counted in 32 bits."""
+    page, width = 64, 129  # moved byte by byte
+    far = 2**31 // (page * width)
+    pages = gibibytes(executor, (far + 1) * page * width, torch.bool).view(-1, page, width)
+    table, rows = torch.tensor([far, 0], device=device), rows_of([[1, 63, 64], [70]], 3, device)
+    hidden = draw((2, 3, width), torch.bool, device)
+    ops.defer(pages, table, rows, hidden)
+    assert torch.equal(pages[[far, far, 0, 0], [1, 63, 0, 6]], hidden[rows >= 0])
+    (got,) = ops.admit(pages, table, rows)
+    assert torch.equal(got[rows >= 0], hidden[rows >= 0])
 
 
 @pytest.mark.parametrize("poison", [NAN, float("inf")])

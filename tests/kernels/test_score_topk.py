@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import decision, exact
+from routing_cases import decision, exact, gibibytes, make_rows_long, num_compiled
 from torch import Tensor
 
 from reroute_kernels import RMSNorm, Segments, Selection, reference
@@ -192,7 +192,9 @@ def test_ragged_batches(kernel: Any, device: torch.device) -> None:
 
 
 def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> None:
+    """They need no query."""
     arguments, named = decision([5, 0], [0, 0], [0, 0], device)
+    arguments = *arguments[:4], torch.full_like(arguments[4], -1), *arguments[5:]
     got = kernel.score_topk(*arguments, **named)
     assert got.kept.shape == (2, 0)
     assert got.active.tolist() == got.positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
@@ -223,9 +225,9 @@ def test_many_parts_and_any_number_of_key_heads(
     for warps in (1, 2):
         monkeypatch.setattr(kernel, "tiling", lambda *_: usual._replace(warps=warps))  # noqa: B023
         assert torch.equal(kernel.score_topk(*arguments, **named).scores, plain.scores)
-    for joined in (1, 2):
+    for joined, most in ((1, 3), (2, 40)):  # 25 parts of two tiles are enough
         monkeypatch.setattr(kernel, "tiling", lambda *_: kernel.Tiling(2, joined, 16, 8))  # noqa: B023
-        monkeypatch.setattr(kernel, "most_parts", lambda _: 3)
+        monkeypatch.setattr(kernel, "most_parts", lambda _: most)  # noqa: B023
         got = kernel.score_topk(*arguments, **named)
         exact(arguments, got)
         close(arguments, named, got)
@@ -263,8 +265,10 @@ def test_logits_of_minus_infinity(kernel: Any, device: torch.device) -> None:
 
 
 def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.device) -> None:
-    """fp32 tables round to the dtype of the keys; keys may be slices of a fused projection, or transposed."""
-    arguments, named = decision([90], [80], [9], device, dtype=BF16, table_dtype=FP32)
+    """fp32 tables round to the dtype of the keys. Keys and queries may be slices of fused projections, keys transposed,
+    and each table one of a wider one.
+    """
+    arguments, named = decision([70, 90], [60, 80], [9, 9], device, dtype=BF16, table_dtype=FP32)
     wanted = kernel.score_topk(*arguments, **named)
     close(arguments, named, wanted)
     query, keys, cos, sin, *rest = arguments
@@ -273,6 +277,32 @@ def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.devi
     for other in (fused, transposed, torch.cat((keys, keys[..., :3]), -1)[..., :-3]):
         got = kernel.score_topk(query, other, cos.t().contiguous().t(), sin, *rest, **named)
         assert torch.equal(got.scores, wanted.scores)
+    every_other_head = torch.stack((query, query + 1), 2).flatten(1, 2)[:, ::2]
+    wide = torch.cat((sin, cos), 1)[:, : sin.shape[1]]
+    got = kernel.score_topk(every_other_head, keys, cos, wide, *rest, **named)
+    assert torch.equal(got.scores, wanted.scores)
+
+
+@pytest.mark.parametrize("which", ["query", "keys"])
+def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch.device, which: str) -> None:
+    """No offset is counted in 32 bits."""
+    memory = gibibytes(executor, 2**31 + 2**16, BF16)
+    arguments, named = decision([40, 30, 9], [30, 20, 5], [9, 9, 2], device, dtype=BF16)
+    wanted = kernel.score_topk(*arguments, **named)
+    query, keys, *rest = arguments
+    near = query if which == "query" else keys
+    far = memory.as_strided(near.shape, (2**31 // (len(near) - 1), *near.stride()[1:])).copy_(near)
+    got = kernel.score_topk(*((far, keys) if which == "query" else (query, far)), *rest, **named)
+    assert torch.equal(got.scores, wanted.scores)
+
+
+def test_a_crowd_of_a_long_row(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score launch makes all counters zero, those of refining too."""
+    from reroute_kernels.triton_kernels import select
+
+    make_rows_long(select, monkeypatch, crowd=0)
+    arguments, named = decision([140], [130], [40], device, dtype=BF16)
+    exact(arguments, kernel.score_topk(arguments[0] * 1e-3, *arguments[1:], **named))
 
 
 def test_two_threads_may_decide_at_once(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +325,7 @@ def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel
     """They are pieces of one upload, so any of them may begin at an odd multiple of 8 bytes."""
     from reroute_kernels.triton_kernels import select
 
-    if executor.kind == "interpreter":
-        pytest.skip("the interpreter compiles nothing")
-    compiled = lambda: sum(
-        len(cache[0]) for jit in (kernel._score_kernel, select._select_kernel) for cache in jit.device_caches.values()
-    )
+    compiled = lambda: num_compiled(executor, kernel._score_kernel, select._select_kernel)
     arguments, named = decision([90, 70], [61, 50], [9, 20], device)
     *tensors, last, candidates, texts, positions, segments = arguments
     wanted, before = kernel.score_topk(*arguments, **named), compiled()

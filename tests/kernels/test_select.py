@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import rows_of, same, split
+from routing_cases import make_rows_long, num_compiled, rows_of, same, split
 from torch import Tensor
 
 from reroute_kernels import Segments, reference
@@ -49,13 +53,34 @@ def check(
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
+def softmax_source(kernel: Any, values: Tensor) -> Any:
+    """Logits ``values`` (heads, length) with statistics of any kind: what the score launch leaves."""
+    heads, length = values.shape
+    stride, parts = -(-length // 64) * 64, -(-length // 64)
+    logits = torch.nn.functional.pad(values, (0, stride - length)).flatten()
+    statistics = torch.full((parts * heads,), 4.0), torch.rand(parts * heads) + 1
+    return kernel.Logits(torch.cat((logits, *statistics)).to(values), stride, heads * stride, heads, parts, 64)
+
+
+def decided(kernel: Any, source: Any, length: int, candidates: slice, keep: int, device: torch.device) -> Tensor:
+    """The scores of a selection from ``source``, which must be exact by them. What are not candidates are texts."""
+    row, chosen = torch.arange(length, device=device)[None], torch.zeros(length, dtype=torch.bool)
+    chosen[candidates] = True
+    lists = row[:, chosen], row[:, ~chosen], row[0]
+    n = int(chosen.sum())
+    segments = Segments((0,), (length,), (n,), (length - n,), (keep,))
+    counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32, device=device)
+    got = kernel.run_select(source, *lists, segments.counts(device), counters, segments)
+    same(got, reference.select(got.scores, *lists, segments))
+    scores: Tensor = got.scores[0]
+    return scores
+
+
 @pytest.fixture(params=["one program", "staged", "refined"])
 def path(request: pytest.FixtureRequest, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """All ways to select, at lengths a test can afford: rows of one program, of several shares, and crowds in these."""
     if request.param != "one program":
-        crowd = 0 if request.param == "refined" else kernel.CROWD
-        for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128), ("CROWD", crowd)):
-            monkeypatch.setattr(kernel, name, value)
+        make_rows_long(kernel, monkeypatch, 0 if request.param == "refined" else kernel.CROWD)
     return str(request.param)
 
 
@@ -112,12 +137,18 @@ def test_a_row_that_needs_no_patching_to_be_long(kernel: Any, device: torch.devi
     check(kernel, [torch.randn(n), torch.randn(70)], [n // 4, 30], device)
 
 
+def test_many_rivals_of_a_short_row(kernel: Any, device: torch.device) -> None:
+    """More than one program looks at together."""
+    check(kernel, [scores_of("one bin", 1100)], [600], device)
+
+
 def test_a_crowd_costs_one_stage_more_not_a_pass_over_it(
     kernel: Any, device: torch.device, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All scores in one coarse bin: hardly more instructions than if they are spread, where all look at few rivals."""
     monkeypatch.setattr(kernel, "SHORT", 0)
-    n = 3000
+    monkeypatch.setattr(kernel, "SHARE", 1024)
+    n = 3000  # of three shares, where notes are read of four
     for crowd in (n // 2, n):
         monkeypatch.setattr(kernel, "CROWD", crowd)
         check(kernel, [torch.rand(n) + 1], [n // 4], device)
@@ -155,46 +186,126 @@ def test_any_number_of_programs_may_be_resident(
         check(kernel, [scores_of("few", 300), scores_of("normal", 150)], [90, 20], device)
 
 
-@pytest.mark.parametrize("path", ["one program", "staged", "refined"], indirect=True)
-def test_a_weaker_order_is_a_race(executor: Any, kernel: Any, device: torch.device, path: str) -> None:
-    """The checks would notice: without release and acquire, keys are read before they are written."""
+HAND_OVERS = [
+    # the path that needs it, who hands over, how, and the order in the PTX that is weakened to another
+    ("one program", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "acquire"),
+    ("one program", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "release"),
+    ("staged", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "acquire"),
+    ("staged", "select._select_kernel", "wait(notes.scored, scoring)", "acquire", "relaxed"),
+    ("staged", "_shares.collect_share", "arrive(notes.collected)", "acq_rel", "acquire"),
+    ("staged", "_shares.emit_share", "wait(notes.collected, shares)", "acquire", "relaxed"),
+    ("refined", "_shares.refine_share", "wait(notes.collected, shares)", "acquire", "relaxed"),
+    ("refined", "_shares.refine_share", "arrive(notes.refined)", "acq_rel", "acquire"),
+    ("refined", "_shares._settle", "wait(notes.refined, shares)", "acquire", "relaxed"),
+]
+
+
+def with_callers(ptx: str) -> Iterator[tuple[str, str]]:
+    """Every line, and the place that calls the function which it is of, as in ``select.py:187``."""
+    files, caller = dict(re.findall(r'\.file\s+(\d+) ".*?([^/"]+)"', ptx)), ""
+    for line in ptx.splitlines():
+        if ".loc" in line:
+            if comment := re.search(r"@\[ (\S+?:\d+):", line):
+                caller = comment[1]
+            elif operand := re.search(r"inlined_at (\d+) (\d+) ", line):  # Triton 3.9
+                caller = f"{files[operand[1]]}:{operand[2]}"
+            else:
+                caller = ""
+        yield line, caller
+
+
+@pytest.mark.parametrize(("path", "function", "call", "order", "weaker"), HAND_OVERS, indirect=["path"])
+def test_every_order_is_needed(
+    executor: Any, kernel: Any, device: torch.device, path: str, function: str, call: str, order: str, weaker: str
+) -> None:
+    """The checks would notice: where one hand-over lacks its half of an order, what it hands over is a race."""
     if executor.kind != "simt":
         pytest.skip("only simt looks for races")
     import simt
 
-    relaxed = lambda ptx: ptx.replace(".acq_rel.", ".relaxed.").replace(".acquire.", ".relaxed.")
+    module, _, name = function.partition(".")
+    source, first = inspect.getsourcelines(getattr(import_module(f"{kernel.__package__}.{module}"), name).fn)
+    (at,) = (f"{module}.py:{first + i}" for i, line in enumerate(source) if call in line)
+    weakened = []
+
+    def transform(ptx: str) -> str:
+        lines = [
+            line.replace(f".{order}.", f".{weaker}.") if caller == at else line for line, caller in with_callers(ptx)
+        ]
+        weakened.extend(line for line in lines if line not in ptx)
+        return "\n".join(lines)
+
     with (
-        simt.installed(arch=int(executor.name.partition(":")[2]), seed=5, transform=relaxed),
+        simt.installed(arch=int(executor.name.partition(":")[2]), seed=5, transform=transform),
         pytest.raises(simt.DataRace),
     ):
         check(kernel, [torch.randn(300)], [90], device)
+    assert len(weakened) == 1
 
 
-def softmax_source(kernel: Any, values: Tensor) -> Any:
-    """Logits ``values`` (heads, length) with statistics of any kind: what the score launch leaves."""
-    heads, length = values.shape
-    stride, parts = -(-length // 64) * 64, -(-length // 64)
-    logits = torch.nn.functional.pad(values, (0, stride - length)).flatten()
-    statistics = torch.full((parts * heads,), 4.0), torch.rand(parts * heads) + 1
-    return kernel.Logits(torch.cat((logits, *statistics)).to(values), stride, heads * stride, heads, parts, 64)
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_crowd_at_its_limit(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """Who counts fine bins and who reads them agree on what a crowd is."""
+    make_rows_long(kernel, monkeypatch, crowd=150)
+    check(kernel, [scores_of("one bin", 150 + more)], [60], device)
+
+
+def test_few_programs_score_many_tiles_each(
+    kernel: Any, device: torch.device, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of long rows, and of large batches, do on a GPU. Scores do not depend on it."""
+    source = softmax_source(kernel, torch.randn(3, 140).to(device))
+    monkeypatch.setattr(kernel, "TILE", 16)
+    wanted = decided(kernel, source, 140, slice(5, 138), 50, device)
+    monkeypatch.setattr(kernel, "processors", lambda _: 4)
+    assert torch.equal(decided(kernel, source, 140, slice(5, 138), 50, device), wanted)
+    check(kernel, [torch.randn(n) for n in (140, 65)], [100, 13], device, texts=9, gaps=2)
 
 
 @pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "broken"])
 def test_scores_of_a_softmax(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Their bins are finer than those of any scores; the outermost ones hold everything beyond 2 and below 2^-31."""
-    n, length = 500, 530
-    values = torch.randn(3, length)
+    values = torch.randn(3, 530)
     values = {"nearly equal": values * 1e-4, "tiny": values * 8 - 40}.get(kind, values * 3)
     if kind == "broken":
         values[0, 30:90], values[:, 200:300] = NAN, -INF
-    row = torch.arange(length, device=device)[None]
-    segments = Segments((0,), (length,), (n,), (length - n,), (170,))
-    lists = row[:, 20 : 20 + n].clone(), torch.cat((row[:, :20], row[:, 20 + n :]), 1), row[0]
-    counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32, device=device)
-    source = softmax_source(kernel, values.to(device))
-    got = kernel.run_select(source, *lists, segments.counts(device), counters, segments)
-    assert got.scores.isnan().any() == (kind == "broken")
-    same(got, reference.select(got.scores, *lists, segments))
+    scores = decided(kernel, softmax_source(kernel, values.to(device)), 530, slice(20, 520), 170, device)
+    assert scores.isnan().any() == (kind == "broken")
+
+
+def test_a_crowd_in_the_outermost_bin(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is wide: fine bins repeat in it, even where keys differ by one step of the others."""
+    make_rows_long(kernel, monkeypatch, crowd=0)
+    scores = (1 + torch.rand(1, 130) / 8) * 2.0**-40
+    source = kernel.Logits(torch.cat((scores.log2()[0], torch.tensor([0.0, 1.0]))).to(device), 130, 130, 1, 1, 130)
+    got = decided(kernel, source, 130, slice(128), 50, device)
+    torch.testing.assert_close(got.cpu(), scores[0, :128], rtol=1e-4, atol=0)
+
+
+def test_statistics_of_many_parts(kernel: Any, device: torch.device) -> None:
+    """More than one step of their merge takes, with maxima that grow; and where the first step has none at all. Longer
+    samples have several blocks in each part.
+    """
+    heads = 512
+    for length, most in ((41, 41), (41, 30)):
+        logits = torch.randn(heads, length) + torch.arange(length) / 3
+        logits[: heads // 2, :12] = -INF
+        block_of, parts = torch.arange(length) // -(-length // most), -(-length // -(-length // most))
+        own = torch.stack([logits.masked_fill(block_of != part, -INF) for part in range(most)])  # (part, head, row)
+        peaks = own.amax(-1)
+        sums = (own - peaks.where(peaks > -INF, 0)[..., None]).exp2().sum(-1)
+        peaks[parts:], sums[parts:] = NAN, NAN  # nobody writes there
+        source = kernel.Logits(
+            torch.cat((logits.flatten(), peaks.flatten(), sums.flatten())).to(device),
+            length,
+            heads * length,
+            heads,
+            most,
+            1,
+        )
+        got = decided(kernel, source, length, slice(5, 40), 12, device)
+        wanted = (logits * math.log(2)).double().softmax(-1).mean(0)[5:40].float()
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("n", "first"), [(2304, 0), (2304, 35), (4100, 35)])  # one program selects; shares do
@@ -202,13 +313,7 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     """Nearly every sector is used in full, wherever the picture begins; every logit is read once."""
     heads, length = 28, n + 64
     logits = softmax_source(kernel, torch.randn(heads, length))
-    row = torch.arange(length)[None]
-    candidates, texts = row[:, first : first + n].clone(), torch.cat((row[:, :first], row[:, first + n :]), 1)
-    segments = Segments((0,), (length,), (n,), (64,), (n // 4,))
-    lists = candidates, texts, row[0]
-    counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32)
-    got = kernel.run_select(logits, *lists, segments.counts(device), counters, segments)
-    same(got, reference.select(got.scores, *lists, segments))
+    decided(kernel, logits, length, slice(first, first + n), n // 4, device)
     (report,) = launches
     load, store = report.global_load, report.global_store
     programs = -(-(n + first % 8) // kernel.TILE)
@@ -218,6 +323,16 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     assert load.efficiency >= 0.975
     assert store.efficiency >= (0.82 if first else 0.91)
     assert load.min_sectors + store.min_sectors >= 0.96 * (load.sectors + store.sectors)
+
+
+def test_another_prompt_compiles_nothing_anew(executor: Any, kernel: Any, device: torch.device, path: str) -> None:
+    """Neither its sizes nor those of its batch are what a kernel is compiled for, nor whether 16 divides them."""
+    compiled = lambda: num_compiled(executor, kernel._select_kernel)
+    check(kernel, [torch.randn(130)], [40], device)
+    before = compiled()
+    for counts, keep, texts in (([160, 144], [32, 16], 16), ([129], [1], 1), ([131, 2, 0, 7], [0, 1, 0, 7], 4)):
+        check(kernel, [torch.randn(n) for n in counts], keep, device, texts=texts)
+    assert compiled() == before
 
 
 def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:
