@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["DENSE", "MODELS", "MODES", "VARIANTS", "Deadline", "Key", "Lines", "OutOfTime", "keys", "read"]
+from .record import read_lines
+
+__all__ = ["DENSE", "MODELS", "MODES", "VARIANTS", "Deadline", "Key", "Lines", "OutOfTime", "keys"]
 
 MODELS = {
     "llava-7b": "LLaVA-1.5-7B",
@@ -107,7 +109,7 @@ class Lines:
         """The file need not exist yet."""
         self._file = file
         names = [field.name for field in fields(Key)]
-        lines = [line for line in read(file) if line.keys() >= {*names}]
+        lines = [line for line in read_lines(file) if line.keys() >= {*names}]
         # Of what was tried again, the last counts.
         self._failed = {Key(*(line[name] for name in names)): "error" in line for line in lines}
         if file.exists() and not file.read_text().endswith("\n"):
@@ -125,12 +127,3 @@ class Lines:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
             file.write(line + "\n")
-
-
-def read(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that may not exist, but for a line that was cut off when its program was killed."""
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue

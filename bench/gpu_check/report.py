@@ -14,7 +14,8 @@ from typing import Any
 
 from ..flops import TEXT
 from ..modelled_prefill import DECODERS, FORMULA, HOST, dense, routed, schedule_of, table
-from .lines import DENSE, MODELS, VARIANTS, read
+from .lines import DENSE, MODELS, VARIANTS
+from .record import read_lines
 
 __all__ = ["main", "page"]
 
@@ -88,7 +89,7 @@ def _measured(folder: Path) -> Iterator[str]:
     """Everything that was found on one machine."""
     record = json.loads((folder / "results.json").read_text())
     environment, last = record["environment"], {}
-    for line in read(folder / "measured.jsonl"):
+    for line in read_lines(folder / "measured.jsonl"):
         last[tuple(str(line.get(name)) for name in IDENTITY)] = line  # what was tried again counts
     lines = [line for line in last.values() if "error" not in line and "skipped" not in line]
     caption = _caption(environment)

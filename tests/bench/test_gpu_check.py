@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +36,12 @@ def ended(output: str = "1 passed", code: int | None = 0, cause: Any = "itself",
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_runs_a_module_that_exists() -> None:
+    programs = [program[program.index("-m") + 1] for step in STEPS for program in step.programs if "-m" in program]
+    assert {"bench.gpu_check.prefill", "bench.gpu_check.operations", "pytest"} <= {*programs}
+    assert all(importlib.util.find_spec(module) for module in programs)
 
 
 def test_the_default_fits_into_its_time() -> None:

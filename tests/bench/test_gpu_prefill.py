@@ -22,8 +22,9 @@ from bench.flops import TEXT
 from bench.gpu_check import measure, prefill, shapes
 from bench.gpu_check.capture import captured_prefill
 from bench.gpu_check.kernels import OURS, kernel_times
-from bench.gpu_check.lines import MODELS, Deadline, Key, Lines, OutOfTime, keys, read
+from bench.gpu_check.lines import MODELS, Deadline, Key, Lines, OutOfTime, keys
 from bench.gpu_check.measure import Session, Wrong
+from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, memory_of_weights
 from bench.live import LiveBytes
 from bench.modelled_prefill import schedule_of
@@ -75,7 +76,7 @@ def call(file: Path, model: str = "tiny-llava", seconds: float = 600) -> int:
 def test_everything_is_measured(model: str, tmp_path: Path) -> None:
     file = tmp_path / "folder" / "measured.jsonl"
     assert call(file, model) == 0
-    lines = list(read(file))
+    lines = list(read_lines(file))
     assert [Key(*list(line.values())[:7]) for line in lines] == keys(model, cuda=False)
     assert all(next(iter(line)) == "kind" for line in lines)
     for line in lines:
@@ -163,7 +164,7 @@ def test_a_later_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert measured == wanted[2:4]
     monkeypatch.setattr(Session, "measure", lambda self, key: {"median_ms": 1.0})
     assert call(file) == 0
-    assert len(list(read(file))) == len(wanted)
+    assert len(list(read_lines(file))) == len(wanted)
     monkeypatch.setattr(Session, "__init__", mock.Mock(side_effect=AssertionError("nothing is left to build it for")))
     assert call(file) == 0
 
@@ -199,7 +200,7 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     again = Lines(file)
     assert again.wanted([ROUTE]) == []
     again.add(ROUTE, {"median_ms": 2.0})
-    assert [line["median_ms"] for line in read(file)] == [1.0, 2.0]
+    assert [line["median_ms"] for line in read_lines(file)] == [1.0, 2.0]
 
 
 def test_what_failed_comes_last(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_lines_of_others_are_left_alone(tmp_path: Path) -> None:
     other = json.dumps({"kind": "operation", "operation": "step", "problem": "LLaVA", "backend": "torch"})
     file.write_text(other + "\n")
     Lines(file).add(ROUTE, {"median_ms": 1.0})
-    assert [line["kind"] for line in read(file)] == ["operation", "prefill"]
+    assert [line["kind"] for line in read_lines(file)] == ["operation", "prefill"]
 
 
 def test_the_most_telling_come_first() -> None:
@@ -258,7 +259,7 @@ def test_an_error_in_one_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(measure.reroute, "enable", planted)
         assert call(file) == 1
     assert "planted" in capsys.readouterr().err
-    lines, wanted = list(read(file)), keys("tiny-llava", cuda=False)
+    lines, wanted = list(read_lines(file)), keys("tiny-llava", cuda=False)
     assert len(lines) == len(wanted)
     for line in lines:
         if line["variant"] == "remove":
@@ -267,7 +268,7 @@ def test_an_error_in_one_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         else:
             assert "error" not in line
     assert call(file) == 0
-    again = list(read(file))[len(wanted) :]
+    again = list(read_lines(file))[len(wanted) :]
     assert [line["variant"] for line in again] == ["remove", "remove"]
     assert all("median_ms" in line for line in again)
 
@@ -278,7 +279,7 @@ def test_a_device_that_no_longer_answers_ends_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Session, "clear", mock.Mock(side_effect=RuntimeError("CUDA error")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         call(file)
-    assert [line["error"] for line in read(file)] == ["RuntimeError: illegal address"]
+    assert [line["error"] for line in read_lines(file)] == ["RuntimeError: illegal address"]
 
 
 def test_wrong_tokens_are_no_number(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ MUTANTS = (
     Mutant(
         "score-lists-specialised",
         "score.py",
-        'do_not_specialize_on_alignment=["query_rows", "counts"]',
+        'do_not_specialize_on_alignment=["query_rows", "counts", "batch"]',
         "do_not_specialize_on_alignment=[]",
         f"{SCORE} -k anew",
         COMPILED,
@@ -289,8 +289,8 @@ MUTANTS = (
     Mutant(
         "launch-any-number",
         "_common.py",
-        "return argument % 16 == 0, argument == 1, argument.bit_length() // 32",
-        "return argument % 16 == 0, argument.bit_length() // 32",
+        "return argument % 16 == 0, argument == 1, argument >> 31",
+        "return argument % 16 == 0, argument >> 31",
         f"{SCORE} -k any_decision",
         COMPILED,
     ),

@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "select-shorter-than-its-row",
         "select.py",
-        "(max(_power(widest), 1024), 0)",
-        "(1024, 0)",
+        "return max(_power(widest), LEAST), 0",
+        "return LEAST, 0",
         f"{SELECT} -k many_rivals",
     ),
     # --- scoring programs ------------------------------------------------------------------------
