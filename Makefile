@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, r
 	$(BIN)/reroute demo
 
 test: $(VENV)/.dev ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -32,15 +32,15 @@ gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, a
 	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
-	.venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
 
 test-triton: $(TRITON_FULL:%=test-triton-%) $(TRITON_SAMPLE:%=test-triton-%) ## Run the kernel tests on the other releases of Triton supported
 
 $(TRITON_FULL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 tests/kernels
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/kernels
 
 $(TRITON_SAMPLE:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$< $(BIN)/python -m pytest -n 2 tests/kernels --sample
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/kernels --sample
 
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \

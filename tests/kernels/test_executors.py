@@ -1,32 +1,18 @@
-"""Runs the kernel tests once for every executor that can run here, each in a process of its own.
+"""Waits for the kernel tests on each executor (executor_runs.py), which conftest.py starts before all other tests.
 
-``--sample`` runs the first case of each test, on the executors of ``SAMPLED``. With ``-n 2`` two executors run at once.
+``--sample`` runs the first case of each test, on some executors.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from executors import NAMES, ROOT, unavailable
-
-HERE = Path(__file__).parent
-SAMPLED = ("interpreter", "simt:90")
+from executor_runs import why_not
+from executors import NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels(name: str, pytestconfig: pytest.Config) -> None:
-    sample = pytestconfig.getoption("--sample", False)
-    if (why := unavailable(name)) is not None:
+def test_kernels(name: str, request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> None:
+    if (why := why_not(name, sample=pytestconfig.getoption("--sample", False))) is not None:
         pytest.skip(why)
-    if sample and name not in SAMPLED:
-        pytest.skip("not an executor of samples")
-    options = f"--executor {name} {'--sample' * sample} -q --tb=short --show-capture=no -p no:cacheprovider"
-    command = ["-m", "pytest", str(HERE.relative_to(ROOT)), *options.split()]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if done.returncode:
-        pytest.fail(f"{done.stdout}\nTo repeat it: python {' '.join(command)}", pytrace=False)
+    if (failure := request.getfixturevalue("executor_runs")[name].failure()) is not None:
+        pytest.fail(failure, pytrace=False)
