@@ -21,7 +21,7 @@ from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import Controller, Family
 from .transformers.forwards import DensePrefill, RoutedPrefill
-from .warm_up import Rehearsal
+from .warm_up import ShortPrefills
 
 __all__ = ["Handle"]
 
@@ -147,20 +147,22 @@ class Handle:
             These kernels, how long each took and whether Triton had its binary; none on the torch backend. It prints
             as a table.
 
-        Runs prefills of a few tokens without the layers between decisions. Nothing waits for the device, and stats and
-        trace stay as they are. Call it on the CUDA stream and under the autocast of the prefills to come, and again
-        once the model has moved or its dtype has changed.
+        Runs prefills of a few tokens without their layers. Nothing waits for the device; stats and trace stay as they
+        are. Call it under the autocast of the prefills to come, and again once the model has moved or its dtype has
+        changed.
 
         Raises:
             RerouteError: routing was disabled, or a size is below 1.
         """
         if visual < 1 or batch < 1:
             raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
-        rehearsal = Rehearsal(self._controller.family, self.schedule, self.action)
-        pool = self._place(rehearsal.hidden, rehearsal.tables)
+        short = ShortPrefills(self._controller.family, self.schedule, self.action)
+        pool = self._place(short.hidden, short.tables)
+        if min(self.schedule.keep) == 1:
+            return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
         # A method of one's own may not like prompts of a few tokens; any scores need the same kernels.
         method = None if self._method is None or self._method.uses_attention else Random()
-        return load_kernels(self.backend, visual, batch, lambda backend: rehearsal.run(backend, pool, method, batch))
+        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, method, batch))
 
     def _place(self, hidden: torch.Tensor, tables: Tables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""

@@ -1,4 +1,4 @@
-"""Prefills of a few tokens that make every decision of a schedule, but run no layer: what warms kernels up."""
+"""Prefills of a few tokens that make every decision of a schedule and run no layer: what warms kernels up."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from .schedule import Action, Schedule
 from .transformers import Family
 from .transformers.forwards import RoutedPrefill
 
-__all__ = ["Rehearsal"]
+__all__ = ["ShortPrefills"]
 
 TEXT, VISUAL = 0, 1
 PROMPT = np.array([TEXT] * 4 + [VISUAL] * 16 + [TEXT] * 4)
 
 
-class Rehearsal:
-    """Prefills of short prompts, by the code that serves long ones.
+class ShortPrefills:
+    """Prefills of one prompt, or two, of a few tokens, by the code that runs those of long ones.
 
-    All that a kernel is compiled for comes from where it comes from in a real prefill: the embedding, the rotary
-    tables, the norms and projections of every scoring layer, the lease. What differs with the size of a prompt is the
-    business of the backend.
+    So types, strides and addresses come from where they come from in a prefill that is served: the embedding, the
+    rotary tables, the norms and projections of every scoring layer, the pool.
     """
 
     def __init__(self, family: Family, schedule: Schedule, action: Action) -> None:
-        """Embed the longest batch of prompts that is run."""
+        """Embed two prompts."""
         self._family, self._schedule, self._action = family, schedule, action
         embedding = family.text.get_input_embeddings()
         device = embedding.weight.device

@@ -102,7 +102,8 @@ def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:
 
     from reroute_kernels.triton_kernels._common import observing
 
-    thread, listener = get_ident(), knobs.compilation.listener
+    thread = get_ident()
+    listener: Callable[..., None] | None = None
     loaded: dict[Any, LoadedKernel] = {}
     hits: list[bool] = []  # of the launch that runs now
 
@@ -119,10 +120,10 @@ def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:
         loaded.setdefault(compiled, LoadedKernel(name, seconds, source))
         hits.clear()
 
-    knobs.compilation.listener = compiling
-    try:
-        with observing(launched):
+    with observing(launched):
+        listener, knobs.compilation.listener = knobs.compilation.listener, compiling
+        try:
             run()
-    finally:
-        knobs.compilation.listener = listener
+        finally:
+            knobs.compilation.listener = listener
     return list(loaded.values())

@@ -103,6 +103,27 @@ def test_other_threads_are_left_out(small: Backend) -> None:
         assert len(compiled) == 2
 
 
+def test_two_at_once_take_turns(small: Backend) -> None:
+    from triton import knobs
+
+    reports: dict[int, WarmUp] = {}
+
+    def warm(most: int) -> None:
+        reports[most] = load_kernels(small, most, 1, lambda backend: select(backend, 8))
+
+    with new_device() as compiled:
+        listener = knobs.compilation.listener
+        threads = [Thread(target=warm, args=(most,)) for most in (16, 32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert knobs.compilation.listener is listener
+    assert {most: len(report.kernels) for most, report in reports.items()} == {16: 1, 32: 2}
+    sources = [kernel.source for report in reports.values() for kernel in report.kernels]
+    assert sources.count(NEW) == len(compiled) == 2
+
+
 def test_a_failure_leaves_nothing_behind(small: Backend) -> None:
     def fail(backend: Backend) -> None:
         raise RuntimeError("of a model")

@@ -22,6 +22,8 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
 from reroute.methods import FastV, Method, ScoreView
+from reroute.prefill import Tables
+from reroute_kernels import resolve
 
 LAYERS = 6
 
@@ -122,6 +124,19 @@ def test_a_model_on_two_devices(
                 inputs_embeds=embeds[:, :1], attention_mask=mask, position_ids=ids[..., :1], **{CACHE: cache}
             )
         assert decoded.logits.shape[:2] == (2, 1)
+
+
+def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the same kind: one of two GPUs may be too old for the kernels."""
+    asked: list[torch.device] = []
+    plain = resolve("torch", torch.device("cpu"))
+    monkeypatch.setattr("reroute.handle.resolve", lambda name, device: asked.append(device) or plain)
+    places = [torch.device("pair", index) for index in (0, 1, 1, 0)]
+    with enable(models.llava(layers=LAYERS), Rules((1,), (0.5,))) as handle, FakeTensorMode():
+        for place in places:
+            rows = torch.empty(1, 1, 64, device=place)
+            assert handle._place(rows, Tables(rows, rows, None)).device == place
+    assert asked == [torch.device("cpu"), places[0], places[1], places[0]]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen"])

@@ -177,6 +177,14 @@ def test_the_torch_backend_compiles_nothing(tiny: Tiny) -> None:
     assert str(report).startswith("nothing to compile on backend torch (triton cannot run: ")
 
 
+def test_a_schedule_that_keeps_everything_needs_nothing() -> None:
+    _, handle = routed(Setup("llava-gqa", {"keep": 1.0}, 0))
+    with new_device() as compiled:
+        report = handle.warm_up(visual=16)
+    assert compiled == []
+    assert str(report) == "nothing to compile on backend triton (every visual token is kept)"
+
+
 @pytest.mark.parametrize("sizes", [{"visual": 0}, {"visual": 16, "batch": 0}])
 def test_sizes_below_one(sizes: dict[str, int]) -> None:
     with (
