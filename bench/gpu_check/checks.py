@@ -13,8 +13,8 @@ from torch import Tensor
 import reroute
 from reroute.handle import Handle
 
-from ..clock import captured
 from ..models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
+from .capture import captured_prefill
 
 __all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting"]
 
@@ -55,7 +55,7 @@ class Prefills:
 
 
 @torch.no_grad()
-def graph(device: torch.device, capture: Callable[[Callable[[], Any]], Callable[[], Any]] = captured) -> str:
+def graph(device: torch.device, capture: Callable[[Callable[[], Any]], Callable[[], Any]] = captured_prefill) -> str:
     """A captured prefill gives, for other inputs of its plan, the bits of the eager one."""
     prefills, inputs = Prefills(device), 3
     with prefills.routing() as handle:

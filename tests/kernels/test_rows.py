@@ -83,7 +83,7 @@ def test_any_rows_pages_and_dtypes(
     agree(ops, pages, torch.tensor(table, dtype=torch.int64, device=device), rows, hidden, companions)
 
 
-@pytest.mark.parametrize("width", [1, 3, 127, 128, 129, 520])
+@pytest.mark.parametrize("width", [1, 3, 127, 129, 520, 1024])  # and whole blocks of units
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32])
 def test_odd_widths(ops: Any, device: torch.device, width: int, dtype: torch.dtype) -> None:
     table = torch.tensor([2, 0], device=device)
@@ -99,6 +99,8 @@ def test_odd_addresses_and_strides(ops: Any, device: torch.device) -> None:
     hidden = draw((24, 2, 6), torch.bfloat16, device).permute(1, 2, 0)
     companions = [draw((1, 8), torch.float32, device).expand(8, 8), draw((5, 8), torch.int64, device).T]
     agree(ops, pages, table, rows, hidden, companions)
+    hidden = draw((2 * 6 * 24 + 1,), torch.bfloat16, device)[1:].view(2, 6, 24)
+    agree(ops, pages.clone(), table, rows, hidden, companions)
 
 
 def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.device) -> None:
