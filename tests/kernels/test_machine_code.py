@@ -63,7 +63,7 @@ BUDGETS = {
     ("score_topk, LLaVA 7B, 576", "_score_kernel"): SCORE_JOINED,
     ("score_topk, LLaVA 7B, 576", "_select_kernel"): SELECT,
     ("score_topk, Qwen 7B fp32", "_score_kernel"): Budget(
-        registers=102, barriers=8, instructions=750, wide=16, narrow=7, occupancy=0.31
+        registers=102, barriers=8, instructions=750, wide=16, narrow=7, occupancy=0.25
     ),
     ("score_topk, Qwen 7B fp32", "_select_kernel"): SELECT,
     ("score_topk, Qwen3 8B", "_score_kernel"): Budget(
