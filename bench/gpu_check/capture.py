@@ -23,7 +23,7 @@ def captured_prefill(run: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextmanager
 def _no_mask_of_its_own() -> Iterator[None]:
-    """Transformers before 5.20 makes a causal mask while it is captured, even where it was given no mask.
+    """Transformers 5.17 makes a causal mask while it is captured, even where it was given no mask.
 
     Eagerly it makes none, and attention is flash attention: other bits, and far less time for long prompts.
     """

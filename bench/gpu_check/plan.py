@@ -160,6 +160,7 @@ STEPS = (
     _kernel_tests("routing", 30),
     _kernel_tests("pool", 20),
     _kernel_tests("score", 20),
+    _kernel_tests("load_kernels", 30),
     _check("graph"),
     _check("no-waiting"),
     _prefills("llava-7b", 100),
