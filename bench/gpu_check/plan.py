@@ -68,11 +68,11 @@ def _pytest(hangs_after: int, *arguments: str) -> Arguments:
     return sys.executable, "-m", "pytest", *arguments, "--executor", "cuda", *options, *hanging
 
 
-def _kernel_tests(name: str, estimate: float, parts: int = 1, group: str = "kernels") -> Step:
-    """One file of kernel tests, in so many programs."""
-    file = f"tests/kernels/test_{name}.py"
+def _kernel_tests(name: str, estimate: float, parts: int = 1, group: str = "kernels", also: str = "") -> Step:
+    """One file of kernel tests, in so many programs, or with another short one."""
+    files = [f"tests/kernels/test_{file}.py" for file in (name, also) if file]
     split = [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") if parts > 1 else () for part in range(parts)]
-    programs = tuple(_pytest(60, file, *options) for options in split)
+    programs = tuple(_pytest(60, *files, *options) for options in split)
     return Step(f"{group}/{name}", programs, estimate, limit=150, least=min(estimate, 30), shares=True)
 
 
@@ -159,8 +159,7 @@ STEPS = (
     _kernel_tests("ops", 40),
     _kernel_tests("routing", 30),
     _kernel_tests("pool", 20),
-    _kernel_tests("score", 20),
-    _kernel_tests("load_kernels", 30),
+    _kernel_tests("score", 30, also="load_kernels"),
     _check("graph"),
     _check("no-waiting"),
     _prefills("llava-7b", 100),

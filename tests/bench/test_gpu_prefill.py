@@ -361,7 +361,7 @@ def test_layers_that_fit() -> None:
 
 @pytest.mark.parametrize("model", TINY)
 def test_a_capture_makes_no_mask_of_its_own(model: str) -> None:
-    """Releases before 5.20 make one while a stream is captured, so that a graph is not what runs eagerly."""
+    """Transformers 5.17 makes one while a stream is captured, so that a graph is not what runs eagerly."""
     network = build(model, SHAPES[model], CPU, torch.float32)
     prompt, masks = Prompt(network, 36, 1, CPU), []
     for layer in network.model.language_model.layers:
