@@ -173,10 +173,13 @@ def test_no_round_begins_that_would_end_late(tiny: Session, monkeypatch: pytest.
     monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
-    def run() -> None:
-        now[0] += 0.1
+    def rounds(seconds: float, *takes: float) -> int:
+        """Of a run that takes so long at first, and 0.1 s from then on."""
+        coming = iter(takes)
 
-    def rounds(seconds: float) -> int:
+        def run() -> None:
+            now[0] += next(coming, 0.1)
+
         tiny._deadline = Deadline(seconds)
         return len(list(tiny._rounds([run])))
 
@@ -185,6 +188,7 @@ def test_no_round_begins_that_would_end_late(tiny: Session, monkeypatch: pytest.
     monkeypatch.setattr(measure, "ROUNDS", 15)
     assert rounds(100) == pytest.approx(measure.SECONDS / 0.1, abs=1)
     assert rounds(0.75) == 5  # after the sixth run there are 0.15 s left, and one takes 0.1
+    assert rounds(1.0, 0.1, 0.1, 0.1, 0.4) == 3  # nor one that may take as long as the slowest
     with pytest.raises(OutOfTime):
         rounds(0.35)
     monkeypatch.setattr(measure, "ROUNDS", 7)
