@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Segments
+from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, SelectMetadata
 
 __all__ = ["BATCHES", "MODELS", "OPERATIONS", "PAGE", "TEXT", "VISUAL", "Case", "Problem", "Shape", "problems"]
 
@@ -75,7 +75,7 @@ class Problem:
         return self.batch * -(-self.length // PAGE)
 
     def memory(self, itemsize: int) -> int:
-        """Bytes of a case, roughly: pool, keys, companions and logits; compact rows in and out."""
+        """Bytes of a case, roughly: pool, keys, aux and logits; compact rows in and out."""
         shape, rows = self.shape, self.pages * PAGE
         lease = shape.hidden + shape.kv_heads * shape.features + 2 * shape.features
         compact = 2 * self.batch * self.width * shape.hidden
@@ -106,8 +106,8 @@ class Case:
         self.local = torch.arange(length, device=device).repeat(batch, 1)
         self.candidates, self.texts = self.local[:, :visual].contiguous(), self.local[:, visual:].contiguous()
         counts = (length,) * batch, (visual,) * batch, (TEXT,) * batch, (kept,) * batch
-        segments = Segments(self.lease.starts, *counts)
-        self.segments = replace(segments, on_device=segments.counts(device))
+        metadata = SelectMetadata(self.lease.starts, *counts)
+        self.metadata = replace(metadata, on_device=metadata.counts(device))
         self.query_rows = self.starts[:, 0] + length - 1
         angles = self._draw(rows, shape.features // 2).repeat(1, 2)  # each at both places of its pair
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -170,11 +170,11 @@ def _restore(backend: Backend, case: Case) -> Any:
 
 
 def _select(backend: Backend, case: Case) -> Any:
-    return backend.select(case.scores, case.candidates, case.texts, case.positions, case.segments)
+    return backend.select(case.scores, case.candidates, case.texts, case.positions, case.metadata)
 
 
 def _score_topk(backend: Backend, case: Case) -> Any:
-    indices = case.query_rows, case.candidates, case.texts, case.positions, case.segments
+    indices = case.query_rows, case.candidates, case.texts, case.positions, case.metadata
     return backend.score_topk(
         case.query, case.keys, case.cos, case.sin, *indices, scale=case.problem.shape.features**-0.5
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, budget, prefill_cost
+from reroute.budget import ModelShape, estimate_cost, prefill_cost
 
 __all__ = ["Modelled", "table"]
 
@@ -47,7 +47,7 @@ def table() -> list[Modelled]:
             for name in ("fastv", "pdrop"):
                 for keep in BUDGETS:
                     method = methods.get(name).with_budget(float(keep), shape.num_layers, "route")
-                    cost = budget(shape, method.schedule(shape.num_layers, "route"), "route", visual, TEXT)
+                    cost = estimate_cost(shape, method.schedule(shape.num_layers, "route"), "route", visual, TEXT)
                     ratio = cost.prefill_flops / dense.prefill_flops
                     spent = (cost.prefill_flops / 1e12, ratio, cost.kv_bytes / 2**20)
                     rows.append(Modelled(model, visual, f"{name} route", str(keep), cost.avg_tokens, *spent))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reroute
 from reroute.plan import Plan, make_plan
 from reroute.prefill import Prefill
-from reroute.transformers.forwards import RoutedPrefill
+from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import PagedPool
 
 from .live import LiveBytes, Span

@@ -99,8 +99,8 @@ def distinct_bytes(operation: str, problem: Problem) -> int:
         indices = (problem.pages + rows) * INT
         return (2 * rows + problem.batch * problem.width + 1) * problem.shape.hidden * ITEM + indices
     rows = problem.batch * (problem.length if operation == "restore" else problem.width)
-    companions = 2 * 2 * problem.shape.features * ITEM + 2 * INT if operation == "admit" else 0  # cos, sin, ids
-    return floor_bytes(operation, problem) + rows * (companions + INT) + problem.pages * INT
+    aux = 2 * 2 * problem.shape.features * ITEM + 2 * INT if operation == "admit" else 0  # cos, sin, ids
+    return floor_bytes(operation, problem) + rows * (aux + INT) + problem.pages * INT
 
 
 def _score(problem: Problem) -> int:
@@ -116,11 +116,11 @@ def _score(problem: Problem) -> int:
 
 def _statistics(problem: Problem) -> int:
     """Of one sample: maxima and sums of all parts and heads."""
-    from reroute_kernels.triton_kernels.score import most_parts, tiling
+    from reroute_kernels.triton_kernels.score import most_splits, tiling
 
     shape = problem.shape
     tiles = tiling(shape.heads, shape.kv_heads, shape.features, ITEM, False)
-    return min(-(-problem.length // tiles.block), most_parts(tiles)) * shape.heads * 2 * FLOAT
+    return min(-(-problem.length // tiles.block_n), most_splits(tiles)) * shape.heads * 2 * FLOAT
 
 
 def _selection(problem: Problem, heads: int) -> int:

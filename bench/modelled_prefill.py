@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, budget, prefill_cost
+from reroute.budget import ModelShape, estimate_cost, prefill_cost
 from reroute.schedule import Action, Schedule
 
 from .cases import Problem, Shape
@@ -144,7 +144,7 @@ def costs(shape: ModelShape, schedule: Schedule, action: Action, visual: int, te
     """By ``reroute.budget``."""
     ratios = {}
     for attention in ("dense", "causal"):
-        spent = budget(shape, schedule, action, visual, text, attention=attention)
+        spent = estimate_cost(shape, schedule, action, visual, text, attention=attention)
         whole = prefill_cost(shape, [visual + text] * shape.num_layers, attention=attention)
         ratios[attention] = spent.prefill_flops / whole.prefill_flops
     return Costs(spent.avg_tokens, ratios["dense"], ratios["causal"])

@@ -16,7 +16,7 @@ from reroute import Schedule
 
 __all__ = ["CACHE", "LLAVA_7B", "QUICK", "SCHEDULE", "STANDARD", "Size", "build", "inputs_of", "twin"]
 
-SCHEDULE = Schedule(layers=(1, 3, 5), keep=(0.2, 0.2, 0.2))
+SCHEDULE = Schedule(layers=(1, 3, 5), ratios=(0.2, 0.2, 0.2))
 """Deep cuts from early on, so that what routing itself costs shows as much as it can."""
 
 IMAGE_ID = 0

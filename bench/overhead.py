@@ -19,10 +19,10 @@ from torch import Tensor
 
 from reroute import Schedule
 from reroute.plan import make_plan
-from reroute.prefill import Prefill, Tables
+from reroute.prefill import PositionTables, Prefill
 from reroute_kernels import Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.triton_kernels import rows
-from reroute_kernels.triton_kernels._common import Variant
+from reroute_kernels.triton_kernels.launch import SpecializedKernel
 from reroute_kernels.triton_kernels.offline import compiling_for
 
 from .cases import OPERATIONS, Case, Problem
@@ -66,7 +66,7 @@ def registrations(run: Callable[..., None], name: str) -> dict[str, Callable[...
 
 
 class Ready:
-    """A projector whose queries and keys are there already."""
+    """A adapter whose queries and keys are there already."""
 
     rope = "half"
 
@@ -95,15 +95,15 @@ def prefill_step(case: Case, rounds: int = 100) -> tuple[float, float]:
     schedule = Schedule(tuple(range(1, STAGES + 1)), (1 / 3,) * STAGES)
     plan = make_plan(visual[None].astype(np.int64), np.ones((1, problem.length), dtype=bool), [1], schedule, "route")
     assert plan is not None
-    pool, projector = PagedPool(problem.shape.hidden, case.dtype, case.device), Ready(case)
+    pool, adapter = PagedPool(problem.shape.hidden, case.dtype, case.device), Ready(case)
     logical = torch.zeros(1, problem.length, problem.shape.hidden, dtype=case.dtype)
-    tables = Tables(
+    tables = PositionTables(
         *(torch.zeros(1, problem.length, 128, dtype=case.dtype) for _ in "cs"), torch.arange(problem.length)[None]
     )
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        prefill = Prefill(plan, BACKEND, pool, projector, tables)
+        prefill = Prefill(plan, BACKEND, pool, adapter, tables)
         made = time.perf_counter()
         hidden = logical
         for layer in schedule.layers:
@@ -120,10 +120,10 @@ def main() -> None:
     pages, hidden = torch.zeros(8, 64, 3584, dtype=torch.bfloat16), torch.zeros(1, 256, 3584, dtype=torch.bfloat16)
     table, index = torch.arange(8), torch.arange(256)[None]
     cos = torch.zeros(512, 128, dtype=torch.bfloat16)
-    companions = (cos, cos.clone(), torch.zeros(512, 1, dtype=torch.int64))
+    aux = (cos, cos.clone(), torch.zeros(512, 1, dtype=torch.int64))
     arguments = pages, table, index, hidden
     width, unit = rows._units(pages.shape[2] * pages.element_size(), pages, hidden)
-    variant = rows._defer_variant(pages.shape[1], width, unit)
+    variant = rows._specialized_defer(pages.shape[1], width, unit)
     options = {**variant.constants, "num_warps": rows.WARPS, "enable_fp_fusion": False}
     lines: list[tuple[str, float]] = []
     with torch.no_grad(), compiling_for(90):
@@ -135,15 +135,15 @@ def main() -> None:
             note(f"defer: {name}", lambda call=call: call(*arguments))
         for name, call in registrations(nothing, "nothing").items():
             note(f"empty: {name}", lambda call=call: call(*arguments))
-        note("admit: launcher", lambda: rows.admit(pages, table, index, companions))
-        note("admit: as dispatched", lambda: ops.admit(pages, table, index, *companions))
+        note("admit: launcher", lambda: rows.admit(pages, table, index, aux))
+        note("admit: as dispatched", lambda: ops.admit(pages, table, index, *aux))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
         case = Case(PROBLEM, pages.device, pages.dtype)
         for name in ("defer_rmsnorm", "score_topk", "step"):
             note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
         step, start = prefill_step(case)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]
-        with mock.patch.object(Variant, "__call__", lambda *_: None):  # noqa: PT008 - a mock takes time itself
+        with mock.patch.object(SpecializedKernel, "__call__", lambda *_: None):  # noqa: PT008 - a mock takes time itself
             note("step without launches", lambda: OPERATIONS["step"](BACKEND, case))
             lines.append(("decide, advance without", prefill_step(case)[0]))
     print(f"Microseconds per call on the host, launches stubbed out (torch {torch.__version__}):")

@@ -13,7 +13,7 @@ import torch
 import reroute
 from reroute.handle import Handle
 from reroute.prefill import Prefill
-from reroute.transformers import Controller, Family, forwards
+from reroute.transformers import ModelAdapter, RoutingHooks, context
 from reroute_kernels import PagedPool, reference
 
 from .models import SCHEDULE, Size, build, inputs_of, twin
@@ -25,15 +25,15 @@ HOOKS, KEYS, RESTORE, PREFILL = "hooks", "key projection", "restore", "prefill"
 
 # Where the parts of routing are in the code. Whatever is not listed is charged to the part that calls it.
 METHODS: tuple[tuple[type, str, str], ...] = (
-    (Controller, "plan", "plan"),
+    (RoutingHooks, "plan", "plan"),
     (Handle, "_start", "index tables"),
     (PagedPool, "lease", "lease"),
     (Prefill, "decide", "index bookkeeping"),
     (Prefill, "advance", "index bookkeeping"),
     (Prefill, "restore", RESTORE),
-    (Family, "project", "hooks"),
-    (forwards.RoutedPrefill, "_make_stage", "stage arguments, masks"),
-    (forwards.RoutedPrefill, "finish", "cache bookkeeping"),
+    (ModelAdapter, "project", "hooks"),
+    (context.RoutedPrefill, "_make_stage", "stage arguments, masks"),
+    (context.RoutedPrefill, "finish", "cache bookkeeping"),
     (Handle, "_done", "stats"),
 )
 OPERATIONS = {
@@ -154,7 +154,7 @@ def _own(sample: dict[str, float]) -> float:
 
 
 def _put_clocks(patches: ExitStack, parts: Parts) -> None:
-    hooks = [(Controller, name, HOOKS) for name in vars(Controller) if name.startswith(("_before_", "_after_"))]
+    hooks = [(RoutingHooks, name, HOOKS) for name in vars(RoutingHooks) if name.startswith(("_before_", "_after_"))]
     inner = (("rotate", "RoPE"), ("select", "top-k"), ("defer", "defer"))  # what other operations call
     steps = [(reference, name, part) for name, part in inner]
     for owner, name, part in (*hooks, *METHODS, *steps):

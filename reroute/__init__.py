@@ -13,15 +13,15 @@ from .schedule import Schedule
 
 if TYPE_CHECKING:
     from . import methods
+    from .api import disable, enable, handle_of
     from .handle import Handle
-    from .switch import disable, enable, handle_of
 
 __all__ = ["Handle", "Schedule", "disable", "enable", "errors", "handle_of", "methods"]
 
 __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
-_LAZY = {"Handle": ".handle", "disable": ".switch", "enable": ".switch", "handle_of": ".switch"}
+_LAZY = {"Handle": ".handle", "disable": ".api", "enable": ".api", "handle_of": ".api"}
 
 
 def __getattr__(name: str) -> Any:

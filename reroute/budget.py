@@ -18,13 +18,13 @@ from .schedule import Action, Schedule
 
 __all__ = [
     "Attention",
-    "Budget",
+    "CostEstimate",
     "ModelShape",
     "PrefillCost",
-    "Shape",
+    "RatioFamily",
     "average_tokens",
-    "budget",
     "check_keep",
+    "estimate_cost",
     "kv_bytes",
     "layer_flops",
     "prefill_cost",
@@ -36,10 +36,10 @@ __all__ = [
 Attention = Literal["dense", "causal"]
 """How attention is counted: all pairs of a query and a key, or those that a causal mask leaves."""
 
-Shape = Literal["uniform", "pyramid", "geometric"]
-"""How keep ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
+RatioFamily = Literal["uniform", "pyramid", "geometric"]
+"""How ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
 
-_RATIO: dict[Shape, Callable[[float, int], float]] = {
+_RATIO: dict[RatioFamily, Callable[[float, int], float]] = {
     "uniform": lambda r, stage: r,
     "pyramid": lambda a, stage: a * 0.5 ** max(0, stage - 1),
     "geometric": lambda r, stage: r ** (stage + 1),
@@ -67,17 +67,17 @@ def check_keep(keep: float) -> None:
         raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
 
 
-def solve(shape: Shape, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
-    """Keep ratios of a shape, one per routing layer, for the budget ``keep`` = avg_T / N.
+def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
+    """Ratios of a family, one per routing layer, for the budget ``keep`` = avg_T / N.
 
     The average is that of the ratios themselves, clipped to 1; rounding down to counts takes less
     than one token off it. ``keep=1`` gives exactly 1.0 everywhere.
 
     Raises:
-        RerouteError: unknown shape, layers that do not fit, or a budget that no ratios reach.
+        RerouteError: unknown family, layers that do not fit, or a budget that no ratios reach.
     """
-    if shape not in _RATIO:
-        raise unknown("shape", shape, _RATIO)
+    if family not in _RATIO:
+        raise unknown("ratio family", family, _RATIO)
     Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
     check_keep(keep)
     if keep == 1:
@@ -93,7 +93,7 @@ def solve(shape: Shape, layers: Sequence[int], num_layers: int, keep: float) -> 
     widths = [end - start for start, end in pairwise((*layers, num_layers))]
 
     def ratios(free: float) -> tuple[float, ...]:
-        return tuple(min(1.0, _RATIO[shape](free, stage)) for stage in range(len(widths)))
+        return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(widths)))
 
     low, high = 0.0, 2.0 ** len(widths)
     while low < (middle := (low + high) / 2) < high:
@@ -220,7 +220,7 @@ def average_tokens(counts_per_layer: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True)
-class Budget(PrefillCost):
+class CostEstimate(PrefillCost):
     """What one prompt costs, and for how many visual tokens.
 
     ``avg_tokens``: avg_T, from rounded counts; ``keep``: avg_T / N.
@@ -230,7 +230,7 @@ class Budget(PrefillCost):
     keep: float
 
 
-def budget(
+def estimate_cost(
     shape: ModelShape,
     schedule: Schedule,
     action: Action,
@@ -241,7 +241,7 @@ def budget(
     lm_head: bool = False,
     scores: bool = True,
     bytes_per_element: int = 2,
-) -> Budget:
+) -> CostEstimate:
     """What a prompt of ``visual`` and ``text`` tokens costs under a schedule.
 
     A decision scores the whole prompt with ``route``, what is left of it with ``remove``, and
@@ -265,4 +265,4 @@ def budget(
         lm_head=lm_head,
         bytes_per_element=bytes_per_element,
     )
-    return Budget(**vars(cost), avg_tokens=average, keep=average / visual if visual else 1.0)
+    return CostEstimate(**vars(cost), avg_tokens=average, keep=average / visual if visual else 1.0)

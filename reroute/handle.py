@@ -15,12 +15,12 @@ from .budget import ModelShape
 from .errors import RerouteError
 from .methods import Method, Random
 from .plan import Plan
-from .prefill import Prefill, Reservation, Tables
+from .prefill import PositionTables, Prefill, Workspace
 from .schedule import Action, Schedule
 from .stats import Stats, Totals, make_stats
 from .trace import Trace
-from .transformers import Controller, Family
-from .transformers.forwards import DensePrefill, RoutedPrefill
+from .transformers import ModelAdapter, RoutingHooks
+from .transformers.context import DensePrefill, RoutedPrefill
 from .warm_up import ShortPrefills
 
 __all__ = ["Handle"]
@@ -31,7 +31,7 @@ class Handle:
 
     def __init__(
         self,
-        family: Family,
+        adapter: ModelAdapter,
         schedule: Schedule,
         action: Action,
         backend: str,
@@ -49,7 +49,7 @@ class Handle:
         self.schedule, self.action = schedule, action
         self._method, self._trace_on = method, trace
         self._pool, self._pool_is_given = pool, pool is not None
-        self._shape = ModelShape.from_config(family.text_config)
+        self._shape = ModelShape.from_config(adapter.text_config)
         if pool is not None and pool.width != self._shape.hidden:
             raise RerouteError(
                 f"The pool holds rows of {pool.width} features, the model's have {self._shape.hidden}. "
@@ -57,14 +57,14 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
-        self._controller = Controller(family, schedule, action, self._start, self._done)
+        self._hooks = RoutingHooks(adapter, schedule, action, self._start, self._done)
         self._asked_for = backend
-        self._choose_backend(next(family.text.parameters()).device)
+        self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names)
 
     def attach(self, model: Any) -> None:
-        """Hook ``model``, to which the family is bound."""
-        self._controller.attach(model)
+        """Hook ``model``, to which the adapter is bound."""
+        self._hooks.attach(model)
 
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self._asked_for, device)
@@ -79,14 +79,14 @@ class Handle:
     @property
     def is_enabled(self) -> bool:
         """Whether the model is routed by this handle."""
-        return self._controller.is_attached
+        return self._hooks.is_attached
 
     def disable(self) -> None:
         """Restore the model exactly. Idempotent.
 
         A cache filled while routing was on needs it on to be continued. Not to be called during a forward.
         """
-        self._controller.detach()
+        self._hooks.detach()
         self._pool = None
 
     def __enter__(self) -> Handle:
@@ -124,7 +124,7 @@ class Handle:
 
         Returns None if there are no visual tokens. Use it with ``using``, e.g. to capture a prefill in a CUDA graph.
         """
-        return self._controller.plan(input_ids, attention_mask, cache)
+        return self._hooks.plan(input_ids, attention_mask, cache)
 
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
         """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
@@ -133,7 +133,7 @@ class Handle:
         in a CUDA graph, which must not be replayed once the block has ended. Single decoding steps go on as they do
         outside; a call of any other shape than the plan's raises RerouteError.
         """
-        return self._controller.using(plan)
+        return self._hooks.using(plan)
 
     @torch.no_grad()
     def warm_up(self, *, visual: int, batch: int = 1) -> WarmUp:
@@ -156,15 +156,15 @@ class Handle:
         """
         if visual < 1 or batch < 1:
             raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
-        short = ShortPrefills(self._controller.family, self.schedule, self.action)
+        short = ShortPrefills(self._hooks.adapter, self.schedule, self.action)
         pool = self._place(short.hidden, short.tables)
-        if min(self.schedule.keep) == 1:
+        if min(self.schedule.ratios) == 1:
             return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
         # A method of one's own may not like prompts of a few tokens; any scores need the same kernels.
         method = None if self._method is None or self._method.uses_attention else Random()
         return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, method, batch))
 
-    def _place(self, hidden: torch.Tensor, tables: Tables) -> PagedPool:
+    def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
         pool, device = self._pool, tables.cos.device
         if device != self._device:  # the model has moved
@@ -180,16 +180,16 @@ class Handle:
         return pool
 
     def _start(
-        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
+        self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
     ) -> Prefill:
         pool = self._place(hidden, tables)
         return Prefill(
             plan,
             self.backend,
             pool,
-            self._controller.family,
+            self._hooks.adapter,
             tables,
-            reservation=reservation,
+            workspace=workspace,
             method=self._method,
             trace=self._trace_on,
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from reroute_kernels import Segments
+from reroute_kernels import SelectMetadata
 from reroute_kernels.streams import Mark, mark, queue_behind, stream_of
 from reroute_kernels.upload import upload
 
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Layout", "Plan", "make_plan"]
+__all__ = ["Plan", "PlanTensors", "make_plan"]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The plan's index tensors on one device, for one placement of the samples in the pool (R lease rows).
+class PlanTensors:
+    """The plan's index tensors on one device, for one placement of the samples in the pool (R pool rows).
 
-    - ``segments``: of each stage, the counts of its decision.
+    - ``metadata``: of each stage, the counts of its decision.
     - ``uploaded``: the upload in the queue of its CUDA stream. Another stream has to ``join`` before it reads.
-    - ``rows`` (B, L): lease row of each logical position, -1 for padding.
-    - ``tokens`` (R,): flat logical index ``b * L + position`` of each lease row (page tails point at 0).
-    - ``inverse`` (R,): the same, and -1 for page tails.
-    - ``positions`` (R,): logical position of each lease row.
-    - ``starts`` (B, 1): first lease row of each sample.
-    - ``candidates`` (B, N), ``texts`` (B, M): rows within the sample, ascending, padded with -1.
-    - ``ordinals`` (1, N): 0, 1, 2, …
+    - ``rows`` (B, L): pool row of each logical position, -1 for padding.
+    - ``tokens`` (R,): flat logical index ``b * L + position`` of each pool row (page tails point at 0).
+    - ``inverse_index`` (R,): the same, and -1 for page tails.
+    - ``positions`` (R,): logical position of each pool row.
+    - ``starts`` (B, 1): first pool row of each sample.
+    - ``candidates`` (B, N), ``text_rows`` (B, M): rows within the sample, ascending, padded with -1.
+    - ``visual_indices`` (1, N): 0, 1, 2, …
     - ``queries`` (stages, B): row of each sample's query among the rows that are scored for that stage.
     - ``dropped`` (stages, B): how many of each sample's rows do not run in that stage.
     """
 
-    segments: tuple[Segments, ...]
+    metadata: tuple[SelectMetadata, ...]
     uploaded: Mark | None
     rows: torch.Tensor
     tokens: torch.Tensor
-    inverse: torch.Tensor
+    inverse_index: torch.Tensor
     positions: torch.Tensor
     starts: torch.Tensor
     candidates: torch.Tensor
-    texts: torch.Tensor
-    ordinals: torch.Tensor
+    text_rows: torch.Tensor
+    visual_indices: torch.Tensor
     queries: torch.Tensor
     dropped: torch.Tensor
 
@@ -76,7 +76,7 @@ class Layout:
 class Plan:
     """Host integers of one prefill of B prompts of L logical tokens (``make_plan`` builds it).
 
-    ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *local row* of a token.
+    ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *sample row* of a token.
     """
 
     schedule: Schedule
@@ -84,10 +84,10 @@ class Plan:
     past: int
     order: Ints = field(repr=False)
     visual: tuple[Ints, ...] = field(repr=False)
-    texts: tuple[Ints, ...] = field(repr=False)
+    text_rows: tuple[Ints, ...] = field(repr=False)
     query: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
-    _layouts: dict[tuple[Any, ...], Layout] = field(default_factory=dict, repr=False)
+    _tensors: dict[tuple[Any, ...], PlanTensors] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -102,7 +102,7 @@ class Plan:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Valid tokens of each sample."""
-        return tuple(len(v) + len(t) for v, t in zip(self.visual, self.texts, strict=True))
+        return tuple(len(v) + len(t) for v, t in zip(self.visual, self.text_rows, strict=True))
 
     @cached_property
     def visual_counts(self) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class Plan:
     @cached_property
     def text_counts(self) -> tuple[int, ...]:
         """Text tokens M of each sample: always active."""
-        return tuple(len(t) for t in self.texts)
+        return tuple(len(t) for t in self.text_rows)
 
     def scores_pool(self, stage: int) -> bool:
         """True if the decision of ``stage`` ranks rows of the pool, False if it ranks the compact rows.
@@ -121,8 +121,8 @@ class Plan:
         """
         return self.action == "route" or stage == 0
 
-    def segments(self, stage: int, starts: Sequence[int]) -> Segments:
-        """What the decision of ``stage`` scores; ``starts`` are the samples' first lease rows."""
+    def metadata(self, stage: int, starts: Sequence[int]) -> SelectMetadata:
+        """What the decision of ``stage`` scores; ``starts`` are the samples' first pool rows."""
         if self.scores_pool(stage):
             lengths = tuple(row + 1 for row in self.query)
             candidates = self.visual_counts
@@ -131,7 +131,7 @@ class Plan:
             starts = [(b + 1) * width - rows for b, rows in enumerate(active)]
             candidates = self.kept[stage - 1]
             lengths = tuple(self.visible_texts(b) + k for b, k in enumerate(candidates))
-        return Segments(tuple(starts), lengths, candidates, self.text_counts, self.kept[stage])
+        return SelectMetadata(tuple(starts), lengths, candidates, self.text_counts, self.kept[stage])
 
     @property
     def changes_nothing(self) -> bool:
@@ -156,17 +156,17 @@ class Plan:
 
     def visible_texts(self, sample: int) -> int:
         """Text tokens that the query of ``sample`` may see, itself included."""
-        return int(np.searchsorted(self.texts[sample], self.query[sample], side="right"))
+        return int(np.searchsorted(self.text_rows[sample], self.query[sample], side="right"))
 
-    def layout(self, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
-        """Index tensors for samples that start at lease rows ``starts``: one upload, kept for the next use.
+    def layout(self, starts: Sequence[int], num_rows: int, device: torch.device) -> PlanTensors:
+        """Index tensors for samples that start at pool rows ``starts``: one upload, kept for the next use.
 
         Any thread and CUDA stream may ask; the current stream waits for the upload if another one made it.
         """
         key = (tuple(starts), num_rows, device)
-        layout = self._layouts.get(key)
+        layout = self._tensors.get(key)
         if layout is None:  # of two threads that come here at once, both take what the first one puts there
-            layout = self._layouts.setdefault(key, _upload(self, starts, num_rows, device))
+            layout = self._tensors.setdefault(key, _upload(self, starts, num_rows, device))
         layout.join()
         return layout
 
@@ -200,7 +200,7 @@ def make_plan(
     order = np.where(valid, np.cumsum(valid, axis=1) - 1, -1)
     ends = [input_ids.shape[1]] * len(input_ids) if prompt_ends is None else prompt_ends
     visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
-    texts = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
+    text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
     query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
     for sample, (rows, last) in enumerate(zip(visual, query, strict=True)):
         if last < 0:
@@ -212,31 +212,43 @@ def make_plan(
                 "routing is enabled."
             )
     kept = zip(*(schedule.counts(len(rows)) for rows in visual), strict=True)
-    return Plan(schedule, action, past, order, visual, texts, query, tuple(kept))
+    return Plan(schedule, action, past, order, visual, text_rows, query, tuple(kept))
 
 
-def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.device) -> Layout:
+def _upload(plan: Plan, starts: Sequence[int], num_rows: int, device: torch.device) -> PlanTensors:
     offsets = np.asarray(starts, dtype=np.int64)[:, None]
     rows = np.where(plan.order >= 0, plan.order + offsets, -1)
-    inverse = np.full(num_rows, -1, dtype=np.int64)
+    inverse_index = np.full(num_rows, -1, dtype=np.int64)
     flat = rows.ravel()
-    inverse[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-    tokens = inverse.clip(min=0)
+    inverse_index[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    tokens = inverse_index.clip(min=0)
     stages = range(len(plan.kept))
-    segments = tuple(plan.segments(stage, starts) for stage in stages)
-    queries = np.array([np.add(s.starts, s.lengths) - 1 for s in segments], dtype=np.int64)
+    metadata = tuple(plan.metadata(stage, starts) for stage in stages)
+    queries = np.array([np.add(m.starts, m.kv_lens) - 1 for m in metadata], dtype=np.int64)
     dropped = np.array([np.subtract(plan.lengths, plan.active(stage)) for stage in stages], dtype=np.int64)
-    candidates, texts = _padded(plan.visual), _padded(plan.texts)
-    ordinals = np.arange(candidates.shape[1], dtype=np.int64)[None]
-    counts = np.array([s.columns for s in segments], dtype=np.int64)
+    candidates, text_rows = _padded(plan.visual), _padded(plan.text_rows)
+    visual_indices = np.arange(candidates.shape[1], dtype=np.int64)[None]
+    counts = np.array([m.as_tuple() for m in metadata], dtype=np.int64)
     positions = tokens % plan.length
-    parts = (rows, tokens, inverse, positions, offsets, candidates, texts, ordinals, queries, dropped, counts)
+    parts = (
+        rows,
+        tokens,
+        inverse_index,
+        positions,
+        offsets,
+        candidates,
+        text_rows,
+        visual_indices,
+        queries,
+        dropped,
+        counts,
+    )
     ends = list(accumulate(part.size for part in parts))
     packed = upload(np.concatenate([part.ravel() for part in parts]), device)
     pieces = torch.tensor_split(packed, ends[:-1])
     *tensors, on_device = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
-    segments = tuple(replace(s, on_device=c) for s, c in zip(segments, on_device, strict=True))
-    return Layout(segments, mark(stream_of(packed)), *tensors)
+    metadata = tuple(replace(m, on_device=c) for m, c in zip(metadata, on_device, strict=True))
+    return PlanTensors(metadata, mark(stream_of(packed)), *tensors)
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

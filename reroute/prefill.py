@@ -18,13 +18,13 @@ from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, Rope, Selection
 
 from .errors import RerouteError
 from .methods import Method, ScoreView
-from .plan import Layout, Plan
+from .plan import Plan, PlanTensors
 from .trace import StageTrace, Trace
 
-__all__ = ["Prefill", "Projector", "Reservation", "Tables"]
+__all__ = ["DecoderAdapter", "PositionTables", "Prefill", "Workspace"]
 
 
-class Projector(Protocol):
+class DecoderAdapter(Protocol):
     """What scoring needs from the model."""
 
     rope: Rope
@@ -52,7 +52,7 @@ class Projector(Protocol):
 
 
 @dataclass(frozen=True)
-class Tables:
+class PositionTables:
     """What goes with each row of hidden states into a layer: cos, sin (B, S, rot), position ids (B, S) or None."""
 
     cos: torch.Tensor
@@ -61,15 +61,15 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class _Rivals:
-    """Who competes at the next decision: rows within the sample (B, N), (B, M); ordinals among all visual tokens."""
+class _Competitors:
+    """What competes at the next decision: sample rows (B, N), (B, M), and indices among all visual tokens (B, N)."""
 
     candidates: torch.Tensor
-    texts: torch.Tensor
-    ordinals: torch.Tensor
+    text_rows: torch.Tensor
+    visual_indices: torch.Tensor
 
 
-class Reservation:
+class Workspace:
     """A place in a pool for the prefills of one plan, one after the other, on any CUDA stream.
 
     The first prefill leases the rows and uploads the index tables; both stay where they are until ``release``. So any
@@ -79,9 +79,9 @@ class Reservation:
     def __init__(self, plan: Plan) -> None:
         """Nothing is held yet."""
         self._plan = plan
-        self._held: tuple[PagedPool, Lease, Layout] | None = None
+        self._held: tuple[PagedPool, Lease, PlanTensors] | None = None
 
-    def take(self, pool: PagedPool) -> tuple[Lease, Layout]:
+    def take(self, pool: PagedPool) -> tuple[Lease, PlanTensors]:
         """The lease and the index tables, for the current CUDA stream. ``Lease.end_use`` ends the prefill.
 
         Raises:
@@ -122,36 +122,36 @@ class Prefill:
         plan: Plan,
         backend: Backend,
         pool: PagedPool,
-        projector: Projector,
-        tables: Tables,
+        adapter: DecoderAdapter,
+        tables: PositionTables,
         *,
-        reservation: Reservation | None = None,
+        workspace: Workspace | None = None,
         method: Method | None = None,
         trace: bool = False,
     ) -> None:
-        """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into lease order.
+        """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into pool order.
 
-        Whoever passes a ``reservation`` of ``plan`` releases it.
+        Whoever passes a ``workspace`` of ``plan`` releases it.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
             torch.OutOfMemoryError: the device has no room for it; likewise.
         """
         self.plan, self.stage, self.tables = plan, -1, tables
-        self._backend, self._projector = backend, projector
+        self._backend, self._adapter = backend, adapter
         self._method = None if method is None or method.uses_attention else method
         self._selection: Selection | None = None
         self._positions: torch.Tensor | None = None
         self._written: torch.Tensor | None = None
         self._trace: list[StageTrace] | None = [] if trace else None
-        self._is_reserved = reservation is not None
-        self._reservation = reservation or Reservation(plan)
-        self._lease, self._layout = self._reservation.take(pool)
+        self._is_reserved = workspace is not None
+        self._workspace = workspace or Workspace(plan)
+        self._lease, self._tensors = self._workspace.take(pool)
         try:
-            self._home = [self._to_lease_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
-            self._rows, self._inverse = self._layout.rows, self._layout.inverse
-            ordinals = self._layout.ordinals.expand_as(self._layout.candidates)
-            self._rivals = _Rivals(self._layout.candidates, self._layout.texts, ordinals)
+            self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
+            self._rows, self._inverse_index = self._tensors.rows, self._tensors.inverse_index
+            visual_indices = self._tensors.visual_indices.expand_as(self._tensors.candidates)
+            self._competitors = _Competitors(self._tensors.candidates, self._tensors.text_rows, visual_indices)
         except BaseException:
             self.close()
             raise
@@ -162,7 +162,7 @@ class Prefill:
         if self._is_reserved:
             self._lease.end_use()
         else:
-            self._reservation.release()
+            self._workspace.release()
 
     @property
     def positions(self) -> torch.Tensor:
@@ -181,20 +181,20 @@ class Prefill:
         return min(self.plan.active(self.stage)) < self.plan.width(self.stage)
 
     @property
-    def shift(self) -> torch.Tensor | None:
+    def position_offset(self) -> torch.Tensor | None:
         """What the running stage's renumbered positions subtract from logical ones, (B, 1) int64; else None."""
         if self.plan.schedule.positions == "preserved":
             return None
-        return self._layout.dropped[self.stage][:, None]
+        return self._tensors.dropped[self.stage][:, None]
 
     @property
     def trace(self) -> Trace | None:
         """The decisions so far, if tracing."""
         if self._trace is None:
             return None
-        starts = self._layout.starts
-        rows = (self._layout.candidates + starts).clamp(min=0)
-        return Trace(tuple(self._trace), _trim(self._layout.positions[rows], self.plan.visual_counts))
+        starts = self._tensors.starts
+        rows = (self._tensors.candidates + starts).clamp(min=0)
+        return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
     def decide(self, layer: int, hidden: torch.Tensor) -> None:
         """Choose the rows of the next stage from ``hidden`` (B, S, C), the input of ``layer``, and the pool."""
@@ -211,14 +211,14 @@ class Prefill:
         assert self._selection is not None
         self._defer(hidden)
         next_stage = self.stage + 1
-        self._rows = self._lease_rows(next_stage, self._selection.active)
-        self._positions, self._inverse = self._selection.positions, self._selection.inverse
+        self._rows = self._pool_rows(next_stage, self._selection.active_rows)
+        self._positions, self._inverse_index = self._selection.active_positions, self._selection.inverse_index
         if self.plan.action == "remove":
-            self._rivals = self._survivors(self._selection.kept)
+            self._competitors = self._survivors(self._selection.kept)
         self.stage, self._selection = next_stage, None
-        admitted, cos, sin, *ids = self._admit(self._rows, *self._home)
+        admitted, cos, sin, *ids = self._admit(self._rows, *self._pool_tables)
         self._written = None
-        self.tables = Tables(cos, sin, ids[0].squeeze(-1) if ids else None)
+        self.tables = PositionTables(cos, sin, ids[0].squeeze(-1) if ids else None)
         if self.plan.schedule.positions == "renumbered":
             self.tables = self._renumbered(admitted)
         return admitted.to(hidden.device)
@@ -226,7 +226,7 @@ class Prefill:
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
         """The latest state of every token at logical length (B, L, C), given the running rows; padding is zero."""
         self._defer(hidden)
-        return self._admit(self._layout.rows)[0].to(hidden.device)
+        return self._admit(self._tensors.rows)[0].to(hidden.device)
 
     # --- the kernels ----------------------------------------------------------------------------------------------
 
@@ -236,21 +236,21 @@ class Prefill:
             self._backend.defer(pages, self._lease.table, self._rows, hidden.to(pages.device))
             self._written = hidden
 
-    def _admit(self, rows: torch.Tensor, *companions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._backend.admit(self._lease.pages, self._lease.table, rows, *companions)
+    def _admit(self, rows: torch.Tensor, *aux: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._backend.admit(self._lease.pages, self._lease.table, rows, *aux)
 
     def _defer_and_normalise(self, stage: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Write ``hidden`` home; and what will be scored, after the input norm of ``layer``."""
-        norm, pages = self._projector.input_norm(layer), self._lease.pages
+        norm, pages = self._adapter.input_norm(layer), self._lease.pages
         if norm is None or norm.weight.device != pages.device or not self.plan.scores_pool(stage):
             self._defer(hidden)
-            return self._projector.normalise(layer, self._scored_rows(stage, hidden))
+            return self._adapter.normalise(layer, self._scored_rows(stage, hidden))
         self._written = hidden
-        return self._backend.defer_rmsnorm(self._lease, self._rows, self._inverse, hidden.to(pages.device), norm)
+        return self._backend.defer_rmsnorm(self._lease, self._rows, self._inverse_index, hidden.to(pages.device), norm)
 
     def _rank_by_attention(self, stage: int, layer: int, hidden: torch.Tensor) -> Selection:
-        query_rows, normed = self._layout.queries[stage], self._defer_and_normalise(stage, layer, hidden)
-        query, keys = self._projector.project(layer, normed, query_rows)
+        query_rows, normed = self._tensors.queries[stage], self._defer_and_normalise(stage, layer, hidden)
+        query, keys = self._adapter.project(layer, normed, query_rows)
         cos, sin = self._scored_tables(stage)
         if keys.device != cos.device:
             query, keys = query.to(cos.device), keys.to(cos.device)
@@ -260,39 +260,39 @@ class Prefill:
             cos,
             sin,
             query_rows,
-            self._rivals.candidates,
-            self._rivals.texts,
+            self._competitors.candidates,
+            self._competitors.text_rows,
             self._scored_positions(stage),
-            self._layout.segments[stage],
-            scale=self._projector.scale(layer),
-            rope=self._projector.rope,
-            key_norm=self._projector.key_norm(layer),
+            self._tensors.metadata[stage],
+            scale=self._adapter.scale(layer),
+            rope=self._adapter.rope,
+            key_norm=self._adapter.key_norm(layer),
         )
 
     def _rank_by_method(self, method: Method, stage: int, layer: int, hidden: torch.Tensor) -> Selection:
         self._defer(hidden)
-        segments = self._layout.segments[stage]
-        counts = segments.candidates
-        candidates = _trim(self._rivals.candidates, counts)
+        metadata = self._tensors.metadata[stage]
+        counts = metadata.num_candidates
+        candidates = _trim(self._competitors.candidates, counts)
         rows = self._scored_rows(stage, hidden).to(self._lease.pages.device)
-        seen = [rows[start + c] for start, c in zip(segments.starts, candidates, strict=True)]
-        view = ScoreView(seen, layer, stage, rows[self._layout.queries[stage]])
-        scores = torch.full_like(self._rivals.candidates, -torch.inf, dtype=torch.float32)
+        seen = [rows[start + c] for start, c in zip(metadata.starts, candidates, strict=True)]
+        view = ScoreView(seen, layer, stage, rows[self._tensors.queries[stage]])
+        scores = torch.full_like(self._competitors.candidates, -torch.inf, dtype=torch.float32)
         for target, score, n in zip(scores, _checked_scores(method, view), counts, strict=True):
             target[:n] = score
-        lists = self._rivals.candidates, self._rivals.texts, self._scored_positions(stage)
-        return self._backend.select(scores, *lists, segments)
+        lists = self._competitors.candidates, self._competitors.text_rows, self._scored_positions(stage)
+        return self._backend.select(scores, *lists, metadata)
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------
 
-    def _to_lease_order(self, table: torch.Tensor) -> torch.Tensor:
-        """(B or 1, L) or (B or 1, L, w) in logical order -> (R, w) in lease order."""
+    def _to_pool_order(self, table: torch.Tensor) -> torch.Tensor:
+        """(B or 1, L) or (B or 1, L, w) in logical order -> (R, w) in pool order."""
         table = table.unsqueeze(-1) if table.ndim == 2 else table
         flat = table.expand(self.plan.batch, -1, -1).reshape(-1, table.shape[-1])
-        return flat.index_select(0, self._layout.tokens)
+        return flat.index_select(0, self._tensors.tokens)
 
-    def _lease_rows(self, stage: int, active: torch.Tensor) -> torch.Tensor:
-        """Lease rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
+    def _pool_rows(self, stage: int, active: torch.Tensor) -> torch.Tensor:
+        """Pool rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
         if self.plan.scores_pool(stage):
             return active
         return self._rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
@@ -302,39 +302,39 @@ class Prefill:
 
     def _scored_tables(self, stage: int) -> Sequence[torch.Tensor]:
         tables = self.tables.cos, self.tables.sin
-        return self._home[:2] if self.plan.scores_pool(stage) else [t.flatten(0, 1) for t in tables]
+        return self._pool_tables[:2] if self.plan.scores_pool(stage) else [t.flatten(0, 1) for t in tables]
 
     def _scored_positions(self, stage: int) -> torch.Tensor:
-        return self._layout.positions if self.plan.scores_pool(stage) else self.positions.flatten()
+        return self._tensors.positions if self.plan.scores_pool(stage) else self.positions.flatten()
 
-    def _survivors(self, kept: torch.Tensor) -> _Rivals:
-        """Who competes after a removal: ``kept`` (B, K) are ordinals into the former candidates, padded with -1."""
-        old, dropped = self._rivals, kept < 0
+    def _survivors(self, kept: torch.Tensor) -> _Competitors:
+        """What competes after a removal: ``kept`` (B, K) are indices into the former candidates, padded with -1."""
+        old, dropped = self._competitors, kept < 0
         kept = kept.clamp(min=0)
-        beyond = torch.iinfo(old.texts.dtype).max
+        beyond = torch.iinfo(old.text_rows.dtype).max
         visual = old.candidates.gather(1, kept).masked_fill(dropped, beyond)
-        texts = old.texts.masked_fill(old.texts < 0, beyond)
-        return _Rivals(
-            candidates=_merged(visual, texts).masked_fill(dropped, -1),
-            texts=_merged(texts, visual).masked_fill(old.texts < 0, -1),
-            ordinals=old.ordinals.gather(1, kept),
+        text_rows = old.text_rows.masked_fill(old.text_rows < 0, beyond)
+        return _Competitors(
+            candidates=_merged(visual, text_rows).masked_fill(dropped, -1),
+            text_rows=_merged(text_rows, visual).masked_fill(old.text_rows < 0, -1),
+            visual_indices=old.visual_indices.gather(1, kept),
         )
 
-    def _renumbered(self, hidden: torch.Tensor) -> Tables:
+    def _renumbered(self, hidden: torch.Tensor) -> PositionTables:
         """PDrop's original numbering: the rows that are left count from 0 (spec: PyramidDrop)."""
         ids = (self._rows >= 0).cumsum(1).sub(1).clamp(min=0)
-        return Tables(*self._projector.rope_tables(hidden, ids), ids)
+        return PositionTables(*self._adapter.rope_tables(hidden, ids), ids)
 
     def _record(self, stage: int, selection: Selection) -> None:
         if self._trace is None:
             return
         counts = self.plan.kept[stage - 1] if stage and self.plan.action == "remove" else self.plan.visual_counts
-        kept = self._rivals.ordinals.gather(1, selection.kept.clamp(min=0))
+        kept = self._competitors.visual_indices.gather(1, selection.kept.clamp(min=0))
         self._trace.append(
             StageTrace(
                 layer=self.plan.schedule.layers[stage],
                 kept=_trim(kept, self.plan.kept[stage]),
-                candidates=_trim(self._rivals.ordinals, counts),
+                candidates=_trim(self._competitors.visual_indices, counts),
                 scores=_trim(selection.scores, counts),
             )
         )

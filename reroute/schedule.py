@@ -27,7 +27,7 @@ decision (PDrop's original, only with ``remove``)."""
 
 
 def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
-    """How many of ``n`` visual tokens a keep ratio stands for; never more than ``n``.
+    """How many of ``n`` visual tokens a ratio stands for; never more than ``n``.
 
     The product is taken in binary floating point, as in the released code: 0.29 of 100 is 28.
     """
@@ -40,7 +40,7 @@ class Schedule:
     """Routing layers, and per stage the share of the prompt's N visual tokens that is kept.
 
     - ``layers``: a decision is made before each of these layers, which already run on the result.
-    - ``keep``: kept share per stage, always relative to the original N.
+    - ``ratios``: kept share per stage, always relative to the original N.
     - ``score_layer_offset``: 0 scores with the routing layer's own query and keys, on its input;
       -1 with those of the layer before (FastV's original).
 
@@ -49,7 +49,7 @@ class Schedule:
     """
 
     layers: tuple[int, ...]
-    keep: tuple[float, ...]
+    ratios: tuple[float, ...]
     rounding: Rounding = "floor"
     positions: Positions = "preserved"
     score_layer_offset: int = 0
@@ -58,17 +58,17 @@ class Schedule:
         """Turn sequences into tuples and check them."""
         try:
             object.__setattr__(self, "layers", tuple(map(index, self.layers)))
-            object.__setattr__(self, "keep", tuple(map(float, self.keep)))
+            object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
         except (TypeError, ValueError):
             raise RerouteError(
-                "A schedule needs a sequence of layer numbers and a sequence of keep ratios, such as "
-                f"layers=(3, 7), keep=(0.5, 0.5); got layers={self.layers!r}, keep={self.keep!r}."
+                "A schedule needs a sequence of layer numbers and a sequence of ratios, such as "
+                f"layers=(3, 7), ratios=(0.5, 0.5); got layers={self.layers!r}, ratios={self.ratios!r}."
             ) from None
         if not self.layers:
             raise RerouteError("A schedule needs at least one routing layer; to run the plain model, disable routing.")
-        if len(self.layers) != len(self.keep):
+        if len(self.layers) != len(self.ratios):
             raise RerouteError(
-                f"Give one keep ratio per routing layer: got ratios {self.keep} for the layers {self.layers}."
+                f"Give one ratio per routing layer: got ratios {self.ratios} for the layers {self.layers}."
             )
         if self.score_layer_offset not in (0, -1):
             raise RerouteError(
@@ -82,8 +82,8 @@ class Schedule:
                 f"The first routing layer must be {lowest} or later with "
                 f"score_layer_offset={self.score_layer_offset}, not {self.layers[0]}."
             )
-        if any(not 0 < ratio <= 1 for ratio in self.keep):
-            raise RerouteError(f"Keep ratios must be above 0 and at most 1, not {self.keep}.")
+        if any(not 0 < ratio <= 1 for ratio in self.ratios):
+            raise RerouteError(f"Ratios must be above 0 and at most 1, not {self.ratios}.")
         if self.rounding not in get_args(Rounding):
             raise unknown("rounding", self.rounding, get_args(Rounding))
         if self.positions not in get_args(Positions):
@@ -103,10 +103,10 @@ class Schedule:
                 f"0 to {num_layers - 1}. Choose lower layers."
             )
         if action == "remove":
-            for before, after in pairwise(self.keep):
+            for before, after in pairwise(self.ratios):
                 if after > before:
                     raise RerouteError(
-                        f"With action 'remove' keep ratios must not grow ({before}, then {after}): a "
+                        f"With action 'remove' ratios must not grow ({before}, then {after}): a "
                         "removed token cannot return. Use action 'route' or ratios that only fall."
                     )
         elif self.positions == "renumbered":
@@ -121,7 +121,7 @@ class Schedule:
 
     def counts(self, n: int) -> tuple[int, ...]:
         """Visual tokens kept in each stage, of ``n`` in the prompt."""
-        return tuple(count(n, ratio, self.rounding) for ratio in self.keep)
+        return tuple(count(n, ratio, self.rounding) for ratio in self.ratios)
 
     def per_layer(self, n: int, num_layers: int) -> list[int]:
         """Visual tokens that each of the model's layers runs, of ``n`` in the prompt."""
@@ -143,5 +143,6 @@ class Schedule:
             return cls(**json.loads(text))
         except (TypeError, json.JSONDecodeError) as error:
             raise RerouteError(
-                f'Not a schedule: {error}. Pass what Schedule.to_json wrote, such as {{"layers": [3], "keep": [0.25]}}.'
+                f"Not a schedule: {error}. Pass what Schedule.to_json wrote, such as "
+                '{"layers": [3], "ratios": [0.25]}.'
             ) from None

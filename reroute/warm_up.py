@@ -9,10 +9,10 @@ from reroute_kernels import Backend, PagedPool
 
 from .methods import Method
 from .plan import Plan, make_plan
-from .prefill import Prefill, Reservation, Tables
+from .prefill import PositionTables, Prefill, Workspace
 from .schedule import Action, Schedule
-from .transformers import Family
-from .transformers.forwards import RoutedPrefill
+from .transformers import ModelAdapter
+from .transformers.context import RoutedPrefill
 
 __all__ = ["ShortPrefills"]
 
@@ -27,25 +27,27 @@ class ShortPrefills:
     rotary tables, the norms and projections of every scoring layer, the pool.
     """
 
-    def __init__(self, family: Family, schedule: Schedule, action: Action) -> None:
+    def __init__(self, adapter: ModelAdapter, schedule: Schedule, action: Action) -> None:
         """Embed two prompts."""
-        self._family, self._schedule, self._action = family, schedule, action
-        embedding = family.text.get_input_embeddings()
+        self._adapter, self._schedule, self._action = adapter, schedule, action
+        embedding = adapter.text.get_input_embeddings()
         device = embedding.weight.device
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         self.hidden: torch.Tensor = embedding(ids)
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        self.tables = Tables(*family.rope_tables(self.hidden, self._positions), self._positions)
+        self.tables = PositionTables(*adapter.rope_tables(self.hidden, self._positions), self._positions)
 
     def run(self, backend: Backend, pool: PagedPool, method: Method | None, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""
         for prompts in range(1, min(batch, 2) + 1):
-            for has_ids in (True, False) if self._family.may_lack_position_ids else (True,):
+            for has_ids in (True, False) if self._adapter.may_lack_position_ids else (True,):
                 self._prefill(prompts, has_ids, backend, pool, method)
 
     def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, method: Method | None) -> None:
-        def start(plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None) -> Prefill:
-            return Prefill(plan, backend, pool, self._family, tables, reservation=reservation, method=method)
+        def start(
+            plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
+        ) -> Prefill:
+            return Prefill(plan, backend, pool, self._adapter, tables, workspace=workspace, method=method)
 
         ids = np.tile(PROMPT, (prompts, 1))
         plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), self._schedule, self._action)
@@ -55,9 +57,9 @@ class ShortPrefills:
             "position_ids": self._positions[:prompts] if has_ids else None,
         }
         hidden = self.hidden[:prompts]
-        forward = RoutedPrefill(plan, self._family, start, None, record_states=False)
+        forward = RoutedPrefill(plan, self._adapter, start, None, record_states=False)
         try:
-            for layer in range(len(self._family.layers)):
+            for layer in range(len(self._adapter.layers)):
                 replaced = forward.before_layer(layer, hidden, kwargs)
                 hidden = (hidden if replaced is None else replaced[0]).clone()  # as if the layer had run
             forward.after_last_layer(hidden)

@@ -6,7 +6,7 @@ specification; :func:`resolve` picks the backend that runs it.
 
 from reroute_kernels.dispatch import Backend, BackendUnavailable, check_backend, resolve
 from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
-from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
+from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
 from reroute_kernels.warm_up import LoadedKernel, WarmUp, load_kernels
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "PoolStats",
     "RMSNorm",
     "Rope",
-    "Segments",
+    "SelectMetadata",
     "Selection",
     "WarmUp",
     "check_backend",

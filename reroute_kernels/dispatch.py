@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroute_kernels import reference
 from reroute_kernels.pool import Lease
-from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
+from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
 
 KNOWN = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
@@ -39,7 +39,7 @@ class BackendUnavailable(RuntimeError):
 class Admit(Protocol):
     """The type of :func:`reroute_kernels.reference.admit`."""
 
-    def __call__(self, pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
         """Gather rows."""
         ...
 
@@ -55,9 +55,9 @@ class ScoreTopk(Protocol):
         sin: Tensor,
         query_rows: Tensor,
         candidates: Tensor,
-        texts: Tensor,
+        text_rows: Tensor,
         positions: Tensor,
-        segments: Segments,
+        metadata: SelectMetadata,
         *,
         scale: float,
         rope: Rope = "half",
@@ -76,7 +76,7 @@ class Backend:
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
     defer_rmsnorm: Callable[[Lease, Tensor, Tensor, Tensor, RMSNorm], Tensor]
-    select: Callable[[Tensor, Tensor, Tensor, Tensor, Segments], Selection]
+    select: Callable[[Tensor, Tensor, Tensor, Tensor, SelectMetadata], Selection]
     score_topk: ScoreTopk
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from reroute_kernels.pool import Lease
-from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
+from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
 from reroute_kernels.triton_kernels import defer_rmsnorm as _defer_rmsnorm
 from reroute_kernels.triton_kernels import rows as _rows
 from reroute_kernels.triton_kernels import score as _score
@@ -66,9 +66,9 @@ def _no_flops(*_: object, **__: object) -> int:
 # --- defer and admit -------------------------------------------------------------------------
 
 
-def _fake_admit(pages: Tensor, table: Tensor, rows: Tensor, companions: Sequence[Tensor]) -> list[Tensor]:
+def _fake_admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor]) -> list[Tensor]:
     hidden = pages.new_empty(*rows.shape, pages.shape[2])
-    return [hidden, *(companion.new_empty(*rows.shape, companion.shape[1]) for companion in companions)]
+    return [hidden, *(tensor.new_empty(*rows.shape, tensor.shape[1]) for tensor in aux)]
 
 
 defer = _register(
@@ -78,63 +78,64 @@ defer = _register(
     _no_flops,
 )
 _admit = _register(
-    "admit(Tensor pages, Tensor table, Tensor rows, Tensor[] companions) -> Tensor[]",
+    "admit(Tensor pages, Tensor table, Tensor rows, Tensor[] aux) -> Tensor[]",
     _rows.admit,
     _fake_admit,
     _no_flops,
 )
 
 
-def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
+def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
     """:func:`reroute_kernels.reference.admit` by the Triton kernel."""
-    return tuple(_admit(pages, table, rows, companions))
+    return tuple(_admit(pages, table, rows, aux))
 
 
 # --- defer_rmsnorm -----------------------------------------------------------------------------
 
 
 def _fake_defer_rmsnorm(
-    pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor, weight: Tensor, eps: float
+    pages: Tensor, table: Tensor, inverse_index: Tensor, hidden: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
     dtype = torch.promote_types(pages.dtype, weight.dtype)
     return pages.new_empty(table.shape[0] * pages.shape[1], pages.shape[2], dtype=dtype)
 
 
 _defer_rmsnorm_op = _register(
-    "defer_rmsnorm(Tensor(a!) pages, Tensor table, Tensor inverse, Tensor hidden, Tensor weight, float eps) -> Tensor",
+    "defer_rmsnorm(Tensor(a!) pages, Tensor table, Tensor inverse_index, Tensor hidden, Tensor weight, float eps) "
+    "-> Tensor",
     _defer_rmsnorm.defer_rmsnorm,
     _fake_defer_rmsnorm,
     _no_flops,
 )
 
 
-def defer_rmsnorm(lease: Lease, rows: Tensor, inverse: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
-    """:func:`reroute_kernels.reference.defer_rmsnorm` by the Triton kernel, which needs only ``inverse``."""
-    normed: Tensor = _defer_rmsnorm_op(lease.pages, lease.table, inverse, hidden, *norm)
+def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    """:func:`reroute_kernels.reference.defer_rmsnorm` by the Triton kernel, which needs only ``inverse_index``."""
+    normed: Tensor = _defer_rmsnorm_op(lease.pages, lease.table, inverse_index, hidden, *norm)
     return normed
 
 
 # --- select and score_topk -------------------------------------------------------------------
 
-# Segments travel as a tensor and as one list of integers, field after field: operators take no objects.
+# SelectMetadata travel as a tensor and as one list of integers, field after field: operators take no objects.
 _COUNTS = "Tensor counts, int[] host_counts"
-_SELECTION = "(Tensor kept, Tensor active, Tensor positions, Tensor inverse, Tensor scores)"
+_SELECTION = "(Tensor kept, Tensor active_rows, Tensor active_positions, Tensor inverse_index, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
-def _segments(counts: tuple[int, ...]) -> Segments:
+def _metadata(counts: tuple[int, ...]) -> SelectMetadata:
     batch = len(counts) // 5
-    starts, lengths, candidates, texts, keep = (counts[i * batch : (i + 1) * batch] for i in range(5))
-    return Segments(starts, lengths, candidates, texts, keep)
+    starts, kv_lens, num_candidates, num_texts, k = (counts[i * batch : (i + 1) * batch] for i in range(5))
+    return SelectMetadata(starts, kv_lens, num_candidates, num_texts, k)
 
 
 def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]) -> Selection:
-    (batch, widest), segments = candidates.shape, _segments(tuple(counts))
+    (batch, widest), metadata = candidates.shape, _metadata(tuple(counts))
     return Selection(
-        kept=candidates.new_empty(batch, max(segments.keep)),
-        active=candidates.new_empty(batch, segments.width),
-        positions=candidates.new_empty(batch, segments.width),
-        inverse=positions.new_empty(positions.shape),
+        kept=candidates.new_empty(batch, max(metadata.k)),
+        active_rows=candidates.new_empty(batch, metadata.compact_length),
+        active_positions=candidates.new_empty(batch, metadata.compact_length),
+        inverse_index=positions.new_empty(positions.shape),
         scores=candidates.new_empty(batch, widest, dtype=torch.float32),
     )
 
@@ -142,32 +143,32 @@ def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]
 def _run_select(*arguments: Any) -> Selection:
     *tensors, counts, host_counts = arguments
     launch: Callable[..., Selection] = _select.select
-    return launch(*tensors, _segments(tuple(host_counts)), counts=counts)
+    return launch(*tensors, _metadata(tuple(host_counts)), counts=counts)
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
     *tensors, counts, host_counts, scale, rope, weight, eps = arguments
     launch: Callable[..., Selection] = _score.score_topk
     key_norm = None if weight is None else RMSNorm(weight, eps)
-    segments = _segments(tuple(host_counts))
-    return launch(*tensors, segments, scale=scale, rope=rope, key_norm=key_norm, counts=counts)
+    metadata = _metadata(tuple(host_counts))
+    return launch(*tensors, metadata, scale=scale, rope=rope, key_norm=key_norm, counts=counts)
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
     """Of the logits: 2 H D for every key row of a sample with candidates."""
-    (_, heads, features), segments = arguments[0], _segments(tuple(arguments[9]))
-    return 2 * heads * features * sum(n for n, c in zip(segments.lengths, segments.candidates, strict=True) if c)  # type: ignore[no-any-return]
+    query, metadata = arguments[0], _metadata(tuple(arguments[9]))
+    return 2 * query[1] * query[2] * sum(n for n, c in zip(metadata.kv_lens, metadata.num_candidates, strict=True) if c)  # type: ignore[no-any-return]
 
 
 _select_op = _register(
-    f"select(Tensor scores, Tensor candidates, Tensor texts, Tensor positions, {_COUNTS}) -> {_SELECTION}",
+    f"select(Tensor scores, Tensor candidates, Tensor text_rows, Tensor positions, {_COUNTS}) -> {_SELECTION}",
     _run_select,
     lambda *arguments: _fake_selection(arguments[1], arguments[3], arguments[5]),
     _no_flops,
 )
 _score_op = _register(
     "score_topk(Tensor query, Tensor keys, Tensor cos, Tensor sin, Tensor query_rows, Tensor candidates, "
-    f"Tensor texts, Tensor positions, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) "
+    f"Tensor text_rows, Tensor positions, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) "
     f"-> {_SELECTION}",
     _run_score_topk,
     lambda *arguments: _fake_selection(arguments[5], arguments[7], arguments[9]),
@@ -175,10 +176,12 @@ _score_op = _register(
 )
 
 
-def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor, segments: Segments) -> Selection:
+def select(
+    scores: Tensor, candidates: Tensor, text_rows: Tensor, positions: Tensor, metadata: SelectMetadata
+) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
-    tensors = scores, candidates, texts, positions, segments.counts(scores.device)
-    return Selection(*_select_op(*tensors, segments.flat))
+    tensors = scores, candidates, text_rows, positions, metadata.counts(scores.device)
+    return Selection(*_select_op(*tensors, metadata.flat))
 
 
 def score_topk(
@@ -188,14 +191,14 @@ def score_topk(
     sin: Tensor,
     query_rows: Tensor,
     candidates: Tensor,
-    texts: Tensor,
+    text_rows: Tensor,
     positions: Tensor,
-    segments: Segments,
+    metadata: SelectMetadata,
     *,
     scale: float,
     rope: Rope = "half",
     key_norm: RMSNorm | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
-    tensors = query, keys, cos, sin, query_rows, candidates, texts, positions, segments.counts(query.device)
-    return Selection(*_score_op(*tensors, segments.flat, scale, rope, *(key_norm or (None, 0.0))))
+    tensors = query, keys, cos, sin, query_rows, candidates, text_rows, positions, metadata.counts(query.device)
+    return Selection(*_score_op(*tensors, metadata.flat, scale, rope, *(key_norm or (None, 0.0))))

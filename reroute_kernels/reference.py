@@ -1,11 +1,11 @@
 """The same operations in plain PyTorch: the specification, the ``torch`` backend, the test oracle.
 
-Counts are host integers (:class:`Segments`), so that no operation waits for the device and every
+Counts are host integers (:class:`SelectMetadata`), so that no operation waits for the device and every
 shape is known before a kernel runs.
 
-Two kinds of row numbers occur. A *lease row* counts over the whole lease, page tails included; a
-*local row* counts from its sample's first row. In both, -1 is a filler. Scored rows are mostly all
-rows of a lease, and are numbered like lease rows then.
+Two kinds of row numbers occur. A *pool row* counts over the whole lease, page tails included; a
+*sample row* counts from its sample's first row. In both, -1 is a filler. Scored rows are mostly all
+rows of a lease, and are numbered like pool rows then.
 """
 
 from __future__ import annotations
@@ -29,36 +29,37 @@ Rope = Literal["half", "interleaved"]
 
 
 @dataclass(frozen=True)
-class Segments:
+class SelectMetadata:
     """Host integers of one decision, one per sample.
 
-    starts: first key row; samples follow one another. lengths: key rows the query sees, the pool P of the softmax.
-    candidates: N_b. texts: M_b, rows that are always active. keep: K_b. on_device: the five of them as (5, B) int64,
-    for kernels; whoever makes many decisions uploads them together. flat: the five one after the other.
+    starts: first key row; samples follow one another. kv_lens: key rows the query sees, the pool P of the softmax.
+    num_candidates: N_b. num_texts: M_b, rows that are always active. k: K_b. on_device: the five of them as (5, B)
+    int64, for kernels; a plan uploads those of all its decisions together. flat: the five one after the other.
     """
 
     starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    candidates: tuple[int, ...]
-    texts: tuple[int, ...]
-    keep: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_candidates: tuple[int, ...]
+    num_texts: tuple[int, ...]
+    k: tuple[int, ...]
     on_device: Tensor | None = field(default=None, compare=False, repr=False)
     flat: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """ValueError where the counts contradict each other."""
-        object.__setattr__(self, "flat", tuple(chain.from_iterable(self.columns)))
-        if not self.starts or len({len(column) for column in self.columns}) > 1:
+        fields = self.as_tuple()
+        object.__setattr__(self, "flat", tuple(chain.from_iterable(fields)))
+        if not self.starts or len({len(column) for column in fields}) > 1:
             raise ValueError(f"every field needs one integer per sample: got {self}")
-        if min(map(min, self.columns)) < 0:
+        if min(map(min, fields)) < 0:
             raise ValueError(f"counts must not be negative: got {self}")
-        for b, (length, candidates, keep) in enumerate(zip(self.lengths, self.candidates, self.keep, strict=True)):
-            if not keep <= candidates <= length:
+        for b, (length, candidates, k) in enumerate(zip(self.kv_lens, self.num_candidates, self.k, strict=True)):
+            if not k <= candidates <= length:
                 raise ValueError(
-                    f"sample {b}: keep={keep} <= candidates={candidates} <= length={length} is "
-                    f"violated; a candidate is a row that the query sees"
+                    f"sample {b}: k={k} <= num_candidates={candidates} <= kv_len={length} is violated; a candidate is "
+                    "a row that the query sees"
                 )
-        for b, (start, length, following) in enumerate(zip(self.starts, self.lengths, self.starts[1:], strict=False)):
+        for b, (start, length, following) in enumerate(zip(self.starts, self.kv_lens, self.starts[1:], strict=False)):
             if following < start + length:
                 raise ValueError(
                     f"sample {b} has rows {start} to {start + length} and the next begins at {following}; "
@@ -67,38 +68,37 @@ class Segments:
 
     def counts(self, device: torch.device) -> Tensor:
         """``on_device``, or else a new upload."""
-        return upload(self.columns, device) if self.on_device is None else self.on_device
+        return upload(self.as_tuple(), device) if self.on_device is None else self.on_device
 
     @property
-    def active(self) -> tuple[int, ...]:
+    def num_active(self) -> tuple[int, ...]:
         """Rows the stage runs per sample, M_b + K_b."""
-        return tuple(m + k for m, k in zip(self.texts, self.keep, strict=True))
+        return tuple(m + k for m, k in zip(self.num_texts, self.k, strict=True))
 
-    @property
-    def columns(self) -> tuple[tuple[int, ...], ...]:
+    def as_tuple(self) -> tuple[tuple[int, ...], ...]:
         """All counts, field after field."""
-        return self.starts, self.lengths, self.candidates, self.texts, self.keep
+        return self.starts, self.kv_lens, self.num_candidates, self.num_texts, self.k
 
     @cached_property
-    def width(self) -> int:
-        """The compact length S, the largest of ``active``."""
-        return max(self.active)
+    def compact_length(self) -> int:
+        """The compact length S, the largest of ``num_active``."""
+        return max(self.num_active)
 
 
 class Selection(NamedTuple):
     """A decision.
 
-    kept: (B, Kmax) int64, ascending ordinals into the sample's candidates, then -1.
-    active: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
-    positions: (B, S) int64, the position of each active row, and -1 for fillers.
-    inverse: (R,) int64, the place of each scored row in the flattened ``active``, -1 where it is deferred.
+    kept: (B, Kmax) int64, ascending indices into the sample's candidates, then -1.
+    active_rows: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
+    active_positions: (B, S) int64, the position of each active row, and -1 for fillers.
+    inverse_index: (R,) int64, where each scored row is in the flattened ``active_rows``, -1 where it is deferred.
     scores: (B, Nmax) fp32 in candidate order, then -inf.
     """
 
     kept: Tensor
-    active: Tensor
-    positions: Tensor
-    inverse: Tensor
+    active_rows: Tensor
+    active_positions: Tensor
+    inverse_index: Tensor
     scores: Tensor
 
 
@@ -116,7 +116,7 @@ class RMSNorm(NamedTuple):
 
 @torch.no_grad()
 def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
-    """Write ``hidden`` (B, S, C) in place to the lease rows ``rows`` (B, S) int64; -1 is skipped.
+    """Write ``hidden`` (B, S, C) in place to the pool rows ``rows`` (B, S) int64; -1 is skipped.
 
     pages: (P, page_size, C), contiguous. table: (T,) int64 page ids. A row may occur once. The
     pool keeps values, not autograd history.
@@ -135,10 +135,10 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     memory.index_copy_(0, slot, value)
 
 
-def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tuple[Tensor, ...]:
-    """Gather lease rows ``rows`` (B, S) int64: (B, S, C) from the pool; -1 becomes zeros.
+def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
+    """Gather pool rows ``rows`` (B, S) int64: (B, S, C) from the pool; -1 becomes zeros.
 
-    companions: (R, w) tensors of any dtype in lease-row order (cos, sin, position ids); each is
+    aux: (R, w) tensors of any dtype in pool-row order (cos, sin, position ids); each is
     gathered to (B, S, w) behind the hidden states.
     """
     flat = rows.reshape(-1)
@@ -154,15 +154,15 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *companions: Tensor) -> tu
         return taken.view(*rows.shape, source.shape[1])
 
     slots = _slots(table, index, pages.shape[1]) if table.numel() else index
-    return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(companion, index) for companion in companions)
+    return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(tensor, index) for tensor in aux)
 
 
-def defer_rmsnorm(lease: Lease, rows: Tensor, inverse: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
-    """Defer ``hidden`` (B, S, C) to ``lease``, and then all its rows after ``norm``, (R, C) in lease order.
+def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    """Defer ``hidden`` (B, S, C) to ``lease``, and then all its rows after ``norm``, (R, C) in the order of pool rows.
 
-    What is scored is projected from them. rows (B, S) and inverse (R,) int64 tell the same from either side: the
-    lease row of each compact row, and the place of each lease row in the flattened ``rows``; -1 for fillers, and for
-    rows that are deferred already. The norm has C features.
+    What is scored is projected from them. rows (B, S) and inverse_index (R,) int64 tell the same from either side: the
+    pool row of each compact row, and where each pool row is in the flattened ``rows``; -1 for fillers, and for rows
+    that are deferred already. The norm has C features.
     """
     defer(lease.pages, lease.table, rows, hidden)
     return norm(lease.rows())
@@ -190,32 +190,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
     return out
 
 
-def select(scores: Tensor, candidates: Tensor, texts: Tensor, positions: Tensor, segments: Segments) -> Selection:
+def select(
+    scores: Tensor, candidates: Tensor, text_rows: Tensor, positions: Tensor, metadata: SelectMetadata
+) -> Selection:
     """The K_b best candidates of each sample: higher score first, then lower index.
 
-    scores: (B, Nmax) fp32. candidates: (B, Nmax) and texts: (B, Mmax) int64 local rows, disjoint
+    scores: (B, Nmax) fp32. candidates: (B, Nmax) and text_rows: (B, Mmax) int64 sample rows, disjoint
     and ascending, then -1. What lies beyond a sample's counts is never read. positions: (R,) int64,
     a number for each scored row, which the selection hands on for the active ones. -0.0 equals +0.0,
     and a NaN of any sign ranks above everything, so that a broken score shows.
     """
     keys = _rankable(scores.float())
     kept, active = [], []
-    inverse = torch.full_like(positions, -1)
-    counts = zip(segments.starts, segments.candidates, segments.texts, segments.keep, strict=True)
+    inverse_index = torch.full_like(positions, -1)
+    counts = zip(metadata.starts, metadata.num_candidates, metadata.num_texts, metadata.k, strict=True)
     for b, (start, n, m, k) in enumerate(counts):
         best = torch.sort(keys[b, :n], stable=True, descending=True).indices[:k].sort().values
         kept.append(best)
-        rows = torch.cat((texts[b, :m], candidates[b].index_select(0, best))).sort().values + start
-        end = (b + 1) * segments.width
-        inverse.index_copy_(0, rows, torch.arange(end - len(rows), end, device=rows.device))
+        rows = torch.cat((text_rows[b, :m], candidates[b].index_select(0, best))).sort().values + start
+        end = (b + 1) * metadata.compact_length
+        inverse_index.index_copy_(0, rows, torch.arange(end - len(rows), end, device=rows.device))
         active.append(rows)
     return Selection(
-        kept=_stack(kept, max(segments.keep), -1),
-        active=_stack(active, segments.width, -1, align="right"),
-        positions=_stack([positions.index_select(0, rows) for rows in active], segments.width, -1, align="right"),
-        inverse=inverse,
+        kept=_stack(kept, max(metadata.k), -1),
+        active_rows=_stack(active, metadata.compact_length, -1, align="right"),
+        active_positions=_stack(
+            [positions.index_select(0, rows) for rows in active], metadata.compact_length, -1, align="right"
+        ),
+        inverse_index=inverse_index,
         scores=_stack(
-            [scores[b, :n].float() for b, n in enumerate(segments.candidates)],
+            [scores[b, :n].float() for b, n in enumerate(metadata.num_candidates)],
             candidates.shape[1],
             float("-inf"),
         ),
@@ -229,9 +233,9 @@ def score_topk(
     sin: Tensor,
     query_rows: Tensor,
     candidates: Tensor,
-    texts: Tensor,
+    text_rows: Tensor,
     positions: Tensor,
-    segments: Segments,
+    metadata: SelectMetadata,
     *,
     scale: float,
     rope: Rope = "half",
@@ -242,10 +246,10 @@ def score_topk(
     query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own
     query norm. keys: (R, G, D) of all scored rows, before rotary embedding and before ``key_norm``,
     which is for models that norm each key head; head h uses key head h * G // H. cos, sin: (R, rot).
-    query_rows: (B,) int64 scored rows, read for samples with candidates only. candidates, texts,
-    positions: as for :func:`select`; candidates lie below ``lengths[b]``, texts may lie beyond.
+    query_rows: (B,) int64 scored rows, read for samples with candidates only. candidates, text_rows,
+    positions: as for :func:`select`; candidates lie below ``kv_lens[b]``, text_rows may lie beyond.
 
-    The score is the mean over heads of the softmax over the sample's first ``lengths[b]`` rows
+    The score is the mean over heads of the softmax over the sample's first ``kv_lens[b]`` rows
     (text and deferred rows included). Logits, softmax and mean are fp32 after a rotation in the
     model's dtype. Memory is O(H * L). ValueError if G does not divide H, or the norm is not of D features.
     """
@@ -255,7 +259,9 @@ def score_topk(
         raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {keys.shape[2]}")
     # One sample at a time: its result cannot depend on its neighbours in the batch.
     scores = []
-    for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
+    for b, (start, length, n) in enumerate(
+        zip(metadata.starts, metadata.kv_lens, metadata.num_candidates, strict=True)
+    ):
         if n == 0:
             scores.append(query.new_empty(0, dtype=torch.float32))
             continue
@@ -265,15 +271,15 @@ def score_topk(
         k = rotate(k, cos[span], sin[span], rope)
         scores.append(_attention(q, k, scale).index_select(0, candidates[b, :n]))
     padded = _stack(scores, candidates.shape[1], float("-inf"))
-    return select(padded, candidates, texts, positions, segments)
+    return select(padded, candidates, text_rows, positions, metadata)
 
 
 def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Head mean (L,) of the softmax of rotated query (1, H, D) against rotated keys (L, G, D)."""
-    heads, groups = query.shape[1], keys.shape[1]
-    grouped = query.float().view(groups, heads // groups, -1)
+    num_qo_heads, num_kv_heads = query.shape[1], keys.shape[1]
+    grouped = query.float().view(num_kv_heads, num_qo_heads // num_kv_heads, -1)
     logits = grouped @ keys.float().permute(1, 2, 0) * scale
-    return logits.softmax(-1).view(heads, -1).mean(0)
+    return logits.softmax(-1).view(num_qo_heads, -1).mean(0)
 
 
 def _rankable(scores: Tensor) -> Tensor:
@@ -282,7 +288,7 @@ def _rankable(scores: Tensor) -> Tensor:
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
-    """Pool slots of lease rows (n,), none of them a filler."""
+    """Pool slots of pool rows (n,), none of them a filler."""
     return torch.add(rows % page_size, table.index_select(0, rows // page_size), alpha=page_size)
 
 

@@ -73,10 +73,10 @@ def load_kernels(backend: Backend, visual: int, batch: int, prefills: Callable[[
 
 def _at_every_width(backend: Backend, visual: int) -> Backend:
     """``backend``, which selects once more from rows padded to each width that has a kernel of its own."""
-    from reroute_kernels.triton_kernels.select import widths
+    from reroute_kernels.triton_kernels.select import row_classes
 
     def padded(rows: Tensor, value: float) -> list[Tensor]:
-        gaps = (width - rows.shape[1] for width in widths(visual))
+        gaps = (width - rows.shape[1] for width in row_classes(visual))
         return [pad(rows, (0, gap), value=value) for gap in gaps if gap > 0]
 
     def select(scores: Tensor, candidates: Tensor, *rest: Any) -> Selection:
@@ -100,7 +100,7 @@ def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:
     """Each kernel that ``run`` launches from this thread."""
     from triton import knobs
 
-    from reroute_kernels.triton_kernels._common import observing
+    from reroute_kernels.triton_kernels.launch import observing
 
     thread = get_ident()
     listener: Callable[..., None] | None = None

@@ -26,7 +26,7 @@ class Rules:
     """When and how decisions are made."""
 
     layers: tuple[int, ...]
-    keep: tuple[float, ...]
+    ratios: tuple[float, ...]
     action: str = "route"
     rounding: str = "floor"
     positions: str = "preserved"
@@ -34,7 +34,7 @@ class Rules:
 
     def count(self, n: int, stage: int) -> int:
         """How many of ``n`` visual tokens stay."""
-        exact = n * self.keep[stage]
+        exact = n * self.ratios[stage]
         if self.rounding == "half_even":
             return min(n, round(exact))
         least = 1 if self.rounding == "floor" else 0

@@ -11,7 +11,7 @@ from ..embedded.evaluation import Box, Example, answer_box, score
 from ..embedded.scenes import SIDE
 from ..report import Answer, Results, Routed, Scene, Setup
 from ..report.scene import stages_of
-from ..transformers import family_of
+from ..transformers import adapter_of
 from .loading import Loaded, Prompt
 from .measure import routed
 
@@ -36,8 +36,8 @@ def make_scene(
     max_new_tokens: int | None = None,
 ) -> Scene:
     """Answer one prompt in every setup. ``read`` turns what the model says into an answer."""
-    family = family_of(loaded.model)
-    layers = len(family.layers)
+    adapter = adapter_of(loaded.model)
+    layers = len(adapter.layers)
     dense, runs = None, []
     for setup in setups:
         with routed(loaded.model, setup, backend, trace=True) as handle:
@@ -47,7 +47,7 @@ def make_scene(
             else:
                 assert handle.trace is not None
                 runs.append(Routed(setup, answer, stages_of(handle.trace, layers)))
-    grid = family.image_grids(prompt.inputs)[0][0]
+    grid = adapter.image_grids(prompt.inputs)[0][0]
     return Scene(prompt.image, grid, layers, loaded.name, prompt.question, runs, dense)
 
 

@@ -25,7 +25,7 @@ def get(method: str | Method) -> Method:
     if not isinstance(method, str):
         raise RerouteError(
             f"method must be one of the names {', '.join(sorted(METHODS))} or a Method such as "
-            f"FastV(keep=0.25), not {method!r}."
+            f"FastV(ratio=0.25), not {method!r}."
         )
     if method not in METHODS:
         raise unknown("method", method, METHODS)

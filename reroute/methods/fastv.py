@@ -22,14 +22,14 @@ class FastV(Method):
     - ``remove``: one decision, before ``layer``.
     - ``route``: the same, and new decisions before layers 7, 15 and 23 of 32, scaled to the depth.
 
-    ``layer`` is taken literally; None is layer 3, moved forward only in shallow models. ``keep``,
+    ``layer`` is taken literally; None is layer 3, moved forward only in shallow models. ``ratio``,
     the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers.
     """
 
     name = "fastv"
 
     layer: int | None = None
-    keep: float = 0.2644
+    ratio: float = 0.2644
     score_layer_offset: int = 0
     rounding: Rounding = "floor"
 
@@ -39,18 +39,18 @@ class FastV(Method):
 
         Meant for ``remove``.
         """
-        return cls(layer=2, keep=0.5, score_layer_offset=-1, rounding="half_even")
+        return cls(layer=2, ratio=0.5, score_layer_offset=-1, rounding="half_even")
 
     def schedule(self, num_layers: int, action: Action) -> Schedule:
         """See ``Method``."""
         layers = self._layers(num_layers, action)
-        ratios = (self.keep,) * len(layers)
+        ratios = (self.ratio,) * len(layers)
         return Schedule(layers, ratios, self.rounding, score_layer_offset=self.score_layer_offset)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""
         ratios = solve("uniform", self._layers(num_layers, action), num_layers, keep)
-        return replace(self, keep=ratios[0])
+        return replace(self, ratio=ratios[0])
 
     def _layers(self, num_layers: int, action: Action) -> tuple[int, ...]:
         first, *later = scale_layers((3, 7, 15, 23), num_layers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import TYPE_CHECKING
 
-from ..budget import Shape, scale_layers, solve
+from ..budget import RatioFamily, scale_layers, solve
 from ..schedule import Action, Positions, Rounding, Schedule
 from .base import Method
 
@@ -24,14 +24,14 @@ class PDrop(Method):
     - ``route``: a, a, a/2, a/4: the first two stages see different tokens, not fewer.
 
     ``layers`` are routing layers, or where below 1 shares of the depth; None is (2, 7, 15, 23) of
-    32, scaled to the depth. ``keep`` has one ratio per layer, relative to the N visual tokens; None
+    32, scaled to the depth. ``ratios`` has one per layer, relative to the N visual tokens; None
     is those whose budget avg_T / N is 1/3: on 32 layers the ones released for 192 of 576 tokens.
     """
 
     name = "pdrop"
 
     layers: tuple[float, ...] | None = None
-    keep: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
     positions: Positions = "preserved"
 
@@ -45,14 +45,14 @@ class PDrop(Method):
 
     def schedule(self, num_layers: int, action: Action) -> Schedule:
         """See ``Method``."""
-        if self.keep is None:
+        if self.ratios is None:
             return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
-        return Schedule(self._layers(num_layers), self.keep, self.rounding, self.positions)
+        return Schedule(self._layers(num_layers), self.ratios, self.rounding, self.positions)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""
-        shape: Shape = "pyramid" if action == "route" else "geometric"
-        return replace(self, keep=solve(shape, self._layers(num_layers), num_layers, keep))
+        family: RatioFamily = "pyramid" if action == "route" else "geometric"
+        return replace(self, ratios=solve(family, self._layers(num_layers), num_layers, keep))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layers is None:

@@ -1,8 +1,8 @@
-"""Everything that touches Hugging Face Transformers: hooks, model families, cache layers, masks."""
+"""Everything that touches Hugging Face Transformers: hooks, model adapters, cache layers, masks."""
 
 from __future__ import annotations
 
-from .controller import Controller
-from .families import FAMILIES, SUPPORTED, Family, family_of, is_supported
+from .adapters import ADAPTERS, SUPPORTED, ModelAdapter, adapter_of, is_supported
+from .hooks import RoutingHooks
 
-__all__ = ["FAMILIES", "SUPPORTED", "Controller", "Family", "family_of", "is_supported"]
+__all__ = ["ADAPTERS", "SUPPORTED", "ModelAdapter", "RoutingHooks", "adapter_of", "is_supported"]

@@ -16,30 +16,30 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..errors import UnsupportedCacheError
 
 __all__ = [
+    "GuardedLayer",
     "RoutedLayer",
-    "WatchedLayer",
+    "allow_update",
     "cache_of",
     "check_cache",
+    "guard",
     "past_length",
     "route_layer",
     "routed_layer",
-    "serve",
-    "watch",
 ]
 
 
-class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that.
 
     ``logical``: logical length without the tokens after the visual ones, which alone may be cropped.
     """
 
     logical: int
-    _is_served = False
+    _may_update = False
 
-    def serve(self) -> None:
+    def allow_update(self) -> None:
         """Let the forward that now runs store its tokens here."""
-        self._is_served = True
+        self._may_update = True
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store tokens.
@@ -47,12 +47,12 @@ class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Raises:
             UnsupportedCacheError: in a forward without routing; nothing is stored then.
         """
-        if not self._is_served:
+        if not self._may_update:
             raise UnsupportedCacheError(
                 "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
                 "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
             )
-        self._is_served = False
+        self._may_update = False
         keys, values = super().update(*args, **kwargs)
         return keys, values
 
@@ -76,32 +76,32 @@ class WatchedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.__dict__ = vars(DynamicLayer())  # type: ignore[no-untyped-call]
 
 
-class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
+class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     """A dynamic cache layer that lacks some rows of the logical sequence.
 
-    - ``columns`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
+    - ``key_positions`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
       later follow one by one.
-    - ``logical``: see ``WatchedLayer``; the logical length when T rows were stored.
-    - ``fillers``: whether ``columns`` has any -1.
-    - ``shift`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
-    - ``group``: the routing layers of the stages that stored here: layers of one group hold the same rows.
+    - ``logical``: see ``GuardedLayer``; the logical length when T rows were stored.
+    - ``has_fillers``: whether ``key_positions`` has any -1.
+    - ``position_offset`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
+    - ``stage_key``: the routing layers of the stages that stored here: layers of one key hold the same rows.
     """
 
-    columns: torch.Tensor
-    fillers: bool
-    shift: torch.Tensor | None
-    group: tuple[int, ...]
+    key_positions: torch.Tensor
+    has_fillers: bool
+    position_offset: torch.Tensor | None
+    stage_key: tuple[int, ...]
 
     def get_seq_length(self) -> int:
         """Logical length: what Transformers must believe."""
         if not self.is_initialized or self.keys is None:
             return 0
-        return self.logical + int(self.keys.shape[-2]) - int(self.columns.shape[1])
+        return self.logical + int(self.keys.shape[-2]) - int(self.key_positions.shape[1])
 
-    def columns_with(self, new: int) -> torch.Tensor:
+    def key_positions_with(self, new: int) -> torch.Tensor:
         """Logical positions (B, stored + new) once ``new`` more tokens are stored."""
-        later = torch.arange(self.logical, self.get_seq_length() + new, device=self.columns.device)
-        return torch.cat([self.columns, later.expand(self.columns.shape[0], -1)], dim=1)
+        later = torch.arange(self.logical, self.get_seq_length() + new, device=self.key_positions.device)
+        return torch.cat([self.key_positions, later.expand(self.key_positions.shape[0], -1)], dim=1)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder samples, and with them the positions that they hold."""
@@ -119,9 +119,9 @@ class RoutedLayer(WatchedLayer):  # type: ignore[no-untyped-call]
         self._move(lambda t: t[indices])
 
     def _move(self, move: Any) -> None:
-        self.columns = move(self.columns)
-        if self.shift is not None:
-            self.shift = move(self.shift)
+        self.key_positions = move(self.key_positions)
+        if self.position_offset is not None:
+            self.position_offset = move(self.position_offset)
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -143,7 +143,7 @@ def check_cache(cache: Cache, layers: Iterable[int]) -> None:
     """
     if isinstance(cache, DynamicCache):
         present = [cache.layers[i] for i in layers if i < len(cache.layers)]
-        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "WatchedLayer", "RoutedLayer"}
+        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "GuardedLayer", "RoutedLayer"}
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -166,33 +166,34 @@ def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
     return layer if isinstance(layer, RoutedLayer) else None
 
 
-def serve(cache: Cache | None, index: int) -> None:
+def allow_update(cache: Cache | None, index: int) -> None:
     """Let layer ``index`` store the tokens of the forward that now runs, to which routing adapts it."""
-    if cache is not None and index < len(cache.layers) and isinstance(layer := cache.layers[index], WatchedLayer):
-        layer.serve()
+    if cache is not None and index < len(cache.layers) and isinstance(layer := cache.layers[index], GuardedLayer):
+        layer.allow_update()
 
 
-def watch(cache: Cache, logical: int) -> None:
+def guard(cache: Cache, logical: int) -> None:
     """Make the layers of a routed ``cache`` that hold everything refuse what the others must, before any changes.
 
-    ``logical``: see ``WatchedLayer``.
+    ``logical``: see ``GuardedLayer``.
     """
     layer: Any
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, WatchedLayer):
-            layer.__class__, layer.logical = WatchedLayer, logical
+        if type(layer) in (DynamicLayer, GuardedLayer):
+            layer.__class__, layer.logical = GuardedLayer, logical
 
 
 def route_layer(
     cache: Cache,
     index: int,
-    columns: torch.Tensor,
+    key_positions: torch.Tensor,
     logical: int,
-    fillers: bool,
-    shift: torch.Tensor | None,
-    group: tuple[int, ...],
+    has_fillers: bool,
+    position_offset: torch.Tensor | None,
+    stage_key: tuple[int, ...],
 ) -> None:
-    """Mark layer ``index`` as holding just ``columns`` (B, T) of a logical sequence; see ``RoutedLayer``."""
+    """Mark layer ``index`` as holding just ``key_positions`` (B, T) of a logical sequence; see ``RoutedLayer``."""
     layer: Any = cache.layers[index]
     layer.__class__ = RoutedLayer
-    layer.columns, layer.logical, layer.fillers, layer.shift, layer.group = columns, logical, fillers, shift, group
+    layer.key_positions, layer.logical, layer.has_fillers = key_positions, logical, has_fillers
+    layer.position_offset, layer.stage_key = position_offset, stage_key

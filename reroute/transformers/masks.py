@@ -21,10 +21,10 @@ where there is a token."""
 def prefill_mask(
     mask: torch.Tensor | None,
     rows: torch.Tensor,
-    columns: torch.Tensor,
+    key_positions: torch.Tensor,
     *,
     past: int,
-    fillers: bool,
+    has_fillers: bool,
     form: MaskForm,
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
@@ -34,55 +34,55 @@ def prefill_mask(
         mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, or
             (B, past + L) in the form ``padding``.
         rows: (B, S) position within this call of every running row, -1 for fillers.
-        columns: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
+        key_positions: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
-        fillers: whether any row or column is a filler.
+        has_fillers: whether any row or column is a filler.
         form: of a mask built from nothing.
         dtype: of an additive mask built from nothing.
     """
     if mask is None:
-        if not fillers and (past == 0 or form == "padding"):
+        if not has_fillers and (past == 0 or form == "padding"):
             return None
         if form == "padding":
-            return columns >= 0
-        picked = (columns[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
+            return key_positions >= 0
+        picked = (key_positions[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
         if form == "additive":
             lowest = torch.finfo(dtype).min
             picked = torch.zeros_like(picked, dtype=dtype).masked_fill_(~picked, lowest)
     elif mask.ndim == 2:
-        return _pick_2d(mask, columns)
+        return _pick_2d(mask, key_positions)
     else:
         sample = torch.arange(rows.shape[0], device=mask.device)[:, None, None]
         mask = mask.expand(rows.shape[0], -1, -1, -1)
         # A filler, -1, picks the last row or column.
-        picked = mask[sample, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-    return _without_fillers(picked, rows, columns) if fillers else picked
+        picked = mask[sample, 0, rows[:, :, None], key_positions[:, None, :]].unsqueeze(1)
+    return _without_fillers(picked, rows, key_positions) if has_fillers else picked
 
 
-def decode_mask(mask: torch.Tensor | None, columns: torch.Tensor, *, form: MaskForm) -> torch.Tensor:
-    """Mask for new tokens on a cache whose rows lie at ``columns`` (B, T), -1 for fillers; the last are the new ones.
+def decode_mask(mask: torch.Tensor | None, key_positions: torch.Tensor, *, form: MaskForm) -> torch.Tensor:
+    """Mask for new tokens on a cache with rows at ``key_positions`` (B, T), -1 for fillers; the last are the new ones.
 
     With ``mask`` None every key that is not a filler is visible (Transformers passes None only then).
     """
     if mask is None:
-        present = columns >= 0
+        present = key_positions >= 0
         return present if form == "padding" else present[:, None, None, :]
     if mask.ndim == 2:
-        return _pick_2d(mask, columns)
-    present = (columns >= 0)[:, None, None, :]
-    index = columns.clamp(min=0)[:, None, None, :].expand(-1, -1, mask.shape[2], -1)
-    picked = mask.expand(columns.shape[0], -1, -1, -1).gather(3, index)
+        return _pick_2d(mask, key_positions)
+    present = (key_positions >= 0)[:, None, None, :]
+    index = key_positions.clamp(min=0)[:, None, None, :].expand(-1, -1, mask.shape[2], -1)
+    picked = mask.expand(key_positions.shape[0], -1, -1, -1).gather(3, index)
     if picked.dtype == torch.bool:
         return picked & present
     return picked.masked_fill(~present, torch.finfo(picked.dtype).min)
 
 
-def _pick_2d(mask: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return mask.gather(1, columns.clamp(min=0)).bool() & (columns >= 0)
+def _pick_2d(mask: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    return mask.gather(1, key_positions.clamp(min=0)).bool() & (key_positions >= 0)
 
 
-def _without_fillers(mask: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _without_fillers(mask: torch.Tensor, rows: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
     """Hide filler columns, in place; let filler rows see all others, since a row that sees nothing may become NaN."""
     shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     mask.masked_fill_((rows < 0)[:, None, :, None], shown)
-    return mask.masked_fill_((columns < 0)[:, None, None, :], hidden)
+    return mask.masked_fill_((key_positions < 0)[:, None, None, :], hidden)

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from .families import is_supported
+from .adapters import is_supported
 
 __all__ = ["start", "stop"]
 

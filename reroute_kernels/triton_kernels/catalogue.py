@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels.reference import RMSNorm, Segments
+from reroute_kernels.reference import RMSNorm, SelectMetadata
 from reroute_kernels.triton_kernels import defer_rmsnorm, rows, score, select
 
 
@@ -39,8 +39,8 @@ def _defer(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], o
 
 def _admit(features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     def launch() -> object:
-        pages, table, index, _, *companions = _moved(features, 128, dtype)
-        return rows.admit(pages, table, index, companions)
+        pages, table, index, _, *aux = _moved(features, 128, dtype)
+        return rows.admit(pages, table, index, aux)
 
     return launch
 
@@ -77,7 +77,7 @@ def _score_topk(
     def launch() -> object:
         length = visual + 64
         row = torch.arange(length)[None]
-        segments = Segments((0,), (length,), (visual,), (64,), (visual // 4,))
+        metadata = SelectMetadata((0,), (length,), (visual,), (64,), (visual // 4,))
         return score.score_topk(
             torch.empty(1, heads, features, dtype=dtype),
             torch.empty(length, groups, features, dtype=dtype),
@@ -87,7 +87,7 @@ def _score_topk(
             row[:, :visual],
             row[:, visual:],
             row[0],
-            segments,
+            metadata,
             scale=1.0,
             key_norm=RMSNorm(torch.empty(features, dtype=dtype), 1e-6) if normed else None,
         )
@@ -100,8 +100,8 @@ def _select(visual: int) -> Callable[[], object]:
 
     def launch() -> object:
         row = torch.arange(visual + 64)[None]
-        segments = Segments((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
-        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], row[0], segments)
+        metadata = SelectMetadata((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
+        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], row[0], metadata)
 
     return launch
 
@@ -132,5 +132,5 @@ SMALLEST = (
     Case("defer", _defer(16)),
     Case("admit", _admit(16)),
     Case("defer_rmsnorm", _defer_rmsnorm(16)),
-    Case("score_topk", _score_topk(1, 1, select.SHORT + 1, 16, normed=True)),
+    Case("score_topk", _score_topk(1, 1, select.MAX_ONE_PROGRAM + 1, 16, normed=True)),
 )

@@ -14,43 +14,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.triton_kernels._common import Variant, processors
+from reroute_kernels.triton_kernels.launch import SpecializedKernel, num_sms
 
-RESIDENT = 8  # programs a multiprocessor: more rows than that share a program, and one load of the weight
+PROGRAMS_PER_SM = 8  # programs a multiprocessor: more rows than that share a program, and one load of the weight
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table", "inverse"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr", "inverse_ptr"])
 def _defer_rmsnorm_kernel(
-    pages,
-    table,
-    inverse,
-    hidden,
-    weight,
-    normed,
+    pages_ptr,
+    table_ptr,
+    inverse_ptr,
+    hidden_ptr,
+    weight_ptr,
+    normed_ptr,
     count,
     eps,
-    PAGE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """A program takes whole rows, every ``num_programs``-th."""
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    gain = tl.load(weight + column, mask=inside, other=0.0)
-    for row in range(tl.program_id(0), count, tl.num_programs(0)):
-        home = pages + (tl.load(table + row // PAGE) * PAGE + row % PAGE) * WIDTH
-        place = tl.load(inverse + row)
-        source = tl.where(place < 0, home, hidden + place * WIDTH)
-        value = tl.load(source + column, mask=inside, other=0.0)
-        tl.store(home + column, value, mask=column < tl.where(place < 0, 0, WIDTH))
-        wide = value.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < HIDDEN_SIZE
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
+    for pool_row in range(tl.program_id(0), count, tl.num_programs(0)):
+        slot = tl.load(table_ptr + pool_row // PAGE_SIZE) * PAGE_SIZE + pool_row % PAGE_SIZE
+        page_ptr = pages_ptr + slot * HIDDEN_SIZE
+        compact_index = tl.load(inverse_ptr + pool_row)
+        source_ptr = tl.where(compact_index < 0, page_ptr, hidden_ptr + compact_index * HIDDEN_SIZE)
+        x = tl.load(source_ptr + offs_c, mask=mask_c, other=0.0)
+        tl.store(page_ptr + offs_c, x, mask=offs_c < tl.where(compact_index < 0, 0, HIDDEN_SIZE))
+        x_fp32 = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, 0) / HIDDEN_SIZE + eps)
         # Rounded before the weight, as models do it.
-        scaled = (wide * factor).to(value.dtype) * gain
-        tl.store(normed + tl.cast(row, tl.int64) * WIDTH + column, scaled, mask=inside)
+        y = (x_fp32 * rstd).to(x.dtype) * weight
+        tl.store(normed_ptr + tl.cast(pool_row, tl.int64) * HIDDEN_SIZE + offs_c, y, mask=mask_c)
 
 
-def defer_rmsnorm(pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+def defer_rmsnorm(
+    pages: Tensor, table: Tensor, inverse_index: Tensor, hidden: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     """:func:`reroute_kernels.reference.defer_rmsnorm` to the lease with these pages and this table, in one launch.
 
     ValueError if shapes or dtypes disagree, or the pages are not contiguous.
@@ -62,22 +65,23 @@ def defer_rmsnorm(pages: Tensor, table: Tensor, inverse: Tensor, hidden: Tensor,
             f"defer_rmsnorm wants contiguous pages and a norm of {features} features: got strides {pages.stride()} "
             f"and a weight of {tuple(weight.shape)}"
         )
-    if inverse.shape != (count,) or hidden.shape[-1] != features or hidden.dtype != pages.dtype:
+    if inverse_index.shape != (count,) or hidden.shape[-1] != features or hidden.dtype != pages.dtype:
         raise ValueError(
-            f"defer_rmsnorm wants an inverse of {count} rows, and hidden of {features} features and {pages.dtype}: got "
-            f"an inverse of {tuple(inverse.shape)}, hidden of {tuple(hidden.shape)} and {hidden.dtype}"
+            f"defer_rmsnorm wants an inverse_index of {count} rows, and hidden of {features} features and "
+            f"{pages.dtype}: got an inverse_index of {tuple(inverse_index.shape)}, hidden of {tuple(hidden.shape)} and "
+            f"{hidden.dtype}"
         )
     normed = pages.new_empty(count, features, dtype=torch.promote_types(pages.dtype, weight.dtype))
     if normed.numel():
-        grid = min(count, RESIDENT * processors(pages.device)), 1, 1
-        tensors = table.contiguous(), inverse.contiguous(), hidden.contiguous(), weight.contiguous(), normed
-        _variant(page, features, pages.element_size())(grid, pages, *tensors, count, eps)
+        grid = min(count, PROGRAMS_PER_SM * num_sms(pages.device)), 1, 1
+        tensors = table.contiguous(), inverse_index.contiguous(), hidden.contiguous(), weight.contiguous(), normed
+        _specialized(page, features, pages.element_size())(grid, pages, *tensors, count, eps)
     return normed
 
 
 @lru_cache(maxsize=256)
-def _variant(page: int, features: int, itemsize: int) -> Variant:
-    block = triton.next_power_of_2(features)
-    constants = {"PAGE": page, "WIDTH": features, "BLOCK": block}
+def _specialized(page_size: int, hidden_size: int, itemsize: int) -> SpecializedKernel:
+    block = triton.next_power_of_2(hidden_size)
+    constants = {"PAGE_SIZE": page_size, "HIDDEN_SIZE": hidden_size, "BLOCK_C": block}
     warps = min(max(block * itemsize // 1024, 1), 16)  # two accesses of 16 bytes a thread, where a row is not too long
-    return Variant("defer_rmsnorm", _defer_rmsnorm_kernel, constants, num_warps=warps, enable_fp_fusion=False)
+    return SpecializedKernel("defer_rmsnorm", _defer_rmsnorm_kernel, constants, num_warps=warps, enable_fp_fusion=False)

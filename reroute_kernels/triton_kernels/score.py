@@ -15,72 +15,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import RMSNorm, Rope, Segments, Selection
-from reroute_kernels.triton_kernels._common import Variant, rowwise
-from reroute_kernels.triton_kernels._notes import clear_counters, num_counters
-from reroute_kernels.triton_kernels.select import Logits, run_select
+from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
+from reroute_kernels.triton_kernels.launch import SpecializedKernel, last_dim_contiguous
+from reroute_kernels.triton_kernels.select import Logits, launch_select
+from reroute_kernels.triton_kernels.topk.row_state import clear_counters, num_counters
 
-STRIDE = 16  # logits of a head begin at multiples of it
+LOGIT_ALIGNMENT = 16  # logits of a head begin at multiples of it
 
 
 class Tiling(NamedTuple):
-    """What a program of ``warps`` warps takes at once.
+    """What a program takes at once."""
 
-    joined: key heads of a warp. rows: query heads of a warp, at most. block: keys.
-    """
-
-    warps: int
-    joined: int
-    rows: int
-    block: int
+    num_warps: int
+    kv_heads_per_warp: int
+    block_h: int  # query heads of a warp, at most
+    block_n: int  # keys
 
 
 @triton.jit
-def _load(rows, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Features FIRST.. of ``rows`` (a, b): (a, b, WIDTH), zeros from COUNT on and where not ``mask``."""
-    column = tl.arange(0, WIDTH)
-    wanted = mask[:, :, None]
-    if COUNT < WIDTH:
-        wanted = wanted & (column < COUNT)[None, None, :]
-    return tl.load(rows[:, :, None] + (FIRST + column)[None, None, :], mask=wanted, other=0.0)
+def _load(ptrs, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Features FIRST.. of the rows at ``ptrs`` [a, b]: [a, b, BLOCK_D], zeros from COUNT on and where not ``mask``."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = mask[:, :, None]
+    if COUNT < BLOCK_D:
+        mask_d = mask_d & (offs_d < COUNT)[None, None, :]
+    return tl.load(ptrs[:, :, None] + (FIRST + offs_d)[None, None, :], mask=mask_d, other=0.0)
 
 
 @triton.jit
-def _load_pairs(rows, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The two features of every rotary pair of ``rows`` (a, b), with zeros to a power of two of at least 16."""
-    HALF: tl.constexpr = ROT // 2
-    WIDTH: tl.constexpr = triton.next_power_of_2(HALF) if HALF > 16 else 16
+def _load_pairs(ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The two features of every rotary pair of the rows at ``ptrs`` [a, b], with zeros to a power of two >= 16."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(HALF) if HALF > 16 else 16
     if INTERLEAVED:
-        both = _load(rows, mask, 0, ROT, 2 * WIDTH)
-        first, second = tl.split(both.reshape(both.shape[0], both.shape[1], WIDTH, 2))
+        both = _load(ptrs, mask, 0, ROTARY_DIM, 2 * BLOCK_D)
+        first, second = tl.split(both.reshape(both.shape[0], both.shape[1], BLOCK_D, 2))
     else:
-        first = _load(rows, mask, 0, HALF, WIDTH)
-        second = _load(rows, mask, HALF, HALF, WIDTH)
+        first = _load(ptrs, mask, 0, HALF, BLOCK_D)
+        second = _load(ptrs, mask, HALF, HALF, BLOCK_D)
     return first, second
 
 
 @triton.jit
-def _load_angles(rows, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, dtype: tl.constexpr):
+def _load_angles(ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, dtype: tl.constexpr):
     """One number per rotary pair: the tables hold each at both places."""
     if INTERLEAVED:
-        angles, _ = _load_pairs(rows, mask, ROT, INTERLEAVED)
+        angles, _ = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
     else:
-        HALF: tl.constexpr = ROT // 2
-        angles = _load(rows, mask, 0, HALF, triton.next_power_of_2(HALF) if HALF > 16 else 16)
+        HALF: tl.constexpr = ROTARY_DIM // 2
+        angles = _load(ptrs, mask, 0, HALF, triton.next_power_of_2(HALF) if HALF > 16 else 16)
     return angles.to(dtype)
 
 
 @triton.jit
-def _load_features(rows, mask, D: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A tuple of the parts that exist: first and second halves of the rotary pairs, features that do not rotate."""
-    REST: tl.constexpr = triton.next_power_of_2(D - ROT) if D - ROT > 16 else 16
-    if ROT == D:
-        parts = _load_pairs(rows, mask, ROT, INTERLEAVED)
-    elif ROT > 0:
-        first, second = _load_pairs(rows, mask, ROT, INTERLEAVED)
-        parts = (first, second, _load(rows, mask, ROT, D - ROT, REST))
+def _load_features(ptrs, mask, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Load features as (first halves, second halves, unrotated rest); a part that does not exist is left out."""
+    BLOCK_REST: tl.constexpr = triton.next_power_of_2(HEAD_DIM - ROTARY_DIM) if HEAD_DIM - ROTARY_DIM > 16 else 16
+    if ROTARY_DIM == HEAD_DIM:
+        parts = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
+    elif ROTARY_DIM > 0:
+        first, second = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
+        parts = (first, second, _load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST))
     else:
-        parts = (_load(rows, mask, ROT, D - ROT, REST),)
+        parts = (_load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST),)
     return parts
 
 
@@ -91,12 +88,12 @@ def _square(part):
 
 
 @triton.jit
-def _normalise(parts, weights, eps, D: tl.constexpr):
+def _normalise(parts, weights, eps, HEAD_DIM: tl.constexpr):
     """Root-mean-square norm over the D features; what pads them is zero and stays so."""
     square = _square(parts[0])
     for i in tl.static_range(1, len(parts)):
         square += _square(parts[i])
-    factor = tl.rsqrt(square * (1 / D) + eps)[:, :, None]
+    factor = tl.rsqrt(square * (1 / HEAD_DIM) + eps)[:, :, None]
     normed = ()
     for i in tl.static_range(len(parts)):  # in fp32 and rounded before the weight, as models do it
         scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)
@@ -105,111 +102,124 @@ def _normalise(parts, weights, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rotate(parts, cos, sin, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _rotate(parts, cos_ptrs, sin_ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
     """In the dtype of the keys and rounded at every step, as the model's own rotation is."""
-    if ROT > 0:
+    if ROTARY_DIM > 0:
         first, second = parts[0], parts[1]
-        c = _load_angles(cos, mask, ROT, INTERLEAVED, first.dtype)
-        s = _load_angles(sin, mask, ROT, INTERLEAVED, first.dtype)
+        c = _load_angles(cos_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)
+        s = _load_angles(sin_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)
         parts = (first * c - second * s, second * c + first * s) + parts[2:]  # noqa: RUF005
     return parts
 
 
 @triton.jit
 def _add_products(logit, q, k):
-    """``logit`` (warps, heads, rows) plus q (warps, heads, features) times k, whose leading axes are warps and rows."""
+    """``logit`` [warps, heads, rows] plus q [warps, heads, features] times k, whose leading axes are warps and rows."""
     for i in tl.static_range(len(q)):
         rows = k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])
         logit = tl.dot(q[i], rows.permute(0, 2, 1), logit, input_precision="ieee")
     return logit
 
 
-# Where in one upload the index lists happen to begin must not compile anew, nor what divides the batch; a batch of one
-# is compiled for by itself, which saves a hundredth of the instructions.
-@triton.jit(do_not_specialize_on_alignment=["query_rows", "counts", "batch"])
+# Where in one upload the index lists happen to begin must not compile anew, nor what divides the batch. A batch of one
+# has a kernel of its own, which saves a hundredth of the instructions.
+@triton.jit(do_not_specialize_on_alignment=["query_rows_ptr", "counts_ptr", "batch"])
 def _score_kernel(
-    query,
-    keys,
-    cos,
-    sin,
-    query_rows,
-    norm_weight,
-    counts,
-    counters,
-    logits,
+    query_ptr,
+    keys_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_rows_ptr,
+    norm_weight_ptr,
+    counts_ptr,
+    counters_ptr,
+    logits_ptr,
     batch,
-    logit_stride,
-    peaks_at,
+    stride_logits,
+    stats_offset,
     scale,
     norm_eps,
-    query_stride,
-    query_head,
-    key_stride,
-    key_group,
-    cos_stride,
-    sin_stride,
-    GROUPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    ROT: tl.constexpr,
+    stride_qb,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_cos,
+    stride_sin,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    WARPS: tl.constexpr,
-    JOINED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    KV_HEADS_PER_WARP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
 ):
-    """Logits (base 2) of one part of one sample for a few key heads, and behind all logits their maximum and sum.
+    """Logits (base 2) of one split of one sample for a few key heads, and behind all logits their maximum and sum.
 
-    Each warp takes JOINED key heads and up to ROWS of their query heads. A sample is cut into at most PARTS
-    parts by its own length alone, so that its bits do not depend on its neighbours.
+    Each warp takes KV_HEADS_PER_WARP key heads and up to BLOCK_H of their query heads. A sample is cut into at most
+    NUM_SPLITS splits by its own length alone, so that its bits do not depend on its neighbours.
     """
-    TURNS: tl.constexpr = (JOINED * HEADS + ROWS - 1) // ROWS
-    part, sample = tl.program_id(0), tl.program_id(2)
-    if (part == 0) & (tl.program_id(1) == 0):
-        clear_counters(counters, sample)
-    start = tl.load(counts + sample).to(tl.int32)
-    length = tl.load(counts + batch + sample).to(tl.int32)
-    step = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
-    begin = part * step
-    if begin < length and tl.load(counts + 2 * batch + sample) > 0:
-        first_group = tl.program_id(1) // TURNS * WARPS * JOINED
-        group = first_group + tl.arange(0, WARPS * JOINED)
-        member = tl.program_id(1) % TURNS * ROWS + tl.arange(0, ROWS)
-        head = (first_group + tl.arange(0, WARPS) * JOINED)[:, None] * HEADS + member[None, :]
-        real = tl.broadcast_to((member < JOINED * HEADS)[None, :], WARPS, ROWS)
-        one = tl.full([1, 1], 1, tl.int1)
-        last = tl.load(query_rows + sample) + tl.zeros([1, 1], tl.int64)
-        q = _load_features(query + sample.to(tl.int64) * query_stride + head * query_head, real, D, ROT, INTERLEAVED)
-        q = _rotate(q, cos + last * cos_stride, sin + last * sin_stride, one, ROT, INTERLEAVED)
-        if norm_weight is not None:
-            weights = _load_features(norm_weight + last * 0, one, D, ROT, INTERLEAVED)
-        out = logits + (sample.to(tl.int64) * GROUPS * HEADS + head)[:, :, None] * logit_stride
-        peak = tl.full([WARPS, ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([WARPS, ROWS], tl.float32)
-        for tile in range(begin, tl.minimum(begin + step, length), BLOCK):
-            row = tile + tl.arange(0, BLOCK)[None, :]
-            valid = row < length
-            place = (start + row).to(tl.int64)
-            at = keys + place * key_stride + group.to(tl.int64)[:, None] * key_group
-            k = _load_features(at, tl.broadcast_to(valid, WARPS * JOINED, BLOCK), D, ROT, INTERLEAVED)
-            if norm_weight is not None:
-                k = _normalise(k, weights, norm_eps, D)
-            k = _rotate(k, cos + place * cos_stride, sin + place * sin_stride, valid, ROT, INTERLEAVED)
-            logit = _add_products(tl.zeros([WARPS, ROWS, JOINED * BLOCK], tl.float32), q, k)
-            if JOINED > 1:  # each query head keeps what belongs to its own key head
-                own = (member // HEADS)[:, None] == tl.arange(0, JOINED)[None, :]
-                each = logit.reshape(WARPS, ROWS, JOINED, BLOCK)
-                logit = tl.sum(tl.where(own[None, :, :, None], each, 0.0), 2)
-            logit = tl.where(valid[:, None, :], logit * scale, -float("inf"))
-            tl.store(out + row[:, None, :], logit, mask=real[:, :, None])  # whole tiles, for wide stores
-            grown = tl.maximum(peak, tl.max(logit, 2))
-            shift = tl.where(grown == -float("inf"), 0.0, grown)  # -inf minus -inf would be NaN
-            total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logit - shift[:, :, None]), 2)
-            peak = grown
-        stats = logits + peaks_at + (sample * PARTS + part) * GROUPS * HEADS + head
-        tl.store(stats, peak, mask=real)
-        tl.store(stats + batch * PARTS * GROUPS * HEADS, total, mask=real)
+    NUM_H_BLOCKS: tl.constexpr = (KV_HEADS_PER_WARP * GROUP_SIZE + BLOCK_H - 1) // BLOCK_H
+    split, sample = tl.program_id(0), tl.program_id(2)
+    if (split == 0) & (tl.program_id(1) == 0):
+        clear_counters(counters_ptr, sample)
+    start = tl.load(counts_ptr + sample).to(tl.int32)
+    length = tl.load(counts_ptr + batch + sample).to(tl.int32)
+    step = tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    begin = split * step
+    if begin < length and tl.load(counts_ptr + 2 * batch + sample) > 0:
+        first_kv_head = tl.program_id(1) // NUM_H_BLOCKS * NUM_WARPS * KV_HEADS_PER_WARP
+        kv_head = first_kv_head + tl.arange(0, NUM_WARPS * KV_HEADS_PER_WARP)
+        offs_h = tl.program_id(1) % NUM_H_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
+        qo_head = (first_kv_head + tl.arange(0, NUM_WARPS) * KV_HEADS_PER_WARP)[:, None] * GROUP_SIZE + offs_h[None, :]
+        mask_h = tl.broadcast_to((offs_h < KV_HEADS_PER_WARP * GROUP_SIZE)[None, :], NUM_WARPS, BLOCK_H)
+        mask_one = tl.full([1, 1], 1, tl.int1)
+        query_row = tl.load(query_rows_ptr + sample) + tl.zeros([1, 1], tl.int64)
+        q = _load_features(
+            query_ptr + sample.to(tl.int64) * stride_qb + qo_head * stride_qh, mask_h, HEAD_DIM, ROTARY_DIM, INTERLEAVED
+        )
+        q = _rotate(
+            q, cos_ptr + query_row * stride_cos, sin_ptr + query_row * stride_sin, mask_one, ROTARY_DIM, INTERLEAVED
+        )
+        if norm_weight_ptr is not None:
+            # + query_row * 0: a [1, 1] tensor of pointers, as _load_features takes rows.
+            weights = _load_features(norm_weight_ptr + query_row * 0, mask_one, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+        out_ptrs = logits_ptr + (sample.to(tl.int64) * NUM_KV_HEADS * GROUP_SIZE + qo_head)[:, :, None] * stride_logits
+        m_i = tl.full([NUM_WARPS, BLOCK_H], -float("inf"), tl.float32)
+        l_i = tl.zeros([NUM_WARPS, BLOCK_H], tl.float32)
+        for start_n in range(begin, tl.minimum(begin + step, length), BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)[None, :]
+            mask_n = offs_n < length
+            key_row = (start + offs_n).to(tl.int64)
+            key_ptrs = keys_ptr + key_row * stride_kn + kv_head.to(tl.int64)[:, None] * stride_kh
+            k = _load_features(
+                key_ptrs,
+                tl.broadcast_to(mask_n, NUM_WARPS * KV_HEADS_PER_WARP, BLOCK_N),
+                HEAD_DIM,
+                ROTARY_DIM,
+                INTERLEAVED,
+            )
+            if norm_weight_ptr is not None:
+                k = _normalise(k, weights, norm_eps, HEAD_DIM)
+            k = _rotate(
+                k, cos_ptr + key_row * stride_cos, sin_ptr + key_row * stride_sin, mask_n, ROTARY_DIM, INTERLEAVED
+            )
+            logit = _add_products(tl.zeros([NUM_WARPS, BLOCK_H, KV_HEADS_PER_WARP * BLOCK_N], tl.float32), q, k)
+            if KV_HEADS_PER_WARP > 1:  # each query head keeps what belongs to its own key head
+                mask_own = (offs_h // GROUP_SIZE)[:, None] == tl.arange(0, KV_HEADS_PER_WARP)[None, :]
+                by_kv_head = logit.reshape(NUM_WARPS, BLOCK_H, KV_HEADS_PER_WARP, BLOCK_N)
+                logit = tl.sum(tl.where(mask_own[None, :, :, None], by_kv_head, 0.0), 2)
+            logit = tl.where(mask_n[:, None, :], logit * scale, -float("inf"))
+            tl.store(out_ptrs + offs_n[:, None, :], logit, mask=mask_h[:, :, None])  # whole tiles, for wide stores
+            m_new = tl.maximum(m_i, tl.max(logit, 2))
+            m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf minus -inf would be NaN
+            l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(logit - m_safe[:, :, None]), 2)
+            m_i = m_new
+        stats_ptrs = logits_ptr + stats_offset + (sample * NUM_SPLITS + split) * NUM_KV_HEADS * GROUP_SIZE + qo_head
+        tl.store(stats_ptrs, m_i, mask=mask_h)
+        tl.store(stats_ptrs + batch * NUM_SPLITS * NUM_KV_HEADS * GROUP_SIZE, l_i, mask=mask_h)
 
 
 def score_topk(
@@ -219,9 +229,9 @@ def score_topk(
     sin: Tensor,
     query_rows: Tensor,
     candidates: Tensor,
-    texts: Tensor,
+    text_rows: Tensor,
     positions: Tensor,
-    segments: Segments,
+    metadata: SelectMetadata,
     *,
     scale: float,
     rope: Rope = "half",
@@ -230,31 +240,43 @@ def score_topk(
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
 
-    counts: those of ``segments`` on the device, if they are there.
+    counts: those of ``metadata`` on the device, if they are there.
 
-    16-byte loads need contiguous features, and strides and D that are multiples of 16 elements, as
+    16-byte loads need contiguous features, and strides and a head_dim that are multiples of 16 elements, as
     projections make them; all else is right but slower.
     """
-    (batch, heads, features), groups = query.shape, keys.shape[1]
-    if heads % groups:
-        raise ValueError(f"{heads} query heads cannot share {groups} key heads")
+    (batch, num_qo_heads, head_dim), num_kv_heads = query.shape, keys.shape[1]
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(f"{num_qo_heads} query heads cannot share {num_kv_heads} key heads")
     if rope not in ("half", "interleaved"):
         raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
-    query, keys, cos, sin, query_rows = map(rowwise, (query, keys, cos, sin, query_rows))
+    query, keys, cos, sin, query_rows = map(last_dim_contiguous, (query, keys, cos, sin, query_rows))
     if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
-        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {features}")
+        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {head_dim}")
     norm_weight, norm_eps = key_norm or (None, 0.0)
-    device, length = query.device, max(segments.lengths)
-    shape = tiling(heads, groups, features, keys.element_size(), key_norm is not None)
-    most = most_parts(shape)
-    logit_stride = -(-length // STRIDE) * STRIDE
-    peaks_at = batch * heads * logit_stride
-    counts = segments.counts(device) if counts is None else counts
-    logits = torch.empty(peaks_at + 2 * batch * most * heads, dtype=torch.float32, device=device)
+    device, length = query.device, max(metadata.kv_lens)
+    tile = tiling(num_qo_heads, num_kv_heads, head_dim, keys.element_size(), key_norm is not None)
+    max_splits = most_splits(tile)
+    stride_logits = -(-length // LOGIT_ALIGNMENT) * LOGIT_ALIGNMENT
+    stats_offset = batch * num_qo_heads * stride_logits
+    counts = metadata.counts(device) if counts is None else counts
+    logits = torch.empty(stats_offset + 2 * batch * max_splits * num_qo_heads, dtype=torch.float32, device=device)
     counters = torch.empty(num_counters(batch), dtype=torch.int32, device=device)  # the launch clears them
-    parts, turns = max(min(-(-length // shape.block), most), 1), -(-shape.joined * heads // (groups * shape.rows))
-    _variant(groups, heads // groups, features, cos.shape[-1], rope == "interleaved", shape, most, batch == 1)(
-        (parts, groups // (shape.warps * shape.joined) * turns, batch),
+    num_splits, num_h_blocks = (
+        max(min(-(-length // tile.block_n), max_splits), 1),
+        -(-tile.kv_heads_per_warp * num_qo_heads // (num_kv_heads * tile.block_h)),
+    )
+    _specialized(
+        num_kv_heads,
+        num_qo_heads // num_kv_heads,
+        head_dim,
+        cos.shape[-1],
+        rope == "interleaved",
+        tile,
+        max_splits,
+        batch == 1,
+    )(
+        (num_splits, num_kv_heads // (tile.num_warps * tile.kv_heads_per_warp) * num_h_blocks, batch),
         query,
         keys,
         cos,
@@ -265,8 +287,8 @@ def score_topk(
         counters,
         logits,
         batch,
-        logit_stride,
-        peaks_at,
+        stride_logits,
+        stats_offset,
         scale * math.log2(math.e),
         norm_eps,
         *query.stride()[:2],
@@ -274,32 +296,41 @@ def score_topk(
         cos.stride(0),
         sin.stride(0),
     )
-    source = Logits(logits, logit_stride, peaks_at, heads, most, shape.block)
-    return run_select(source, candidates, texts, positions, counts, counters, segments)
+    source = Logits(logits, stride_logits, stats_offset, num_qo_heads, max_splits, tile.block_n)
+    return launch_select(source, candidates, text_rows, positions, counts, counters, metadata)
 
 
 @lru_cache(maxsize=256)
-def _variant(
-    groups: int, heads: int, features: int, rot: int, interleaved: bool, shape: Tiling, parts: int, alone: bool
-) -> Variant:
+def _specialized(
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    tile: Tiling,
+    num_splits: int,
+    is_one_prompt: bool,
+) -> SpecializedKernel:
     constants = {
-        "GROUPS": groups,
-        "HEADS": heads,
-        "D": features,
-        "ROT": rot,
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP_SIZE": group_size,
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": rotary_dim,
         "INTERLEAVED": interleaved,
-        "WARPS": shape.warps,
-        "JOINED": shape.joined,
-        "ROWS": shape.rows,
-        "BLOCK": shape.block,
-        "PARTS": parts,
+        "NUM_WARPS": tile.num_warps,
+        "KV_HEADS_PER_WARP": tile.kv_heads_per_warp,
+        "BLOCK_H": tile.block_h,
+        "BLOCK_N": tile.block_n,
+        "NUM_SPLITS": num_splits,
     }
-    name = "score, one prompt" if alone else "score, several prompts"
-    return Variant(name, _score_kernel, constants, num_stages=1, num_warps=shape.warps, enable_fp_fusion=False)
+    name = "score, one prompt" if is_one_prompt else "score, several prompts"
+    return SpecializedKernel(
+        name, _score_kernel, constants, num_stages=1, num_warps=tile.num_warps, enable_fp_fusion=False
+    )
 
 
 @cache
-def tiling(heads: int, groups: int, features: int, itemsize: int, norm: bool) -> Tiling:
+def tiling(num_qo_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, norm: bool) -> Tiling:
     """A function of the model alone, for results must not depend on the batch.
 
     A program takes many key heads, as it reads cos and sin once for all of them. A warp takes one key head, and the
@@ -308,16 +339,16 @@ def tiling(heads: int, groups: int, features: int, itemsize: int, norm: bool) ->
     precision.
     """
     if itemsize > 2:
-        return Tiling(math.gcd(groups, 4), joined=1, rows=4, block=8)
-    if features > 128:
-        return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=8)
+        return Tiling(math.gcd(num_kv_heads, 4), kv_heads_per_warp=1, block_h=4, block_n=8)
+    if head_dim > 128:
+        return Tiling(math.gcd(num_kv_heads, 4), kv_heads_per_warp=1, block_h=16, block_n=8)
     if norm:
-        return Tiling(math.gcd(groups, 8), joined=1, rows=16, block=8)
-    if groups % 8 == 0 and heads // groups <= 8:
-        return Tiling(math.gcd(groups, 16) // 2, joined=2, rows=16, block=8)
-    return Tiling(math.gcd(groups, 4), joined=1, rows=16, block=16)
+        return Tiling(math.gcd(num_kv_heads, 8), kv_heads_per_warp=1, block_h=16, block_n=8)
+    if num_kv_heads % 8 == 0 and num_qo_heads // num_kv_heads <= 8:
+        return Tiling(math.gcd(num_kv_heads, 16) // 2, kv_heads_per_warp=2, block_h=16, block_n=8)
+    return Tiling(math.gcd(num_kv_heads, 4), kv_heads_per_warp=1, block_h=16, block_n=16)
 
 
-def most_parts(shape: Tiling) -> int:
-    """Most parts of one sample, by the model alone too: more would only lengthen the merge of their statistics."""
-    return min(1024 // shape.warps, 256)
+def most_splits(tile: Tiling) -> int:
+    """Most splits of one sample, by the model alone too: more would only lengthen the merge of their statistics."""
+    return min(1024 // tile.num_warps, 256)

@@ -1,7 +1,7 @@
-"""Exact top-k of every sample, in one launch: scores, rank keys, threshold, ascending indices and active rows.
+"""Exact top-k of every sample, in one launch: scores, ordered keys, pivot, ascending indices and active rows.
 
-Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have more stages
-(:mod:`reroute_kernels.triton_kernels._shares`), spread over shares of the row.
+Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have more phases
+(:mod:`reroute_kernels.triton_kernels.topk.chunks`), with a program for every chunk of the row.
 """
 
 from __future__ import annotations
@@ -14,303 +14,345 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import Segments, Selection
-from reroute_kernels.triton_kernels._common import Variant, processors, rowwise
-from reroute_kernels.triton_kernels._emission import choose, emit, fill, fill_inverse, lists_of, load_rows
-from reroute_kernels.triton_kernels._notes import collect, notes_of, num_counters, num_notes
-from reroute_kernels.triton_kernels._ranks import COARSE, MOST, SLOTS, coarse_bin, rank_key, threshold_key
-from reroute_kernels.triton_kernels._shares import collect_share, emit_share, refine_share
-from reroute_kernels.triton_kernels._softmax import head_mean, merge_parts
-from reroute_kernels.triton_kernels._stages import arrive, role, wait
+from reroute_kernels.reference import Selection, SelectMetadata
+from reroute_kernels.triton_kernels.launch import SpecializedKernel, last_dim_contiguous, num_sms
+from reroute_kernels.triton_kernels.topk.chunks import collect_chunk, emit_chunk, refine_chunk
+from reroute_kernels.triton_kernels.topk.emit import (
+    choose,
+    emit,
+    fill,
+    fill_inverse,
+    load_rows,
+    make_row_inputs,
+    make_row_outputs,
+)
+from reroute_kernels.triton_kernels.topk.phases import arrive, tile_scheduler, wait
+from reroute_kernels.triton_kernels.topk.radix import (
+    COARSE_BUCKETS,
+    MAX_COUNT,
+    RADIX_BLOCK,
+    coarse_bucket,
+    radix_select,
+    to_ordered,
+)
+from reroute_kernels.triton_kernels.topk.row_state import collect, make_row_state, num_counters, num_state_words
+from reroute_kernels.triton_kernels.topk.softmax import combine_splits, head_mean
 
-TILE = 256  # candidates scored at a time; fewer where a model has many heads
-LEAST = 1024  # the shortest rows that a kernel is compiled for
-SHORT = 4096  # the longest row that one program selects from
-SHARE = 2048  # candidates of one program in the later stages of a longer row
-CROWD = 8192  # more keys than that near its threshold are told apart in one more stage
+BLOCK_N = 256  # candidates scored at a time; fewer where a model has many heads
+MIN_CHUNK = 1024  # the shortest rows that a kernel is compiled for
+MAX_ONE_PROGRAM = 4096  # the longest row that one program selects from
+CHUNK = 2048  # candidates of one program in the later phases of a longer row
+MAX_BUCKET_KEYS = 8192  # more keys than that in the bucket of the pivot are told apart in one more phase
 
-# Another batch, prompt or number of kept rows must not compile anew, nor where in one upload the lists begin.
-SIZES = ("batch", "scorers", "shares", "num_rows", "widest", "most_kept", "width")
-STRIDES = ("source_stride", "candidate_stride", "text_stride")
-LISTS = ("candidates", "texts", "positions", "counts")
+# Another batch, prompt or k must not compile anew, nor where in one upload the index lists begin.
+SIZES = ("batch", "num_score_programs", "num_chunks", "num_rows", "max_candidates", "max_k", "compact_length")
+STRIDES = ("stride_source", "stride_candidates", "stride_texts")
+LISTS = ("candidates_ptr", "texts_ptr", "positions_ptr", "counts_ptr")
 
 
 class Logits(NamedTuple):
-    """What the score launch leaves: (B, H, stride) logits in base 2, and from ``peaks_at`` on the maxima and then the
-    sums of (B, parts, H).
-
-    Of one head and without parts it is scores.
+    """What the score launch leaves: (B, H, stride) logits in base 2, and from ``stats_offset`` on the maxima and then
+    the sums of (B, num_splits, H). With one head and no splits it is scores.
     """
 
     logits: Tensor
     stride: int
-    peaks_at: int
-    heads: int
-    parts: int
-    block: int
+    stats_offset: int
+    num_qo_heads: int
+    num_splits: int
+    split_block_n: int
 
 
-# --- stage 0: scores -------------------------------------------------------------------------
+# --- phase 0: scores -------------------------------------------------------------------------
 
 
 @triton.jit
 def _make_scores(
-    source,
-    stride,
-    peaks,
-    parts,
+    source_ptr,
+    stride_h,
+    stats_ptr,
+    num_splits,
     batch,
-    lists,
-    notes,
-    scores,
-    lead,
+    inputs,
+    state,
+    scores_ptr,
+    align_offset,
     program,
-    scorers,
-    HEADS: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
+    num_score_programs,
+    NUM_QO_HEADS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Store the scores and keys of every ``scorers``-th tile of candidates, and count keys in coarse bins.
+    """Store the scores and keys of every ``num_score_programs``-th tile of candidates, and count keys in buckets.
 
-    The first tile is ``lead`` candidates shorter.
+    The first tile is ``align_offset`` candidates shorter.
     """
-    FUSED: tl.constexpr = PARTS > 0
-    at = program * TILE - lead + tl.arange(0, TILE)
+    FUSED: tl.constexpr = NUM_SPLITS > 0
+    offs_n = program * BLOCK_N - align_offset + tl.arange(0, BLOCK_N)
     # Rows are asked for a tile ahead, and of the first tile with the statistics: one wait less.
-    rows = tl.load(lists.candidates + at, mask=(at >= 0) & (at < lists.n), other=0).to(tl.int32)
+    rows = tl.load(inputs.candidates_ptr + offs_n, mask=(offs_n >= 0) & (offs_n < inputs.n), other=0).to(tl.int32)
     if FUSED:
-        peak, weight = merge_parts(peaks, peaks + batch * PARTS * HEADS, parts, HEADS)
-    for _ in range(program * TILE - lead, lists.n, scorers * TILE):
-        valid = (at >= 0) & (at < lists.n)
+        m_i, weight = combine_splits(stats_ptr, stats_ptr + batch * NUM_SPLITS * NUM_QO_HEADS, num_splits, NUM_QO_HEADS)
+    for _ in range(program * BLOCK_N - align_offset, inputs.n, num_score_programs * BLOCK_N):
+        mask_n = (offs_n >= 0) & (offs_n < inputs.n)
         if FUSED:
-            score = head_mean(source, rows, valid, peak, weight, stride, HEADS)
+            score = head_mean(source_ptr, rows, mask_n, m_i, weight, stride_h, NUM_QO_HEADS)
         else:
-            score = tl.load(source + at, mask=valid, other=0.0).to(tl.float32)
-        key = rank_key(score)
-        tl.store(scores + at, score, mask=valid)
-        tl.store(notes.keys + at, key, mask=valid)
-        at += scorers * TILE
-        rows = tl.load(lists.candidates + at, mask=at < lists.n, other=0).to(tl.int32)
-        tally = tl.histogram(coarse_bin(key, FUSED), COARSE, mask=valid)
-        tl.atomic_add(notes.coarse + tl.arange(0, COARSE), tally, mask=tally > 0, sem="relaxed")
+            score = tl.load(source_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        key = to_ordered(score)
+        tl.store(scores_ptr + offs_n, score, mask=mask_n)
+        tl.store(state.keys_ptr + offs_n, key, mask=mask_n)
+        offs_n += num_score_programs * BLOCK_N
+        rows = tl.load(inputs.candidates_ptr + offs_n, mask=offs_n < inputs.n, other=0).to(tl.int32)
+        histogram = tl.histogram(coarse_bucket(key, FUSED), COARSE_BUCKETS, mask=mask_n)
+        tl.atomic_add(state.coarse_ptr + tl.arange(0, COARSE_BUCKETS), histogram, mask=histogram > 0, sem="relaxed")
 
 
 # --- a short row, whose scores are all there -----------------------------------------------
 
 
 @triton.jit
-def _select_alone(lists, notes, FUSED: tl.constexpr, CHUNK: tl.constexpr, TEXTS: tl.constexpr):
-    """Of a row of up to CHUNK candidates whose scores are all there."""
-    rows, text = load_rows(lists.candidates, 0, lists.n, CHUNK), load_rows(lists.texts, 0, lists.m, TEXTS)
-    found, above, first_key, last_key = collect(notes, lists.n, lists.k, 0, FUSED, CHUNK, -1)
-    tl.debug_barrier()  # the rivals are read by other threads
-    slot = tl.arange(0, SLOTS)
-    threshold, ties = threshold_key(
-        notes.rivals + slot, slot, found, found, lists.k - above, first_key, last_key, SLOTS
+def _select_alone(inputs, outputs, state, FUSED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Select from a row of up to CHUNK candidates whose scores are all there."""
+    rows = load_rows(inputs.candidates_ptr, 0, inputs.n, CHUNK)
+    texts = load_rows(inputs.texts_ptr, 0, inputs.m, BLOCK_T)
+    bucket_count, gt_count, min_key, max_key = collect(state, inputs.n, inputs.k, 0, FUSED, CHUNK, -1)
+    tl.debug_barrier()  # the bucket keys are read by other threads
+    offs = tl.arange(0, RADIX_BLOCK)
+    keys_ptr, remaining_k = state.bucket_keys_ptr + offs, inputs.k - gt_count
+    pivot, num_ties = radix_select(
+        keys_ptr, offs, bucket_count, bucket_count, remaining_k, min_key, max_key, RADIX_BLOCK
     )
-    at = tl.arange(0, CHUNK)
-    key = tl.load(notes.keys + at, mask=at < lists.n, other=0)  # again, from the L1 cache: registers are short
-    chosen, rank = choose(key, at < lists.n, threshold, ties, 0, 0)
-    emit(lists, rows, chosen, rank, text, 0, CHUNK)
+    offs_n = tl.arange(0, CHUNK)
+    # Read again, from the L1 cache: registers are short.
+    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < inputs.n, other=0)
+    mask_kept, rank = choose(key, offs_n < inputs.n, pivot, num_ties, 0, 0)
+    emit(inputs, outputs, rows, mask_kept, rank, texts, 0, CHUNK)
 
 
 @triton.jit(do_not_specialize=SIZES + STRIDES, do_not_specialize_on_alignment=LISTS)
 def _select_kernel(
-    source,
-    candidates,
-    texts,
-    positions,
-    counts,
-    notes,
-    counters,
-    scores,
-    kept,
-    active,
-    active_positions,
-    inverse,
+    source_ptr,
+    candidates_ptr,
+    texts_ptr,
+    positions_ptr,
+    counts_ptr,
+    workspace_ptr,
+    counters_ptr,
+    scores_ptr,
+    kept_ptr,
+    active_rows_ptr,
+    active_positions_ptr,
+    inverse_ptr,
     batch,
-    scorers,
-    shares,
+    num_score_programs,
+    num_chunks,
     num_rows,
-    source_stride,
-    peaks_at,
-    candidate_stride,
-    text_stride,
-    widest,
-    most_kept,
-    width,
-    HEADS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    SHARE: tl.constexpr,
-    CROWD: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    stride_source,
+    stats_offset,
+    stride_candidates,
+    stride_texts,
+    max_candidates,
+    max_k,
+    compact_length,
+    NUM_QO_HEADS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLIT_BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAX_BUCKET_KEYS: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
 ):
-    """``source``: logits if there are PARTS, else scores. A sample has ``scorers`` programs, and if rows are long
-    (SEGMENTS is not 0 but a power of two, at least ``shares``) thrice ``shares`` in the later stages.
+    """``source_ptr``: logits if there are NUM_SPLITS, else scores.
+
+    A sample has ``num_score_programs`` programs, and if rows are long (MAX_CHUNKS is not 0 but a power of two, at
+    least ``num_chunks``) ``num_chunks`` more in each of three later phases.
     """
-    TEXTS: tl.constexpr = 1024  # text rows at a time
-    FUSED: tl.constexpr = PARTS > 0
-    if SEGMENTS > 0:
-        stage, sample, program = role(counters, scorers, shares, batch)
+    BLOCK_T: tl.constexpr = 1024  # text rows at a time
+    FUSED: tl.constexpr = NUM_SPLITS > 0
+    if MAX_CHUNKS > 0:
+        phase, sample, program = tile_scheduler(counters_ptr, num_score_programs, num_chunks, batch)
     else:
-        stage, sample, program = 0, tl.program_id(0) // scorers, tl.program_id(0) % scorers
-    # Asked for with the counts, hence before it is known whether there is one.
-    first_row = tl.load(candidates + sample.to(tl.int64) * candidate_stride, mask=widest > 0, other=0)
-    lists = lists_of(
-        candidates, texts, positions, counts, kept, active, active_positions, inverse, batch, sample,
-        candidate_stride, text_stride, most_kept, width,
-    )  # fmt: skip
-    notes = notes_of(notes, counters, batch, sample, shares, widest)
-    row, n = sample.to(tl.int64), lists.n
+        phase, sample, program = 0, tl.program_id(0) // num_score_programs, tl.program_id(0) % num_score_programs
+    # Loaded along with the counts, hence before it is known whether there is one.
+    first_row = tl.load(candidates_ptr + sample.to(tl.int64) * stride_candidates, mask=max_candidates > 0, other=0)
+    inputs = make_row_inputs(
+        candidates_ptr, texts_ptr, positions_ptr, counts_ptr, batch, sample, stride_candidates, stride_texts
+    )
+    outputs = make_row_outputs(
+        inputs, kept_ptr, active_rows_ptr, active_positions_ptr, inverse_ptr, sample, max_k, compact_length
+    )
+    state = make_row_state(workspace_ptr, counters_ptr, batch, sample, num_chunks, max_candidates)
+    sample_i64, n = sample.to(tl.int64), inputs.n
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
-    lead = tl.where(n > 0, first_row % 8, 0).to(tl.int32)
-    # Programs with a tile or share of this sample arrive, and of an empty sample the first one.
-    scoring = tl.maximum(tl.minimum(tl.cdiv(n + lead, TILE), scorers), 1)
-    sharing = tl.maximum(tl.cdiv(n, SHARE), 1)
-    if stage == 0:
-        scores += row * widest
-        fill(scores, n, widest, -float("inf"), program, scorers, TILE)
-        fill(lists.kept, lists.k, most_kept, -1, program, scorers, TILE)
-        fill(lists.active, sample * width, lists.first, -1, program, scorers, TILE)
-        fill(lists.active_positions, sample * width, lists.first, -1, program, scorers, TILE)
-        if program < scoring:
-            fill_inverse(lists, counts, batch, sample, num_rows, program, scoring, TILE)
-            tiles = tl.cdiv(tl.load(counts + batch + sample).to(tl.int32), BLOCK)
-            parts = tl.where(n > 0, tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, PARTS), 1)), 0) if FUSED else 0
-            peaks = source + peaks_at + sample * PARTS * HEADS
-            source += row * HEADS * source_stride
+    align_offset = tl.where(n > 0, first_row % 8, 0).to(tl.int32)
+    # Programs with a tile or chunk of this sample arrive, and of an empty sample the first one.
+    num_scoring = tl.maximum(tl.minimum(tl.cdiv(n + align_offset, BLOCK_N), num_score_programs), 1)
+    num_chunks_here = tl.maximum(tl.cdiv(n, CHUNK), 1)
+    if phase == 0:
+        scores_ptr += sample_i64 * max_candidates
+        fill(scores_ptr, n, max_candidates, -float("inf"), program, num_score_programs, BLOCK_N)
+        fill(outputs.kept_ptr, inputs.k, max_k, -1, program, num_score_programs, BLOCK_N)
+        fill(outputs.active_rows_ptr, sample * compact_length, outputs.first, -1, program, num_score_programs, BLOCK_N)
+        first_place = sample * compact_length
+        fill(outputs.active_positions_ptr, first_place, outputs.first, -1, program, num_score_programs, BLOCK_N)
+        if program < num_scoring:
+            fill_inverse(inputs, outputs, counts_ptr, batch, sample, num_rows, program, num_scoring, BLOCK_N)
+            num_tiles = tl.cdiv(tl.load(counts_ptr + batch + sample).to(tl.int32), SPLIT_BLOCK_N)
+            tiles_per_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1) if FUSED else 1
+            num_splits = tl.where(n > 0, tl.cdiv(num_tiles, tiles_per_split), 0) if FUSED else 0
+            stats_ptr = source_ptr + stats_offset + sample * NUM_SPLITS * NUM_QO_HEADS
+            source_ptr += sample_i64 * NUM_QO_HEADS * stride_source
             _make_scores(
-                source, source_stride, peaks, parts, batch, lists, notes, scores, lead, program, scorers,
-                HEADS, PARTS, TILE,
+                source_ptr, stride_source, stats_ptr, num_splits, batch, inputs, state, scores_ptr, align_offset,
+                program, num_score_programs, NUM_QO_HEADS, NUM_SPLITS, BLOCK_N,
             )  # fmt: skip
-            arrived = arrive(notes.scored)
-            if SEGMENTS == 0 and arrived == scoring - 1:
-                _select_alone(lists, notes, FUSED, SHARE, TEXTS)
-    elif SEGMENTS > 0 and program < sharing:
-        if stage == 1:
-            wait(notes.scored, scoring)
-            collect_share(notes, n, lists.k, sharing, program, FUSED, SHARE, CROWD)
-        elif stage == 2:
-            refine_share(notes, lists.k, sharing, program, FUSED, SHARE, CROWD, SEGMENTS)
+            arrived = arrive(state.scored_ptr)
+            if MAX_CHUNKS == 0 and arrived == num_scoring - 1:
+                _select_alone(inputs, outputs, state, FUSED, CHUNK, BLOCK_T)
+    elif MAX_CHUNKS > 0 and program < num_chunks_here:
+        if phase == 1:
+            wait(state.scored_ptr, num_scoring)
+            collect_chunk(state, n, inputs.k, num_chunks_here, program, FUSED, CHUNK, MAX_BUCKET_KEYS)
+        elif phase == 2:
+            refine_chunk(state, inputs.k, num_chunks_here, program, FUSED, CHUNK, MAX_BUCKET_KEYS, MAX_CHUNKS)
         else:
-            emit_share(lists, notes, sharing, program, FUSED, SHARE, CROWD, SEGMENTS, TEXTS)
+            emit_chunk(
+                inputs, outputs, state, num_chunks_here, program, FUSED, CHUNK, MAX_BUCKET_KEYS, MAX_CHUNKS, BLOCK_T
+            )
 
 
-def run_select(
+def launch_select(
     source: Logits,
     candidates: Tensor,
-    texts: Tensor,
+    text_rows: Tensor,
     positions: Tensor,
     counts: Tensor,
     counters: Tensor,
-    segments: Segments,
+    metadata: SelectMetadata,
 ) -> Selection:
     """Launch the selection. ValueError for a row of more candidates than the kernel can count.
 
     counters: ``num_counters(B)`` zeros, int32.
     """
-    (batch, widest), device = candidates.shape, candidates.device
-    if widest > MOST:
-        raise ValueError(f"{widest} candidates in a row: the selection kernel counts up to {MOST}")
-    candidates, texts, positions = map(rowwise, (candidates, texts, positions))
-    most_kept, width = max(segments.keep), segments.width
-    kept = torch.empty(batch, most_kept, dtype=torch.int64, device=device)
-    active, active_positions = (torch.empty(batch, width, dtype=torch.int64, device=device) for _ in range(2))
-    inverse = torch.empty(positions.shape, dtype=torch.int64, device=device)
-    scores = torch.empty(batch, widest, dtype=torch.float32, device=device)
-    share, most_shares = _cut(widest)
-    shares = -(-widest // share) if most_shares else 0
-    tile = min(TILE, max(8192 // _power(source.heads), 16))  # by the model alone: it orders sums
-    scorers = min(-(-(widest + 7) // tile), -(-processors(device) // batch))
-    _variant(source.heads, source.parts, source.block, tile, share, CROWD if shares else -1, most_shares)(
-        ((scorers + 3 * shares) * batch, 1, 1),
+    (batch, max_candidates), device = candidates.shape, candidates.device
+    if max_candidates > MAX_COUNT:
+        raise ValueError(f"{max_candidates} candidates in a row: the selection kernel counts up to {MAX_COUNT}")
+    candidates, text_rows, positions = map(last_dim_contiguous, (candidates, text_rows, positions))
+    max_k, compact_length = max(metadata.k), metadata.compact_length
+    kept = torch.empty(batch, max_k, dtype=torch.int64, device=device)
+    active_rows, active_positions = (
+        torch.empty(batch, compact_length, dtype=torch.int64, device=device) for _ in range(2)
+    )
+    inverse_index = torch.empty(positions.shape, dtype=torch.int64, device=device)
+    scores = torch.empty(batch, max_candidates, dtype=torch.float32, device=device)
+    chunk, max_chunks = _chunking(max_candidates)
+    num_chunks = -(-max_candidates // chunk) if max_chunks else 0
+    block_n = min(BLOCK_N, max(8192 // _next_power_of_2(source.num_qo_heads), 16))  # by the model alone: it orders sums
+    num_score_programs = min(-(-(max_candidates + 7) // block_n), -(-num_sms(device) // batch))
+    _specialized(
+        source.num_qo_heads,
+        source.num_splits,
+        source.split_block_n,
+        block_n,
+        chunk,
+        MAX_BUCKET_KEYS if num_chunks else -1,
+        max_chunks,
+    )(
+        ((num_score_programs + 3 * num_chunks) * batch, 1, 1),
         source.logits,
         candidates,
-        texts,
+        text_rows,
         positions,
         counts,
-        torch.empty(num_notes(batch, widest, shares), dtype=torch.int32, device=device),
+        torch.empty(num_state_words(batch, max_candidates, num_chunks), dtype=torch.int32, device=device),
         counters,
         scores,
         kept,
-        active,
+        active_rows,
         active_positions,
-        inverse,
+        inverse_index,
         batch,
-        scorers,
-        shares,
+        num_score_programs,
+        num_chunks,
         positions.shape[0],
         source.stride,
-        source.peaks_at,
+        source.stats_offset,
         candidates.stride(0),
-        texts.stride(0),
-        widest,
-        most_kept,
-        width,
+        text_rows.stride(0),
+        max_candidates,
+        max_k,
+        compact_length,
     )
-    return Selection(kept, active, active_positions, inverse, scores)
+    return Selection(kept, active_rows, active_positions, inverse_index, scores)
 
 
-def _cut(widest: int) -> tuple[int, int]:
-    """SHARE and SEGMENTS for rows of up to ``widest`` candidates: each pair of them is compiled for once.
+def _chunking(max_candidates: int) -> tuple[int, int]:
+    """CHUNK and MAX_CHUNKS for rows of up to ``max_candidates`` candidates: each pair of them is compiled for once.
 
     Of long rows few pairs, since what exceeds the shares is masked: up to 16384 candidates, 65536 and so on.
     """
-    if widest <= SHORT:
-        return max(_power(widest), LEAST), 0
-    segments = 8
-    while segments * SHARE < widest:
-        segments *= 4
-    return SHARE, segments
+    if max_candidates <= MAX_ONE_PROGRAM:
+        return max(_next_power_of_2(max_candidates), MIN_CHUNK), 0
+    chunks = 8
+    while chunks * CHUNK < max_candidates:
+        chunks *= 4
+    return CHUNK, chunks
 
 
-def widths(most: int) -> list[int]:
+def row_classes(most: int) -> list[int]:
     """Of rows of 1 to ``most`` candidates, the shortest one for each kernel that they need."""
     first, shortest = 1, []
     while first <= most:
         shortest.append(first)
-        share, segments = _cut(first)
-        first = share * max(segments, 1) + 1
+        chunk, chunks = _chunking(first)
+        first = chunk * max(chunks, 1) + 1
     return shortest
 
 
-def _power(size: int) -> int:
+def _next_power_of_2(size: int) -> int:
     """The power of two at or above ``size``; of 0 it is 0."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 @lru_cache(maxsize=256)
-def _variant(heads: int, parts: int, block: int, tile: int, share: int, crowd: int, segments: int) -> Variant:
+def _specialized(
+    num_qo_heads: int,
+    num_splits: int,
+    split_block_n: int,
+    block_n: int,
+    chunk: int,
+    max_bucket_keys: int,
+    max_chunks: int,
+) -> SpecializedKernel:
     constants = {
-        "HEADS": heads,
-        "PARTS": parts,
-        "BLOCK": block,
-        "TILE": tile,
-        "SHARE": share,
-        "CROWD": crowd,
-        "SEGMENTS": segments,
+        "NUM_QO_HEADS": num_qo_heads,
+        "NUM_SPLITS": num_splits,
+        "SPLIT_BLOCK_N": split_block_n,
+        "BLOCK_N": block_n,
+        "CHUNK": chunk,
+        "MAX_BUCKET_KEYS": max_bucket_keys,
+        "MAX_CHUNKS": max_chunks,
     }
-    name = f"select, up to {share * max(segments, 1)} candidates"
-    return Variant(name, _select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
+    name = f"select, up to {chunk * max(max_chunks, 1)} candidates"
+    return SpecializedKernel(name, _select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
 
 
 def select(
     scores: Tensor,
     candidates: Tensor,
-    texts: Tensor,
+    text_rows: Tensor,
     positions: Tensor,
-    segments: Segments,
+    metadata: SelectMetadata,
     *,
     counts: Tensor | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation.
 
-    counts: those of ``segments`` on the device, if they are there.
+    counts: those of ``metadata`` on the device, if they are there.
     """
-    scores = rowwise(scores)
-    source = Logits(scores, scores.stride(0), 0, heads=1, parts=0, block=1)
-    counts = segments.counts(scores.device) if counts is None else counts
+    scores = last_dim_contiguous(scores)
+    source = Logits(scores, scores.stride(0), 0, num_qo_heads=1, num_splits=0, split_block_n=1)
+    counts = metadata.counts(scores.device) if counts is None else counts
     counters = counts.new_zeros(num_counters(len(scores)), dtype=torch.int32)
-    return run_select(source, candidates, texts, positions, counts, counters, segments)
+    return launch_select(source, candidates, text_rows, positions, counts, counters, metadata)

@@ -20,7 +20,7 @@ from bench.gpu_check.measure import Session, Wrong
 from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES
 from bench.modelled_prefill import schedule_of
-from reroute.budget import budget, prefill_cost
+from reroute.budget import estimate_cost, prefill_cost
 from reroute.prefill import Prefill
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_flop_ratios(tiny: Session) -> None:
     schedule = schedule_of(12, "route", 1 / 3)
     assert (schedule.layers, schedule.counts(36)) == ((1, 2, 5, 8), (16, 16, 8, 4))
     for name, attention in (("flop_ratio", "dense"), ("flop_ratio_causal", "causal")):
-        ours = budget(shape, schedule, "route", 36, TEXT, attention=attention)
+        ours = estimate_cost(shape, schedule, "route", 36, TEXT, attention=attention)
         dense = prefill_cost(shape, [36 + TEXT] * 12, attention=attention)
         assert values[name] == round(ours.prefill_flops / dense.prefill_flops, 4) < 1
     assert values["flop_ratio"] != values["flop_ratio_causal"]

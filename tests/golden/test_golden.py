@@ -29,7 +29,7 @@ class Case:
     model: Any
     inputs: dict[str, Tensor]
     layers: tuple[int, ...]
-    keep: tuple[float, ...]
+    ratios: tuple[float, ...]
     action: str
     tokens: list[int]
     kv_lengths: list[int]
@@ -59,7 +59,7 @@ def load(name: str) -> Case:
         model=model,
         inputs={key[3:]: value for key, value in tensors.items() if key.startswith("in.")},
         layers=tuple(layers),
-        keep=tuple(case["keep_ratios"]),
+        ratios=tuple(case["keep_ratios"]),
         action=case["action"],
         tokens=case["greedy_tokens"],
         kv_lengths=case["kv_lengths"],
@@ -82,9 +82,9 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("given_as", ["method", "schedule"])
 def test_golden(case: Case, attention: str, given_as: str) -> None:
-    settings: dict[str, Any] = {"schedule": reroute.Schedule(case.layers, case.keep)}
+    settings: dict[str, Any] = {"schedule": reroute.Schedule(case.layers, case.ratios)}
     if given_as == "method":
-        settings = {"method": reroute.methods.PDrop(case.layers, case.keep)}
+        settings = {"method": reroute.methods.PDrop(case.layers, case.ratios)}
     case.model.set_attn_implementation(attention)
     with reroute.enable(case.model, action=case.action, trace=True, **settings) as handle:
         cache = getattr(case.model(**case.inputs, use_cache=True), CACHE)
@@ -103,7 +103,7 @@ def test_golden(case: Case, attention: str, given_as: str) -> None:
 
 def test_oracle_agrees(case: Case) -> None:
     tiny, sample = case.sample
-    rules = Rules(case.layers, case.keep, case.action)
+    rules = Rules(case.layers, case.ratios, case.action)
     result = predict(tiny, sample, rules, then=case.tokens)
     for decision, kept, scores in zip(result.decisions[0], case.kept, case.scores, strict=True):
         assert decision.kept == kept.tolist()

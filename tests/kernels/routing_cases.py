@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reroute_kernels import Segments, Selection, reference
+from reroute_kernels import Selection, SelectMetadata, reference
 
 PAGE = 64
 
@@ -62,9 +62,11 @@ def decision(
     last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
     parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
     candidates, texts = (rows_of([part[i] for part in parts], device) for i in (0, 1))
-    segments = Segments(tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
+    metadata = SelectMetadata(
+        tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
+    )
     indices = last.to(device), candidates, texts, torch.arange(total, device=device) % 97
-    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, segments)
+    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, metadata)
     return tensors, {"scale": features**-0.5, "rope": rope}
 
 
@@ -72,7 +74,7 @@ def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:
     """Rows of any length are selected from in stages, by programs with a share of 128 candidates each; more than
     ``crowd`` keys in the bin of the threshold are refined. select: the module.
     """
-    for name, value in (("TILE", 64), ("SHORT", 0), ("SHARE", 128), ("CROWD", crowd)):
+    for name, value in (("BLOCK_N", 64), ("MAX_ONE_PROGRAM", 0), ("CHUNK", 128), ("MAX_BUCKET_KEYS", crowd)):
         patch.setattr(select, name, value)
 
 

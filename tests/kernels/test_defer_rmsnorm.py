@@ -135,7 +135,7 @@ def test_more_rows_than_programs(ops: Any, device: torch.device, monkeypatch: py
     wanted = case.through(ops, norm)
     for processors in (1, 2):
         case.lease.pages.copy_(before)
-        monkeypatch.setattr(kernel, "processors", lambda _: processors)  # noqa: B023
+        monkeypatch.setattr(kernel, "num_sms", lambda _: processors)  # noqa: B023
         assert torch.equal(case.through(ops, norm), wanted)
         assert torch.equal(case.lease.rows(), rows)
 
@@ -207,7 +207,7 @@ def test_bad_arguments_are_refused(ops: Any, device: torch.device) -> None:
         {"hidden": case.hidden.half()},
         {"hidden": case.hidden[..., :16]},
     ):
-        with pytest.raises(ValueError, match="an inverse of 8 rows, and hidden of 32 features"):
+        with pytest.raises(ValueError, match="an inverse_index of 8 rows, and hidden of 32 features"):
             Running(**{**vars(case), **wrong}).through(ops, norm)
     assert torch.equal(case.lease.rows(), before)
 
@@ -219,7 +219,7 @@ def test_every_row_moves_once(ops: Any, device: torch.device, launches: list[Any
     case.through(ops, norm)
     (report,) = launches
     ran, row = rows // 3, features * 2
-    assert report.tensors["hidden"].load_bytes == report.tensors["pages"].store_bytes == ran * row
-    assert report.tensors["pages"].load_bytes == (rows - ran) * row
-    assert report.tensors["normed"].store_bytes == rows * row
+    assert report.tensors["hidden_ptr"].load_bytes == report.tensors["pages_ptr"].store_bytes == ran * row
+    assert report.tensors["pages_ptr"].load_bytes == (rows - ran) * row
+    assert report.tensors["normed_ptr"].store_bytes == rows * row
     assert report.global_load.efficiency == report.global_store.efficiency == 1

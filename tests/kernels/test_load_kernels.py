@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backend:
     from reroute_kernels import ops
     from reroute_kernels.triton_kernels import select
 
-    for name, value in (("LEAST", 16), ("SHORT", 32), ("SHARE", 16)):
+    for name, value in (("MIN_CHUNK", 16), ("MAX_ONE_PROGRAM", 32), ("CHUNK", 16)):
         monkeypatch.setattr(select, name, value)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     return Backend.of("triton", "asked for", ops)
@@ -39,22 +39,22 @@ def select(backend: Backend, visual: int) -> None:
 
 def test_the_shortest_row_of_each_kernel() -> None:
     """No row up to the most needs a kernel that they do not, and no two of them the same."""
-    from reroute_kernels.triton_kernels.select import _cut, widths
+    from reroute_kernels.triton_kernels.select import _chunking, row_classes
 
-    assert widths(70_000) == [1, 1025, 2049, 4097, 16385, 65537]
+    assert row_classes(70_000) == [1, 1025, 2049, 4097, 16385, 65537]
     for most in (1, 576, 1024, 1025, 4096, 4097, 16384, 70_000, 300_000):
-        cuts = [_cut(width) for width in widths(most)]
+        cuts = [_chunking(width) for width in row_classes(most)]
         assert len(set(cuts)) == len(cuts)
-        assert set(cuts) == {_cut(n) for n in range(0, most + 1)}
+        assert set(cuts) == {_chunking(n) for n in range(0, most + 1)}
 
 
 def test_a_long_row_has_room_for_its_shares() -> None:
-    from reroute_kernels.triton_kernels.select import _cut
+    from reroute_kernels.triton_kernels.select import _chunking
 
     for n in range(4097, 300_000, 777):
-        share, segments = _cut(n)
-        assert share * segments >= n
-        assert segments & (segments - 1) == 0
+        share, metadata = _chunking(n)
+        assert share * metadata >= n
+        assert metadata & (metadata - 1) == 0
 
 
 def test_of_batches_only_that_of_one_prompt_is_a_class() -> None:
@@ -160,7 +160,7 @@ def test_launches_of_a_warm_up_are_right(executor: Any, device: torch.device, mo
     from reroute_kernels.triton_kernels import select
 
     if executor.kind != "cuda":
-        monkeypatch.setattr(select, "SHORT", 1024)
+        monkeypatch.setattr(select, "MAX_ONE_PROGRAM", 1024)
     torch.manual_seed(0)
     arguments, named = decision([40, 20], [30, 0], [9, 0], device)
     results = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.clock import captured
-from reroute_kernels import PagedPool, RMSNorm, Segments, Selection, reference
+from reroute_kernels import PagedPool, RMSNorm, Selection, SelectMetadata, reference
 
 HEADS, GROUPS, FEATURES = 4, 2, 16
 
@@ -41,7 +41,9 @@ class Problem:
         self.candidates = integers([*range(2, 12)], [-1] * 10)
         self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
         columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
-        self.segments = Segments(*columns, on_device=integers(*columns))  # as a plan does: a capture uploads nothing
+        self.metadata = SelectMetadata(
+            *columns, on_device=integers(*columns)
+        )  # as a plan does: a capture uploads nothing
         self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
 
     @property
@@ -61,15 +63,15 @@ class Problem:
 
     @property
     def counts(self) -> tuple[Tensor, list[int]]:
-        counts = self.segments.counts(self.pages.device)
+        counts = self.metadata.counts(self.pages.device)
         return counts, counts.flatten().tolist()
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""
         operations.defer(pages, self.table, self.rows, hidden * 2)
-        selection = operations.score_topk(*self.scored, self.segments, scale=0.25, rope="half")
-        again = operations.select(selection.scores, *self.lists, self.segments)
-        return *operations.admit(pages, self.table, selection.active, self.cos, self.rows.new_ones(24, 1)), *again
+        selection = operations.score_topk(*self.scored, self.metadata, scale=0.25, rope="half")
+        again = operations.select(selection.scores, *self.lists, self.metadata)
+        return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -89,7 +91,7 @@ def test_a_key_norm_reaches_the_kernel(ops: Any, device: torch.device) -> None:
     problem = Problem(device)
     norm = RMSNorm(torch.rand(FEATURES, device=device), 1e-6)
     results = (
-        backend.score_topk(*problem.scored, problem.segments, scale=0.25, key_norm=norm) for backend in (ops, reference)
+        backend.score_topk(*problem.scored, problem.metadata, scale=0.25, key_norm=norm) for backend in (ops, reference)
     )
     same(*results)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.glm4v.modeling_glm4v import apply_rotary_pos_emb as glm_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
-from reroute_kernels import Segments
+from reroute_kernels import SelectMetadata
 from reroute_kernels.reference import admit, defer, rotate, select
 
 INF, NAN = math.inf, math.nan
@@ -110,8 +110,8 @@ def test_fragmented_equals_contiguous() -> None:
 
 
 def test_companions_of_any_dtype() -> None:
-    companions = [torch.ones(4, 2, dtype=d) for d in (torch.bfloat16, torch.int64, torch.bool)]
-    out = admit(torch.ones(2, 2, 4), torch.tensor([1, 0]), torch.tensor([[-1, 3]]), *companions)
+    aux = [torch.ones(4, 2, dtype=d) for d in (torch.bfloat16, torch.int64, torch.bool)]
+    out = admit(torch.ones(2, 2, 4), torch.tensor([1, 0]), torch.tensor([[-1, 3]]), *aux)
     assert [t.dtype for t in out] == [torch.float32, torch.bfloat16, torch.int64, torch.bool]
     assert all(t[0].to(torch.int64).sum(-1).tolist() == [0, t.shape[-1]] for t in out)
 
@@ -153,17 +153,17 @@ def test_unknown_layout_lists_the_known() -> None:
 
 
 def single(scores: list[float], keep: int) -> list[int]:
-    """Kept ordinals of one sample whose rows are all candidates."""
+    """Kept visual_indices of one sample whose rows are all candidates."""
     n = len(scores)
     selection = select(
         torch.tensor([scores], dtype=torch.float32),
         torch.arange(n)[None],
         torch.empty(1, 0, dtype=torch.int64),
         torch.arange(n) + 7,
-        Segments((0,), (n,), (n,), (0,), (keep,)),
+        SelectMetadata((0,), (n,), (n,), (0,), (keep,)),
     )
-    assert torch.equal(selection.kept, selection.active)
-    assert torch.equal(selection.kept + 7, selection.positions)
+    assert torch.equal(selection.kept, selection.active_rows)
+    assert torch.equal(selection.kept + 7, selection.active_positions)
     return selection.kept[0].tolist()
 
 
@@ -212,15 +212,15 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
     counts, text_counts = tuple(map(len, candidates)), tuple(map(len, texts))
     n_max, m_max = max(counts) + 1, max(text_counts) + 1
     starts, positions = tuple(20 * b for b in range(batch)), torch.randperm(20 * batch)
-    segments = Segments(starts, (12,) * batch, counts, text_counts, tuple(keep))
+    metadata = SelectMetadata(starts, (12,) * batch, counts, text_counts, tuple(keep))
     padded = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
-    got = select(padded, pad(candidates, n_max), pad(texts, m_max), positions, segments)
+    got = select(padded, pad(candidates, n_max), pad(texts, m_max), positions, metadata)
 
     assert got.kept.shape == (batch, max(keep))
-    assert got.active.shape == got.positions.shape == (batch, segments.width)
+    assert got.active_rows.shape == got.active_positions.shape == (batch, metadata.compact_length)
     assert got.scores.shape == (batch, n_max)
-    places = {row: place for place, row in enumerate(got.active.flatten().tolist())}
-    assert got.inverse.tolist() == [places.get(row, -1) for row in range(20 * batch)]
+    places = {row: place for place, row in enumerate(got.active_rows.flatten().tolist())}
+    assert got.inverse_index.tolist() == [places.get(row, -1) for row in range(20 * batch)]
     for b in range(batch):
         best: list[int] = []
         for _ in range(keep[b]):
@@ -234,9 +234,9 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
         best.sort()
         active = sorted(20 * b + row for row in texts[b] + [candidates[b][i] for i in best])
         assert got.kept[b].tolist() == best + [-1] * (max(keep) - keep[b])
-        fillers = [-1] * (segments.width - len(active))
-        assert got.active[b].tolist() == fillers + active
-        assert got.positions[b].tolist() == fillers + positions[active].tolist()
+        fillers = [-1] * (metadata.compact_length - len(active))
+        assert got.active_rows[b].tolist() == fillers + active
+        assert got.active_positions[b].tolist() == fillers + positions[active].tolist()
         assert torch.equal(got.scores[b, : counts[b]].view(torch.int32), padded[b, : counts[b]].view(torch.int32))
         assert got.scores[b, counts[b] :].eq(-INF).all()
 
@@ -254,4 +254,4 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
 )
 def test_contradictory_segments_are_refused(fields: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        Segments(*fields)
+        SelectMetadata(*fields)

@@ -11,7 +11,7 @@ import torch
 from models import Tiny
 
 import reroute
-from reroute_kernels import Backend, Segments
+from reroute_kernels import Backend, SelectMetadata
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def backend(executor: Any) -> Iterator[Backend]:
     """
     from reroute_kernels import ops
 
-    def counts(segments: Segments, device: torch.device) -> torch.Tensor:
-        assert segments.on_device is not None
-        assert segments.on_device.tolist() == [list(column) for column in segments.columns]
-        return segments.on_device
+    def counts(metadata: SelectMetadata, device: torch.device) -> torch.Tensor:
+        assert metadata.on_device is not None
+        assert metadata.on_device.tolist() == [list(column) for column in metadata.as_tuple()]
+        return metadata.on_device
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Segments, "counts", counts)
+        patch.setattr(SelectMetadata, "counts", counts)
         yield Backend.of("triton", "under test", ops)
 
 

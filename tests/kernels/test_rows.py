@@ -40,7 +40,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
 
 
-def agree(ops: Any, pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor, companions: list[Tensor]) -> None:
+def agree(ops: Any, pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor, aux: list[Tensor]) -> None:
     """Both operations give what the reference gives, bit for bit, the untouched pool rows included."""
     expected = pages.clone()
     if pages.dtype == torch.float8_e4m3fn:  # torch cannot scatter it
@@ -49,12 +49,12 @@ def agree(ops: Any, pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor, 
         reference.defer(expected, table, rows, hidden)
     ops.defer(pages, table, rows, hidden)
     assert torch.equal(bits(pages), bits(expected))
-    got = ops.admit(pages, table, rows, *companions)
-    sources = [pages, *companions]
+    got = ops.admit(pages, table, rows, *aux)
+    sources = [pages, *aux]
     if any(t.dtype == torch.float8_e4m3fn for t in sources):
         sources = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in sources]
     wanted = reference.admit(sources[0], table, rows, *sources[1:])
-    for result, right, source in zip(got, wanted, [pages, *companions], strict=True):
+    for result, right, source in zip(got, wanted, [pages, *aux], strict=True):
         assert result.shape == right.shape
         assert result.dtype == source.dtype
         assert torch.equal(bits(result), bits(right))
@@ -79,8 +79,8 @@ def test_any_rows_pages_and_dtypes(
     rows = rows_of(batch, length, device)
     pages = draw((6, page, width), dtype, device)
     hidden = draw((*rows.shape, width), dtype, device)
-    companions = [draw((len(table) * page, w), other, device) for w in (width, 0, 3)]
-    agree(ops, pages, torch.tensor(table, dtype=torch.int64, device=device), rows, hidden, companions)
+    aux = [draw((len(table) * page, w), other, device) for w in (width, 0, 3)]
+    agree(ops, pages, torch.tensor(table, dtype=torch.int64, device=device), rows, hidden, aux)
 
 
 @pytest.mark.parametrize("width", [1, 3, 127, 129, 520, 1024])  # and whole blocks of units
@@ -97,10 +97,10 @@ def test_odd_addresses_and_strides(ops: Any, device: torch.device) -> None:
     rows = rows_of([[0, 1, 2, 6, 7], [3]], 6, device).T.contiguous().T
     pages = draw((3 * 4 * 24 + 1,), torch.bfloat16, device)[1:].view(3, 4, 24)  # two bytes off
     hidden = draw((24, 2, 6), torch.bfloat16, device).permute(1, 2, 0)
-    companions = [draw((1, 8), torch.float32, device).expand(8, 8), draw((5, 8), torch.int64, device).T]
-    agree(ops, pages, table, rows, hidden, companions)
+    aux = [draw((1, 8), torch.float32, device).expand(8, 8), draw((5, 8), torch.int64, device).T]
+    agree(ops, pages, table, rows, hidden, aux)
     hidden = draw((2 * 6 * 24 + 1,), torch.bfloat16, device)[1:].view(2, 6, 24)
-    agree(ops, pages.clone(), table, rows, hidden, companions)
+    agree(ops, pages.clone(), table, rows, hidden, aux)
 
 
 def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.device) -> None:

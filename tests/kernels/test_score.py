@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reroute_kernels import PagedPool, RMSNorm, Segments, Selection
+from reroute_kernels import PagedPool, RMSNorm, Selection, SelectMetadata
 from reroute_kernels.reference import admit, defer, score_topk
 
 INF, NAN = math.inf, math.nan
@@ -34,7 +34,7 @@ def from_logits(logits: list[list[float]], candidates: list[int], keep: int) -> 
         torch.tensor([candidates]),
         torch.tensor([[i for i in range(length) if i not in candidates]]),
         torch.arange(length),
-        Segments((0,), (length,), (len(candidates),), (length - len(candidates),), (keep,)),
+        SelectMetadata((0,), (length,), (len(candidates),), (length - len(candidates),), (keep,)),
         scale=1.0,
     )
 
@@ -43,7 +43,7 @@ def test_t4_the_mean_is_over_probabilities() -> None:
     got = from_logits([[2, 0, 0], [-2, 1, 0.8]], [0, 1], 1)
     assert got.scores[0].tolist() == pytest.approx([0.406816, 0.320845], abs=1e-6)
     assert got.kept.tolist() == [[0]]
-    assert got.active.tolist() == [[0, 2]]
+    assert got.active_rows.tolist() == [[0, 2]]
 
 
 def test_t5_the_pool_matters() -> None:
@@ -71,7 +71,7 @@ def test_t18_query_heads_share_key_heads_in_blocks() -> None:
             torch.tensor([[0, 1]]),
             torch.empty(1, 0, dtype=torch.int64),
             torch.arange(2),
-            Segments((0,), (2,), (2,), (0,), (1,)),
+            SelectMetadata((0,), (2,), (2,), (0,), (1,)),
             scale=1.0,
         )
         readers.append(selection.kept.item())
@@ -89,7 +89,7 @@ def test_uneven_heads_are_refused() -> None:
             torch.tensor([[0]]),
             torch.tensor([[1]]),
             torch.arange(2),
-            Segments((0,), (2,), (1,), (1,), (1,)),
+            SelectMetadata((0,), (2,), (1,), (1,), (1,)),
             scale=1.0,
         )
 
@@ -152,7 +152,7 @@ class Problem:
             pad(candidates),
             pad(texts),
             positions,
-            Segments(
+            SelectMetadata(
                 starts,
                 pick(self.lengths),
                 tuple(map(len, candidates)),
@@ -195,9 +195,9 @@ def test_score_topk_against_fp64_loops(layout: str, rot: int) -> None:
         assert got.kept[b].tolist() == best + [-1] * (3 - keep)
         active = sorted(problem.texts[b] + [problem.candidates[b][i] for i in best])
         active = [problem.starts[b] + i for i in active]
-        assert got.active[b].tolist() == [-1] * (10 - len(active)) + active
-        assert got.positions[b].tolist() == [-1] * (10 - len(active)) + problem.positions[active].tolist()
-    assert got.active[0, -2:].sub(problem.starts[0]).tolist() == [13, 14]  # text behind the query stays active
+        assert got.active_rows[b].tolist() == [-1] * (10 - len(active)) + active
+        assert got.active_positions[b].tolist() == [-1] * (10 - len(active)) + problem.positions[active].tolist()
+    assert got.active_rows[0, -2:].sub(problem.starts[0]).tolist() == [13, 14]  # text behind the query stays active
     assert got.scores.dtype == torch.float32
 
 
@@ -207,12 +207,12 @@ def test_a_sample_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
     batches = {samples: problem.run(samples) for samples in ((0, 1, 2), (0, 1), (0, 2), (1, 2))}
     for b in range(3):
         alone = problem.run((b,), shift=True)
-        count, active = len(problem.candidates[b]), alone.active.shape[1]
+        count, active = len(problem.candidates[b]), alone.active_rows.shape[1]
         for got, at in ((got, samples.index(b)) for samples, got in batches.items() if b in samples):
             assert torch.equal(got.scores[at, :count], alone.scores[0, :count])
             assert torch.equal(got.kept[at, : problem.keep[b]], alone.kept[0])
-            assert torch.equal(got.active[at, -active:] - problem.starts[b], alone.active[0])
-            assert torch.equal(got.positions[at, -active:], alone.positions[0])
+            assert torch.equal(got.active_rows[at, -active:] - problem.starts[b], alone.active_rows[0])
+            assert torch.equal(got.active_positions[at, -active:], alone.active_positions[0])
 
 
 def test_bf16_logits_are_fp32_after_a_bf16_rotation() -> None:
@@ -249,7 +249,7 @@ def run_all(device: str) -> None:
     """Every operation once, on a ragged batch."""
     pool = PagedPool(16, torch.bfloat16, device, page_size=4)
     with pool.lease([9, 3]) as lease, torch.device(device):
-        segments = Segments(lease.starts, (9, 3), (6, 0), (3, 3), (2, 0))
+        metadata = SelectMetadata(lease.starts, (9, 3), (6, 0), (3, 3), (2, 0))
         selection = score_topk(
             torch.randn(2, 4, 8, dtype=torch.bfloat16),
             torch.randn(lease.num_rows, 2, 8, dtype=torch.bfloat16),
@@ -259,14 +259,14 @@ def run_all(device: str) -> None:
             torch.arange(6).repeat(2, 1),
             torch.arange(6, 9).repeat(2, 1),
             torch.arange(lease.num_rows),
-            segments,
+            metadata,
             scale=0.5,
         )
         assert selection.kept.shape == (2, 2)
-        assert selection.active.shape == selection.positions.shape == (2, segments.width) == (2, 5)
-        hidden, cos = admit(lease.pages, lease.table, selection.active, torch.randn(lease.num_rows, 8))
+        assert selection.active_rows.shape == selection.active_positions.shape == (2, metadata.compact_length) == (2, 5)
+        hidden, cos = admit(lease.pages, lease.table, selection.active_rows, torch.randn(lease.num_rows, 8))
         assert (hidden.shape, cos.shape) == ((2, 5, 16), (2, 5, 8))
-        defer(lease.pages, lease.table, selection.active, hidden)
+        defer(lease.pages, lease.table, selection.active_rows, hidden)
         assert lease.rows().shape == (lease.num_rows, 16)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from routing_cases import decision, exact, gibibytes, make_rows_long, num_compiled
 from torch import Tensor
 
-from reroute_kernels import RMSNorm, Segments, Selection, reference
+from reroute_kernels import RMSNorm, Selection, SelectMetadata, reference
 
 INF, NAN = math.inf, math.nan
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -48,9 +48,11 @@ def truth(
     key_norm: RMSNorm | None = None,
 ) -> list[Tensor]:
     """Scores per sample with norms and rotations in one dtype, and logits and softmax in another."""
-    query, keys, cos, sin, last, candidates, _, _, segments = arguments
+    query, keys, cos, sin, last, candidates, _, _, metadata = arguments
     scores = []
-    for b, (start, length, n) in enumerate(zip(segments.starts, segments.lengths, segments.candidates, strict=True)):
+    for b, (start, length, n) in enumerate(
+        zip(metadata.starts, metadata.kv_lens, metadata.num_candidates, strict=True)
+    ):
         if n == 0:  # such a sample need not have a query
             scores.append(torch.empty(0, dtype=torch.float64, device=query.device))
             continue
@@ -197,7 +199,7 @@ def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> N
     arguments = *arguments[:4], torch.full_like(arguments[4], -1), *arguments[5:]
     got = kernel.score_topk(*arguments, **named)
     assert got.kept.shape == (2, 0)
-    assert got.active.tolist() == got.positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
+    assert got.active_rows.tolist() == got.active_positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
 
 
 def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> None:
@@ -205,14 +207,16 @@ def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> Non
     lengths, counts, keep = [130, 1100, 70], [100, 1050, 60], [30, 500, 7]
     arguments, named = decision(lengths, counts, keep, device, heads=6, dtype=BF16)
     together = kernel.score_topk(*arguments, **named)
-    query, keys, cos, sin, last, candidates, texts, positions, segments = arguments
-    for b, (n, m, k) in enumerate(zip(counts, segments.texts, keep, strict=True)):
-        single = Segments(*((getattr(segments, f)[b],) for f in ("starts", "lengths", "candidates", "texts", "keep")))
+    query, keys, cos, sin, last, candidates, texts, positions, metadata = arguments
+    for b, (n, m, k) in enumerate(zip(counts, metadata.num_texts, keep, strict=True)):
+        single = SelectMetadata(
+            *((getattr(metadata, f)[b],) for f in ("starts", "kv_lens", "num_candidates", "num_texts", "k"))
+        )
         rows = candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions
         alone = kernel.score_topk(query[b : b + 1], keys, cos, sin, last[b : b + 1], *rows, single, **named)
         assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
         assert torch.equal(alone.kept[0], together.kept[b, :k])
-        assert torch.equal(alone.active[0], together.active[b, together.active.shape[1] - m - k :])
+        assert torch.equal(alone.active_rows[0], together.active_rows[b, together.active_rows.shape[1] - m - k :])
 
 
 def test_many_parts_and_any_number_of_key_heads(
@@ -223,11 +227,11 @@ def test_many_parts_and_any_number_of_key_heads(
     plain = kernel.score_topk(*arguments, **named)
     usual = kernel.tiling(8, 4, 16, 2, norm=False)
     for warps in (1, 2):
-        monkeypatch.setattr(kernel, "tiling", lambda *_: usual._replace(warps=warps))  # noqa: B023
+        monkeypatch.setattr(kernel, "tiling", lambda *_: usual._replace(num_warps=warps))  # noqa: B023
         assert torch.equal(kernel.score_topk(*arguments, **named).scores, plain.scores)
     for joined, most in ((1, 3), (2, 40)):  # 25 parts of two tiles are enough
         monkeypatch.setattr(kernel, "tiling", lambda *_: kernel.Tiling(2, joined, 16, 8))  # noqa: B023
-        monkeypatch.setattr(kernel, "most_parts", lambda _: most)  # noqa: B023
+        monkeypatch.setattr(kernel, "most_splits", lambda _: most)  # noqa: B023
         got = kernel.score_topk(*arguments, **named)
         exact(arguments, got)
         close(arguments, named, got)
@@ -309,14 +313,14 @@ def test_two_threads_may_decide_at_once(kernel: Any, device: torch.device, monke
     """Between the two launches of one decision the other launches both of its own, on the same stream."""
     (first, named), (second, _) = (decision([70, 60], [n, 50], [9, 20], device) for n in (60, 41))
     wanted = [kernel.score_topk(*arguments, **named) for arguments in (first, second)]
-    select, between = kernel.run_select, []
+    select, between = kernel.launch_select, []
 
     def interrupted(*arguments: Any) -> Selection:
-        monkeypatch.setattr(kernel, "run_select", select)
+        monkeypatch.setattr(kernel, "launch_select", select)
         between.append(kernel.score_topk(*second, **named))
         return select(*arguments)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(kernel, "run_select", interrupted)
+    monkeypatch.setattr(kernel, "launch_select", interrupted)
     for got, right in zip([kernel.score_topk(*first, **named), *between], wanted, strict=True):
         assert all(map(torch.equal, got, right))
 
@@ -327,14 +331,14 @@ def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel
 
     compiled = lambda: num_compiled(executor, kernel._score_kernel, select._select_kernel)
     arguments, named = decision([90, 70], [61, 50], [9, 20], device)
-    *tensors, last, candidates, texts, positions, segments = arguments
+    *tensors, last, candidates, texts, positions, metadata = arguments
     wanted, before = kernel.score_topk(*arguments, **named), compiled()
     assert before
     for moved in range(5):
-        lists = [last, candidates, texts, positions, torch.tensor(segments.columns, device=device)]
+        lists = [last, candidates, texts, positions, torch.tensor(metadata.as_tuple(), device=device)]
         lists[moved] = torch.cat((lists[moved].new_zeros(1), lists[moved].flatten()))[1:].view(lists[moved].shape)
         assert lists[moved].data_ptr() % 16 == 8
-        got = kernel.score_topk(*tensors, *lists[:4], replace(segments, on_device=lists[4]), **named)
+        got = kernel.score_topk(*tensors, *lists[:4], replace(metadata, on_device=lists[4]), **named)
         assert all(map(torch.equal, got, wanted))
     assert compiled() == before
 
@@ -364,12 +368,12 @@ def test_two_launches_and_the_least_bytes(
     """
     length = 768
     arguments, named = decision([length], [740], [185], device, heads=heads, groups=groups, features=128, dtype=BF16)
-    monkeypatch.setattr(kernel, "most_parts", lambda _: 2)
+    monkeypatch.setattr(kernel, "most_splits", lambda _: 2)
     kernel.score_topk(*arguments, **named)
     score, select = launches
     assert score.bytes_requested <= 1.06 * score.minimal_bytes
     assert score.bytes_moved <= 1.06 * score.minimal_bytes
-    assert score.tensors["keys"].load_bytes == length * groups * 128 * 2
+    assert score.tensors["keys_ptr"].load_bytes == length * groups * 128 * 2
     assert score.global_load.efficiency >= 0.95
     assert score.global_store.efficiency >= 0.95
-    assert select.tensors["source"].load_bytes <= 1.06 * 740 * heads * 4
+    assert select.tensors["source_ptr"].load_bytes <= 1.06 * 740 * heads * 4

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from routing_cases import make_rows_long, num_compiled, rows_of, same, split
 from torch import Tensor
 
-from reroute_kernels import Segments, reference
+from reroute_kernels import SelectMetadata, reference
 
 INF, NAN = math.inf, math.nan
 NEGATIVE_NAN = torch.tensor([0xFFC00001 - 2**32], dtype=torch.int32).view(torch.float32).item()
@@ -45,11 +45,11 @@ def check(
     lengths = tuple(n + texts + gaps for n in counts)
     starts = tuple(2 + sum(lengths[:b]) + 3 * b for b in range(len(counts)))
     positions = torch.randperm(starts[-1] + lengths[-1] + 5).to(device)
-    segments = Segments(starts, lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
+    metadata = SelectMetadata(starts, lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
     padded = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
     for row, score in zip(padded, scores, strict=True):
         row[: len(score)] = score
-    arguments = padded.to(device), candidates, text_rows, positions, segments
+    arguments = padded.to(device), candidates, text_rows, positions, metadata
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -68,10 +68,10 @@ def decided(kernel: Any, source: Any, length: int, candidates: slice, keep: int,
     chosen[candidates] = True
     lists = row[:, chosen], row[:, ~chosen], row[0]
     n = int(chosen.sum())
-    segments = Segments((0,), (length,), (n,), (length - n,), (keep,))
+    metadata = SelectMetadata((0,), (length,), (n,), (length - n,), (keep,))
     counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32, device=device)
-    got = kernel.run_select(source, *lists, segments.counts(device), counters, segments)
-    same(got, reference.select(got.scores, *lists, segments))
+    got = kernel.launch_select(source, *lists, metadata.counts(device), counters, metadata)
+    same(got, reference.select(got.scores, *lists, metadata))
     scores: Tensor = got.scores[0]
     return scores
 
@@ -80,7 +80,7 @@ def decided(kernel: Any, source: Any, length: int, candidates: slice, keep: int,
 def path(request: pytest.FixtureRequest, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """All ways to select, at lengths a test can afford: rows of one program, of several shares, and crowds in these."""
     if request.param != "one program":
-        make_rows_long(kernel, monkeypatch, 0 if request.param == "refined" else kernel.CROWD)
+        make_rows_long(kernel, monkeypatch, 0 if request.param == "refined" else kernel.MAX_BUCKET_KEYS)
     return str(request.param)
 
 
@@ -125,15 +125,15 @@ def test_any_ragged_batch(kernel: Any, device: torch.device, data: Any) -> None:
     kind = data.draw(st.sampled_from(["normal", "special", "few"]))
     texts, gaps = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "TILE", 16)
-        patch.setattr(kernel, "SHARE", 16)
-        patch.setattr(kernel, "SHORT", data.draw(st.sampled_from([0, 4096])))
-        patch.setattr(kernel, "CROWD", data.draw(st.sampled_from([0, 8, 4096])))
+        patch.setattr(kernel, "BLOCK_N", 16)
+        patch.setattr(kernel, "CHUNK", 16)
+        patch.setattr(kernel, "MAX_ONE_PROGRAM", data.draw(st.sampled_from([0, 4096])))
+        patch.setattr(kernel, "MAX_BUCKET_KEYS", data.draw(st.sampled_from([0, 8, 4096])))
         check(kernel, [scores_of(kind, n) for n in counts], keep, device, texts=texts, gaps=gaps)
 
 
 def test_a_row_that_needs_no_patching_to_be_long(kernel: Any, device: torch.device) -> None:
-    n = kernel.SHORT + 1
+    n = kernel.MAX_ONE_PROGRAM + 1
     check(kernel, [torch.randn(n), torch.randn(70)], [n // 4, 30], device)
 
 
@@ -146,11 +146,11 @@ def test_a_crowd_costs_one_stage_more_not_a_pass_over_it(
     kernel: Any, device: torch.device, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All scores in one coarse bin: hardly more instructions than if they are spread, where all look at few rivals."""
-    monkeypatch.setattr(kernel, "SHORT", 0)
-    monkeypatch.setattr(kernel, "SHARE", 1024)
+    monkeypatch.setattr(kernel, "MAX_ONE_PROGRAM", 0)
+    monkeypatch.setattr(kernel, "CHUNK", 1024)
     n = 3000  # of three shares, where notes are read of four
     for crowd in (n // 2, n):
-        monkeypatch.setattr(kernel, "CROWD", crowd)
+        monkeypatch.setattr(kernel, "MAX_BUCKET_KEYS", crowd)
         check(kernel, [torch.rand(n) + 1], [n // 4], device)
     check(kernel, [torch.randn(n).mul(6).exp2()], [n // 4], device)
     refined, passes, spread = (report.warp_instructions for report in launches)
@@ -162,8 +162,8 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     candidates = rows_of([torch.arange(2, 6), torch.arange(3)], device)
     texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
-    segments = Segments((0, 901), (6, 3), (4, 3), (3, 0), (2, 2))
-    arguments = scores, candidates, texts, torch.arange(905, device=device), segments
+    metadata = SelectMetadata((0, 901), (6, 3), (4, 3), (3, 0), (2, 2))
+    arguments = scores, candidates, texts, torch.arange(905, device=device), metadata
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -257,9 +257,9 @@ def test_few_programs_score_many_tiles_each(
     candidates shorter, hence there is one more.
     """
     source = softmax_source(kernel, torch.randn(3, 140).to(device))
-    monkeypatch.setattr(kernel, "TILE", 16)
+    monkeypatch.setattr(kernel, "BLOCK_N", 16)
     wanted = decided(kernel, source, 140, slice(5, 133), 50, device)
-    monkeypatch.setattr(kernel, "processors", lambda _: 4)
+    monkeypatch.setattr(kernel, "num_sms", lambda _: 4)
     assert torch.equal(decided(kernel, source, 140, slice(5, 133), 50, device), wanted)
     check(kernel, [torch.randn(n) for n in (140, 65)], [100, 13], device, texts=9, gaps=2)
 
@@ -318,9 +318,9 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
     decided(kernel, logits, length, slice(first, first + n), n // 4, device)
     (report,) = launches
     load, store = report.global_load, report.global_store
-    programs = -(-(n + first % 8) // kernel.TILE)
+    programs = -(-(n + first % 8) // kernel.BLOCK_N)
     assert (
-        report.tensors["source"].load_bytes == 4 * heads * n + programs * 8 * heads * logits.parts
+        report.tensors["source_ptr"].load_bytes == 4 * heads * n + programs * 8 * heads * logits.num_splits
     )  # with the statistics
     assert load.efficiency >= 0.975
     assert store.efficiency >= (0.82 if first else 0.91)
@@ -340,15 +340,15 @@ def test_another_prompt_compiles_nothing_anew(executor: Any, kernel: Any, device
 def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:
     wide = torch.empty(1, 1, device=device).expand(1, 2**22 + 1)
     with pytest.raises(ValueError, match="4194305 candidates in a row"):
-        kernel.select(wide, wide.long(), wide.long(), wide[0].long(), Segments((0,), (9,), (9,), (0,), (1,)))
+        kernel.select(wide, wide.long(), wide.long(), wide[0].long(), SelectMetadata((0,), (9,), (9,), (0,), (1,)))
 
 
 def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
     scores = torch.randn(2, 2, 50).bfloat16().to(device)[:, 1]
     rows = torch.arange(50, device=device).expand(2, 50)
     texts = torch.empty(2, 0, dtype=torch.int64, device=device)
-    segments = Segments((0, 50), (50, 50), (50, 50), (0, 0), (20, 10))
-    arguments = scores, rows, texts, torch.arange(200, device=device)[::2], segments
+    metadata = SelectMetadata((0, 50), (50, 50), (50, 50), (0, 0), (20, 10))
+    arguments = scores, rows, texts, torch.arange(200, device=device)[::2], metadata
     wanted = reference.select(*arguments)
     same(kernel.select(*arguments), wanted)
     columns = scores.t().contiguous().t(), rows.t().contiguous().t(), texts
@@ -358,11 +358,11 @@ def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
 def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: torch.device) -> None:
     columns = ((0,), (9,), (5,), (4,), (2,))
     there = torch.tensor(columns, device=device)
-    segments = Segments(*columns, on_device=there)
-    assert segments.counts(device) is there
-    assert segments == Segments(*columns)
+    metadata = SelectMetadata(*columns, on_device=there)
+    assert metadata.counts(device) is there
+    assert metadata == SelectMetadata(*columns)
     scores, row = torch.randn(1, 5, device=device), torch.arange(9, device=device)[None]
-    arguments = scores, row[:, :5], row[:, 5:], row[0], segments
+    arguments = scores, row[:, :5], row[:, 5:], row[0], metadata
     wanted = reference.select(*arguments)
     same(kernel.select(*arguments), wanted)
     there[4] = 0  # the kernel keeps what it reads there

@@ -29,8 +29,8 @@ def ops(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from reroute_kernels.triton_kernels import select
 
     if executor.kind != "cuda":
-        monkeypatch.setattr(select, "SHORT", 128)
-        monkeypatch.setattr(select, "SHARE", 64)
+        monkeypatch.setattr(select, "MAX_ONE_PROGRAM", 128)
+        monkeypatch.setattr(select, "CHUNK", 64)
     return ops
 
 
@@ -39,7 +39,7 @@ def shortest(ops: Any) -> int:
     """Candidates of the shortest row that has several stages: 4097."""
     from reroute_kernels.triton_kernels import select
 
-    return select.SHORT + 1
+    return select.MAX_ONE_PROGRAM + 1
 
 
 def decide(
@@ -50,8 +50,8 @@ def decide(
     counts = [visual, 70, visual // 2, 0, visual - 1][:batch]
     lengths, keep = [n + 60 for n in counts], [n // 3 for n in counts]
     arguments, named = decision(lengths, counts, keep, device, dtype=torch.bfloat16)
-    segments = replace(arguments[-1], on_device=arguments[-1].counts(device))
-    arguments = *arguments[:-1], segments
+    metadata = replace(arguments[-1], on_device=arguments[-1].counts(device))
+    arguments = *arguments[:-1], metadata
     if operation == "score_topk":
         return partial(ops.score_topk, *arguments, **named), arguments
     scores = torch.randn(batch, visual)

@@ -13,7 +13,7 @@ from reroute_kernels import PagedPool
 
 @pytest.fixture(params=models.NAMES)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
-    """Each model family in turn."""
+    """Each model adapter in turn."""
     return models.tiny(request.param)
 
 

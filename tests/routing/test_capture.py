@@ -17,7 +17,7 @@ from support import RULES, NoWaiting, cache_of, enable, generate, kv_lengths
 from torch import Tensor
 
 from reroute.errors import RerouteError
-from reroute.prefill import Reservation
+from reroute.prefill import Workspace
 from reroute_kernels import PagedPool
 
 
@@ -183,12 +183,12 @@ def test_a_reservation_moves_to_another_pool() -> None:
     """As when the model's dtype changes between two forwards of one plan."""
     tiny = models.tiny("llava-gqa")
     with enable(tiny, RULES[0]) as handle:
-        reservation = Reservation(handle.plan(ids(tiny)))
+        workspace = Workspace(handle.plan(ids(tiny)))
     first, second = PagedPool(64, torch.float32, "cpu"), PagedPool(64, torch.float64, "cpu")
-    lease, layout = reservation.take(first)
-    assert reservation.take(first) == (lease, layout)
-    assert reservation.take(second)[0].pages.dtype == torch.float64
+    lease, layout = workspace.take(first)
+    assert workspace.take(first) == (lease, layout)
+    assert workspace.take(second)[0].pages.dtype == torch.float64
     assert (first.stats().leases, second.stats().leases) == (0, 1)
     for _ in range(2):
-        reservation.release()
+        workspace.release()
     assert second.stats().leases == 0

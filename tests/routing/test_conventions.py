@@ -93,7 +93,7 @@ def test_the_layer_before_can_rank(tiny: Tiny) -> None:
     kept = []
     for offset in (0, -1):
         rules = Rules((3,), (0.25,), "remove", score_layer_offset=offset)
-        method = FastV(layer=3, keep=0.25, score_layer_offset=offset)
+        method = FastV(layer=3, ratio=0.25, score_layer_offset=offset)
         with reroute.enable(tiny.model, method=method, action="remove", trace=True) as handle:
             output = tiny.model(**tiny.inputs([sample]), use_cache=True)
         same_decisions(handle.trace, [predict(tiny, sample, rules)])

@@ -22,7 +22,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
 from reroute.methods import FastV, Method, ScoreView
-from reroute.prefill import Tables
+from reroute.prefill import PositionTables
 from reroute_kernels import resolve
 
 LAYERS = 6
@@ -135,7 +135,7 @@ def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.Monke
     with enable(models.llava(layers=LAYERS), Rules((1,), (0.5,))) as handle, FakeTensorMode():
         for place in places:
             rows = torch.empty(1, 1, 64, device=place)
-            assert handle._place(rows, Tables(rows, rows, None)).device == place
+            assert handle._place(rows, PositionTables(rows, rows, None)).device == place
     assert asked == [torch.device("cpu"), places[0], places[1], places[0]]
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import reroute
-from reroute.transformers import Controller, Family
+from reroute.transformers import ModelAdapter, RoutingHooks
 
 
 @pytest.mark.parametrize("rules", [*RULES, Rules((2, 4), (0.5, 0.3), "remove", score_layer_offset=-1)])
@@ -50,7 +50,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def guard(name: str) -> Callable[..., Any]:
-        original = getattr(Controller, name)
+        original = getattr(RoutingHooks, name)
 
         def hook(*args: Any) -> Any:
             ran.append(name)
@@ -60,7 +60,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return hook
 
     for name in ("_before_layer", "_after_last_layer", "_after_text"):
-        monkeypatch.setattr(Controller, name, guard(name))
+        monkeypatch.setattr(RoutingHooks, name, guard(name))
     return ran
 
 
@@ -111,7 +111,7 @@ def test_a_decision_adds_nothing_to_the_kernels(
 ) -> None:
     """A step is the kernels and the projection of the model, where no mask has to be adapted."""
     counted: dict[int, list[str]] = {}
-    before = Controller._before_layer
+    before = RoutingHooks._before_layer
 
     def count(controller: Any, index: int, *args: Any) -> Any:
         with Counting() as counting:
@@ -126,8 +126,8 @@ def test_a_decision_adds_nothing_to_the_kernels(
 
         return run
 
-    monkeypatch.setattr(Controller, "_before_layer", count)
-    monkeypatch.setattr(Family, "project", uncounted(Family.project))
+    monkeypatch.setattr(RoutingHooks, "_before_layer", count)
+    monkeypatch.setattr(ModelAdapter, "project", uncounted(ModelAdapter.project))
     with reroute.enable(tiny.model, schedule=schedule(RULES[0])) as handle, torch.no_grad():
         kernels = {name: uncounted(getattr(handle.backend, name)) for name in KERNELS}
         handle.backend = replace(handle.backend, **kernels)

@@ -102,7 +102,7 @@ def test_a_backend_that_cannot_run_for_one_model(
     """As for a model on the CPU of a machine with a GPU: it says so, and the forward goes on."""
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     plain = tiny.model(**given).logits
-    monkeypatch.setattr("reroute.switch.check_backend", lambda _: None)  # there is a GPU
+    monkeypatch.setattr("reroute.api.check_backend", lambda _: None)  # there is a GPU
     reroute.enable(backend="triton")
     try:
         with caplog.at_level(logging.WARNING, logger="reroute"):

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import FastV, PDrop, ScoreView
-from reroute.prefill import Tables
+from reroute.prefill import PositionTables
 from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
 
 
@@ -37,8 +37,8 @@ from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitErr
         ({"schedule": reroute.Schedule((2, 8), (0.5, 0.5))}, "Routing layer 8 does not exist: the model has 8 layers"),
         ({"schedule": reroute.Schedule((2, 4), (0.2, 0.5)), "action": "remove"}, "a removed token cannot return"),
         ({"schedule": reroute.Schedule((2,), (0.5,), positions="renumbered")}, "need action 'remove'"),
-        ({"method": FastV(layer=9, keep=0.5)}, "does not exist"),
-        ({"method": PDrop((2, 4), (0.5,))}, "one keep ratio per routing layer"),
+        ({"method": FastV(layer=9, ratio=0.5)}, "does not exist"),
+        ({"method": PDrop((2, 4), (0.5,))}, "one ratio per routing layer"),
     ],
 )
 def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
@@ -51,14 +51,14 @@ def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": (2, 2), "keep": (0.5, 0.5)}, "strictly increasing"),
-        ({"layers": (4, 2), "keep": (0.5, 0.5)}, "strictly increasing"),
-        ({"layers": (-1,), "keep": (0.5,)}, "0 or later"),
-        ({"layers": (2,), "keep": (0.0,)}, "above 0 and at most 1"),
-        ({"layers": (2,), "keep": (1.01,)}, "above 0 and at most 1"),
-        ({"layers": (2,), "keep": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
-        ({"layers": (2,), "keep": (0.5,), "positions": "gone"}, "known: preserved, renumbered"),
-        ({"layers": (0,), "keep": (0.5,), "score_layer_offset": -1}, "1 or later"),
+        ({"layers": (2, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
+        ({"layers": (4, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
+        ({"layers": (-1,), "ratios": (0.5,)}, "0 or later"),
+        ({"layers": (2,), "ratios": (0.0,)}, "above 0 and at most 1"),
+        ({"layers": (2,), "ratios": (1.01,)}, "above 0 and at most 1"),
+        ({"layers": (2,), "ratios": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
+        ({"layers": (2,), "ratios": (0.5,), "positions": "gone"}, "known: preserved, renumbered"),
+        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, "1 or later"),
     ],
 )
 def test_schedules(fields: dict[str, Any], message: str) -> None:
@@ -98,7 +98,7 @@ def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.model.to("meta")
     with reroute.enable(tiny.model, keep=0.5) as handle:
         plan = handle.plan(ids)
-        start = lambda: handle._start(plan, hidden, Tables(hidden, hidden, None)).close()
+        start = lambda: handle._start(plan, hidden, PositionTables(hidden, hidden, None)).close()
         with pytest.raises(BackendUnavailable, match="of the test"):
             start()
         for _ in range(2):  # a choice that failed was not made

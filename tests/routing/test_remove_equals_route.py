@@ -40,7 +40,7 @@ def test_one_decision(tiny: Tiny, layer: int, keep: float) -> None:
 
 def test_one_decision_by_name(tiny: Tiny) -> None:
     sample = tiny.prompt(0, 3, tiny.grid, 4)
-    method = FastV(layer=7, keep=0.3)  # no later layer to route again in
+    method = FastV(layer=7, ratio=0.3)  # no later layer to route again in
     outputs = []
     for action in ("route", "remove"):
         with reroute.enable(tiny.model, method=method, action=action):

@@ -16,7 +16,7 @@ from support import RULES, Fixed, cache_of, enable, generate, kv_lengths, schedu
 from torch import nn
 
 import reroute
-from reroute.budget import ModelShape, budget, prefill_cost, scoring_flops
+from reroute.budget import ModelShape, estimate_cost, prefill_cost, scoring_flops
 from reroute.methods import FastV, Random
 from reroute.stats import Stats, Totals, make_stats
 from reroute_kernels import PagedPool
@@ -61,7 +61,7 @@ def test_a_prefill_costs_its_budget(tiny: Tiny, rules: Rules, batch: int) -> Non
     with enable(tiny, rules) as handle:
         tiny.model(**tiny.inputs([tiny.prompt(seed, 5, tiny.grid, 4) for seed in range(batch)]), use_cache=True)
     stats = handle.stats()
-    planned = budget(shape_of(tiny), schedule(rules), rules.action, 16, 9, bytes_per_element=4)
+    planned = estimate_cost(shape_of(tiny), schedule(rules), rules.action, 16, 9, bytes_per_element=4)
     assert (stats.avg_tokens, stats.keep) == (planned.avg_tokens, planned.keep)
     assert stats.prefill_flops == batch * planned.prefill_flops
     assert stats.scoring_flops == batch * planned.scoring_flops
@@ -70,12 +70,12 @@ def test_a_prefill_costs_its_budget(tiny: Tiny, rules: Rules, batch: int) -> Non
 
 @pytest.mark.parametrize(
     "method",
-    [Random(layer=3, keep=0.25), Fixed(stages=((3, 0.25),), table=(tuple(map(float, range(16))),))],
+    [Random(layer=3, ratio=0.25), Fixed(stages=((3, 0.25),), table=(tuple(map(float, range(16))),))],
     ids=lambda method: method.name,
 )
 def test_own_scores_are_not_charged_for_attention(tiny: Tiny, method: FastV) -> None:
     stats = []
-    for chosen in (FastV(layer=3, keep=0.25), method):
+    for chosen in (FastV(layer=3, ratio=0.25), method):
         with reroute.enable(tiny.model, method=chosen, action="remove") as handle:
             tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
         stats.append(handle.stats())
@@ -98,7 +98,7 @@ def test_later_turns_attend_to_earlier_ones(tiny: Tiny, rules: Rules) -> None:
     tokens = [after - earlier for after, earlier in zip(keys, before, strict=True)]
     routed = prefill_cost(shape, tokens, keys)
     dense = prefill_cost(shape, [23] * 8, [25 + 23] * 8, bytes_per_element=4)
-    alone = budget(shape, schedule(rules), rules.action, 16, 7)
+    alone = estimate_cost(shape, schedule(rules), rules.action, 16, 7)
     assert stats.prefill_flops - stats.scoring_flops == routed.prefill_flops
     assert stats.scoring_flops == alone.scoring_flops
     assert stats.prefill_flops > alone.prefill_flops

@@ -16,8 +16,8 @@ from support import enable
 from torch import Tensor
 
 import reroute.plan
-from reroute.plan import Layout, Plan
-from reroute.prefill import Reservation
+from reroute.plan import Plan, PlanTensors
+from reroute.prefill import Workspace
 from reroute_kernels import PagedPool
 
 RULES = (
@@ -121,13 +121,13 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
     both, layouts = threading.Barrier(2), {}
     upload, layout = reroute.plan._upload, Plan.layout
 
-    def together(*args: Any) -> Layout:
+    def together(*args: Any) -> PlanTensors:
         both.wait(60)
         made = upload(*args)
         both.wait(60)
         return made
 
-    def noted(*args: Any) -> Layout:
+    def noted(*args: Any) -> PlanTensors:
         return layouts.setdefault(threading.get_ident(), layout(*args))
 
     def work(stream: Stream) -> None:
@@ -198,9 +198,9 @@ def test_tables_outlive_the_streams_that_read_them(streams: list[Stream], tiny: 
     pool = pool_of(8)
     for stream in streams[:2]:
         with stream.gpu.stream(stream):
-            reservation = Reservation(plan)
-            lease, layout = reservation.take(pool)
+            workspace = Workspace(plan)
+            lease, layout = workspace.take(pool)
             assert (layout.rows + lease.table.sum()).shape == layout.rows.shape
-            reservation.release()
-    del plan, reservation, lease, layout
+            workspace.release()
+    del plan, workspace, lease, layout
     pool.trim()

@@ -59,9 +59,9 @@ def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small model reaches every class of rows that has a kernel."""
     from reroute_kernels.triton_kernels import select
 
-    for name, value in (("LEAST", 16), ("SHORT", 64), ("SHARE", 32)):
+    for name, value in (("MIN_CHUNK", 16), ("MAX_ONE_PROGRAM", 64), ("CHUNK", 32)):
         monkeypatch.setattr(select, name, value)
-    assert select.widths(VISUAL) == [1, 17, 33, 65, 257]
+    assert select.row_classes(VISUAL) == [1, 17, 33, 65, 257]
 
 
 def routed(setup: Setup, **settings: Any) -> tuple[Tiny, Any]:

@@ -9,11 +9,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reroute.budget import (
-    Budget,
+    CostEstimate,
     ModelShape,
-    Shape,
+    RatioFamily,
     average_tokens,
-    budget,
+    estimate_cost,
     kv_bytes,
     layer_flops,
     prefill_cost,
@@ -98,9 +98,9 @@ def released(name: str, tier: int, shape: ModelShape) -> Schedule:
     return Schedule(LAYERS[name][shape.num_layers], ratios)
 
 
-def cost(name: str, tier: int, shape: ModelShape, text: int = 60, **options: Any) -> Budget:
+def cost(name: str, tier: int, shape: ModelShape, text: int = 60, **options: Any) -> CostEstimate:
     action: Action = "route" if name.startswith("ours") else "remove"
-    return budget(shape, released(name, tier, shape), action, 576, text, **options)
+    return estimate_cost(shape, released(name, tier, shape), action, 576, text, **options)
 
 
 @pytest.mark.parametrize(("name", "tier", "ratios", "counts", "averages", "costs"), RELEASED)
@@ -179,14 +179,14 @@ def test_scoring_is_part_of_the_budget() -> None:
 
 def test_nothing_is_scored_where_nothing_is_deferred() -> None:
     dense, schedule = Schedule((1, 3), (1.0, 1.0)), Schedule((1, 3), (0.5, 0.25))
-    assert budget(TOY, dense, "route", 8, 3).scoring_flops == 0
-    assert budget(TOY, dense, "route", 8, 3).keep == 1
-    text_only = budget(TOY, schedule, "route", 0, 3)
+    assert estimate_cost(TOY, dense, "route", 8, 3).scoring_flops == 0
+    assert estimate_cost(TOY, dense, "route", 8, 3).keep == 1
+    text_only = estimate_cost(TOY, schedule, "route", 0, 3)
     assert text_only.scoring_flops == 0
     assert text_only.keep == 1
-    assert budget(TOY, schedule, "route", 8, 3, scores=False).scoring_flops == 0
+    assert estimate_cost(TOY, schedule, "route", 8, 3, scores=False).scoring_flops == 0
     with pytest.raises(RerouteError, match="does not exist"):
-        budget(TOY, Schedule((4,), (0.5,)), "route", 8, 3)
+        estimate_cost(TOY, Schedule((4,), (0.5,)), "route", 8, 3)
 
 
 def test_toy_budget() -> None:
@@ -196,10 +196,10 @@ def test_toy_budget() -> None:
     assert [layer_flops(TOY, n, attention="causal") for n in lengths] == [14784, 8960, 8960, 6240]
     assert prefill_cost(TOY, lengths, attention="causal", lm_head=True).prefill_flops == 38944 + 2 * 8 * 10
     # q row 2*8*8, keys 2*P*8*4, logits 2*8*P, twice with P = 11
-    expected = Budget(42368 + 2 * 1008, 2 * 1008, 480, avg_tokens=4.5, keep=4.5 / 8)
-    assert budget(TOY, schedule, "route", 8, 3) == expected
-    assert budget(TOY, schedule, "remove", 8, 3).scoring_flops == 1008 + 128 + 7 * 80
-    assert budget(TOY, schedule, "route", 8, 3, bytes_per_element=4).kv_bytes == 960
+    expected = CostEstimate(42368 + 2 * 1008, 2 * 1008, 480, avg_tokens=4.5, keep=4.5 / 8)
+    assert estimate_cost(TOY, schedule, "route", 8, 3) == expected
+    assert estimate_cost(TOY, schedule, "remove", 8, 3).scoring_flops == 1008 + 128 + 7 * 80
+    assert estimate_cost(TOY, schedule, "route", 8, 3, bytes_per_element=4).kv_bytes == 960
     assert average_tokens([8, 4, 4, 2]) == 4.5
     attention: Any = "sparse"
     with pytest.raises(RerouteError, match=r"Unknown attention 'sparse'; known: causal, dense"):
@@ -275,7 +275,9 @@ def test_scaled_layers_fit_the_model(depth: int) -> None:
         ("geometric", 28, (0.5949, 0.4522, 0.1952), ((342, 203, 121, 72), (260, 117, 53, 24), (112, 21, 4, 1))),
     ],
 )
-def test_solved_tiers(shape: Shape, depth: int, first: tuple[float, ...], counts: tuple[tuple[int, ...], ...]) -> None:
+def test_solved_tiers(
+    shape: RatioFamily, depth: int, first: tuple[float, ...], counts: tuple[tuple[int, ...], ...]
+) -> None:
     layers = LAYERS["fastv" if shape == "uniform" else "pdrop"][depth]
     for tier, expected, kept in zip((192, 128, 64), first, counts, strict=True):
         ratios = solve(shape, layers, depth, tier / 576)
@@ -290,11 +292,11 @@ def test_solver_is_exact_where_a_lost_ulp_would_lose_a_token() -> None:
     assert solve("pyramid", (2, 7, 15, 23), 32, 1.0) == (1.0,) * 4
 
 
-SHAPES: tuple[Shape, ...] = ("uniform", "pyramid", "geometric")
+SHAPES: tuple[RatioFamily, ...] = ("uniform", "pyramid", "geometric")
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Shape, tuple[int, ...], int]:
+def problems(draw: st.DrawFn) -> tuple[RatioFamily, tuple[int, ...], int]:
     depth = draw(st.integers(2, 64))
     layers = sorted(draw(st.sets(st.integers(0, depth - 1), min_size=1, max_size=min(6, depth - 1))))
     return draw(st.sampled_from(SHAPES)), tuple(layers), depth
@@ -306,7 +308,7 @@ def average(layers: tuple[int, ...], depth: int, ratios: tuple[float, ...]) -> f
 
 
 @given(problems(), st.floats(0.01, 1.0), st.integers(1, 3000))
-def test_solver_hits_the_budget(problem: tuple[Shape, tuple[int, ...], int], keep: float, n: int) -> None:
+def test_solver_hits_the_budget(problem: tuple[RatioFamily, tuple[int, ...], int], keep: float, n: int) -> None:
     shape, layers, depth = problem
     assume(keep > layers[0] / depth + 1e-9)
     ratios = solve(shape, layers, depth, keep)
@@ -318,7 +320,7 @@ def test_solver_hits_the_budget(problem: tuple[Shape, tuple[int, ...], int], kee
 
 
 @given(problems(), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
-def test_solver_is_monotone(problem: tuple[Shape, tuple[int, ...], int], a: float, b: float) -> None:
+def test_solver_is_monotone(problem: tuple[RatioFamily, tuple[int, ...], int], a: float, b: float) -> None:
     shape, layers, depth = problem
     assume(min(a, b) > layers[0] / depth + 1e-9)
     low, high = (solve(shape, layers, depth, keep) for keep in sorted((a, b)))

@@ -39,17 +39,17 @@ def test_official_fastv() -> None:
     assert schedule == Schedule((2,), (0.5,), "half_even", score_layer_offset=-1)
     assert schedule.counts(5) == (2,)
     cheaper = FastV.official().with_budget(0.25, 32, "remove").schedule(32, "remove")
-    assert (cheaper.rounding, cheaper.score_layer_offset, cheaper.keep) == ("half_even", -1, (0.2,))
+    assert (cheaper.rounding, cheaper.score_layer_offset, cheaper.ratios) == ("half_even", -1, (0.2,))
 
 
 def test_pdrop_is_the_released_pair() -> None:
     removing = PDrop().schedule(32, "remove")
     assert removing.layers == (2, 7, 15, 23)
-    assert removing.keep == pytest.approx((0.5965, 0.3558, 0.2123, 0.1266), abs=5e-5)
+    assert removing.ratios == pytest.approx((0.5965, 0.3558, 0.2123, 0.1266), abs=5e-5)
     assert removing.counts(576) == (343, 204, 122, 72)
     routing = PDrop().schedule(32, "route")
     assert routing.layers == (2, 7, 15, 23)
-    assert routing.keep == pytest.approx((0.4502, 0.4502, 0.2251, 0.1126), abs=6e-5)
+    assert routing.ratios == pytest.approx((0.4502, 0.4502, 0.2251, 0.1126), abs=6e-5)
     assert routing.counts(576) == (259, 259, 129, 64)
     assert PDrop().schedule(28, "route").layers == (2, 6, 13, 20)
     assert PDrop().schedule(8, "route").layers == (1, 3, 5)
@@ -59,13 +59,13 @@ def test_pdrop_takes_explicit_values_literally() -> None:
     explicit = PDrop(layers=(4, 8), keep=(0.5, 0.1), rounding="half_even")
     for action in ("route", "remove"):
         assert explicit.schedule(12, action) == Schedule((4, 8), (0.5, 0.1), "half_even")
-    assert PDrop(keep=(0.1, 0.2, 0.3, 0.4)).schedule(32, "route").keep == (0.1, 0.2, 0.3, 0.4)
+    assert PDrop(ratios=(0.1, 0.2, 0.3, 0.4)).schedule(32, "route").ratios == (0.1, 0.2, 0.3, 0.4)
     assert PDrop(layers=(2, 0.5, 0.8)).schedule(12, "route").layers == (2, 6, 9)
-    with pytest.raises(RerouteError, match=r"one keep ratio per routing layer: .* \(1, 3, 5\)"):
-        PDrop(keep=(0.1, 0.2, 0.3, 0.4)).schedule(8, "route")
+    with pytest.raises(RerouteError, match=r"one ratio per routing layer: .* \(1, 3, 5\)"):
+        PDrop(ratios=(0.1, 0.2, 0.3, 0.4)).schedule(8, "route")
     ratio: Any = 0.5
-    with pytest.raises(RerouteError, match=r"sequence of keep ratios.* got .* keep=0\.5"):
-        PDrop(keep=ratio).schedule(32, "route")
+    with pytest.raises(RerouteError, match=r"sequence of ratios.* got .* ratios=0\.5"):
+        PDrop(ratios=ratio).schedule(32, "route")
 
 
 def test_official_pdrop() -> None:
@@ -83,7 +83,7 @@ def test_official_pdrop() -> None:
 def test_budget_is_met_whatever_the_depth(method: Method, action: Action, depth: int, keep: float) -> None:
     schedule = method.with_budget(keep, depth, action).schedule(depth, action)
     schedule.validate(depth, action)
-    assert all(ratio == 1 for ratio in schedule.keep) == (keep == 1)
+    assert all(ratio == 1 for ratio in schedule.ratios) == (keep == 1)
     n = 100_000
     assert sum(schedule.per_layer(n, depth)) / depth / n == pytest.approx(keep, abs=1e-5)
 

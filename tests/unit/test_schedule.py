@@ -101,25 +101,25 @@ def test_lists_become_tuples() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": 3, "keep": 0.5}, r"sequence of layer numbers .* got layers=3, keep=0.5"),
-        ({"layers": (2.5,), "keep": (0.5,)}, r"sequence of layer numbers"),
-        ({"layers": (2,), "keep": ("half",)}, r"sequence of keep ratios"),
-        ({"layers": (), "keep": ()}, r"at least one routing layer; to run the plain model, disable"),
-        ({"layers": (2, 7), "keep": (0.5,)}, r"one keep ratio per routing layer: got ratios \(0.5,\)"),
-        ({"layers": (7, 2), "keep": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
-        ({"layers": (2, 2), "keep": (0.5, 0.5)}, r"strictly increasing"),
-        ({"layers": (-1,), "keep": (0.5,)}, r"must be 0 or later .* not -1"),
-        ({"layers": (0,), "keep": (0.5,), "score_layer_offset": -1}, r"must be 1 or later .* not 0"),
-        ({"layers": (2,), "keep": (0.0,)}, r"above 0 and at most 1, not \(0.0,\)"),
-        ({"layers": (2,), "keep": (1.01,)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "keep": (float("nan"),)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "keep": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
+        ({"layers": 3, "ratios": 0.5}, r"sequence of layer numbers .* got layers=3, ratios=0.5"),
+        ({"layers": (2.5,), "ratios": (0.5,)}, r"sequence of layer numbers"),
+        ({"layers": (2,), "ratios": ("half",)}, r"sequence of ratios"),
+        ({"layers": (), "ratios": ()}, r"at least one routing layer; to run the plain model, disable"),
+        ({"layers": (2, 7), "ratios": (0.5,)}, r"one ratio per routing layer: got ratios \(0.5,\)"),
+        ({"layers": (7, 2), "ratios": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
+        ({"layers": (2, 2), "ratios": (0.5, 0.5)}, r"strictly increasing"),
+        ({"layers": (-1,), "ratios": (0.5,)}, r"must be 0 or later .* not -1"),
+        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, r"must be 1 or later .* not 0"),
+        ({"layers": (2,), "ratios": (0.0,)}, r"above 0 and at most 1, not \(0.0,\)"),
+        ({"layers": (2,), "ratios": (1.01,)}, r"above 0 and at most 1"),
+        ({"layers": (2,), "ratios": (float("nan"),)}, r"above 0 and at most 1"),
+        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
         (
-            {"layers": (2,), "keep": (0.5,), "rounding": "flor"},
+            {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
             r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
         ),
         (
-            {"layers": (2,), "keep": (0.5,), "positions": "kept"},
+            {"layers": (2,), "ratios": (0.5,), "positions": "kept"},
             r"Unknown positions 'kept'; known: preserved, renumbered",
         ),
     ],
@@ -145,7 +145,7 @@ def test_validate_against_the_model() -> None:
         growing.validate(8, action)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"layers": [3]}', '{"layers": [3], "keep": [1], "x": 1}', "null"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"layers": [3]}', '{"layers": [3], "ratios": [1], "x": 1}', "null"])
 def test_bad_json(text: str) -> None:
     with pytest.raises(RerouteError, match=r"Not a schedule: .* such as \{"):
         Schedule.from_json(text)

@@ -17,7 +17,7 @@ from emulation import Emulation, Launch, Parameter
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from reroute_kernels.triton_kernels._common import Variant
+from reroute_kernels.triton_kernels.launch import SpecializedKernel
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -27,7 +27,7 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "i8",
 }
-Call = tuple[Variant, tuple[int, int, int], tuple[Any, ...]]
+Call = tuple[SpecializedKernel, tuple[int, int, int], tuple[Any, ...]]
 
 
 def check(launch: Launch, call: Call) -> None:
@@ -116,14 +116,14 @@ def run_cached(gpu: Emulation, call: Call) -> None:
 @contextmanager
 def checked(gpu: Emulation) -> Iterator[list[Launch]]:
     """Check every launch of a variant in the block; they are listed."""
-    launch, launches = Variant.__call__, []
+    launch, launches = SpecializedKernel.__call__, []
 
-    def run(variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> None:
+    def run(variant: SpecializedKernel, grid: tuple[int, int, int], *arguments: Any) -> None:
         launches.append(launched(gpu, launch, variant, grid, *arguments))
         check(launches[-1], (variant, grid, arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Variant, "__call__", run)
+        patch.setattr(SpecializedKernel, "__call__", run)
         yield launches
 
 
@@ -131,6 +131,8 @@ def calls_of(launch: Callable[[], object]) -> list[Call]:
     """The calls of variants that ``launch`` makes, not carried out."""
     calls: list[Call] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Variant, "__call__", lambda variant, grid, *arguments: calls.append((variant, grid, arguments)))
+        patch.setattr(
+            SpecializedKernel, "__call__", lambda variant, grid, *arguments: calls.append((variant, grid, arguments))
+        )
         launch()
     return calls

@@ -15,7 +15,7 @@ from emulation import Emulation
 from test_ops import Problem
 
 from reroute_kernels import Backend, BackendUnavailable, RMSNorm, dispatch, resolve
-from reroute_kernels.triton_kernels._common import Variant
+from reroute_kernels.triton_kernels.launch import SpecializedKernel
 
 
 @triton.jit
@@ -31,11 +31,11 @@ def _first_gpu(gpu: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 @pytest.fixture
-def variant() -> Variant:
-    return Variant("test", _takes_one, {"WIDTH": 3}, num_warps=1)
+def variant() -> SpecializedKernel:
+    return SpecializedKernel("test", _takes_one, {"WIDTH": 3}, num_warps=1)
 
 
-def test_a_launch_is_on_the_current_device_and_stream(gpu: Emulation, variant: Variant) -> None:
+def test_a_launch_is_on_the_current_device_and_stream(gpu: Emulation, variant: SpecializedKernel) -> None:
     functions = set()
     for device, number in ((0, 0), (1, 0), (1, 1), (0, 1), (1, 0), (0, 0)):
         gpu.use(device)
@@ -46,7 +46,7 @@ def test_a_launch_is_on_the_current_device_and_stream(gpu: Emulation, variant: V
     assert len(functions) == 2  # each GPU has loaded its own
 
 
-def test_cuda_refuses_what_is_of_another_device(gpu: Emulation, variant: Variant) -> None:
+def test_cuda_refuses_what_is_of_another_device(gpu: Emulation, variant: SpecializedKernel) -> None:
     run(gpu, (variant, (1, 1, 1), (7,)))
     (((active, _, *rest), compiled),) = variant._compiled.items()
     variant._compiled[(active, 1, *rest)] = compiled
@@ -59,7 +59,7 @@ def test_cuda_refuses_what_is_of_another_device(gpu: Emulation, variant: Variant
         variant((1, 1, 1), 7)
 
 
-def test_cuda_refuses_a_grid_that_is_too_large(gpu: Emulation, variant: Variant) -> None:
+def test_cuda_refuses_a_grid_that_is_too_large(gpu: Emulation, variant: SpecializedKernel) -> None:
     run(gpu, (variant, (2**31 - 1, 1, 1), (7,)))
     with pytest.raises(RuntimeError, match="invalid argument"):
         variant((1, 65536, 1), 7)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from checks import calls_of
 
-from reroute_kernels.triton_kernels._common import Variant
 from reroute_kernels.triton_kernels.catalogue import CASES
+from reroute_kernels.triton_kernels.launch import SpecializedKernel
 
 NAMES = "defer, 7B bf16", "admit, 7B bf16", "defer_rmsnorm, 7B bf16", "score_topk, Qwen 7B, 576"
 CALLS, ROUNDS = 50, 200
@@ -34,7 +34,7 @@ def microseconds(call: Callable[[], object]) -> float:
     return (time.thread_time() - start) / CALLS * 1e6
 
 
-def compare(variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> str:
+def compare(variant: SpecializedKernel, grid: tuple[int, int, int], *arguments: Any) -> str:
     """A line of the table."""
     keywords = {**variant.constants, **variant._options}
     own = lambda: variant._kernel[grid](*arguments, **keywords)

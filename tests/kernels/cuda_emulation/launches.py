@@ -14,9 +14,9 @@ from checks import Call, calls_of, check, checked, launched, run, run_cached
 from emulation import Emulation
 from torch import Tensor
 
-from reroute_kernels.triton_kernels import _common
-from reroute_kernels.triton_kernels._common import Variant
+from reroute_kernels.triton_kernels import launch
 from reroute_kernels.triton_kernels.catalogue import CASES, Case
+from reroute_kernels.triton_kernels.launch import SpecializedKernel
 
 # --- the catalogue ------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def _takes_all(first, second, table, several, maybe, number, plain, scale, WIDTH
     """Its parameters are all there is to it."""
 
 
-VARIANT = Variant("test", _takes_all, {"WIDTH": 3, "UNIT": tl.int64}, num_warps=2)
+VARIANT = SpecializedKernel("test", _takes_all, {"WIDTH": 3, "UNIT": tl.int64}, num_warps=2)
 GRID = 5, 3, 2
 A, B, C, D = (torch.empty(64) for _ in range(4))
 TABLE = torch.arange(4)
@@ -177,7 +177,7 @@ def test_a_wrong_argument_is_noticed(gpu: Emulation, name: str) -> None:
 
 def blind(kind: type, look: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A key of arguments that looks at those of type ``kind`` in a way of its own."""
-    real = _common._specialisation
+    real = launch._specialisation
     return lambda argument: look(argument) if isinstance(argument, kind) else real(argument)
 
 
@@ -195,7 +195,7 @@ BLIND = {
 @pytest.mark.parametrize("name", BLIND)
 def test_a_stale_kernel_is_noticed(gpu: Emulation, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     look, known, other = BLIND[name]
-    monkeypatch.setattr(_common, "_specialisation", look)
+    monkeypatch.setattr(launch, "_specialisation", look)
     run(gpu, takes_all(**known))
     with pytest.raises((AssertionError, OverflowError)):  # the launcher of Triton 3.6 itself minds the width
         run(gpu, takes_all(**other))

@@ -10,12 +10,12 @@ from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
 from ..plan import Plan
-from ..prefill import Prefill, Reservation, Tables
-from .cache import RoutedLayer, cache_of, route_layer, routed_layer, serve, watch
-from .families import Family
+from ..prefill import PositionTables, Prefill, Workspace
+from .adapters import ModelAdapter
+from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer
 from .masks import decode_mask, prefill_mask
 
-__all__ = ["NO_GRADIENTS", "Continuation", "DensePrefill", "Forward", "RoutedPrefill", "StartPrefill"]
+__all__ = ["NO_GRADIENTS", "DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
 Kwargs = dict[str, Any]
 
@@ -25,7 +25,7 @@ NO_GRADIENTS = (
 )
 
 
-class Forward(Protocol):
+class ForwardContext(Protocol):
     """One forward of the decoder, seen from its layers."""
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
@@ -35,11 +35,11 @@ class Forward(Protocol):
         """Replace the output of the last layer."""
 
 
-class StartPrefill(Protocol):
+class PrefillFactory(Protocol):
     """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
 
     def __call__(
-        self, plan: Plan, hidden: torch.Tensor, tables: Tables, reservation: Reservation | None = None
+        self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
     ) -> Prefill:
         """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
 
@@ -49,16 +49,16 @@ class _Stage:
     """What the layers of one stage get and store: keyword arguments, and the logical position of every key."""
 
     kwargs: Kwargs
-    columns: torch.Tensor
-    fillers: bool
-    shift: torch.Tensor | None
+    key_positions: torch.Tensor
+    has_fillers: bool
+    position_offset: torch.Tensor | None
 
 
 class RoutedPrefill:
     """A prefill whose layers from the first decision on run compact."""
 
     def __init__(
-        self, plan: Plan, family: Family, start: StartPrefill, cache: Cache | None, *, record_states: bool
+        self, plan: Plan, adapter: ModelAdapter, start: PrefillFactory, cache: Cache | None, *, record_states: bool
     ) -> None:
         """Nothing is held until the first decision. ``record_states``: keep logical states for the caller.
 
@@ -69,15 +69,15 @@ class RoutedPrefill:
         self.prefill: Prefill | None = None
         self.cache = cache
         self.states: dict[int, torch.Tensor] = {}
-        self._family, self._start, self._record = family, start, record_states
-        self._mask_form = family.mask_form()
+        self._adapter, self._start, self._record = adapter, start, record_states
+        self._mask_form = adapter.mask_form()
         layers = plan.schedule.layers
         self._enters = frozenset(layers)
         self._decides = frozenset(layer + plan.schedule.score_layer_offset for layer in layers)
-        self._last = len(family.layers) - 1
+        self._last = len(adapter.layers) - 1
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._stored: dict[int, tuple[_Stage, tuple[int, ...]]] = {}
-        self._earlier_turns = Continuation(family)
+        self._earlier_turns = RoutedDecode(adapter)
 
     def close(self) -> None:
         """Free what the prefill holds. Idempotent."""
@@ -120,10 +120,10 @@ class RoutedPrefill:
             return
         tail = self.plan.tail
         logical = self.plan.past + self.plan.length - tail
-        for index, (stage, group) in self._stored.items():
-            columns = stage.columns[:, : stage.columns.shape[1] - tail]
-            route_layer(self.cache, index, columns, logical, stage.fillers, stage.shift, group)
-        watch(self.cache, logical)
+        for index, (stage, stage_key) in self._stored.items():
+            key_positions = stage.key_positions[:, : stage.key_positions.shape[1] - tail]
+            route_layer(self.cache, index, key_positions, logical, stage.has_fillers, stage.position_offset, stage_key)
+        guard(self.cache, logical)
 
     def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.prefill is not None
@@ -135,13 +135,13 @@ class RoutedPrefill:
             raise RerouteError(NO_GRADIENTS)
         self.cache = cache_of(kwargs)
         cos, sin = kwargs["position_embeddings"]
-        return self._start(self.plan, hidden, Tables(cos, sin, kwargs.get("position_ids")))
+        return self._start(self.plan, hidden, PositionTables(cos, sin, kwargs.get("position_ids")))
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
-        serve(self.cache, index)
+        allow_update(self.cache, index)
         layer = routed_layer(self.cache, index)
-        earlier = () if layer is None else layer.group
+        earlier = () if layer is None else layer.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
         stage = self._stages[earlier]
@@ -150,19 +150,20 @@ class RoutedPrefill:
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, rows = self.plan, prefill.positions
-        columns = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
-        fillers = prefill.has_fillers
+        key_positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
+        has_fillers = prefill.has_fillers
         if layer is not None:
-            columns, fillers = torch.cat([layer.columns_with(0), columns], 1), fillers or layer.fillers
+            key_positions = torch.cat([layer.key_positions_with(0), key_positions], 1)
+            has_fillers = has_fillers or layer.has_fillers
         elif plan.past:
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
-            columns = torch.cat([past, columns], 1)
+            key_positions = torch.cat([past, key_positions], 1)
         mask = prefill_mask(
             kwargs.get("attention_mask"),
             rows,
-            columns,
+            key_positions,
             past=plan.past,
-            fillers=fillers,
+            has_fillers=has_fillers,
             form=self._mask_form,
             dtype=hidden.dtype,
         )
@@ -172,34 +173,34 @@ class RoutedPrefill:
             # Flash attention would take gaps in the ids for borders between packed sequences.
             "position_ids": None if self._mask_form == "padding" else prefill.tables.ids,
         }
-        return _Stage(adapted, columns, fillers, prefill.shift)
+        return _Stage(adapted, key_positions, has_fillers, prefill.position_offset)
 
 
-class Continuation:
+class RoutedDecode:
     """New tokens on a cache with routed layers: decoding, or a later turn without pictures."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, adapter: ModelAdapter) -> None:
         """For one forward; stages share the mask that their first layer needed.
 
         Raises:
             RerouteError: the present attention implementation cannot be routed.
         """
-        self._family, self._mask_form = family, family.mask_form()
+        self._adapter, self._mask_form = adapter, adapter.mask_form()
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         cache = cache_of(kwargs)
-        serve(cache, index)
+        allow_update(cache, index)
         layer = routed_layer(cache, index)
         if layer is None:
             return None
         mask = kwargs.get("attention_mask")
         changed: Kwargs = {}
-        if mask is not None or layer.fillers:
+        if mask is not None or layer.has_fillers:
             changed["attention_mask"] = self._mask(layer, mask, hidden.shape[1])
-        if layer.shift is not None:
-            changed |= self._shifted(layer.shift, hidden, kwargs)
+        if layer.position_offset is not None:
+            changed |= self._shifted(layer.position_offset, hidden, kwargs)
         return (hidden, {**kwargs, **changed}) if changed else None
 
     def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -207,28 +208,28 @@ class Continuation:
         return hidden
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
-        if layer.group not in self._masks:
-            columns = layer.columns_with(new)
-            self._masks[layer.group] = decode_mask(mask, columns, form=self._mask_form)
-        return self._masks[layer.group]
+        if layer.stage_key not in self._masks:
+            key_positions = layer.key_positions_with(new)
+            self._masks[layer.stage_key] = decode_mask(mask, key_positions, form=self._mask_form)
+        return self._masks[layer.stage_key]
 
-    def _shifted(self, shift: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:
-        ids = kwargs["position_ids"] - shift
-        return {"position_embeddings": self._family.rope_tables(hidden, ids), "position_ids": ids}
+    def _shifted(self, position_offset: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:
+        ids = kwargs["position_ids"] - position_offset
+        return {"position_embeddings": self._adapter.rope_tables(hidden, ids), "position_ids": ids}
 
 
-class DensePrefill(Continuation):
+class DensePrefill(RoutedDecode):
     """A prefill whose plan changes nothing: the model runs as it would without it, so that its cost can be recorded."""
 
     prefill = None
 
-    def __init__(self, plan: Plan, family: Family) -> None:
+    def __init__(self, plan: Plan, adapter: ModelAdapter) -> None:
         """The cache is known from the first layer on: the model may have made it itself."""
-        super().__init__(family)
+        super().__init__(adapter)
         self.plan = plan
         self.cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
-        """See ``Continuation``: earlier turns may have left routed layers."""
+        """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
         return super().before_layer(index, hidden, kwargs)

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from .base import Family
+from .base import ModelAdapter
 
 __all__ = ["Llava"]
 
 
-class Llava(Family):
+class Llava(ModelAdapter):
     """``LlavaForConditionalGeneration``: every image is one square grid of patches."""
 
     model_types = ("llava",)
     text_model_types = ("llama", "mistral", "qwen2")
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
-        """See ``Family``. Images that follow one another without text between them form one run."""
+        """See ``ModelAdapter``. Images that follow one another without text between them form one run."""
         side = isqrt(self.config.image_seq_length)
         return [[(side, side)] * sum(n // side**2 for _, n in runs) for runs in self.visual_runs(inputs)]

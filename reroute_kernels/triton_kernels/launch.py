@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import JITFunction, driver
 
 
-class Variant:
+class SpecializedKernel:
     """A kernel with its constants and options; a launch takes about 0.6 of the host time of ``kernel[grid](...)``.
 
     Triton's own launch works out anew each time what the kernel is to be specialised on, constants included. Here
@@ -86,12 +86,12 @@ def _specialisation(argument: Any) -> Any:
     return type(argument)
 
 
-def rowwise(tensor: Tensor) -> Tensor:
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """``tensor`` as kernels read it: with its last axis contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @cache
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``; an H100's where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

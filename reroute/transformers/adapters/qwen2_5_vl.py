@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Family
+from .base import ModelAdapter
 
 __all__ = ["Qwen25VL"]
 
 
-class Qwen25VL(Family):
+class Qwen25VL(ModelAdapter):
     """``Qwen2_5_VLForConditionalGeneration``."""
 
     model_types = ("qwen2_5_vl",)
@@ -19,7 +19,7 @@ class Qwen25VL(Family):
     may_lack_position_ids = True
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
-        """See ``Family``. A video counts as its frames, one grid each."""
+        """See ``ModelAdapter``. A video counts as its frames, one grid each."""
         merge = self.config.vision_config.spatial_merge_size
         names = {self.config.image_token_id: "image_grid_thw", self.config.video_token_id: "video_grid_thw"}
         grids = {token: iter(inputs[name].tolist()) for token, name in names.items() if inputs.get(name) is not None}

@@ -132,16 +132,16 @@ def _enable_one(
     trace: bool,
 ) -> Handle:
     from .handle import Handle
-    from .transformers import family_of
+    from .transformers import adapter_of
 
-    family = family_of(model)
-    num_layers = len(family.layers)
+    adapter = adapter_of(model)
+    num_layers = len(adapter.layers)
     chosen = None if schedule is not None and method is None else get(method or DEFAULT_METHOD)
     if schedule is None:
         assert chosen is not None
         chosen = chosen if keep is None else chosen.with_budget(keep, num_layers, action)
         schedule = chosen.schedule(num_layers, action)
-    handle = Handle(family, schedule, action, backend, method=chosen, pool=pool, trace=trace)
+    handle = Handle(adapter, schedule, action, backend, method=chosen, pool=pool, trace=trace)
     # Everything is checked: only now may what was set before be replaced.
     disable(model)
     handle.attach(model)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
 
-from reroute.transformers import family_of
-from reroute.transformers.families.llava import Llava
-from reroute_kernels import Segments
+from reroute.transformers import adapter_of
+from reroute.transformers.adapters.llava import Llava
+from reroute_kernels import SelectMetadata
 from reroute_kernels.reference import score_topk
 
 
@@ -34,12 +34,12 @@ def model() -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
 def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer: int) -> None:
-    family, length = NormedLlava(model), 11
-    out = family.text(torch.arange(length)[None] + 3, output_attentions=True, output_hidden_states=True)
+    adapter, length = NormedLlava(model), 11
+    out = adapter.text(torch.arange(length)[None] + 3, output_attentions=True, output_hidden_states=True)
     rows, ids, last = out.hidden_states[layer][0], torch.arange(length)[None], torch.tensor([length - 1])
-    assert family.input_norm(layer) is None  # of a class that this family does not know
-    query, keys = family.project(layer, family.normalise(layer, rows), last)
-    cos, sin = family.rope_tables(rows, ids)
+    assert adapter.input_norm(layer) is None  # of a class that this adapter does not know
+    query, keys = adapter.project(layer, adapter.normalise(layer, rows), last)
+    cos, sin = adapter.rope_tables(rows, ids)
     got = score_topk(
         query,
         keys,
@@ -49,10 +49,10 @@ def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer:
         ids,
         ids[:, :0],
         ids[0],
-        Segments((0,), (length,), (length,), (0,), (1,)),
-        scale=family.scale(layer),
-        rope=family.rope,
-        key_norm=family.key_norm(layer),
+        SelectMetadata((0,), (length,), (length,), (0,), (1,)),
+        scale=adapter.scale(layer),
+        rope=adapter.rope,
+        key_norm=adapter.key_norm(layer),
     )
     torch.testing.assert_close(got.scores[0], out.attentions[layer][0, :, -1].mean(0))
 
@@ -61,15 +61,15 @@ def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer:
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 def test_input_norms_are_known_unless_somebody_changed_them(name: str) -> None:
     tiny = getattr(models, name)(layers=3)
-    family = family_of(tiny.model)
-    rows, module = torch.randn(7, family.text_config.hidden_size), family.layers[1].input_layernorm
-    norm = family.input_norm(1)
+    adapter = adapter_of(tiny.model)
+    rows, module = torch.randn(7, adapter.text_config.hidden_size), adapter.layers[1].input_layernorm
+    norm = adapter.input_norm(1)
     assert norm is not None
     assert torch.equal(norm(rows), module(rows))
     hook = module.register_forward_hook(lambda *_: None)
-    assert family.input_norm(1) is None
+    assert adapter.input_norm(1) is None
     hook.remove()
     module.forward = lambda x: x * 2
-    assert family.input_norm(1) is None
-    assert torch.equal(family.normalise(1, rows), rows * 2)
-    assert family.input_norm(2) is not None
+    assert adapter.input_norm(1) is None
+    assert torch.equal(adapter.normalise(1, rows), rows * 2)
+    assert adapter.input_norm(2) is not None

@@ -1,4 +1,4 @@
-"""What routing must know of a model family. Another family is one small subclass."""
+"""What routing must know of a model adapter. Another adapter is one small subclass."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from reroute_kernels import RMSNorm, Rope
 from ...errors import RerouteError, UnsupportedModelError
 from ..masks import MaskForm
 
-__all__ = ["Family"]
+__all__ = ["ModelAdapter"]
 
 
-class Family:
+class ModelAdapter:
     """Vision-language models with a Llama-like decoder: ``input_layernorm``, ``self_attn.{q,k}_proj``, plain RoPE.
 
-    A family is bound to one model and is what ``reroute.prefill`` calls a projector.
+    A adapter is bound to one model and is what ``reroute.prefill`` calls a adapter.
     """
 
     model_types: ClassVar[tuple[str, ...]]
-    """``config.model_type`` of the models that this family covers."""
+    """``config.model_type`` of the models that this adapter covers."""
     text_model_types: ClassVar[tuple[str, ...]]
-    """``config.text_config.model_type`` of the decoders whose attention this family knows."""
+    """``config.text_config.model_type`` of the decoders whose attention this adapter knows."""
     input_norms: ClassVar[tuple[str, ...]] = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")
     """Classes of ``input_layernorm`` that compute what ``RMSNorm`` does."""
     rope: Rope = "half"
@@ -37,7 +37,7 @@ class Family:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: the decoder inside is not one that this family knows, its heads are spread over
+            UnsupportedModelError: the decoder inside is not one that this adapter knows, its heads are spread over
                 several GPUs, or ``model`` is a wrapper such as PEFT's.
         """
         if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
@@ -92,7 +92,7 @@ class Family:
         return getattr(self.text_config, "sliding_window", None) is None
 
     def input_norm(self, layer: int) -> RMSNorm | None:
-        """See ``reroute.prefill.Projector``. None too where hooks or another forward were put on the module."""
+        """See ``reroute.prefill.DecoderAdapter``. None too where hooks or another forward were put on the module."""
         norm = self.layers[layer].input_layernorm
         changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
         if changed or type(norm).__name__ not in self.input_norms:
@@ -100,12 +100,12 @@ class Family:
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """See ``reroute.prefill.Projector``."""
+        """See ``reroute.prefill.DecoderAdapter``."""
         normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
         return normed
 
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``reroute.prefill.Projector``."""
+        """See ``reroute.prefill.DecoderAdapter``."""
         attention = self.layers[layer].self_attn
         heads = (-1, attention.head_dim)
         query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
@@ -113,16 +113,16 @@ class Family:
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 
     def key_norm(self, layer: int) -> RMSNorm | None:
-        """See ``reroute.prefill.Projector``."""
+        """See ``reroute.prefill.DecoderAdapter``."""
         norm = getattr(self.layers[layer].self_attn, "k_norm", None)
         return None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
 
     def scale(self, layer: int) -> float:
-        """See ``reroute.prefill.Projector``."""
+        """See ``reroute.prefill.DecoderAdapter``."""
         return float(self.layers[layer].self_attn.scaling)
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``reroute.prefill.Projector``."""
+        """See ``reroute.prefill.DecoderAdapter``."""
         cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
         return cos, sin
 

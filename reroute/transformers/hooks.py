@@ -17,13 +17,13 @@ from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
 from ..plan import Plan, make_plan
-from ..prefill import Reservation
+from ..prefill import Workspace
 from ..schedule import Action, Schedule
+from .adapters import ModelAdapter
 from .cache import RoutedLayer, cache_of, check_cache, past_length
-from .families import Family
-from .forwards import NO_GRADIENTS, Continuation, DensePrefill, Forward, RoutedPrefill, StartPrefill
+from .context import NO_GRADIENTS, DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
 
-__all__ = ["Controller"]
+__all__ = ["RoutingHooks"]
 
 Kwargs = dict[str, Any]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -38,13 +38,13 @@ def _uncompiled(hook: Hook) -> Hook:
 class _ThreadState(threading.local):
     """What the present thread is doing with the model."""
 
-    forward: Forward | None = None
-    given: tuple[Plan | None, Reservation | None] | None = None
+    forward: ForwardContext | None = None
+    given: tuple[Plan | None, Workspace | None] | None = None
     prompt_end: int | None = None
     labels: torch.Tensor | None = None
 
 
-class Controller:
+class RoutingHooks:
     """Routes one model by hooks; ``detach`` restores it exactly.
 
     ``start`` makes the prefill of a plan; ``done`` is told of every prefill with a plan that succeeded.
@@ -52,32 +52,32 @@ class Controller:
 
     def __init__(
         self,
-        family: Family,
+        adapter: ModelAdapter,
         schedule: Schedule,
         action: Action,
-        start: StartPrefill,
+        start: PrefillFactory,
         done: Callable[[RoutedPrefill | DensePrefill], None],
     ) -> None:
-        """Check that ``family``'s model can be routed on ``schedule``.
+        """Check that ``adapter``'s model can be routed on ``schedule``.
 
         Raises:
             RerouteError: the schedule does not fit the model, or the model's attention cannot be routed.
         """
-        schedule.validate(len(family.layers), action)
-        if schedule.positions == "renumbered" and not family.renumbers:
+        schedule.validate(len(adapter.layers), action)
+        if schedule.positions == "renumbered" and not adapter.renumbers:
             raise RerouteError(
                 "positions='renumbered' needs one position id per token, and this model has three (M-RoPE). "
                 "Use positions='preserved'."
             )
-        sliding = [i for i in range(schedule.layers[0], len(family.layers)) if not family.is_full_attention(i)]
+        sliding = [i for i in range(schedule.layers[0], len(adapter.layers)) if not adapter.is_full_attention(i)]
         if sliding:
             raise RerouteError(
                 f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
-        family.mask_form()  # refuses attention that cannot be routed; each forward asks again
-        self._family: Family | None = family
+        adapter.mask_form()  # refuses attention that cannot be routed; each forward asks again
+        self._adapter: ModelAdapter | None = adapter
         self.schedule, self.action = schedule, action
         self._start, self._done = start, done
         self._state = _ThreadState()
@@ -89,17 +89,17 @@ class Controller:
 
     def attach(self, model: Any) -> None:
         """Hook ``model``."""
-        family, undo = self.family, self._undo
+        adapter, undo = self.adapter, self._undo
         _forget_compiled()
         undo.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
         undo.append(model.register_forward_hook(self._after_model, always_call=True).remove)
-        undo.append(family.base.register_forward_pre_hook(self._before_base, with_kwargs=True).remove)
-        undo.append(family.base.register_forward_hook(self._after_base, always_call=True).remove)
-        undo.append(family.text.register_forward_hook(self._after_text).remove)
-        for index, layer in enumerate(family.layers):
+        undo.append(adapter.base.register_forward_pre_hook(self._before_base, with_kwargs=True).remove)
+        undo.append(adapter.base.register_forward_hook(self._after_base, always_call=True).remove)
+        undo.append(adapter.text.register_forward_hook(self._after_text).remove)
+        for index, layer in enumerate(adapter.layers):
             hook = functools.partial(self._before_layer, index)
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        undo.append(family.layers[-1].register_forward_hook(self._after_last_layer).remove)
+        undo.append(adapter.layers[-1].register_forward_hook(self._after_last_layer).remove)
         model.generate = generate = _Generate(self, model)
         undo.append(generate.restore)
         self._attached = True
@@ -109,25 +109,25 @@ class Controller:
         self._abandon()
         if self._undo:
             _forget_compiled()
-        self._attached, self._family = False, None
+        self._attached, self._adapter = False, None
         while self._undo:
             self._undo.pop()()
 
     @property
-    def family(self) -> Family:
+    def adapter(self) -> ModelAdapter:
         """The model's. RerouteError once routing is disabled."""
-        if self._family is None:
+        if self._adapter is None:
             raise RerouteError("Routing of this model was disabled. Call reroute.enable for a new handle.")
-        return self._family
+        return self._adapter
 
     @property
     def is_attached(self) -> bool:
         """Whether a model is hooked."""
         return self._attached
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingHooks:
         """What the hooks of a copied model call: nothing. The copy is a plain model of its own."""
-        inert = object.__new__(Controller)
+        inert = object.__new__(RoutingHooks)
         inert._state, inert._attached = _ThreadState(), False
         return inert
 
@@ -147,7 +147,7 @@ class Controller:
         sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
         # As in Transformers: a keyword wins, None included; then whatever is set first.
         size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
-        if size and ids is not None and bool(np.isin(ids.cpu().numpy(), self.family.visual_ids).any()):
+        if size and ids is not None and bool(np.isin(ids.cpu().numpy(), self.adapter.visual_ids).any()):
             raise RerouteError(
                 "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
                 "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "
@@ -162,14 +162,14 @@ class Controller:
 
         None, which is what text has for a plan: route nothing.
         """
-        reservation = None if plan is None else Reservation(plan)
-        outer, self._state.given = self._state.given, (plan, reservation)
+        workspace = None if plan is None else Workspace(plan)
+        outer, self._state.given = self._state.given, (plan, workspace)
         try:
             yield
         finally:
             self._state.given = outer
-            if reservation is not None:
-                reservation.release()
+            if workspace is not None:
+                workspace.release()
 
     def plan(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
@@ -179,11 +179,11 @@ class Controller:
         ``attention_mask`` is (B, past + L) or None. Returns None without visual tokens.
         """
         ids = input_ids.cpu().numpy()
-        is_visual = np.isin(ids, self.family.visual_ids)
+        is_visual = np.isin(ids, self.adapter.visual_ids)
         if not is_visual.any():
             return None
         if cache is not None:
-            check_cache(cache, range(self.schedule.layers[0], len(self.family.layers)))
+            check_cache(cache, range(self.schedule.layers[0], len(self.adapter.layers)))
         past = past_length(cache)
         if past and self.schedule.positions == "renumbered":
             raise RerouteError("positions='renumbered' is defined for one prompt only. Start a new cache.")
@@ -196,7 +196,7 @@ class Controller:
                 )
             valid = attention_mask[:, -ids.shape[1] :].cpu().numpy().astype(bool)
         ends = self._prompt_ends(is_visual, past)
-        return make_plan(ids, valid, self.family.visual_ids, self.schedule, self.action, past=past, prompt_ends=ends)
+        return make_plan(ids, valid, self.adapter.visual_ids, self.schedule, self.action, past=past, prompt_ends=ends)
 
     def _prompt_ends(self, is_visual: Any, past: int) -> list[int]:
         """One past the last prompt token of each sample: answers that are already there must not rank the picture."""
@@ -213,30 +213,30 @@ class Controller:
             ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)
         return ends
 
-    def _open(self, args: tuple[Any, ...], kwargs: Kwargs) -> Forward | None:
+    def _open(self, args: tuple[Any, ...], kwargs: Kwargs) -> ForwardContext | None:
         cache, ids = cache_of(kwargs), args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if ids is None else ids
         if tokens is None:
             return None  # Transformers raises
         is_step = tokens.shape[1] == 1
-        plan = reservation = None
+        plan = workspace = None
         if self._state.given is not None and not (is_step and past_length(cache)):
-            plan, reservation = self._state.given
+            plan, workspace = self._state.given
             if plan is not None:
                 _check_given(plan, tokens, cache)
         elif not is_step:
             plan = self._plan_call(ids, kwargs, cache)
         if plan is not None and not plan.changes_nothing:
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self.family.text.parameters()):
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.text.parameters()):
                 raise RerouteError(NO_GRADIENTS)
             record = kwargs.get("output_hidden_states")
-            record = getattr(self.family.text_config, "output_hidden_states", False) if record is None else record
-            start = functools.partial(self._start, reservation=reservation)
-            return RoutedPrefill(plan, self.family, start, cache, record_states=bool(record))
+            record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
+            start = functools.partial(self._start, workspace=workspace)
+            return RoutedPrefill(plan, self.adapter, start, cache, record_states=bool(record))
         if plan is not None:
-            return DensePrefill(plan, self.family)
+            return DensePrefill(plan, self.adapter)
         if cache is not None and any(isinstance(layer, RoutedLayer) for layer in cache.layers):
-            return Continuation(self.family)
+            return RoutedDecode(self.adapter)
         return None
 
     def _plan_call(self, ids: torch.Tensor | None, kwargs: Kwargs, cache: Cache | None) -> Plan | None:
@@ -252,7 +252,7 @@ class Controller:
         plan = self.plan(ids, kwargs.get("attention_mask"), cache)
         has_picture = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos"))
         if plan is None and (has_picture or kwargs.get("mm_encoder_outputs")):
-            self._warn(f"there is a picture, but none of its placeholders {self.family.visual_ids} in input_ids")
+            self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
         return plan
 
     def _warn(self, why: str) -> None:
@@ -338,13 +338,13 @@ def _prompt_end(ids: torch.Tensor, kwargs: Kwargs) -> int:
 class _Generate:
     """``model.generate`` while routing is on. Holds the model weakly, and a copied model gets its own back."""
 
-    def __init__(self, controller: Controller, model: Any) -> None:
+    def __init__(self, controller: RoutingHooks, model: Any) -> None:
         self.__doc__ = model.generate.__doc__
-        self._controller, self._model, self._own = controller, weakref.ref(model), model.__dict__.get("generate")
+        self._hooks, self._model, self._own = controller, weakref.ref(model), model.__dict__.get("generate")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        with self._controller.generating(model, args, kwargs):
+        with self._hooks.generating(model, args, kwargs):
             return self._original(model)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
