@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, estimate_cost, prefill_cost
+from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
 
 __all__ = ["Modelled", "table"]
 

@@ -19,7 +19,7 @@ from reroute_kernels import reference
 from reroute_kernels.pool import Lease
 from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
 
-KNOWN = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = 80  # compute capability times ten
@@ -110,9 +110,9 @@ def _chosen(name: str) -> tuple[str, str]:
     """The backend that ``name`` or the environment asks for, and which of them does."""
     override = os.environ.get(OVERRIDE)
     chosen = override or name
-    if chosen not in KNOWN:
+    if chosen not in BACKENDS:
         source = f" (from {OVERRIDE})" if override else ""
-        known = ", ".join(map(repr, KNOWN))
+        known = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"unknown backend {chosen!r}{source}; known: {known}")
     return chosen, f"{OVERRIDE} asks for it" if override else "asked for"
 

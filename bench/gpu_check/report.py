@@ -39,8 +39,8 @@ N visual ones; schedules are those of `pdrop`, at a budget of a third where noth
 Ratios are those to dense prefills that ran in alternation, and medians over rounds. *eager* is what a caller waits for
 on a plan that is made; *graph* is the same as a CUDA graph, hence device time. *modelled* is what the formula below
 gives for an H100 SXM as a graph, with all latency of the decisions hidden and with none. FLOPs are those of
-`reroute.budget`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is what a
-prefill adds to the weights, with its cache and the pool.
+`reroute.core.cost`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is
+what a prefill adds to the weights, with its cache and the pool.
 """
 LOSES = """\
 ## Where routing loses

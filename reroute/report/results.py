@@ -10,7 +10,7 @@ from math import isclose, sqrt
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Final
 
-from ..schedule import Action
+from ..core.schedule import Action
 
 if TYPE_CHECKING:
     from ..embedded.evaluation import Outcome, Tally

@@ -20,8 +20,8 @@ from bench.gpu_check.measure import Session, Wrong
 from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES
 from bench.modelled_prefill import schedule_of
-from reroute.budget import estimate_cost, prefill_cost
-from reroute.prefill import Prefill
+from reroute.core.cost import estimate_cost, prefill_cost
+from reroute.core.prefill import Prefill
 
 CPU = torch.device("cpu")
 TINY = ("tiny-llava", "tiny-qwen")

@@ -22,7 +22,7 @@ from bench.gpu_check.kernels import OURS, kernel_times
 from bench.gpu_check.lines import MODELS
 from bench.gpu_check.shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, memory_of_weights
 from bench.live import LiveBytes
-from reroute.budget import ModelShape
+from reroute.core.cost import ModelShape
 
 CPU = torch.device("cpu")
 

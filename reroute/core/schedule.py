@@ -10,7 +10,7 @@ from math import floor
 from operator import index
 from typing import Literal, get_args
 
-from .errors import RerouteError, unknown
+from ..errors import RerouteError, unknown
 
 __all__ = ["Action", "Positions", "Rounding", "Schedule", "count"]
 
