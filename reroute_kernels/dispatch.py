@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from reroute_kernels import reference
-from reroute_kernels.pool import Lease
-from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
+from . import reference
+from .pool import Lease
+from .reference import RMSNorm, Rope, Selection, SelectMetadata
 
 BACKENDS = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
@@ -179,8 +179,8 @@ def _tried_operations(arch: int) -> Any:
     try:
         _ask_ptxas(arch)
         name = "import"
-        from reroute_kernels import ops
-        from reroute_kernels.triton_kernels.catalogue import SMALLEST
+        from . import ops
+        from .triton_kernels.catalogue import SMALLEST
 
         for case in SMALLEST:
             name = case.name
