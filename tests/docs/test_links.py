@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("reroute", "reroute_kernels")
 FOLDERS = ("bench", "docs", "examples", "reroute", "reroute_kernels", "tests", "training")
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*([^)\s]+)\s*\)|(?:src|href|srcset)=\"([^\"]+)\"")
+WRITTEN = {"bench/results/"}  # by commands, and not in the tree
 NAMED = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)(?:::(\w+))?`")
 
 
@@ -49,7 +50,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", markdown())
 def test_links_resolve(name: str) -> None:
     page, broken = ROOT / name, []
-    for match in LINK.finditer(prose(page)):
+    for match in LINK.finditer(re.sub(r"`[^`\n]*`", "", prose(page))):
         link = match[1] or match[2]
         if re.match(r"[a-z]+:", link):
             continue
@@ -60,12 +61,14 @@ def test_links_resolve(name: str) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("name", markdown())
+@pytest.mark.parametrize("name", [name for name in markdown() if name != "CHANGELOG.md"])  # which names what there was
 def test_named_files_and_tests_exist(name: str) -> None:
     """Those in backticks, such as `tests/docs/test_links.py` or `tests/docs/test_links.py::test_links_resolve`."""
     missing = []
     for path, function in NAMED.findall(prose(ROOT / name)):
         file = ROOT / path
+        if path in WRITTEN:
+            continue
         if not file.exists() or (function and f"def {function}(" not in file.read_text()):
             missing.append(f"{path}::{function}" if function else path)
     assert not missing
