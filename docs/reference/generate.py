@@ -61,9 +61,9 @@ def _find(module: str, name: str) -> tuple[ast.stmt, str | None]:
         if isinstance(node, ast.AnnAssign | ast.Assign) and name in _targets(node):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
             found = node, str(text) if text else None
-    for node in ast.walk(_tree(module)) if found is None else ():
-        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-            return _find(_absolute(module, node), name)
+    for imports in ast.walk(_tree(module)) if found is None else ():
+        if isinstance(imports, ast.ImportFrom) and name in [alias.asname or alias.name for alias in imports.names]:
+            return _find(_absolute(module, imports), name)
     if found is None:
         raise ValueError(f"{module}.{name} is not defined and not imported from anywhere")
     return found
