@@ -133,7 +133,8 @@ def _parameter(arg: ast.arg, default: ast.expr | None) -> str:
 
 
 def _code(source: str) -> str:
-    return f"```python\n{source}\n```\n"
+    quoted = re.sub(r"'([^'\"\\]*)'", r'"\1"', source)  # as the formatter wants it, which reads Markdown too
+    return f"```python\n{quoted}\n```\n"
 
 
 def _text(docstring: str | None) -> str:
