@@ -23,24 +23,17 @@ import reroute
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.evaluation import examples
 from reroute.methods import FastV
-from reroute.rankers import Ranker, RankInputs
+from reroute.rankers import RankInputs, ScoreRanker
 
 
-class Similarity(Ranker):
+@dataclass(frozen=True)
+class Similarity(ScoreRanker):
     """Cosine similarity of each candidate's hidden state to that of the last prompt token."""
 
     def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
         """Scores (N_b,) of the candidates (N_b, C) of each sample; nothing here waits for the device."""
         queries = normalize(inputs.query.float(), dim=-1)
         return [normalize(rows.float(), dim=-1) @ query for rows, query in zip(inputs.hidden, queries, strict=True)]
-
-
-@dataclass(frozen=True)
-class SimilarityFastV(FastV):
-    """FastV's schedule and budgets with another ranker."""
-
-    name = "similarity"
-    ranker = Similarity()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"{'question':11} {question}")
     traces = []
-    for method in (FastV(), SimilarityFastV()):
+    for name, method in (("attention", FastV()), ("similarity", FastV(ranker=Similarity()))):
         with reroute.enable(model, method=method, keep=options.keep, trace=True) as handle:
             output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        print(f"{method.name:11} {text.strip()}")
+        print(f"{name:11} {text.strip()}")
         traces.append([(stage.layer, set(stage.kept[0].tolist())) for stage in handle.trace or ()])
     print()
     for (layer, one), (_, other) in zip(*traces, strict=True):

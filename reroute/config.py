@@ -93,8 +93,8 @@ class RoutingConfig:
         """
         written: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.method, Method):
-            written["method"] = _named(self.method, METHODS, "METHODS")
-            written["method"]["ranker"] = _named(self.method.ranker, RANKERS, "RANKERS")
+            written["method"] = _named(self.method, METHODS, "reroute.methods.METHODS")
+            written["method"]["ranker"] = _named(self.method.ranker, RANKERS, "reroute.rankers.RANKERS")
         if self.schedule is not None:
             written["schedule"] = asdict(self.schedule)
         return json.dumps({"version": VERSION, **written})
@@ -135,11 +135,11 @@ def _unreadable(error: Exception) -> RerouteError:
 
 
 def _named(chosen: Any, registry: dict[str, Any], where: str) -> dict[str, Any]:
-    """A method or ranker as its name and its options."""
-    kind = type(chosen)
-    if registry.get(kind.name) is not kind:
-        raise RerouteError(f"{kind.__name__} cannot be stored: put it into {where} under its name {kind.name!r} first.")
-    return {"name": kind.name, **{field.name: getattr(chosen, field.name) for field in fields(chosen)}}
+    """A method or ranker, a dataclass, as its name and its options."""
+    name = next((name for name, kind in registry.items() if kind is type(chosen)), None)
+    if name is None:
+        raise RerouteError(f"{type(chosen).__name__} cannot be stored: give it a name in {where} first.")
+    return {"name": name, **{field.name: getattr(chosen, field.name) for field in fields(chosen)}}
 
 
 def _built(written: dict[str, Any], registry: dict[str, Any], kind: str) -> Any:

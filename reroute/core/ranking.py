@@ -71,7 +71,6 @@ class RankContext:
 class Ranker(ABC):
     """What orders the candidates of a decision; one object serves all decisions, samples and threads."""
 
-    name: ClassVar[str]
     scores_attention: ClassVar[bool] = False
     """Whether it computes attention scores, whose FLOPs are known and counted."""
 

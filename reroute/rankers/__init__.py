@@ -9,5 +9,5 @@ from .random import RandomScores
 
 __all__ = ["RANKERS", "LastTokenAttention", "RandomScores", "RankContext", "RankInputs", "Ranker", "ScoreRanker"]
 
-RANKERS: dict[str, type[Ranker]] = {ranker.name: ranker for ranker in (LastTokenAttention, RandomScores)}
+RANKERS: dict[str, type[Ranker]] = {"last_token_attention": LastTokenAttention, "random_scores": RandomScores}
 """Every ranker that a stored ``RoutingConfig`` can name. Register your own here."""

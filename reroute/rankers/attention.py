@@ -15,7 +15,6 @@ __all__ = ["LastTokenAttention"]
 class LastTokenAttention(Ranker):
     """Score of a candidate: mean over heads of the attention that the last prompt token pays it in ``score_layer``."""
 
-    name = "last_token_attention"
     scores_attention = True
 
     def select(self, context: RankContext) -> Selection:

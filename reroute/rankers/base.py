@@ -39,8 +39,6 @@ class ScoreRanker(Ranker):
 
     @dataclass(frozen=True)
     class Norm(ScoreRanker):
-        name = "norm"
-
         def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
             return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
 
@@ -77,14 +75,14 @@ class ScoreRanker(Ranker):
         scores = [] if returned is None else list(returned)
         if len(scores) != len(inputs.hidden):
             raise RerouteError(
-                f"Ranker {self.name!r} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one tensor "
+                f"{type(self).__name__} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one tensor "
                 "for each of inputs.hidden."
             )
         for sample, (score, hidden) in enumerate(zip(scores, inputs.hidden, strict=True)):
             came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
             if came != (len(hidden),):
                 raise RerouteError(
-                    f"Ranker {self.name!r} scored sample {sample} with {came} instead of a tensor {(len(hidden),)}. "
+                    f"{type(self).__name__} scored sample {sample} with {came} instead of a tensor {(len(hidden),)}. "
                     "Return one number for each row of inputs.hidden[b]."
                 )
         return scores

@@ -18,8 +18,6 @@ class RandomScores(ScoreRanker):
     So a sample is treated alike alone, in any batch and on any device. Average over seeds.
     """
 
-    name = "random_scores"
-
     seed: int = 0
 
     def scores(self, inputs: RankInputs) -> list[torch.Tensor]:

@@ -93,6 +93,7 @@ SHAPES = [
     (28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
     (8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
     (24, 8, 64, 64, "half", BF16),  # key heads in twos
+    (32, 32, 16, 16, "half", BF16),  # and in two programs
     (16, 2, 80, 80, "half", BF16),
     (4, 2, 96, 48, "half", FP16),  # partial
     (12, 2, 64, 64, "interleaved", BF16),
@@ -295,7 +296,7 @@ def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch
     wanted = kernel.score_topk(*arguments, **named)
     query, keys, *rest = arguments
     near = query if which == "query" else keys
-    far = memory.as_strided(near.shape, (2**31 // (len(near) - 1), *near.stride()[1:])).copy_(near)
+    far = memory.as_strided(near.shape, (-(-(2**31) // (len(near) - 1)), *near.stride()[1:])).copy_(near)
     got = kernel.score_topk(*((far, keys) if which == "query" else (query, far)), *rest, **named)
     assert torch.equal(got.scores, wanted.scores)
 

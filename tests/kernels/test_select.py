@@ -93,10 +93,11 @@ def scores_of(kind: str, n: int) -> Tensor:
         "few": torch.randint(0, 4, (n,)) / 4,
         "one bin": 0.25 + torch.randperm(n) * 2.0**-20,
         "descending": torch.arange(n, 0, -1).float(),
+        "zeros": torch.zeros(n) * torch.randn(n),  # of either sign
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending"])
+@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending", "zeros"])
 def test_values(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Thresholds in the midst of equal values, whose ties lie in several tiles and shares."""
     check(kernel, [scores_of(kind, 500), scores_of(kind, 400).flip(0)], [500 // 3, 130], device)
@@ -264,11 +265,14 @@ def test_few_programs_score_many_tiles_each(
     check(kernel, [torch.randn(n) for n in (140, 65)], [100, 13], device, texts=9, gaps=2)
 
 
-@pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "broken"])
+@pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "one bin", "broken"])
 def test_scores_of_a_softmax(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Their bins are finer than those of any scores; the outermost ones hold everything beyond 2 and below 2^-31."""
     values = torch.randn(3, 530)
     values = {"nearly equal": values * 1e-4, "tiny": values * 8 - 40}.get(kind, values * 3)
+    if kind == "one bin":  # whose fine bins differ in each of their bits
+        values[:, 20:520] = ((1 + (3.02 + torch.rand(500) * 0.96) / 16) * 2**-10).log()
+        values[:, :20] = values[:, 520:] = math.log(0.4 / 30)
     if kind == "broken":
         values[0, 30:90], values[:, 200:300] = NAN, -INF
     scores = decided(kernel, softmax_source(kernel, values.to(device)), 530, slice(20, 520), 170, device)

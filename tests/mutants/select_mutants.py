@@ -11,7 +11,7 @@ MUTANTS = (
         "topk/radix.py",
         "tl.where(score == 0.0, 0.0, score).to(",
         "score.to(",
-        f"{SELECT} -k 'test_values and special'",
+        f"{SELECT} -k 'test_values and (special or zeros)'",
     ),
     Mutant(
         "ranks-nan-by-its-sign",
@@ -136,7 +136,7 @@ MUTANTS = (
         "select.py",
         "tl.cdiv(n + align_offset, BLOCK_N), num_score_programs)",
         "tl.cdiv(n, BLOCK_N), num_score_programs)",
-        f"{SELECT} -k different_length",
+        f"{SELECT} -k few_programs",
     ),
     Mutant(
         "select-nobody-scores-nothing",

@@ -130,7 +130,6 @@ class Fixed(FastV):
 class FixedScores(ScoreRanker):
     """Scores that are given: per stage, for each of a sample's visual tokens."""
 
-    name = "fixed_scores"
     table: tuple[tuple[float, ...], ...] = ()
     survivors: tuple[tuple[int, ...], ...] = ()
 

@@ -33,8 +33,6 @@ LAYERS = 6
 class Norm(ScoreRanker):
     """What a ranker with scores of its own sees is where the pool is."""
 
-    name = "norm"
-
     def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
         assert {x.device.index for x in (*inputs.hidden, inputs.query)} == {0}
         return [hidden.norm(dim=-1) for hidden in inputs.hidden]

@@ -8,7 +8,7 @@ from models import Tiny
 
 import reroute
 from reroute.methods import METHODS
-from reroute.schedule import Action
+from reroute.core.schedule import Action
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 

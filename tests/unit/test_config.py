@@ -17,8 +17,6 @@ from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreR
 
 @dataclass(frozen=True)
 class Unknown(ScoreRanker):
-    name = "unknown"
-
     def scores(self, inputs: RankInputs) -> Any: ...
 
 
@@ -59,7 +57,7 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
 
 
 def test_what_cannot_be_written() -> None:
-    with pytest.raises(RerouteError, match="Unknown cannot be stored: put it into RANKERS"):
+    with pytest.raises(RerouteError, match="Unknown cannot be stored: give it a name in reroute.rankers.RANKERS"):
         RoutingConfig(FastV(ranker=Unknown())).to_json()
 
 

@@ -153,8 +153,6 @@ def test_random_reaches_a_gpu_without_waiting() -> None:
 def test_a_ranker_of_ones_own_keeps_its_place() -> None:
     @dataclass(frozen=True)
     class Norm(ScoreRanker):
-        name = "norm"
-
         def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
             return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
 
