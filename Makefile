@@ -32,7 +32,7 @@ gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, a
 	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/demo tests/training
 
 test-triton: $(TRITON_FULL:%=test-triton-%) $(TRITON_SAMPLE:%=test-triton-%) ## Run the kernel tests on the other releases of Triton supported
 
@@ -50,8 +50,8 @@ test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interprete
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (hours)
 	$(BIN)/python tests/mutants
 
-train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
-	$(BIN)/python -m reroute.embedded.train --out runs/embedded
+train: $(VENV)/.dev ## Train the demo model, tinyvlm, from scratch (about an hour on two cores)
+	$(BIN)/python -m training.tinyvlm.train --out runs/tinyvlm
 
 clean: ## Remove the environments and all caches
 	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

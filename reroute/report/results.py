@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ..core.schedule import Action
 
 if TYPE_CHECKING:
-    from ..embedded.evaluation import Outcome, Tally
+    from ..demo.tinyvlm.evaluation import Outcome, Tally
 
 __all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
 

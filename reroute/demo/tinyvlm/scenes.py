@@ -1,7 +1,7 @@
 """Synthetic scenes: a few coloured handwritten digits on a textured background with clutter.
 
-A scene is 96 x 96 pixels, cut by the vision tower into 12 x 12 patches of 8 pixels. Boxes are
-pixels (x0, y0, x1, y1), the ends exclusive; answers give them in 32 location bins of 3 pixels.
+A scene is 96 x 96 pixels, as many as the 32 location bins of an answer cover, cut by the vision
+tower into 12 x 12 patches of 8 pixels.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import digits
+from .boxes import BIN, Box
 from .digits import Split
 from .vocabulary import COLOURS, DIGITS, LOCATIONS, TEXTURES
 
 Floats = npt.NDArray[np.float32]
-Box = tuple[int, int, int, int]
 
-SIDE: Final = 96
+SIDE: Final = LOCATIONS * BIN
 PATCH: Final = 8
 GRID: Final = SIDE // PATCH
 PATCHES: Final = GRID * GRID
-BIN: Final = SIDE / LOCATIONS
+VISIBLE: Final = 0.2  # share of a patch that a digit's box must cover for the patch to show it
 
 GLYPH_SIZES: Final = (14, 16, 18, 20)
 INK: Final = 0.35  # a glyph's box holds the pixels at least this opaque
@@ -91,23 +91,7 @@ def draw(rng: np.random.Generator, split: Split, count: tuple[int, int], paired:
     return Scene(pixels.clip(0, 1), tuple(placed), texture)
 
 
-def to_bins(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """Location bins of a box: the first and the last bin it covers, per axis, rounded."""
-    x0, y0, x1, y1 = (round(edge / BIN) for edge in box)
-    return _clamp(x0), _clamp(y0), _clamp(x1 - 1), _clamp(y1 - 1)
-
-
-def _clamp(value: int) -> int:
-    return min(LOCATIONS - 1, max(0, value))
-
-
-def from_bins(bins: Sequence[int]) -> tuple[float, float, float, float]:
-    """Box in pixels that covers the location bins `to_bins` gave."""
-    x0, y0, x1, y1 = bins
-    return x0 * BIN, y0 * BIN, (x1 + 1) * BIN, (y1 + 1) * BIN
-
-
-def coverage(box: Sequence[float]) -> Floats:
+def coverage(box: Box) -> Floats:
     """Share of every patch's area that lies in a box: float32 (GRID, GRID), rows first."""
     edges = np.arange(GRID, dtype=np.float32) * PATCH
     across = np.minimum(edges + PATCH, box[2]) - np.maximum(edges, box[0])
@@ -188,7 +172,7 @@ def _distorted(rng: np.random.Generator, index: int, size: int) -> Floats:
     return np.asarray(warped).clip(0, 1)
 
 
-def _ink(opacity: Floats) -> Box:
+def _ink(opacity: Floats) -> tuple[int, int, int, int]:
     """Box of a glyph's ink."""
     ink = opacity > INK
     columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))

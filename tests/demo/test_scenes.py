@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from reroute.embedded import digits
-from reroute.embedded.scenes import (
-    BIN,
+from reroute.demo.tinyvlm import digits
+from reroute.demo.tinyvlm.boxes import BIN, from_bins, to_bins
+from reroute.demo.tinyvlm.scenes import (
     GAP,
     GRID,
     PATCH,
@@ -11,8 +11,6 @@ from reroute.embedded.scenes import (
     SIDE,
     coverage,
     draw,
-    from_bins,
-    to_bins,
 )
 
 SPLITS = tuple(digits.SPLITS)

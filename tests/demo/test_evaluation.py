@@ -1,22 +1,10 @@
 import numpy as np
 import pytest
 
-from reroute.embedded import probes
-from reroute.embedded.evaluation import (
-    COUNTS,
-    Example,
-    Outcome,
-    answer_box,
-    examples,
-    overlap,
-    score,
-    summarise,
-    summarise_kinds,
-    tally,
-)
-from reroute.embedded.questions import KINDS
-from reroute.embedded.scenes import BIN
-from reroute.embedded.vocabulary import tokens
+from reroute.demo.tinyvlm import probes
+from reroute.demo.tinyvlm.evaluation import Outcome, score, summarise, summarise_kinds, tally
+from reroute.demo.tinyvlm.examples import COUNTS, Example, examples
+from reroute.demo.tinyvlm.questions import KINDS
 
 FEW = dict.fromkeys(COUNTS, 4)
 
@@ -83,21 +71,6 @@ def test_wrong_answers_are_wrong(few):
     swapped = Example(**{**vars(hop), "target": hop.referent, "referent": hop.target})
     assert probes.pointed_at(swapped, hop.answer) == "referent"
     assert probes.pointed_at(hop, "seven") == "no object"
-
-
-def test_answer_box():
-    assert answer_box("<3> <10> <8> <15>") == (3 * BIN, 10 * BIN, 9 * BIN, 16 * BIN)
-    assert answer_box("<3> <10> <8> <15> </s> <1>") == answer_box("<3> <10> <8> <15>")
-    assert answer_box(tokens(["<3>", "<10>", "<8>", "<15>", "</s>"])) == (9.0, 30.0, 27.0, 48.0)
-    for text in ("", "seven", "<3> <10> <8>", "<3> <10> seven <15>", "<8> <1> <3> <2>"):
-        assert answer_box(text) is None
-    assert answer_box("<32> <1> <40> <2>") is None
-
-
-def test_overlap():
-    assert overlap((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 2, 2), (2, 0, 3, 2)) == 0
 
 
 def test_tally_and_summaries(few):

@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from .evaluation import (
-    IOU,
-    Example,
-    Tally,
-    answer_box,
-    overlap,
-    prompts,
-)
-from .packing import VISIBLE
+from .boxes import IOU, answer_box, overlap
+from .evaluation import Tally, prompts
+from .examples import Example
 from .questions import KINDS
-from .scenes import coverage
+from .scenes import VISIBLE, coverage
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor

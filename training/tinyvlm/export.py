@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import vocabulary as vocab
-from .scenes import PATCH, SIDE
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.scenes import PATCH, SIDE
 
 # Images first, then the question, wherever in the message the image stands: the model was
 # trained on that order alone.

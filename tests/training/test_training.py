@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from reroute.embedded import architecture, phases, train
-from reroute.embedded.muon import Muon, orthogonalise
-from reroute.embedded.phases import generator
-from reroute.embedded.recipe import RECIPE, Ramp, Recipe, Stage, ramp, shortened
-from reroute.embedded.train import CheckpointError, Run
+from reroute.demo.tinyvlm import architecture
+from training.tinyvlm import phases, train
+from training.tinyvlm.muon import Muon, orthogonalise
+from training.tinyvlm.phases import generator
+from training.tinyvlm.recipe import RECIPE, Ramp, Recipe, Stage, ramp, shortened
+from training.tinyvlm.train import CheckpointError, Run
 
 MICRO = Recipe(
     seed=3,

@@ -1,4 +1,4 @@
-"""The embedded model: a small but real `LlavaForConditionalGeneration`, randomly initialised."""
+"""The architecture: a small but real `LlavaForConditionalGeneration`, randomly initialised."""
 
 from __future__ import annotations
 

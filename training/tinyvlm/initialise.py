@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from . import vocabulary as vocab
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.scenes import PATCHES
+
 from .packing import NO_CLASS, Batch
-from .scenes import PATCHES
 
 # The rotary frequencies that turn slowly over a prompt, so that equal query and key weights mean
 # attention to equal content at any distance. The first few of a head's frequencies turn fast.

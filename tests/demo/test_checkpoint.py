@@ -6,14 +6,16 @@ import sys
 import pytest
 import torch
 
-from reroute import embedded
-from reroute.embedded import architecture, export, probes
-from reroute.embedded import vocabulary as vocab
-from reroute.embedded.evaluation import answers, evaluate, examples, prompts
+from reroute.demo import tinyvlm
+from reroute.demo.tinyvlm import architecture, probes
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.evaluation import answers, evaluate, prompts
+from reroute.demo.tinyvlm.examples import examples
+from training.tinyvlm import export
 
 shipped = pytest.mark.skipif(
-    not (embedded.CHECKPOINT / "model.safetensors").exists(),
-    reason="reroute/embedded/checkpoint is missing; python -m reroute.embedded.train makes it",
+    not (tinyvlm.CHECKPOINT / "model.safetensors").exists(),
+    reason="reroute/demo/tinyvlm/checkpoint is missing; python -m training.tinyvlm.train makes it",
 )
 COUNTS = {"attr": 3, "hop": 2, "col": 2, "riddle": 1}
 
@@ -34,7 +36,7 @@ def copy(folder, tmp_path):
 
 def test_export_keeps_the_weights(folder):
     model = architecture.build(architecture.config(2, 32, 1), seed=0)
-    loaded, _ = embedded.load(checkpoint=folder)
+    loaded, _ = tinyvlm.load(checkpoint=folder)
     assert not loaded.training
     assert loaded.dtype == torch.float32
     before, after = model.state_dict(), loaded.state_dict()
@@ -43,7 +45,7 @@ def test_export_keeps_the_weights(folder):
 
 
 def test_processor_makes_the_prompts_of_the_training(folder):
-    model, processor = embedded.load(checkpoint=folder)
+    model, processor = tinyvlm.load(checkpoint=folder)
     chosen = examples("validation", COUNTS)
     inputs = prompts(model, processor, chosen)
     for row, example in enumerate(chosen):
@@ -57,7 +59,7 @@ def test_processor_makes_the_prompts_of_the_training(folder):
 
 
 def test_batched_answers_equal_single_ones(folder):
-    model, processor = embedded.load(checkpoint=folder)
+    model, processor = tinyvlm.load(checkpoint=folder)
     chosen = examples("validation", COUNTS)
     done = []
     batched = answers(model, processor, chosen, batch_size=3, progress=done.append)
@@ -66,13 +68,13 @@ def test_batched_answers_equal_single_ones(folder):
 
 
 def test_dtype_and_attention_are_passed_on(folder):
-    model, _ = embedded.load(torch.bfloat16, "eager", checkpoint=folder)
+    model, _ = tinyvlm.load(torch.bfloat16, "eager", checkpoint=folder)
     assert model.dtype == torch.bfloat16
     assert model.config.text_config._attn_implementation == "eager"
 
 
 def test_depth_probe(folder):
-    model, processor = embedded.load(attn_implementation="eager", checkpoint=folder)
+    model, processor = tinyvlm.load(attn_implementation="eager", checkpoint=folder)
     shares = probes.depth(model, processor, examples("validation", COUNTS))
     assert set(shares) == {
         *(("one-hop grounding", "target"), ("one-hop VQA", "target")),
@@ -84,14 +86,14 @@ def test_depth_probe(folder):
 
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="train the model again"):
-        embedded.load(checkpoint=tmp_path)
+        tinyvlm.load(checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        embedded.load(checkpoint=copy)
+        tinyvlm.load(checkpoint=copy)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -99,7 +101,7 @@ def test_truncated_file_is_refused(copy, name):
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be loaded.*Reinstall"):
-        embedded.load(checkpoint=copy)
+        tinyvlm.load(checkpoint=copy)
 
 
 def test_weights_of_another_model_are_refused(copy):
@@ -107,7 +109,7 @@ def test_weights_of_another_model_are_refused(copy):
     config["text_config"]["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="do not fit"):
-        embedded.load(checkpoint=copy)
+        tinyvlm.load(checkpoint=copy)
 
 
 def test_import_is_cheap():
@@ -116,21 +118,21 @@ def test_import_is_cheap():
         "import runpy, sys; runpy.run_path(sys.argv[1]); "
         "sys.exit(bool({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code, embedded.__file__]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, tinyvlm.__file__]).returncode == 0
 
 
 @shipped
 def test_shipped_checkpoint_is_complete_and_small():
-    files = [path for path in embedded.CHECKPOINT.rglob("*") if path.is_file()]
+    files = [path for path in tinyvlm.CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16 * 2**20
-    config = json.loads((embedded.CHECKPOINT / "config.json").read_text())
+    config = json.loads((tinyvlm.CHECKPOINT / "config.json").read_text())
     assert config["dtype"] == "float16"
-    assert "/" not in (embedded.CHECKPOINT / "tokenizer_config.json").read_text().replace("</s>", "")
+    assert "/" not in (tinyvlm.CHECKPOINT / "tokenizer_config.json").read_text().replace("</s>", "")
 
 
 @shipped
 def test_shipped_checkpoint_answers():
-    model, processor = embedded.load()
+    model, processor = tinyvlm.load()
     assert model.config.text_config.num_hidden_layers == architecture.LAYERS
     outcomes = evaluate(model, processor, examples("validation", {"col": 24, "cls": 24}))
     assert sum(outcome.correct for outcome in outcomes) / len(outcomes) > 0.7

@@ -1,4 +1,4 @@
-"""Trains the embedded model from scratch: python -m reroute.embedded.train --out runs/embedded
+"""Trains tinyvlm from scratch: python -m training.tinyvlm.train --out runs/tinyvlm
 
 Training is dense only: no visual token is ever dropped, deferred or hidden, and the last step's
 weights are the result. A run that was stopped goes on exactly where it was when started again
@@ -22,11 +22,13 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from . import architecture, export
+from reroute.demo.tinyvlm import architecture
+
+from . import export
 from .phases import Phase, generator, phases
 from .recipe import RECIPE, Recipe, shortened
 
-FORMAT: Final = "reroute-embedded-run-1"
+FORMAT: Final = "reroute-embedded-run-1"  # of state.pt; runs that have begun carry it
 LOG_EVERY: Final = 20
 SAVE_EVERY: Final = 50
 VALIDATE_EVERY: Final = 100
@@ -222,7 +224,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m reroute.embedded.train", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m training.tinyvlm.train", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; resumes it")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")

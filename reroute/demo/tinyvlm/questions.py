@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from .scenes import Digit, Scene, to_bins
+from .boxes import to_bins
+from .scenes import Digit, Scene
 from .vocabulary import COLOURS, DIGITS, EXTREMES, LOCATION_WORDS, TEXTURES
 
 MARGIN: Final = 8  # pixels by which the leftmost digit must be further left than the next

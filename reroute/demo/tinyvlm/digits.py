@@ -3,7 +3,7 @@
 The 1,797 images of 8 x 8 pixels (values 0-16) are the test part of the UCI data set "Optical
 Recognition of Handwritten Digits" (CC BY 4.0), as scikit-learn distributes it. They ship with the
 package in `digits.npz`, so neither training nor evaluation needs scikit-learn. The file was
-written by `python -m reroute.embedded.digits`, which does.
+written by `python -m reroute.demo.tinyvlm.digits`, which does.
 """
 
 from __future__ import annotations

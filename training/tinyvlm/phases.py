@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.scenes import PATCHES
+
 from . import initialise, packing
-from . import vocabulary as vocab
 from .muon import Muon
 from .packing import KIND_NAMES, NO_CLASS, NO_COLOUR, Batch, Mix, make_batch
 from .recipe import Recipe, Stage
-from .scenes import PATCHES
 
 SCENES_ONLY: Final = Mix(paired=0.0, room=0)
 # Kinds whose answer needs two steps of thought: their first answer tokens weigh double.

@@ -32,7 +32,7 @@ def load(
     attn_implementation: str = "sdpa",
     checkpoint: Path | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The embedded model, in eval mode on the CPU, and its processor.
+    """The model, in eval mode on the CPU, and its processor.
 
     `dtype` defaults to float32; `checkpoint` to the folder that ships with the package. Raises
     FileNotFoundError when the folder or a file of it is missing, ValueError when it is damaged.
@@ -40,11 +40,7 @@ def load(
     folder = CHECKPOINT if checkpoint is None else checkpoint
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"the embedded model is incomplete: {folder} lacks {', '.join(missing)}. Reinstall "
-            "the package, or train the model again: python -m reroute.embedded.train "
-            f"--out runs/embedded --export {folder}"
-        )
+        raise FileNotFoundError(f"tinyvlm is incomplete: {folder} lacks {', '.join(missing)}. {_remedy(folder)}")
     import torch
     import transformers
 
@@ -66,7 +62,11 @@ def load(
 
 
 def _damaged(folder: Path, why: str) -> str:
+    return f"tinyvlm in {folder} cannot be loaded ({why}). {_remedy(folder)}"
+
+
+def _remedy(folder: Path) -> str:
     return (
-        f"the embedded model in {folder} cannot be loaded ({why}). Reinstall the package, or train "
-        f"the model again: python -m reroute.embedded.train --out runs/embedded --export {folder}"
+        "Reinstall the package, or train the model again in a clone of the repository: "
+        f"python -m training.tinyvlm.train --out runs/tinyvlm --export {folder}"
     )

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from reroute.embedded.questions import KINDS, MARGIN, ask
-from reroute.embedded.scenes import draw, to_bins
-from reroute.embedded.vocabulary import COLOURS, DIGITS, TEXTURES, TOKENS
+from reroute.demo.tinyvlm.boxes import to_bins
+from reroute.demo.tinyvlm.questions import KINDS, MARGIN, ask
+from reroute.demo.tinyvlm.scenes import draw
+from reroute.demo.tinyvlm.vocabulary import COLOURS, DIGITS, TEXTURES, TOKENS
 
 
 def find(scene, phrase):

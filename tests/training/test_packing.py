@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from reroute.embedded import architecture, packing
-from reroute.embedded import vocabulary as vocab
-from reroute.embedded.packing import KIND_NAMES, NO_LABEL, WORD, Mix, make_batch
-from reroute.embedded.phases import labelled_logits
-from reroute.embedded.scenes import PATCHES
+from reroute.demo.tinyvlm import architecture
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.boxes import to_bins
+from reroute.demo.tinyvlm.scenes import PATCHES
+from training.tinyvlm import packing
+from training.tinyvlm.packing import KIND_NAMES, NO_LABEL, WORD, Mix, make_batch
+from training.tinyvlm.phases import labelled_logits
 
 MIX = Mix(digits=(4, 7), paired=0.5, query_last=0.3, hints=0.5)
 
@@ -134,5 +136,5 @@ def test_patch_labels_mark_the_digits():
         for k, c, b in zip(label, colour, bins.tolist(), strict=True)
         if k != packing.NO_CLASS
     }
-    truth = {(d.label, d.colour, packing.to_bins(d.box)) for d in scene.digits}
+    truth = {(d.label, d.colour, to_bins(d.box)) for d in scene.digits}
     assert marked == truth

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import questions, scenes
-from . import vocabulary as vocab
-from .digits import Split
-from .questions import Question
-from .scenes import GRID, PATCHES, Scene, coverage, to_bins
+from reroute.demo.tinyvlm import questions, scenes
+from reroute.demo.tinyvlm import vocabulary as vocab
+from reroute.demo.tinyvlm.boxes import to_bins
+from reroute.demo.tinyvlm.digits import Split
+from reroute.demo.tinyvlm.questions import Question
+from reroute.demo.tinyvlm.scenes import GRID, PATCHES, VISIBLE, Scene, coverage
 
 Ints = npt.NDArray[np.int64]
 
@@ -27,7 +28,6 @@ IMAGE_END: Final = len(vocab.PREFIX) + PATCHES
 NO_LABEL: Final = -100
 NO_CLASS: Final = len(vocab.DIGITS)  # patch labels of the background
 NO_COLOUR: Final = len(vocab.COLOURS)
-VISIBLE: Final = 0.2  # share of a patch that a digit's box must cover to label it
 
 # What each label is for: an index into KIND_NAMES. "word" labels are explained in `word_label`.
 KIND_NAMES: Final = (*questions.KINDS, "word")
