@@ -82,7 +82,7 @@ class ScoreRanker(Ranker):
             came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
             if came != (len(hidden),):
                 raise RerouteError(
-                    f"{type(self).__name__} scored sample {sample} with {came} instead of a tensor {(len(hidden),)}. "
+                    f"{type(self).__name__} scored sample {sample} with {came} instead of ({len(hidden)},). "
                     "Return one number for each row of inputs.hidden[b]."
                 )
         return scores

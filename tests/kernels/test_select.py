@@ -159,11 +159,13 @@ def test_a_crowd_costs_one_stage_more_not_a_pass_over_it(
 
 
 def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device) -> None:
-    """Texts may lie beyond the rows the query sees, and a sample may have none."""
-    candidates = rows_of([torch.arange(2, 6), torch.arange(3)], device)
+    """Texts may lie beyond the rows the query sees, also where the last candidate is the row of their number; or there
+    are none.
+    """
+    candidates = rows_of([torch.arange(3, 7), torch.arange(3)], device)
     texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
-    metadata = SelectMetadata((0, 901), (6, 3), (4, 3), (3, 0), (2, 2))
+    metadata = SelectMetadata((0, 901), (7, 3), (4, 3), (3, 0), (2, 2))
     arguments = scores, candidates, texts, torch.arange(905, device=device), metadata
     same(kernel.select(*arguments), reference.select(*arguments))
 
@@ -242,6 +244,17 @@ def test_every_order_is_needed(
     ):
         check(kernel, [torch.randn(300)], [90], device)
     assert len(weakened) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_another_order_of_programs(executor: Any, kernel: Any, device: torch.device, path: str, seed: int) -> None:
+    """Which program is the last to arrive differs; nothing may be read before it has."""
+    if executor.kind != "simt":
+        pytest.skip("only simt chooses the order of programs, and looks for races")
+    import simt
+
+    with simt.installed(arch=int(executor.name.partition(":")[2]), seed=seed):
+        check(kernel, [torch.randn(300)], [90], device)
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])

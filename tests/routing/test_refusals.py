@@ -252,9 +252,12 @@ class Own(ScoreRanker):
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (lambda hidden: [x.norm() for x in hidden], r"scored sample 0 with \(\) instead of a tensor \(16,\)"),
+        (lambda hidden: [x.norm() for x in hidden], r"scored sample 0 with \(\) instead of \(16,\)"),
         (lambda hidden: [x.norm(dim=-1, keepdim=True) for x in hidden], r"scored sample 0 with \(16, 1\) instead"),
-        (lambda hidden: [hidden[0].norm(dim=-1), hidden[0].norm(dim=-1)], r"scored sample 1 with \(16,\) .* tensor \(0,\)"),
+        (
+            lambda hidden: [hidden[0].norm(dim=-1), hidden[0].norm(dim=-1)],
+            r"scored sample 1 with \(16,\) instead of \(0,\)",
+        ),
         (lambda hidden: [x.norm(dim=-1).tolist() for x in hidden], "scored sample 0 with list instead"),
         (lambda hidden: [x.norm(dim=-1) for x in hidden[:1]], "scored 1 samples instead of 2"),
         (lambda hidden: None, "scored 0 samples instead of 2"),

@@ -7,8 +7,8 @@ import torch
 from models import Tiny
 
 import reroute
-from reroute.methods import METHODS
 from reroute.core.schedule import Action
+from reroute.methods import METHODS
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 

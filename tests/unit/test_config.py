@@ -57,7 +57,7 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
 
 
 def test_what_cannot_be_written() -> None:
-    with pytest.raises(RerouteError, match="Unknown cannot be stored: give it a name in reroute.rankers.RANKERS"):
+    with pytest.raises(RerouteError, match=r"Unknown cannot be stored: give it a name in reroute\.rankers\.RANKERS"):
         RoutingConfig(FastV(ranker=Unknown())).to_json()
 
 
