@@ -75,8 +75,8 @@ class ScoreRanker(Ranker):
         scores = [] if returned is None else list(returned)
         if len(scores) != len(inputs.hidden):
             raise RerouteError(
-                f"{type(self).__name__} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one tensor "
-                "for each of inputs.hidden."
+                f"{type(self).__name__} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one "
+                "tensor for each of inputs.hidden."
             )
         for sample, (score, hidden) in enumerate(zip(scores, inputs.hidden, strict=True)):
             came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
