@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reroute
 from reroute.demo import tinyvlm
-from reroute.demo.tinyvlm.evaluation import examples
+from reroute.demo.tinyvlm.examples import examples
 
 
 def decoder_inputs(model: Any, inputs: Any) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reroute
 from reroute.demo import tinyvlm
-from reroute.demo.tinyvlm.evaluation import examples
+from reroute.demo.tinyvlm.examples import examples
 from reroute.methods import FastV
 from reroute.rankers import RankInputs, ScoreRanker
 

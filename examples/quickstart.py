@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reroute
 from reroute.demo import tinyvlm
-from reroute.demo.tinyvlm.evaluation import examples
+from reroute.demo.tinyvlm.examples import examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:

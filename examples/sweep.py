@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reroute
 from reroute.demo import tinyvlm
-from reroute.demo.tinyvlm.evaluation import examples
+from reroute.demo.tinyvlm.examples import examples
 
 Question = tuple[Image.Image, str, str]
 """Picture, question, answer."""

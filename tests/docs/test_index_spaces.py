@@ -39,7 +39,7 @@ def test_the_table_is_what_the_code_computes() -> None:
 
     candidates = [rows.tolist() for rows in plan.visual]
     texts = [[row for row in range(n) if row not in c] for n, c in zip(plan.lengths, candidates, strict=True)]
-    counts = lease.starts, plan.lengths, tuple(map(len, candidates)), tuple(map(len, texts)), plan.kept[0]
+    counts = lease.starts, plan.lengths, tuple(map(len, candidates)), tuple(map(len, texts)), plan.decisions[0].k
     lists = padded(candidates), padded(texts), torch.arange(lease.num_rows)
     select = resolve("torch", torch.device("cpu")).select
     kept, active_rows, _, inverse_index, _ = select(SCORES, *lists, SelectMetadata(*counts))

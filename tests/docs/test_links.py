@@ -67,7 +67,7 @@ def test_named_files_and_tests_exist(name: str) -> None:
     missing = []
     for path, function in NAMED.findall(prose(ROOT / name)):
         file = ROOT / path
-        if path in WRITTEN:
+        if path in WRITTEN or "NAME" in path:
             continue
         if not file.exists() or (function and f"def {function}(" not in file.read_text()):
             missing.append(f"{path}::{function}" if function else path)
@@ -94,7 +94,7 @@ def blocks() -> Iterator[Any]:
             yield pytest.param(code, id=f"{name}-{number}")
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_python_blocks_compile_and_use_what_there_is(code: str) -> None:
     """Attributes of the packages, what is imported from them, and keywords of calls to them."""
     compile(code, "page", "exec")

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import reroute
 from reroute.demo import tinyvlm
-from reroute.demo.tinyvlm.evaluation import examples, prompts
+from reroute.demo.tinyvlm.evaluation import prompts
+from reroute.demo.tinyvlm.examples import examples
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ("cuda_graph", "own_ranker", "quickstart", "sweep")
@@ -106,7 +107,7 @@ def test_sweep_over_a_file_of_questions(
 def test_own_ranker(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of("own_ranker")(["--tiny"]) == 0
     said = capsys.readouterr().out
-    assert re.match(r"question +what digit .*\nfastv +\w+\nsimilarity +\w+\n", said)
+    assert re.match(r"question +what digit .*\nattention +\w+\nsimilarity +\w+\n", said)
     counts = re.findall(
         r"^before layer .*: each keeps (\d+) visual tokens, (\d+) of them the same$", said, re.MULTILINE
     )
