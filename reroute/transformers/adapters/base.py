@@ -9,8 +9,7 @@ import torch
 
 from reroute_kernels import RMSNorm, Rope
 
-from ...errors import RerouteError, UnsupportedModelError
-from ..masks import MaskForm
+from ...errors import UnsupportedModelError
 
 __all__ = ["ModelAdapter"]
 
@@ -66,23 +65,6 @@ class ModelAdapter:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
         names = ("image_token_id", "video_token_id")
         return tuple(i for name in names if (i := getattr(self.config, name, None)) is not None)
-
-    def mask_form(self) -> MaskForm:
-        """What the decoder's present attention takes for a mask; ``padding`` means flash attention.
-
-        Raises:
-            RerouteError: an attention implementation whose masks are not known.
-        """
-        name = str(self.text_config._attn_implementation)
-        forms: dict[str, MaskForm] = {"eager": "additive", "sdpa": "boolean"}
-        if name in forms:
-            return forms[name]
-        if "flash" in name:  # what Transformers asks; kernels from a hub have other names around it
-            return "padding"
-        raise RerouteError(
-            f"Attention implementation {name!r} cannot be routed: its masks are not known. Call "
-            "model.set_attn_implementation(…) with 'sdpa', 'eager' or a flash attention."
-        )
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
