@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reroute_kernels import Selection, SelectMetadata, reference
+from reroute_kernels import AttentionSpec, RopeTables, Selection, SelectMetadata, SelectRows, reference
 
 PAGE = 64
 
@@ -65,9 +65,9 @@ def decision(
     metadata = SelectMetadata(
         tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
     )
-    indices = last.to(device), candidates, texts, torch.arange(total, device=device) % 97
-    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, metadata)
-    return tensors, {"scale": features**-0.5, "rope": rope}
+    rows = SelectRows(candidates, texts, torch.arange(total, device=device) % 97, metadata)
+    tensors = query.to(dtype).to(device), keys.to(dtype).to(device)
+    return (*tensors, RopeTables(cos, sin, last.to(device)), rows), {"spec": AttentionSpec(features**-0.5, rope)}
 
 
 def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:
@@ -105,4 +105,4 @@ def same(got: Selection, wanted: Selection) -> None:
 
 def exact(arguments: tuple[Any, ...], got: Selection) -> None:
     """The selection is that of a stable sort of the kernel's own scores. arguments: those of score_topk."""
-    same(got, reference.select(got.scores, *arguments[5:]))
+    same(got, reference.select(got.scores, arguments[3]))

@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.clock import captured
-from reroute_kernels import PagedPool, RMSNorm, Selection, SelectMetadata, reference
+from reroute_kernels import (
+    AttentionSpec,
+    PagedPool,
+    RMSNorm,
+    RopeTables,
+    Selection,
+    SelectMetadata,
+    SelectRows,
+    reference,
+)
 
 HEADS, GROUPS, FEATURES = 4, 2, 16
 
@@ -37,18 +46,19 @@ class Problem:
         angles = random(24, FEATURES // 2).repeat(1, 2)  # each at both places of its pair
         self.hidden, self.cos, self.sin = random(2, 6, 16), angles.cos(), angles.sin()
         self.query, self.keys = random(2, HEADS, FEATURES), random(24, GROUPS, FEATURES)
-        self.query_rows = integers(13, 18)
-        self.candidates = integers([*range(2, 12)], [-1] * 10)
-        self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
+        self.tables = RopeTables(self.cos, self.sin, integers(13, 18))
         columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
-        self.metadata = SelectMetadata(
-            *columns, on_device=integers(*columns)
-        )  # as a plan does: a capture uploads nothing
-        self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
+        self.rows_to_select = SelectRows(
+            integers([*range(2, 12)], [-1] * 10),
+            integers([0, 1, 12, 13], [0, 1, 2, -1]),
+            torch.arange(24, device=device) * 3,
+            SelectMetadata(*columns, on_device=integers(*columns)),  # as a plan does: a capture uploads nothing
+        )
+        self.scores = random(2, 10)
 
     @property
-    def scored(self) -> tuple[Tensor, ...]:
-        return self.query, self.keys, self.cos, self.sin, self.query_rows, *self.lists
+    def scored(self) -> tuple[Any, ...]:
+        return self.query, self.keys, self.tables, self.rows_to_select
 
     @property
     def inverse(self) -> Tensor:
@@ -59,18 +69,18 @@ class Problem:
 
     @property
     def lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.candidates, self.texts, self.positions
+        return self.rows_to_select[:3]
 
     @property
     def counts(self) -> tuple[Tensor, list[int]]:
-        counts = self.metadata.counts(self.pages.device)
+        counts = self.rows_to_select.metadata.counts(self.pages.device)
         return counts, counts.flatten().tolist()
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""
         operations.defer(pages, self.table, self.rows, hidden * 2)
-        selection = operations.score_topk(*self.scored, self.metadata, scale=0.25, rope="half")
-        again = operations.select(selection.scores, *self.lists, self.metadata)
+        selection = operations.score_topk(*self.scored, AttentionSpec(0.25))
+        again = operations.select(selection.scores, self.rows_to_select)
         return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
 
 
@@ -90,9 +100,8 @@ def test_a_stage_boundary_equals_the_reference(ops: Any, device: torch.device) -
 def test_a_key_norm_reaches_the_kernel(ops: Any, device: torch.device) -> None:
     problem = Problem(device)
     norm = RMSNorm(torch.rand(FEATURES, device=device), 1e-6)
-    results = (
-        backend.score_topk(*problem.scored, problem.metadata, scale=0.25, key_norm=norm) for backend in (ops, reference)
-    )
+    spec = AttentionSpec(0.25, key_norm=norm)
+    results = (backend.score_topk(*problem.scored, spec) for backend in (ops, reference))
     same(*results)
 
 
@@ -113,9 +122,11 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     norm = torch.ones(16, device=device), 1e-6
     torch.library.opcheck(registered.defer_rmsnorm, (p.pages, p.table, p.inverse, p.hidden, *norm))
     torch.library.opcheck(registered.select, (p.scores, *p.lists, *p.counts))
-    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
+    torch.library.opcheck(
+        registered.score_topk, (p.query, p.keys, *p.tables, *p.lists, *p.counts, 0.25, "half", None, 0.0)
+    )
     norm = torch.ones(FEATURES, device=device), 1e-6
-    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", *norm))
+    torch.library.opcheck(registered.score_topk, (p.query, p.keys, *p.tables, *p.lists, *p.counts, 0.25, "half", *norm))
 
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import RMSNorm, Rope
+from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
 from ...errors import UnsupportedModelError
 
@@ -94,14 +94,12 @@ class ModelAdapter:
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 
-    def key_norm(self, layer: int) -> RMSNorm | None:
+    def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
-        norm = getattr(self.layers[layer].self_attn, "k_norm", None)
-        return None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
-
-    def scale(self, layer: int) -> float:
-        """See ``DecoderAdapter``."""
-        return float(self.layers[layer].self_attn.scaling)
+        attention = self.layers[layer].self_attn
+        norm = getattr(attention, "k_norm", None)
+        key_norm = None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
+        return AttentionSpec(float(attention.scaling), self.rope, key_norm)
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
