@@ -26,7 +26,7 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.end_to_end
 
 gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, and how fast are prefills and operations
 	$(BIN)/python -m bench.gpu_check

@@ -1,4 +1,4 @@
-"""``python -m bench [--quick] [--json FILE]``: measure prefill, decode and memory on this machine, print one table."""
+"""Measure prefill, decode and memory on this machine: ``python -m bench.end_to_end [--quick] [--json FILE]``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTE = "times are CPU times of this machine; nothing here was measured on a GPU"
 
 def main() -> None:
     """Run everything."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: does it run at all?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     options = parser.parse_args()

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 import reroute
 
+from .interleaved import Spread, interleaved
 from .models import CACHE, SCHEDULE, Size, build, inputs_of, twin
-from .timing import Spread, interleaved
 
 __all__ = ["DecodeResult", "measure"]
 

@@ -1,4 +1,4 @@
-"""Clocks: interleaved rounds of two variants, and seconds by part of the program."""
+"""Wall clock and CPU time: interleaved rounds of two variants, and seconds by part of the program."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from reroute.prefill import Prefill
 from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import PagedPool
 
-from .live import LiveBytes, Span
+from .memory_log import LiveBytes, Span
 from .models import IMAGE_ID, SCHEDULE, Size, build, inputs_of
 
 __all__ = ["MemoryResult", "Scratch", "count"]

@@ -16,8 +16,8 @@ from reroute.prefill import Prefill
 from reroute.transformers import ModelAdapter, RoutingHooks, context
 from reroute_kernels import PagedPool, reference
 
+from .interleaved import Parts, Spread, interleaved
 from .models import SCHEDULE, Size, build, inputs_of, twin
-from .timing import Parts, Spread, interleaved
 
 __all__ = ["PrefillResult", "RoutingShare", "measure"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .decode import DecodeResult
-from .flops import TEXT, Modelled
+from .flops import TEXT, FlopEstimate
+from .interleaved import Spread
 from .memory import MemoryResult
 from .prefill import PREFILL, PrefillResult
-from .timing import Spread
 
 __all__ = ["print_flops", "print_measured", "print_parts"]
 
@@ -66,7 +66,7 @@ def print_parts(prefills: Sequence[PrefillResult]) -> None:
         _print(rows)
 
 
-def print_flops(modelled: Sequence[Modelled]) -> None:
+def print_flops(modelled: Sequence[FlopEstimate]) -> None:
     """What the FLOP model says of real models."""
     rows: list[Row] = [(f"modelled, {TEXT} text tokens", "N", "", "budget", "avg_T", "TFLOP", "/ dense", "KV MiB")]
     for row in modelled:

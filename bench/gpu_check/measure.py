@@ -17,13 +17,13 @@ import reroute
 from reroute.handle import Handle
 from reroute.schedule import Schedule
 from reroute_kernels import PagedPool
+from reroute_kernels.testing.cases import TEXT
 
-from ..flops import TEXT
-from ..modelled_prefill import costs, dense, schedule_of
-from ..models import CACHE, twin
+from ..end_to_end.models import CACHE, twin
+from ..kernels.prefill_roofline import costs, dense, schedule_of
 from .capture import captured_prefill
-from .kernels import profiled
 from .lines import DENSE, VARIANTS, Deadline, Key
+from .profiler import profiled
 from .shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, position_ids
 
 __all__ = ["Session", "Wrong"]

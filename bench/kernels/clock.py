@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Clock", "DeviceClock", "HostClock", "Mode", "captured"]
+__all__ = ["Clock", "DeviceClock", "HostClock", "Mode"]
 
 Run = Callable[[], Any]
 Mode = Literal["eager", "graph"]
@@ -65,24 +65,3 @@ class DeviceClock(Clock):
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-
-
-def captured(function: Run) -> Run:
-    """``function`` as a CUDA graph: runs it once as a warm-up, captures it, and returns what replays it.
-
-    What the captured run returned stays alive, as the graph writes to it.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = function()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay

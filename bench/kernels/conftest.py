@@ -1,4 +1,4 @@
-"""Options of ``pytest bench``."""
+"""Options of ``pytest bench/kernels``."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Host time per call of the kernels: ``python -m bench.overhead``. Needs no GPU: the driver's launch is stubbed out.
+"""Host time per call of the kernels: ``python -m bench.kernels.overhead``. Needs no GPU.
 
-Layer by layer: the bare Triton launch, the launcher around it, and the launcher as an operator registered in
-each way that PyTorch has. The empty operators show what a registration costs by itself. Then a whole routing step:
-the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the model's own projection;
-and both again without what Triton does for each launch.
+The driver's launch is stubbed out. Layer by layer: the bare Triton launch, the launcher around it, and the launcher as
+an operator registered in each way that PyTorch has. The empty operators show what a registration costs by itself. Then
+a whole routing step: the three operations as dispatched, and all that ``Prefill`` does at a routing layer but the
+model's own projection; and both again without what Triton does for each launch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from reroute import Schedule
 from reroute.plan import make_plan
 from reroute.prefill import PositionTables, Prefill
 from reroute_kernels import Backend, PagedPool, RMSNorm, ops
+from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels.launch import SpecializedKernel
 from reroute_kernels.triton_kernels.offline import compiling_for
 
-from .cases import OPERATIONS, Case, Problem
-
 BACKEND = Backend.of("triton", "measured", ops)
-PROBLEM = Problem("Qwen2.5-VL-7B", 576)
+CASE = KernelCase("Qwen2.5-VL-7B", 576)
 STAGES = 20
 SCHEMA = "(Tensor(a!) pages, Tensor table, Tensor rows, Tensor hidden) -> ()"
 LIBRARY = torch.library.Library("overhead", "DEF")
@@ -66,12 +65,12 @@ def registrations(run: Callable[..., None], name: str) -> dict[str, Callable[...
 
 
 class Ready:
-    """A adapter whose queries and keys are there already."""
+    """An adapter whose queries and keys are there already."""
 
     rope = "half"
 
-    def __init__(self, case: Case) -> None:
-        self._projected, self._norm = (case.query, case.keys), case.norm
+    def __init__(self, inputs: KernelInputs) -> None:
+        self._projected, self._norm = (inputs.query, inputs.keys), inputs.norm
 
     def input_norm(self, layer: int) -> RMSNorm:
         return self._norm
@@ -89,16 +88,16 @@ class Ready:
         return None
 
 
-def prefill_step(case: Case, rounds: int = 100) -> tuple[float, float]:
+def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]:
     """Microseconds of ``Prefill.decide`` and ``advance`` per routing layer, and of making a ``Prefill``: the best."""
-    problem, visual = case.problem, np.arange(case.problem.length) < case.problem.visual
+    case, visual = inputs.case, np.arange(inputs.case.length) < inputs.case.visual
     schedule = Schedule(tuple(range(1, STAGES + 1)), (1 / 3,) * STAGES)
-    plan = make_plan(visual[None].astype(np.int64), np.ones((1, problem.length), dtype=bool), [1], schedule, "route")
+    plan = make_plan(visual[None].astype(np.int64), np.ones((1, case.length), dtype=bool), [1], schedule, "route")
     assert plan is not None
-    pool, adapter = PagedPool(problem.shape.hidden, case.dtype, case.device), Ready(case)
-    logical = torch.zeros(1, problem.length, problem.shape.hidden, dtype=case.dtype)
+    pool, adapter = PagedPool(case.shape.hidden, inputs.dtype, inputs.device), Ready(inputs)
+    logical = torch.zeros(1, case.length, case.shape.hidden, dtype=inputs.dtype)
     tables = PositionTables(
-        *(torch.zeros(1, problem.length, 128, dtype=case.dtype) for _ in "cs"), torch.arange(problem.length)[None]
+        *(torch.zeros(1, case.length, 128, dtype=inputs.dtype) for _ in "cs"), torch.arange(case.length)[None]
     )
     steps, starts = [], []
     for _ in range(rounds):
@@ -138,14 +137,14 @@ def main() -> None:
         note("admit: launcher", lambda: rows.admit(pages, table, index, aux))
         note("admit: as dispatched", lambda: ops.admit(pages, table, index, *aux))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
-        case = Case(PROBLEM, pages.device, pages.dtype)
+        inputs = KernelInputs(CASE, pages.device, pages.dtype)
         for name in ("defer_rmsnorm", "score_topk", "step"):
-            note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, case))
-        step, start = prefill_step(case)
+            note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, inputs))
+        step, start = prefill_step(inputs)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]
         with mock.patch.object(SpecializedKernel, "__call__", lambda *_: None):  # noqa: PT008 - a mock takes time itself
-            note("step without launches", lambda: OPERATIONS["step"](BACKEND, case))
-            lines.append(("decide, advance without", prefill_step(case)[0]))
+            note("step without launches", lambda: OPERATIONS["step"](BACKEND, inputs))
+            lines.append(("decide, advance without", prefill_step(inputs)[0]))
     print(f"Microseconds per call on the host, launches stubbed out (torch {torch.__version__}):")
     for name, microseconds in lines:
         print(f"{name:28s}{microseconds:8.1f}")

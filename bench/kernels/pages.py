@@ -1,4 +1,4 @@
-"""What the page size of the pool costs: ``python -m bench.pages``. Counts and host times; no GPU is involved.
+"""What the page size of the pool costs: ``python -m bench.kernels.pages``. Counts and host times; no GPU is involved.
 
 Small pages waste few rows behind a sample, but they scatter a prefill and make its page table long; a prefill
 whose pages do not lie side by side must be gathered before the key projection.

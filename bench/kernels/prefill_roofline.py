@@ -1,8 +1,8 @@
-"""Time of a whole prefill on an H100 by formula: ``python -m bench.modelled_prefill``. Nothing here is measured.
+"""Time of a whole prefill on an H100 by formula: ``python -m bench.kernels.prefill_roofline``.
 
-A layer is its matrix products, its attention and what PyTorch runs element by element between them; a routed prefill
-adds its decisions, which ``modelled`` knows. Weights are bf16; the modules are those of Transformers, without fusion.
-``FORMULA`` says it in full.
+Nothing here is measured. A layer is its matrix products, its attention and what PyTorch runs element by element between
+them; a routed prefill adds its decisions, which ``roofline`` knows. Weights are bf16; the modules are those of
+Transformers, without fusion. ``FORMULA`` says it in full.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from fractions import Fraction
 from reroute import methods
 from reroute.budget import ModelShape, estimate_cost, prefill_cost
 from reroute.schedule import Action, Schedule
+from reroute_kernels.testing.cases import TEXT, KernelCase, KernelShape
 
-from .cases import Problem, Shape
-from .flops import MODELS, TEXT
-from .modelled import BANDWIDTH, GRAPH_LAUNCH, ITEM, model
+from ..end_to_end.flops import DECODERS
+from .roofline import BANDWIDTH, GRAPH_LAUNCH, ITEM, kernel_time
 
 __all__ = [
-    "DECODERS",
     "FORMULA",
     "HOST",
     "Costs",
-    "Modelled",
+    "PrefillTime",
     "costs",
     "dense",
     "main",
@@ -34,7 +33,6 @@ __all__ = [
     "table",
 ]
 
-DECODERS = {**MODELS, "Qwen2.5-VL-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064)}
 BUDGETS = {
     Fraction(1, 3): ((576, 1), (2880, 1), (16384, 1), (576, 8), (2880, 8)),
     Fraction(1, 9): ((576, 1), (2880, 1)),
@@ -78,7 +76,7 @@ FORMULA = """\
 
 
 @dataclass(frozen=True)
-class Modelled:
+class PrefillTime:
     """Seconds of one prefill as a CUDA graph, by part. ``decisions``: with their latency hidden, and with none hidden.
 
     ``layers`` counts the decoder layers, on which the host time of an eager prefill depends.
@@ -120,14 +118,14 @@ class Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decision(Problem):
+class _Decision(KernelCase):
     """One decision of any decoder, which keeps ``count`` visual tokens."""
 
-    sizes: Shape
+    sizes: KernelShape
     count: int
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> KernelShape:
         return self.sizes
 
     @property
@@ -150,23 +148,23 @@ def costs(shape: ModelShape, schedule: Schedule, action: Action, visual: int, te
     return Costs(spent.avg_tokens, ratios["dense"], ratios["causal"])
 
 
-def dense(shape: ModelShape, visual: int, batch: int = 1) -> Modelled:
+def dense(shape: ModelShape, visual: int, batch: int = 1) -> PrefillTime:
     """The plain model."""
     return _prefill(shape, [visual + TEXT] * shape.num_layers, batch, (0.0, 0.0))
 
 
-def routed(shape: ModelShape, schedule: Schedule, visual: int, batch: int = 1) -> Modelled:
+def routed(shape: ModelShape, schedule: Schedule, visual: int, batch: int = 1) -> PrefillTime:
     """With the action ``route``: every decision is made among all visual tokens."""
     lengths = [TEXT + kept for kept in schedule.per_layer(visual, shape.num_layers)]
     return _prefill(shape, lengths, batch, _decisions(shape, schedule, visual, batch))
 
 
-def _prefill(shape: ModelShape, lengths: Sequence[int], batch: int, decisions: tuple[float, float]) -> Modelled:
+def _prefill(shape: ModelShape, lengths: Sequence[int], batch: int, decisions: tuple[float, float]) -> PrefillTime:
     head = shape.vocab * shape.hidden * ITEM / BANDWIDTH
     products = sum(_products(shape, batch * length) for length in lengths)
     attention = sum(_attention(shape, length, batch) for length in lengths)
     elementwise = sum(_elementwise(shape, batch * length) for length in lengths)
-    return Modelled(products, attention, elementwise, head, decisions, len(lengths))
+    return PrefillTime(products, attention, elementwise, head, decisions, len(lengths))
 
 
 def _products(shape: ModelShape, rows: int) -> float:
@@ -208,13 +206,13 @@ def _elementwise(shape: ModelShape, rows: int) -> float:
 
 def _decisions(shape: ModelShape, schedule: Schedule, visual: int, batch: int) -> tuple[float, float]:
     """All decisions of a prefill, and putting its output together again: with latency hidden, and not."""
-    sizes = Shape(shape.heads, shape.kv_heads, shape.hidden, shape.head_dim)
-    problems = [_Decision("", visual, batch, sizes=sizes, count=kept) for kept in schedule.counts(visual)]
+    sizes = KernelShape(shape.heads, shape.kv_heads, shape.hidden, shape.head_dim)
+    cases = [_Decision("", visual, batch, sizes=sizes, count=kept) for kept in schedule.counts(visual)]
     rows = batch * (visual + TEXT)
     keys = _product(rows, shape.kv_heads * shape.head_dim, shape.hidden)
     query = _product(batch, shape.heads * shape.head_dim, shape.hidden)
-    steps = [model("step", problem) for problem in problems]
-    ends = [model(name, problems[-1]) for name in ("defer", "restore")]
+    steps = [kernel_time("step", case) for case in cases]
+    ends = [kernel_time(name, cases[-1]) for name in ("defer", "restore")]
     projections = len(steps) * (keys + query)
     return projections + sum(m.hidden for m in (*steps, *ends)), projections + sum(m.graph for m in (*steps, *ends))
 

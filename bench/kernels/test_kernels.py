@@ -1,7 +1,7 @@
-"""Micro-benchmarks of the operations on shapes of real models: ``pytest bench [--all]``.
+"""Micro-benchmarks of the operations on shapes of real models: ``pytest bench/kernels [--all]``.
 
 On CUDA both backends are measured in bf16, eagerly and as CUDA graphs (``clock.py``). Elsewhere the reference
-is measured on the CPU in fp32, and the Triton kernels get the time that ``modelled.py`` gives them on an H100.
+is measured on the CPU in fp32, and the Triton kernels get the time that ``roofline.py`` gives them on an H100.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from reroute_kernels import resolve
+from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs, kernel_cases
+from reroute_kernels.testing.cuda_graph import captured
+from reroute_kernels.testing.find_simt import simt_path
 
-from .cases import OPERATIONS, Case, Problem, problems
-from .clock import Clock, DeviceClock, HostClock, Mode, captured
-from .counts import simt_path
-from .modelled import AFFORDABLE, counted, model
+from .clock import Clock, DeviceClock, HostClock, Mode
+from .roofline import AFFORDABLE, counted, kernel_time
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -30,16 +31,16 @@ MODELLED = Clock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    fitting = problems(MEMORY, DTYPE.itemsize)
+    fitting = kernel_cases(MEMORY, DTYPE.itemsize)
     if not metafunc.config.getoption("--all"):
-        fitting = [p for p in fitting if (p.visual, p.batch) in QUICK]
-    metafunc.parametrize("problem", fitting, ids=str)
+        fitting = [case for case in fitting if (case.visual, case.batch) in QUICK]
+    metafunc.parametrize("case", fitting, ids=str)
     metafunc.parametrize("operation", OPERATIONS)
 
 
 @lru_cache(maxsize=1)
-def case_of(problem: Problem) -> Case:
-    return Case(problem, DEVICE, DTYPE)
+def inputs_of(case: KernelCase) -> KernelInputs:
+    return KernelInputs(case, DEVICE, DTYPE)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"] if CUDA else ["eager"])
@@ -48,19 +49,19 @@ def case_of(problem: Problem) -> Case:
 @torch.no_grad()
 def test_measured(
     benchmark: Any,
-    problem: Problem,
+    case: KernelCase,
     operation: str,
     backend: str,
     mode: Mode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("REROUTE_BACKEND", raising=False)
-    kernels, case = resolve(backend, DEVICE), case_of(problem)
+    kernels, inputs = resolve(backend, DEVICE), inputs_of(case)
     benchmark.group = f"{operation}, measured on {DEVICE.type}, {DTYPE}"
-    expected = model(operation, problem)
+    expected = kernel_time(operation, case)
     modelled = {"eager": expected.eager[0], "graph": expected.graph}[mode] if backend == "triton" else None
     benchmark.extra_info |= {"floor": 1e6 * expected.floor, "modelled": modelled and 1e6 * modelled}
-    run = lambda: OPERATIONS[operation](kernels, case)
+    run = lambda: OPERATIONS[operation](kernels, inputs)
     run = captured(run) if mode == "graph" else run
     benchmark.pedantic(lambda: CLOCK.run(run, mode), rounds=ROUNDS, warmup_rounds=2)
 
@@ -68,8 +69,8 @@ def test_measured(
 @pytest.mark.skipif(CUDA, reason="a GPU measures instead")
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.benchmark(timer=MODELLED)
-def test_modelled(benchmark: Any, problem: Problem, operation: str, mode: str) -> None:
-    result = model(operation, problem)
+def test_modelled(benchmark: Any, case: KernelCase, operation: str, mode: str) -> None:
+    result = kernel_time(operation, case)
     benchmark.group = f"{operation}, triton, MODELLED for an H100 (bytes and launches), not measured"
     benchmark.extra_info |= {"modelled": True, "launches": result.launches, "bytes": result.bytes}
     seconds = result.graph if mode == "graph" else result.eager[0]
@@ -82,11 +83,11 @@ def test_modelled(benchmark: Any, problem: Problem, operation: str, mode: str) -
 
 @pytest.mark.skipif(CUDA, reason="a GPU measures instead")
 @pytest.mark.skipif(simt_path() is None, reason="simt is not here to count")
-def test_counted(operation: str, problem: Problem, record_property: Any) -> None:
+def test_counted(operation: str, case: KernelCase, record_property: Any) -> None:
     """What simt counts, in the properties of ``--junit-xml`` and printed with ``-rP``."""
-    if problem.visual > AFFORDABLE or problem.batch > 1:
+    if case.visual > AFFORDABLE or case.batch > 1:
         pytest.skip("too large to execute on the CPU")
-    counts = counted(operation, problem)
+    counts = counted(operation, case)
     print(counts)
     record_property("counts", str(counts))
-    assert counts.launches == model(operation, problem).launches
+    assert counts.launches == kernel_time(operation, case).launches

@@ -1,4 +1,4 @@
-"""The routing step of real models: their shapes, and the arguments of every operation."""
+"""The routing step of real models: shapes, the arguments of every operation, and the operations themselves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels import Backend, Lease, PagedPool, RMSNorm, SelectMetadata
+from ..dispatch import Backend
+from ..pool import Lease, PagedPool
+from ..reference import RMSNorm, SelectMetadata
 
-__all__ = ["BATCHES", "MODELS", "OPERATIONS", "PAGE", "TEXT", "VISUAL", "Case", "Problem", "Shape", "problems"]
+__all__ = [
+    "BATCHES",
+    "MODELS",
+    "OPERATIONS",
+    "PAGE",
+    "TEXT",
+    "VISUAL",
+    "KernelCase",
+    "KernelInputs",
+    "KernelShape",
+    "kernel_cases",
+]
 
 PAGE = 64
 TEXT = 60
@@ -21,24 +34,24 @@ BATCHES = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """H query heads and G key heads of D features, C hidden features."""
+class KernelShape:
+    """H query heads and G key/value heads of D features, C hidden features."""
 
     heads: int
     kv_heads: int
     hidden: int
-    features: int = 128
+    head_dim: int = 128
 
 
 MODELS = {
-    "LLaVA-1.5-7B": Shape(32, 32, 4096),
-    "Qwen2.5-VL-7B": Shape(28, 4, 3584),
-    "Qwen2.5-VL-72B": Shape(64, 8, 8192),
+    "LLaVA-1.5-7B": KernelShape(32, 32, 4096),
+    "Qwen2.5-VL-7B": KernelShape(28, 4, 3584),
+    "Qwen2.5-VL-72B": KernelShape(64, 8, 8192),
 }
 
 
 @dataclass(frozen=True)
-class Problem:
+class KernelCase:
     """One decision for ``batch`` prompts of ``visual`` + 60 tokens, of which a third of the visual ones are kept."""
 
     model: str
@@ -50,7 +63,7 @@ class Problem:
         return f"{self.model} N={self.visual} B={self.batch}"
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> KernelShape:
         """Of the model."""
         return MODELS[self.model]
 
@@ -75,31 +88,26 @@ class Problem:
         return self.batch * -(-self.length // PAGE)
 
     def memory(self, itemsize: int) -> int:
-        """Bytes of a case, roughly: pool, keys, aux and logits; compact rows in and out."""
+        """Bytes of the inputs and results, roughly: pool, keys, aux and logits; compact rows in and out."""
         shape, rows = self.shape, self.pages * PAGE
-        lease = shape.hidden + shape.kv_heads * shape.features + 2 * shape.features
+        lease = shape.hidden + shape.kv_heads * shape.head_dim + 2 * shape.head_dim
         compact = 2 * self.batch * self.width * shape.hidden
         return (rows * lease + compact) * itemsize + 4 * rows * shape.heads
 
 
-def problems(limit: int, itemsize: int) -> list[Problem]:
-    """Every model, N and batch whose case takes at most ``limit`` bytes."""
-    every = [Problem(model, visual, batch) for model in MODELS for visual in VISUAL for batch in BATCHES]
-    return [problem for problem in every if problem.memory(itemsize) <= limit]
+def kernel_cases(limit: int, itemsize: int) -> list[KernelCase]:
+    """Every model, N and batch whose tensors take at most ``limit`` bytes."""
+    every = [KernelCase(model, visual, batch) for model in MODELS for visual in VISUAL for batch in BATCHES]
+    return [case for case in every if case.memory(itemsize) <= limit]
 
 
-class Case:
-    """The tensors of a problem. The visual tokens come first; the values are random."""
+class KernelInputs:
+    """The tensors of a case. The visual tokens come first; the values are random."""
 
-    def __init__(self, problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
-        self.problem, self.device, self.dtype = problem, device, dtype
-        shape, batch, visual, length, kept = (
-            problem.shape,
-            problem.batch,
-            problem.visual,
-            problem.length,
-            problem.kept,
-        )
+    def __init__(self, case: KernelCase, device: torch.device, dtype: torch.dtype) -> None:
+        """Lease a pool of its own; what only some operations need is made when they first ask."""
+        self.case, self.device, self.dtype = case, device, dtype
+        shape, batch, visual, length, kept = case.shape, case.batch, case.visual, case.length, case.kept
         self._random = torch.Generator(device).manual_seed(0)
         self.lease: Lease = PagedPool(shape.hidden, dtype, device, page_size=PAGE).lease((length,) * batch)
         rows, self.starts = self.lease.num_rows, torch.tensor(self.lease.starts, device=device)[:, None]
@@ -109,30 +117,31 @@ class Case:
         metadata = SelectMetadata(self.lease.starts, *counts)
         self.metadata = replace(metadata, on_device=metadata.counts(device))
         self.query_rows = self.starts[:, 0] + length - 1
-        angles = self._draw(rows, shape.features // 2).repeat(1, 2)  # each at both places of its pair
+        angles = self._draw(rows, shape.head_dim // 2).repeat(1, 2)  # each at both places of its pair
         self.cos, self.sin = angles.cos(), angles.sin()
         self.positions = torch.arange(rows, device=device)
         self.ids = self.positions.unsqueeze(1)
 
-    # What only some operations need is made when they first ask.
-
     @cached_property
     def query(self) -> Tensor:
-        return self._draw(self.problem.batch, self.problem.shape.heads, self.problem.shape.features)
+        """(B, H, D)."""
+        return self._draw(self.case.batch, self.case.shape.heads, self.case.shape.head_dim)
 
     @cached_property
     def keys(self) -> Tensor:
-        return self._draw(self.lease.num_rows, self.problem.shape.kv_heads, self.problem.shape.features)
+        """Of all lease rows, (rows, G, D)."""
+        return self._draw(self.lease.num_rows, self.case.shape.kv_heads, self.case.shape.head_dim)
 
     @cached_property
     def scores(self) -> Tensor:
-        return torch.rand(self.problem.batch, self.problem.visual, generator=self._random, device=self.device)
+        """(B, N) fp32, as of any ranker."""
+        return torch.rand(self.case.batch, self.case.visual, generator=self._random, device=self.device)
 
     @cached_property
     def active(self) -> Tensor:
         """Lease rows of a random selection."""
         order = torch.rand(self.candidates.shape, generator=self._random, device=self.device).argsort(1)
-        picked = order[:, : self.problem.kept].sort(1).values
+        picked = order[:, : self.case.kept].sort(1).values
         return torch.cat((picked, self.texts), 1) + self.starts
 
     @cached_property
@@ -143,51 +152,53 @@ class Case:
 
     @cached_property
     def norm(self) -> RMSNorm:
-        return RMSNorm(self._draw(self.problem.shape.hidden), 1e-6)
+        """Of C features."""
+        return RMSNorm(self._draw(self.case.shape.hidden), 1e-6)
 
     @cached_property
     def hidden(self) -> Tensor:
-        return self._draw(self.problem.batch, self.problem.width, self.problem.shape.hidden)
+        """The compact rows that ran, (B, S, C)."""
+        return self._draw(self.case.batch, self.case.width, self.case.shape.hidden)
 
     def _draw(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self._random, device=self.device, dtype=self.dtype)
 
 
-def _defer(backend: Backend, case: Case) -> Any:
-    return backend.defer(case.lease.pages, case.lease.table, case.active, case.hidden)
+def _defer(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.defer(inputs.lease.pages, inputs.lease.table, inputs.active, inputs.hidden)
 
 
-def _admit(backend: Backend, case: Case) -> Any:
-    return backend.admit(case.lease.pages, case.lease.table, case.active, case.cos, case.sin, case.ids)
+def _admit(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.admit(inputs.lease.pages, inputs.lease.table, inputs.active, inputs.cos, inputs.sin, inputs.ids)
 
 
-def _defer_rmsnorm(backend: Backend, case: Case) -> Any:
-    return backend.defer_rmsnorm(case.lease, case.active, case.inverse, case.hidden, case.norm)
+def _defer_rmsnorm(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.defer_rmsnorm(inputs.lease, inputs.active, inputs.inverse, inputs.hidden, inputs.norm)
 
 
-def _restore(backend: Backend, case: Case) -> Any:
-    return backend.admit(case.lease.pages, case.lease.table, case.local + case.starts)
+def _restore(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.admit(inputs.lease.pages, inputs.lease.table, inputs.local + inputs.starts)
 
 
-def _select(backend: Backend, case: Case) -> Any:
-    return backend.select(case.scores, case.candidates, case.texts, case.positions, case.metadata)
+def _select(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.select(inputs.scores, inputs.candidates, inputs.texts, inputs.positions, inputs.metadata)
 
 
-def _score_topk(backend: Backend, case: Case) -> Any:
-    indices = case.query_rows, case.candidates, case.texts, case.positions, case.metadata
+def _score_topk(backend: Backend, inputs: KernelInputs) -> Any:
+    indices = inputs.query_rows, inputs.candidates, inputs.texts, inputs.positions, inputs.metadata
     return backend.score_topk(
-        case.query, case.keys, case.cos, case.sin, *indices, scale=case.problem.shape.features**-0.5
+        inputs.query, inputs.keys, inputs.cos, inputs.sin, *indices, scale=inputs.case.shape.head_dim**-0.5
     )
 
 
-def _step(backend: Backend, case: Case) -> Any:
+def _step(backend: Backend, inputs: KernelInputs) -> Any:
     """A whole stage boundary, without the model's own projection."""
-    _defer_rmsnorm(backend, case)
-    active = _score_topk(backend, case).active
-    return backend.admit(case.lease.pages, case.lease.table, active, case.cos, case.sin, case.ids)
+    _defer_rmsnorm(backend, inputs)
+    active = _score_topk(backend, inputs).active
+    return backend.admit(inputs.lease.pages, inputs.lease.table, active, inputs.cos, inputs.sin, inputs.ids)
 
 
-Operation = Callable[[Backend, Case], Any]
+Operation = Callable[[Backend, KernelInputs], Any]
 OPERATIONS: dict[str, Operation] = {
     "defer": _defer,
     "admit": _admit,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
-import pytest
 import torch
 from triton import knobs
 from triton.runtime import driver
 
-from reroute_kernels.triton_kernels.offline import _OfflineDriver
+from ..triton_kernels.offline import _OfflineDriver
+
+__all__ = ["Compilation", "new_device"]
 
 
 class Compilation(NamedTuple):
-    """A kernel, what tells its variants apart, and whether Triton found it in its cache on disk."""
+    """A kernel, what tells its specialisations apart, and whether Triton found it in its cache on disk."""
 
     kernel: str
     key: str
@@ -44,10 +46,13 @@ def new_device() -> Iterator[list[Compilation]]:
     def listen(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         compiled.append(Compilation(metadata["name"], metadata["hash"], cache_hit))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_active", _NewDevice(), raising=False)
-        patch.setattr(knobs.compilation, "listener", listen)
-        # Nothing runs, but PyTorch takes results for indices.
-        patch.setattr(torch, "empty", torch.zeros)
-        patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    with ExitStack() as patches:
+        for owner, name, stand_in in (
+            (driver, "_active", _NewDevice()),
+            (knobs.compilation, "listener", listen),
+            # Nothing runs, but PyTorch takes results for indices.
+            (torch, "empty", torch.zeros),
+            (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, stand_in, create=True))
         yield compiled

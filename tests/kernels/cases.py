@@ -1,4 +1,4 @@
-"""Decisions to make, as a prefill would hand them to the score and select operations, and how results compare."""
+"""What the kernels are run on, as a prefill would hand it to them, and how results compare."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import padded
 from torch import Tensor
 
 from reroute_kernels import Selection, SelectMetadata, reference
 
 PAGE = 64
-
-
-def rows_of(rows: list[Tensor], device: torch.device, *, width: int = 0) -> Tensor:
-    """(B, longest) int64, -1 behind each list."""
-    out = torch.full((len(rows), max(width, *map(len, rows))), -1)
-    for target, source in zip(out, rows, strict=True):
-        target[: len(source)] = source
-    return out.to(device)
 
 
 def split(length: int, candidates: int, *, gaps: int = 0) -> tuple[Tensor, Tensor]:
@@ -61,13 +54,66 @@ def decision(
     # The query's own row is the last one in a prefill; no kernel may take that for granted.
     last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
     parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
-    candidates, texts = (rows_of([part[i] for part in parts], device) for i in (0, 1))
+    candidates, texts = (padded([part[i] for part in parts], device=device) for i in (0, 1))
     metadata = SelectMetadata(
         tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
     )
     indices = last.to(device), candidates, texts, torch.arange(total, device=device) % 97
     tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, metadata)
     return tensors, {"scale": features**-0.5, "rope": rope}
+
+
+class StageBoundary:
+    """Two prompts in a pool, of which the second has no candidates. Every tensor is made on its device."""
+
+    num_qo_heads, num_kv_heads, head_dim = 4, 2, 16
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        random = lambda *shape: torch.randn(*shape, device=device)
+        integers = lambda *values: torch.tensor(values, device=device)
+        self.pages, self.table = random(5, 8, 16), integers(4, 0, 2)
+        self.rows = integers([0, 1, 2, 3, 12, 13], [-1, -1, -1, 16, 17, 18])
+        angles = random(24, self.head_dim // 2).repeat(1, 2)  # each at both places of its pair
+        self.hidden, self.cos, self.sin = random(2, 6, 16), angles.cos(), angles.sin()
+        self.query, self.keys = (
+            random(2, self.num_qo_heads, self.head_dim),
+            random(24, self.num_kv_heads, self.head_dim),
+        )
+        self.query_rows = integers(13, 18)
+        self.candidates = integers([*range(2, 12)], [-1] * 10)
+        self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
+        columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
+        # As a plan does: a capture uploads nothing.
+        self.metadata = SelectMetadata(*columns, on_device=integers(*columns))
+        self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
+
+    @property
+    def scored(self) -> tuple[Tensor, ...]:
+        return self.query, self.keys, self.cos, self.sin, self.query_rows, *self.lists
+
+    @property
+    def inverse(self) -> Tensor:
+        rows = self.rows.flatten()
+        inverse = torch.full((24,), -1, device=rows.device)
+        inverse[rows[rows >= 0]] = torch.arange(12, device=rows.device)[rows >= 0]
+        return inverse
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.candidates, self.texts, self.positions
+
+    @property
+    def counts(self) -> tuple[Tensor, list[int]]:
+        counts = self.metadata.counts(self.pages.device)
+        return counts, counts.flatten().tolist()
+
+    def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        """A stage boundary; ``pages`` changes."""
+        operations.defer(pages, self.table, self.rows, hidden * 2)
+        selection = operations.score_topk(*self.scored, self.metadata, scale=0.25, rope="half")
+        again = operations.select(selection.scores, *self.lists, self.metadata)
+        return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
 
 
 def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:

@@ -1,3 +1,5 @@
+"""Every operation of the reference but the score."""
+
 from __future__ import annotations
 
 import math
@@ -7,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from tensors import NEGATIVE_NAN, padded
 from transformers.models.glm4v.modeling_glm4v import apply_rotary_pos_emb as glm_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
@@ -15,14 +17,6 @@ from reroute_kernels import SelectMetadata
 from reroute_kernels.reference import admit, defer, rotate, select
 
 INF, NAN = math.inf, math.nan
-NEGATIVE_NAN = torch.tensor([0xFFC00001 - 2**32], dtype=torch.int32).view(torch.float32).item()
-
-
-def pad(rows: list[list[int]], width: int, *, right: bool = False) -> Tensor:
-    """Ragged lists with -1 behind them, or before them if right-aligned."""
-    gap = lambda row: [-1] * (width - len(row))
-    padded = [gap(row) + row if right else row + gap(row) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
 
 
 # --- defer and admit ------------------------------------------------------------------------
@@ -43,10 +37,10 @@ def tables(draw: Any) -> tuple[int, list[int], list[list[int]], int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(tables(), st.booleans())
-def test_defer_and_admit_against_loops(case: Any, right: bool) -> None:
+@given(tables(), st.sampled_from(["left", "right"]))
+def test_defer_and_admit_against_loops(case: Any, align: Any) -> None:
     page, table, rows, width = case
-    index = pad(rows, width, right=right)
+    index = padded(rows, width=width, align=align)
     pages = torch.randn(6, page, 3)
     hidden = torch.randn(len(rows), width, 3)
     expected = pages.clone()
@@ -213,8 +207,8 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
     n_max, m_max = max(counts) + 1, max(text_counts) + 1
     starts, positions = tuple(20 * b for b in range(batch)), torch.randperm(20 * batch)
     metadata = SelectMetadata(starts, (12,) * batch, counts, text_counts, tuple(keep))
-    padded = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
-    got = select(padded, pad(candidates, n_max), pad(texts, m_max), positions, metadata)
+    given_scores = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
+    got = select(given_scores, padded(candidates, width=n_max), padded(texts, width=m_max), positions, metadata)
 
     assert got.kept.shape == (batch, max(keep))
     assert got.active_rows.shape == got.active_positions.shape == (batch, metadata.compact_length)
@@ -237,7 +231,7 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
         fillers = [-1] * (metadata.compact_length - len(active))
         assert got.active_rows[b].tolist() == fillers + active
         assert got.active_positions[b].tolist() == fillers + positions[active].tolist()
-        assert torch.equal(got.scores[b, : counts[b]].view(torch.int32), padded[b, : counts[b]].view(torch.int32))
+        assert torch.equal(got.scores[b, : counts[b]].view(torch.int32), given_scores[b, : counts[b]].view(torch.int32))
         assert got.scores[b, counts[b] :].eq(-INF).all()
 
 

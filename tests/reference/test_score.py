@@ -1,3 +1,5 @@
+"""Scores of the reference, and what is selected by them."""
+
 from __future__ import annotations
 
 import math
@@ -5,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.rnn import pad_sequence
+from tensors import padded
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reroute_kernels import PagedPool, RMSNorm, Selection, SelectMetadata
-from reroute_kernels.reference import admit, defer, score_topk
+from reroute_kernels import RMSNorm, Selection, SelectMetadata
+from reroute_kernels.reference import score_topk
 
 INF, NAN = math.inf, math.nan
-
-
-def pad(rows: list[list[int]]) -> Tensor:
-    parts = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(parts, batch_first=True, padding_value=-1)
 
 
 def from_logits(logits: list[list[float]], candidates: list[int], keep: int) -> Selection:
@@ -102,7 +97,7 @@ def naive_rope(x: list[float], cos: list[float], sin: list[float], layout: str) 
     return out
 
 
-class Problem:
+class RaggedBatch:
     """A ragged batch of three: with answer text behind the query, dense, and without candidates."""
 
     page = 8
@@ -149,8 +144,8 @@ class Problem:
             cos,
             sin,
             torch.tensor([s + n - 1 for s, n in zip(starts, pick(self.lengths), strict=True)]),
-            pad(candidates),
-            pad(texts),
+            padded(candidates),
+            padded(texts),
             positions,
             SelectMetadata(
                 starts,
@@ -185,46 +180,46 @@ class Problem:
 @pytest.mark.parametrize("rot", [0, 4, 8])
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_score_topk_against_fp64_loops(layout: str, rot: int) -> None:
-    problem = Problem(layout, rot)
-    got = problem.run()
-    for b, keep in enumerate(problem.keep):
-        expected, count = problem.naive(b), len(problem.candidates[b])
+    batch = RaggedBatch(layout, rot)
+    got = batch.run()
+    for b, keep in enumerate(batch.keep):
+        expected, count = batch.naive(b), len(batch.candidates[b])
         assert got.scores[b, :count].tolist() == pytest.approx(expected, abs=1e-6)
         assert got.scores[b, count:].eq(-INF).all()
         best = sorted(sorted(range(count), key=lambda i: -expected[i])[:keep])
         assert got.kept[b].tolist() == best + [-1] * (3 - keep)
-        active = sorted(problem.texts[b] + [problem.candidates[b][i] for i in best])
-        active = [problem.starts[b] + i for i in active]
+        active = sorted(batch.texts[b] + [batch.candidates[b][i] for i in best])
+        active = [batch.starts[b] + i for i in active]
         assert got.active_rows[b].tolist() == [-1] * (10 - len(active)) + active
-        assert got.active_positions[b].tolist() == [-1] * (10 - len(active)) + problem.positions[active].tolist()
-    assert got.active_rows[0, -2:].sub(problem.starts[0]).tolist() == [13, 14]  # text behind the query stays active
+        assert got.active_positions[b].tolist() == [-1] * (10 - len(active)) + batch.positions[active].tolist()
+    assert got.active_rows[0, -2:].sub(batch.starts[0]).tolist() == [13, 14]  # text behind the query stays active
     assert got.scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sample_does_not_see_its_neighbours(dtype: torch.dtype) -> None:
-    problem = Problem("half", 8, dtype)
-    batches = {samples: problem.run(samples) for samples in ((0, 1, 2), (0, 1), (0, 2), (1, 2))}
+    batch = RaggedBatch("half", 8, dtype)
+    batches = {samples: batch.run(samples) for samples in ((0, 1, 2), (0, 1), (0, 2), (1, 2))}
     for b in range(3):
-        alone = problem.run((b,), shift=True)
-        count, active = len(problem.candidates[b]), alone.active_rows.shape[1]
+        alone = batch.run((b,), shift=True)
+        count, active = len(batch.candidates[b]), alone.active_rows.shape[1]
         for got, at in ((got, samples.index(b)) for samples, got in batches.items() if b in samples):
             assert torch.equal(got.scores[at, :count], alone.scores[0, :count])
-            assert torch.equal(got.kept[at, : problem.keep[b]], alone.kept[0])
-            assert torch.equal(got.active_rows[at, -active:] - problem.starts[b], alone.active_rows[0])
+            assert torch.equal(got.kept[at, : batch.keep[b]], alone.kept[0])
+            assert torch.equal(got.active_rows[at, -active:] - batch.starts[b], alone.active_rows[0])
             assert torch.equal(got.active_positions[at, -active:], alone.active_positions[0])
 
 
 def test_bf16_logits_are_fp32_after_a_bf16_rotation() -> None:
-    problem = Problem("half", 8, torch.bfloat16)
-    got = problem.run()
-    last = problem.starts[0] + problem.lengths[0] - 1
-    q, k = problem.query[0, None, :, None], problem.keys[None, :13].transpose(1, 2)  # (1, heads, rows, D)
-    cos, sin = problem.cos[None], problem.sin[None]
+    batch = RaggedBatch("half", 8, torch.bfloat16)
+    got = batch.run()
+    last = batch.starts[0] + batch.lengths[0] - 1
+    q, k = batch.query[0, None, :, None], batch.keys[None, :13].transpose(1, 2)  # (1, heads, rows, D)
+    cos, sin = batch.cos[None], batch.sin[None]
     q = llama_rope(q, q, cos[:, last : last + 1], sin[:, last : last + 1])[0].double()
     k = llama_rope(k, k, cos[:, :13], sin[:, :13])[0].repeat_interleave(3, dim=1).double()
-    logits = (q @ k.transpose(2, 3))[0, :, 0] * problem.dim**-0.5
-    expected = logits.softmax(-1).mean(0)[list(problem.candidates[0])]
+    logits = (q @ k.transpose(2, 3))[0, :, 0] * batch.dim**-0.5
+    expected = logits.softmax(-1).mean(0)[list(batch.candidates[0])]
     assert got.scores[0].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
@@ -233,57 +228,10 @@ def test_a_key_norm_is_that_of_qwen3(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     norm = Qwen3RMSNorm(8, eps=1e-3).to(dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 2)
-    problem = Problem("half", 8, dtype)
-    keys = problem.keys.clone()
-    got = problem.run(key_norm=RMSNorm(norm.weight.detach(), 1e-3))
-    problem.keys = norm(keys).detach()
-    assert all(torch.equal(a, b) for a, b in zip(got, problem.run(), strict=True))
+    batch = RaggedBatch("half", 8, dtype)
+    keys = batch.keys.clone()
+    got = batch.run(key_norm=RMSNorm(norm.weight.detach(), 1e-3))
+    batch.keys = norm(keys).detach()
+    assert all(torch.equal(a, b) for a, b in zip(got, batch.run(), strict=True))
     with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of 8"):
-        problem.run(key_norm=RMSNorm(torch.ones(1), 1e-3))
-
-
-# --- no device synchronisation ----------------------------------------------------------------
-
-
-def run_all(device: str) -> None:
-    """Every operation once, on a ragged batch."""
-    pool = PagedPool(16, torch.bfloat16, device, page_size=4)
-    with pool.lease([9, 3]) as lease, torch.device(device):
-        metadata = SelectMetadata(lease.starts, (9, 3), (6, 0), (3, 3), (2, 0))
-        selection = score_topk(
-            torch.randn(2, 4, 8, dtype=torch.bfloat16),
-            torch.randn(lease.num_rows, 2, 8, dtype=torch.bfloat16),
-            torch.randn(lease.num_rows, 8),
-            torch.randn(lease.num_rows, 8),
-            torch.zeros(2, dtype=torch.int64),
-            torch.arange(6).repeat(2, 1),
-            torch.arange(6, 9).repeat(2, 1),
-            torch.arange(lease.num_rows),
-            metadata,
-            scale=0.5,
-        )
-        assert selection.kept.shape == (2, 2)
-        assert selection.active_rows.shape == selection.active_positions.shape == (2, metadata.compact_length) == (2, 5)
-        hidden, cos = admit(lease.pages, lease.table, selection.active_rows, torch.randn(lease.num_rows, 8))
-        assert (hidden.shape, cos.shape) == ((2, 5, 16), (2, 5, 8))
-        defer(lease.pages, lease.table, selection.active_rows, hidden)
-        assert lease.rows().shape == (lease.num_rows, 16)
-
-
-def test_all_operations_under_fake_tensors() -> None:
-    with FakeTensorMode():  # reading a value, as a device synchronisation does, raises here
-        run_all("cpu")
-
-
-def test_all_operations_on_a_gpu_without_synchronisation(executor: Any) -> None:
-    if executor.kind != "cuda":
-        pytest.skip("of a GPU")
-    run_all("cuda")
-    # What poisons memory here also makes PyTorch's index_copy_ the deterministic one, and that one waits.
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run_all("cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        batch.run(key_norm=RMSNorm(torch.ones(1), 1e-3))

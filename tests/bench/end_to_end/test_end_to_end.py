@@ -1,6 +1,7 @@
+"""``python -m bench.end_to_end --quick``, and what it measures with."""
+
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -12,18 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from bench import pages
-from bench.live import LiveBytes
-from bench.timing import Parts, Spread
+from bench.end_to_end.interleaved import Parts, Spread
+from bench.end_to_end.memory_log import LiveBytes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What ``python -m bench --quick`` prints and writes."""
+    """What ``python -m bench.end_to_end --quick`` prints and writes."""
     file = tmp_path_factory.mktemp("bench") / "results.json"
-    command = [sys.executable, "-m", "bench", "--quick", "--json", str(file)]
+    command = [sys.executable, "-m", "bench.end_to_end", "--quick", "--json", str(file)]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout, json.loads(file.read_text())
@@ -119,22 +119,3 @@ def test_parts_do_not_count_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spread() -> None:
     assert Spread.of([1, 2, 3, 4, 5, 6]) == Spread(3.5, 2.0, 5.0)
-
-
-def test_pages_of_few_rows_waste_little() -> None:
-    small, large = (pages.stream(size, prefills=60) for size in (16, 256))
-    assert 0 < small[0] < large[0] < 0.2
-    assert all(0 < together <= 1 and seconds > 0 for _, together, seconds in (small, large))
-
-
-def test_host_time_of_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole command, with few repeats."""
-    pytest.importorskip("triton")
-    from bench import overhead
-
-    ran = []
-    monkeypatch.setattr(overhead, "best", lambda call: float(ran.append(call()) is None))
-    monkeypatch.setattr(overhead, "prefill_step", functools.partial(overhead.prefill_step, rounds=1))
-    overhead.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(ran) + 3  # a title, and what clocks itself

@@ -17,18 +17,16 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
-from bench.cases import Problem
-from bench.clock import DeviceClock, captured
-from bench.counts import count, simt_path
 from bench.gpu_check import checks, environment, micro, operations, smoke
 from bench.gpu_check.checks import CheckFailed
 from bench.gpu_check.day import FAILED, NO_START, NOTHING_RUN, PASSED, UNFINISHED, WRONG
 from bench.gpu_check.plan import ROOT
 from bench.gpu_check.record import read_lines
 from reroute_kernels import Backend, resolve
+from reroute_kernels.testing.cases import KernelCase
+from reroute_kernels.testing.find_simt import import_simt, simt_path
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -44,7 +42,7 @@ def output_of(*arguments: str) -> tuple[int, str]:
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    monkeypatch.setattr(smoke, "PROBLEMS", (Problem("Qwen2.5-VL-7B", 40),))
+    monkeypatch.setattr(smoke, "CASES", (KernelCase("Qwen2.5-VL-7B", 40),))
     return resolve("torch", CPU)
 
 
@@ -103,10 +101,10 @@ sys.path.insert(0, "tests/kernels")
 from executors import Executor
 Executor("interpreter").start()
 import torch
-from bench.cases import Problem
 from bench.gpu_check import smoke
 from reroute_kernels import Backend, ops, reference
-smoke.PROBLEMS = (Problem("Qwen2.5-VL-7B", 40),)
+from reroute_kernels.testing.cases import KernelCase
+smoke.CASES = (KernelCase("Qwen2.5-VL-7B", 40),)
 kernels, plain = (Backend.of("", "", operations) for operations in (ops, reference))
 sys.exit(smoke.check_all(kernels, plain, torch.device("cpu"), torch.bfloat16))
 """
@@ -129,16 +127,14 @@ def test_versions(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None
     card = SimpleNamespace(name=name, total_memory=80, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     found = environment.versions()
-    assert found["modelled"] == f"for an H100 SXM (bench.modelled){said}"
+    assert found["modelled"] == f"for an H100 SXM (bench.kernels.roofline){said}"
     assert environment.printed(f"a warning\n{json.dumps(found)}\nselect: right") == found
     assert environment.printed("Traceback") == {}
 
 
 @pytest.mark.skipif(simt_path() is None, reason="simt is not here to run it")
 def test_the_planted_fault_is_one() -> None:
-    assert count(lambda: None).launches == 0  # which makes simt importable
-    import simt
-
+    simt = import_simt()
     with simt.installed(arch=90), pytest.raises(simt.OutOfBounds):
         import_module("bench.gpu_check.planted").launch(CPU)
 
@@ -148,7 +144,7 @@ def test_the_planted_fault_is_one() -> None:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(micro, "PROBLEMS", (Problem("Qwen2.5-VL-7B", 40), Problem("LLaVA-1.5-7B", 1 << 20)))
+    monkeypatch.setattr(micro, "CASES", (KernelCase("Qwen2.5-VL-7B", 40), KernelCase("LLaVA-1.5-7B", 1 << 20)))
     monkeypatch.setattr(micro, "ROUNDS", {"eager": 3})
     return tmp_path / "measured.jsonl"
 
@@ -169,7 +165,7 @@ def test_operations(file: Path) -> None:
     step = next(line for line in lines if line["operation"] == "step")
     identity = {"kind": "operation", "operation": "step", "problem": "Qwen2.5-VL-7B N=40 B=1"}
     assert step.items() >= {**identity, "backend": "torch", "mode": "eager"}.items()
-    assert step["floor_us"] == 1e6 * micro.model("step", Problem("Qwen2.5-VL-7B", 40)).floor
+    assert step["floor_us"] == 1e6 * micro.kernel_time("step", KernelCase("Qwen2.5-VL-7B", 40)).floor
     before = file.read_text()
     assert measure(file) == PASSED
     assert file.read_text() == before
@@ -211,11 +207,11 @@ def test_operations_stop_where_the_device_is_broken(file: Path, monkeypatch: pyt
 def test_operations_of_a_gpu() -> None:
     """Both backends as graphs and eagerly, the step first; 72B and long prompts come late."""
     every = micro.keys(torch.device("cuda"))
-    assert len(every) == len(set(every)) == 4 + len(micro.PROBLEMS) * (4 * len(micro.ORDER) + 4)
+    assert len(every) == len(set(every)) == 4 + len(micro.CASES) * (4 * len(micro.ORDER) + 4)
     assert {key.operation for key in every} >= {*micro.OPERATIONS}
     first = [(key.operation, key.backend, key.mode) for key in every[4:8]]
     assert first == [("step", backend, mode) for backend in ("triton", "torch") for mode in ("graph", "eager")]
-    visual = [problem.visual for problem in micro.PROBLEMS]
+    visual = [problem.visual for problem in micro.CASES]
     assert visual[0] == 576
     assert visual[-1] == max(visual)
     modelled = micro._modelled(every[4])
@@ -295,46 +291,3 @@ def test_no_waiting_step_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     checks.no_waiting(CPU)
     assert modes == ["error", "default"]
-
-
-# --- clocks of a device, on a stand-in --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "waits"), [("eager", ["wait"]), ("graph", [])])
-def test_device_clock(mode: Any, waits: list[str]) -> None:
-    """Before it starts, data and dirty lines leave the cache; an eager run begins on an idle device."""
-    did: list[str] = []
-
-    class Log(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            did.append(f"{func.overloadpacket} of {args[0].nbytes}")
-            return func(*args, **(kwargs or {}))
-
-    event, properties = mock.Mock(), mock.Mock(L2_cache_size=64)
-    event.return_value.elapsed_time.return_value = 2.0
-    event.return_value.record.side_effect = lambda: did.append("record")
-    with (
-        mock.patch.object(torch.cuda, "Event", event),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(torch.cuda, "synchronize", side_effect=lambda device: did.append("wait")),
-    ):
-        clock = DeviceClock(CPU)
-        with Log():
-            clock.run(lambda: did.append("run"), mode)
-    assert did == ["aten.zero_ of 128", "aten.sum of 128", *waits, "record", "run", "record"]
-    assert clock() == 0.002
-
-
-def test_capture_warms_up_and_returns_the_captured_result() -> None:
-    runs: list[int] = []
-
-    def run() -> int:
-        runs.append(1)
-        return len(runs)
-
-    stand_in = mock.MagicMock()
-    names = ("Stream", "stream", "current_stream", "CUDAGraph", "graph")
-    with mock.patch.multiple(torch.cuda, **{name: getattr(stand_in, name) for name in names}):
-        replay = captured(run)
-        assert (replay(), replay(), len(runs)) == (2, 2, 2)
-    assert stand_in.CUDAGraph.return_value.replay.call_count == 2

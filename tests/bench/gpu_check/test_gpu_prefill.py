@@ -13,15 +13,15 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.flops import TEXT
 from bench.gpu_check import measure, prefill
 from bench.gpu_check.lines import Deadline, Key, Lines, OutOfTime, keys
 from bench.gpu_check.measure import Session, Wrong
 from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES
-from bench.modelled_prefill import schedule_of
+from bench.kernels.prefill_roofline import schedule_of
 from reroute.budget import estimate_cost, prefill_cost
 from reroute.prefill import Prefill
+from reroute_kernels.testing.cases import TEXT
 
 CPU = torch.device("cpu")
 TINY = ("tiny-llava", "tiny-qwen")

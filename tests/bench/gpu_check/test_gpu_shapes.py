@@ -15,19 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import import_utils
 
 import reroute_kernels
-from bench.flops import TEXT
+from bench.end_to_end.memory_log import LiveBytes
 from bench.gpu_check import shapes
 from bench.gpu_check.capture import captured_prefill
-from bench.gpu_check.kernels import OURS, kernel_times
-from bench.gpu_check.lines import MODELS
+from bench.gpu_check.lines import MODEL_NAMES
+from bench.gpu_check.profiler import OURS, kernel_times
 from bench.gpu_check.shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, memory_of_weights
-from bench.live import LiveBytes
 from reroute.budget import ModelShape
+from reroute_kernels.testing.cases import TEXT
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODEL_NAMES)
 def test_models_have_their_shapes(model: str) -> None:
     with FakeTensorMode():
         network = build(model, SHAPES[model], CPU, torch.bfloat16)
