@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check test-oldest test-triton test-week mutants train clean
-# Releases of Triton that every kernel test runs on, in the interpreter and as code for sm_90, and one more that a sample
-# of each runs on. The rest of the supported ones, 3.7, is the one of constraints-cpu.txt; code for sm_80 runs there.
-TRITON_FULL := 3.6 3.9
-TRITON_SAMPLE := 3.8
+.PHONY: help demo check test lint bench gpu-check test-oldest test-triton weekly test-week mutants train clean
+# Releases of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest and the newest.
+# The one of constraints-cpu.txt is between them; `make weekly` runs all tests on all of them.
+TRITON_SAMPLE := 3.6 3.9
+TRITON_ALL := 3.6 3.7 3.8 3.9
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -17,13 +18,18 @@ help: ## Show this list
 demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, removed and rerouted
 	$(BIN)/reroute demo
 
-test: $(VENV)/.dev ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+check: lint ## While you work, under three minutes: style, types and the quick tests, on one model and one executor
+	$(PYTEST) tests/unit tests/reference tests/golden tests/routing -m "not slow" -k "not qwen and not llava-gqa"
+	$(PYTEST) tests/kernels --executor interpreter --sample
 
-lint: $(VENV)/.dev ## Check style and types
+test: $(VENV)/.dev ## Run all tests
+	$(PYTEST)
+
+lint: $(VENV)/.dev ## Check style, types and which part imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 	$(BIN)/python -m bench.end_to_end
@@ -32,29 +38,30 @@ gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, a
 	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/embedded
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/demo tests/training -m "not slow"
 
-test-triton: $(TRITON_FULL:%=test-triton-%) $(TRITON_SAMPLE:%=test-triton-%) ## Run the kernel tests on the other releases of Triton supported
+test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel tests, and all budgets, on other releases of Triton
 
-$(TRITON_FULL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/kernels \
-		--deselect 'tests/kernels/test_executors.py::test_kernels[simt:80]'
+$(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
+	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
-$(TRITON_SAMPLE:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/kernels --sample
+weekly: $(TRITON_ALL:%=all-triton-%) test-week mutants ## All executors on all releases of Triton, random cases, mutants (hours)
+
+$(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
+	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
 
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
 
-mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (hours)
+mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants
 
-train: $(VENV)/.dev ## Train the embedded model from scratch (about an hour on two cores)
-	$(BIN)/python -m reroute.embedded.train --out runs/embedded
+train: $(VENV)/.dev ## Train the demo model from scratch (about an hour on two cores)
+	$(BIN)/python -m training.tinyvlm.train --out runs/tinyvlm
 
 clean: ## Remove the environments and all caches
-	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,24 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .schedule import Schedule
+from .core.schedule import Schedule
 
 if TYPE_CHECKING:
-    from . import methods
+    from . import methods, rankers
     from .api import disable, enable, handle_of
+    from .config import RoutingConfig
     from .handle import Handle
 
-__all__ = ["Handle", "Schedule", "disable", "enable", "errors", "handle_of", "methods"]
+__all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors", "handle_of", "methods", "rankers"]
 
 __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
-_LAZY = {"Handle": ".handle", "disable": ".api", "enable": ".api", "handle_of": ".api"}
+_LAZY = {"Handle": ".handle", "RoutingConfig": ".config", "disable": ".api", "enable": ".api", "handle_of": ".api"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return import_module(".methods", __name__)
+    if name in ("methods", "rankers"):
+        return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
 from reroute_kernels import BackendUnavailable, PagedPool, check_backend
 
-from .budget import check_keep
-from .errors import RerouteError, unknown
-from .methods import Method, get
-from .schedule import Action, Schedule
+from .config import RoutingConfig
+from .core.schedule import Action, Schedule
+from .errors import RerouteError
+from .methods import Method
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["disable", "enable", "handle_of"]
 
 logger = logging.getLogger("reroute")
-DEFAULT_METHOD = "pdrop"
 
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
@@ -30,6 +29,7 @@ _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictiona
 def enable(
     model: nn.Module,
     *,
+    config: RoutingConfig | None = ...,
     method: str | Method | None = ...,
     action: Action = ...,
     keep: float | None = ...,
@@ -44,6 +44,7 @@ def enable(
 def enable(
     model: None = None,
     *,
+    config: RoutingConfig | None = ...,
     method: str | Method | None = ...,
     action: Action = ...,
     keep: float | None = ...,
@@ -56,6 +57,7 @@ def enable(
 def enable(
     model: nn.Module | None = None,
     *,
+    config: RoutingConfig | None = None,
     method: str | Method | None = None,
     action: Action = "route",
     keep: float | None = None,
@@ -75,28 +77,28 @@ def enable(
         schedule: routing layers and ratios, instead of ``method``'s and ``keep``.
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
             Chosen for the device of the decoder, and again if it moves to one of another type.
-        pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
         trace: keep the decisions of the last prefill in ``handle.trace``.
+        config: all of these settings in one object, instead of one by one.
+        pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
 
     Returns:
-        A handle with ``stats()``, ``totals()``, ``trace`` and ``disable()``, also a context manager. None without a
-        model: ``handle_of`` gives the handle of each once it has been called.
+        A handle with ``stats()``, ``totals()``, ``trace``, ``config`` and ``disable()``, also a context manager. None
+        without a model: ``handle_of`` gives the handle of each once it has been called.
 
     Raises:
         RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
         reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
     """
-    if action not in get_args(Action):
-        raise unknown("action", str(action), get_args(Action))
-    if schedule is not None and keep is not None:
-        raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
-    settings = {"method": method, "action": action, "keep": keep, "schedule": schedule, "backend": backend}
-    if model is None:
-        if pool is not None:
-            raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
-        _enable_all({**settings, "trace": trace})
-        return None
-    return _enable_one(_unwrapped(model), pool=pool, trace=trace, **settings)  # type: ignore[arg-type]
+    given = RoutingConfig(method, action, keep, schedule, backend, trace)
+    if config is not None and given != RoutingConfig():
+        raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
+    chosen = given if config is None else config
+    if model is not None:
+        return _enable_one(_unwrapped(model), chosen, pool)
+    if pool is not None:
+        raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
+    _enable_all(chosen)
+    return None
 
 
 def disable(model: nn.Module | None = None) -> None:
@@ -120,28 +122,11 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle if handle is not None and handle.is_enabled else None
 
 
-def _enable_one(
-    model: nn.Module,
-    *,
-    method: str | Method | None,
-    action: Action,
-    keep: float | None,
-    schedule: Schedule | None,
-    backend: str,
-    pool: PagedPool | None,
-    trace: bool,
-) -> Handle:
+def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None) -> Handle:
     from .handle import Handle
     from .transformers import adapter_of
 
-    adapter = adapter_of(model)
-    num_layers = len(adapter.layers)
-    chosen = None if schedule is not None and method is None else get(method or DEFAULT_METHOD)
-    if schedule is None:
-        assert chosen is not None
-        chosen = chosen if keep is None else chosen.with_budget(keep, num_layers, action)
-        schedule = chosen.schedule(num_layers, action)
-    handle = Handle(adapter, schedule, action, backend, method=chosen, pool=pool, trace=trace)
+    handle = Handle(adapter_of(model), config, pool)
     # Everything is checked: only now may what was set before be replaced.
     disable(model)
     handle.attach(model)
@@ -149,21 +134,17 @@ def _enable_one(
     return handle
 
 
-def _enable_all(settings: dict[str, Any]) -> None:
-    """Check what can be checked without a model, then route each model when it is first called."""
+def _enable_all(config: RoutingConfig) -> None:
+    """Check the backend without a model, then route each model when it is first called."""
     from .transformers import process_wide
 
-    if settings["method"] is not None:
-        get(settings["method"])
-    if settings["keep"] is not None:
-        check_keep(settings["keep"])
-    check_backend(settings["backend"])
+    check_backend(config.backend)
 
     def route(model: nn.Module) -> None:
         if handle_of(model) is not None:
             return
         try:
-            _enable_one(model, pool=None, **settings)
+            _enable_one(model, config, None)
         except (RerouteError, BackendUnavailable) as error:
             logger.warning("%s is not routed: %s", type(model).__name__, error)
 

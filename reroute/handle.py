@@ -11,12 +11,13 @@ import torch
 
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 
-from .budget import ModelShape
+from .config import RoutingConfig
+from .core.cost import ModelShape
+from .core.plan import Plan
+from .core.prefill import PositionTables, Prefill
+from .core.workspace import Workspace
 from .errors import RerouteError
-from .methods import Method, Random
-from .plan import Plan
-from .prefill import PositionTables, Prefill, Workspace
-from .schedule import Action, Schedule
+from .rankers import LastTokenAttention, RandomScores
 from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import ModelAdapter, RoutingHooks
@@ -27,27 +28,20 @@ __all__ = ["Handle"]
 
 
 class Handle:
-    """Routing of one model, from ``enable`` to ``disable``. Also a context manager."""
+    """Routing of one model, from ``enable`` to ``disable``. Also a context manager.
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        schedule: Schedule,
-        action: Action,
-        backend: str,
-        *,
-        method: Method | None,
-        pool: PagedPool | None,
-        trace: bool,
-    ) -> None:
+    ``config``: its settings. ``schedule``: what they mean for this model. ``backend``: what runs the operations.
+    """
+
+    def __init__(self, adapter: ModelAdapter, config: RoutingConfig, pool: PagedPool | None) -> None:
         """Check everything but leave the model alone until ``attach``; ``reroute.enable`` does both.
 
         Raises:
             RerouteError: the model or the schedule cannot be routed; nothing is changed then.
             BackendUnavailable: the backend cannot run on the decoder's device.
         """
-        self.schedule, self.action = schedule, action
-        self._method, self._trace_on = method, trace
+        self.config = config
+        self.schedule = config.schedule_for(len(adapter.layers))
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(adapter.text_config)
         if pool is not None and pool.width != self._shape.hidden:
@@ -57,8 +51,7 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
-        self._hooks = RoutingHooks(adapter, schedule, action, self._start, self._done)
-        self._asked_for = backend
+        self._hooks = RoutingHooks(adapter, self.schedule, config.action, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names)
 
@@ -67,14 +60,17 @@ class Handle:
         self._hooks.attach(model)
 
     def _choose_backend(self, device: torch.device) -> None:
-        self.backend: Backend = resolve(self._asked_for, device)
+        self.backend: Backend = resolve(self.config.backend, device)
         self._device = device
 
     @property
     def _names(self) -> dict[str, Any]:
-        method = self._method.name if self._method else "schedule"
-        backend = {"backend": self.backend.name, "backend_reason": self.backend.reason}
-        return {"method": method, "action": self.action, **backend}
+        return {
+            "method": self.config.method_name,
+            "action": self.config.action,
+            "backend": self.backend.name,
+            "backend_reason": self.backend.reason,
+        }
 
     @property
     def is_enabled(self) -> bool:
@@ -113,7 +109,7 @@ class Handle:
 
         None before the first one, and after one whose plan kept everything (``keep=1``): nothing was decided.
         """
-        if not self._trace_on:
+        if not self.config.trace:
             raise RerouteError("Tracing is off: pass trace=True to reroute.enable.")
         return self._trace
 
@@ -156,13 +152,14 @@ class Handle:
         """
         if visual < 1 or batch < 1:
             raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
-        short = ShortPrefills(self._hooks.adapter, self.schedule, self.action)
+        short = ShortPrefills(self._hooks.adapter, self.schedule, self.config.action)
         pool = self._place(short.hidden, short.tables)
         if min(self.schedule.ratios) == 1:
             return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
-        # A method of one's own may not like prompts of a few tokens; any scores need the same kernels.
-        method = None if self._method is None or self._method.uses_attention else Random()
-        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, method, batch))
+        ranker = self.config.ranker
+        if not isinstance(ranker, LastTokenAttention):
+            ranker = RandomScores()  # one's own may not like prompts of a few tokens; any scores need the same kernels
+        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, ranker, batch))
 
     def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
@@ -188,15 +185,15 @@ class Handle:
             self.backend,
             pool,
             self._hooks.adapter,
+            self.config.ranker,
             tables,
             workspace=workspace,
-            method=self._method,
-            trace=self._trace_on,
+            trace=self.config.trace,
         )
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
-        scores = prefill is not None and prefill.ranks_by_attention
+        scores = prefill is not None and self.config.ranker.scores_attention
         with self._recording:
             count = self._totals.prefills + 1
             stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .budget import ModelShape, prefill_cost
-from .plan import Plan
+from .core.cost import ModelShape, prefill_cost
+from .core.plan import Plan
 
 __all__ = ["Stats", "Totals", "make_stats"]
 
@@ -20,7 +20,7 @@ class Stats:
 
     FLOPs count two per multiply-add and every pair of a query and a key, those of earlier turns included, over all
     layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of attention
-    scores. They are 0 for a method with a ``score`` of its own: what that costs cannot be known and is not counted.
+    scores. They are 0 for a ranker of another kind: what that costs cannot be known and is not counted.
     ``prefill_flops_dense`` and ``kv_bytes_dense`` are what the plain model would have run and stored, with no earlier
     turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
 
@@ -156,7 +156,7 @@ def make_stats(
     """
     layers = range(shape.num_layers)
     stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
-    active = sum(sum(plan.visual_counts if s < 0 else plan.kept[s]) for s in stages) / len(layers)
+    active = sum(sum(plan.active_visual(s)) for s in stages) / len(layers)
     widths = [plan.width(s) for s in stages]
     tensors = [t for layer in cache_layers for t in (layer.keys, layer.values)]
     stored = tuple(int(layer.keys.shape[-2]) for layer in cache_layers) or tuple(widths)
@@ -170,7 +170,7 @@ def make_stats(
         **names,
         layers=plan.schedule.layers,
         visual=plan.visual_counts,
-        kept=tuple(zip(*plan.kept, strict=True)),
+        kept=tuple(zip(*(decision.k for decision in plan.decisions), strict=True)),
         avg_tokens=active / _prompts(plan.visual_counts),
         keep=active / sum(plan.visual_counts),
         prefill_flops=float(routed.prefill_flops),
@@ -186,6 +186,6 @@ def make_stats(
 def _scored(plan: Plan) -> list[int]:
     """Rows that are scored, per decision and sample: rows of this prompt only, whatever the cache holds."""
     rows: list[int] = []
-    for stage in range(len(plan.kept)):
-        rows += plan.lengths if plan.scores_pool(stage) else [plan.width(stage - 1)] * plan.batch
+    for decision in plan.decisions:
+        rows += plan.lengths if decision.from_pool else [plan.width(decision.stage - 1)] * plan.batch
     return rows

@@ -7,10 +7,11 @@ import torch
 
 from reroute_kernels import Backend, PagedPool
 
-from .methods import Method
-from .plan import Plan, make_plan
-from .prefill import PositionTables, Prefill, Workspace
-from .schedule import Action, Schedule
+from .core.plan import Plan, make_plan
+from .core.prefill import PositionTables, Prefill
+from .core.ranking import Ranker
+from .core.schedule import Action, Schedule
+from .core.workspace import Workspace
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
 
@@ -37,17 +38,17 @@ class ShortPrefills:
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
         self.tables = PositionTables(*adapter.rope_tables(self.hidden, self._positions), self._positions)
 
-    def run(self, backend: Backend, pool: PagedPool, method: Method | None, batch: int) -> None:
+    def run(self, backend: Backend, pool: PagedPool, ranker: Ranker, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""
         for prompts in range(1, min(batch, 2) + 1):
             for has_ids in (True, False) if self._adapter.may_lack_position_ids else (True,):
-                self._prefill(prompts, has_ids, backend, pool, method)
+                self._prefill(prompts, has_ids, backend, pool, ranker)
 
-    def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, method: Method | None) -> None:
+    def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, ranker: Ranker) -> None:
         def start(
             plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
         ) -> Prefill:
-            return Prefill(plan, backend, pool, self._adapter, tables, workspace=workspace, method=method)
+            return Prefill(plan, backend, pool, self._adapter, ranker, tables, workspace=workspace)
 
         ids = np.tile(PROMPT, (prompts, 1))
         plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), self._schedule, self._action)

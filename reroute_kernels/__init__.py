@@ -4,12 +4,13 @@ Knows nothing of Transformers or of methods. :mod:`reroute_kernels.reference` is
 specification; :func:`resolve` picks the backend that runs it.
 """
 
-from reroute_kernels.dispatch import Backend, BackendUnavailable, check_backend, resolve
-from reroute_kernels.pool import Lease, PagedPool, PoolLimitError, PoolStats
-from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
-from reroute_kernels.warm_up import LoadedKernel, WarmUp, load_kernels
+from .dispatch import BACKENDS, Backend, BackendUnavailable, check_backend, resolve
+from .pool import Lease, PagedPool, PoolLimitError, PoolStats
+from .reference import RMSNorm, Rope, Selection, SelectMetadata
+from .warm_up import LoadedKernel, WarmUp, load_kernels
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "BackendUnavailable",
     "Lease",

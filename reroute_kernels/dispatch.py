@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from reroute_kernels import reference
-from reroute_kernels.pool import Lease
-from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
+from . import reference
+from .pool import Lease
+from .reference import RMSNorm, Rope, Selection, SelectMetadata
 
-KNOWN = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = 80  # compute capability times ten
@@ -110,9 +110,9 @@ def _chosen(name: str) -> tuple[str, str]:
     """The backend that ``name`` or the environment asks for, and which of them does."""
     override = os.environ.get(OVERRIDE)
     chosen = override or name
-    if chosen not in KNOWN:
+    if chosen not in BACKENDS:
         source = f" (from {OVERRIDE})" if override else ""
-        known = ", ".join(map(repr, KNOWN))
+        known = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"unknown backend {chosen!r}{source}; known: {known}")
     return chosen, f"{OVERRIDE} asks for it" if override else "asked for"
 
@@ -179,8 +179,8 @@ def _tried_operations(arch: int) -> Any:
     try:
         _ask_ptxas(arch)
         name = "import"
-        from reroute_kernels import ops
-        from reroute_kernels.triton_kernels.catalogue import SMALLEST
+        from . import ops
+        from .triton_kernels.catalogue import SMALLEST
 
         for case in SMALLEST:
             name = case.name

@@ -48,8 +48,8 @@ class Facts:
 
 def inspect(arch: int, only: str = "") -> Iterator[Facts]:
     """Facts of every kernel of the catalogue's launches whose name contains ``only``. Imports triton."""
-    from reroute_kernels.triton_kernels.catalogue import CASES
-    from reroute_kernels.triton_kernels.offline import compiling_for
+    from .triton_kernels.catalogue import CASES
+    from .triton_kernels.offline import compiling_for
 
     for case in CASES:
         if only in case.name:

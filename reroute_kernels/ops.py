@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from reroute_kernels.pool import Lease
-from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
-from reroute_kernels.triton_kernels import defer_rmsnorm as _defer_rmsnorm
-from reroute_kernels.triton_kernels import rows as _rows
-from reroute_kernels.triton_kernels import score as _score
-from reroute_kernels.triton_kernels import select as _select
+from .pool import Lease
+from .reference import RMSNorm, Rope, Selection, SelectMetadata
+from .triton_kernels import defer_rmsnorm as _defer_rmsnorm
+from .triton_kernels import rows as _rows
+from .triton_kernels import score as _score
+from .triton_kernels import select as _select
 
-NAMESPACE = "reroute_kernels"
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # a copy under another name has operators of its own
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 

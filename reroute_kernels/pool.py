@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from reroute_kernels.streams import Mark, is_capturing, mark, queue_behind, stream_of, stream_on
-from reroute_kernels.upload import upload
+from .streams import Mark, is_capturing, mark, queue_behind, stream_of, stream_on
+from .upload import upload
 
 _WAYS_OUT = "use a smaller batch or shorter prompts, or wait for running prefills to end"
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reroute_kernels.upload import upload
+from .upload import upload
 
 if TYPE_CHECKING:
-    from reroute_kernels.pool import Lease
+    from .pool import Lease
 
 Rope = Literal["half", "interleaved"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroute_kernels.streams import is_capturing, stream_on
+from .streams import is_capturing, stream_on
 
 
 def upload(integers: Any, device: torch.device) -> Tensor:

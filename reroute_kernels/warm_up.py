@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reroute_kernels.dispatch import Backend
-from reroute_kernels.reference import Selection
+from .dispatch import Backend
+from .reference import Selection
 
 __all__ = ["LoadedKernel", "WarmUp", "load_kernels"]
 
@@ -73,7 +73,7 @@ def load_kernels(backend: Backend, visual: int, batch: int, prefills: Callable[[
 
 def _at_every_width(backend: Backend, visual: int) -> Backend:
     """``backend``, which selects once more from rows padded to each width that has a kernel of its own."""
-    from reroute_kernels.triton_kernels.select import row_classes
+    from .triton_kernels.select import row_classes
 
     def padded(rows: Tensor, value: float) -> list[Tensor]:
         gaps = (width - rows.shape[1] for width in row_classes(visual))
@@ -100,7 +100,7 @@ def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:
     """Each kernel that ``run`` launches from this thread."""
     from triton import knobs
 
-    from reroute_kernels.triton_kernels.launch import observing
+    from .triton_kernels.launch import observing
 
     thread = get_ident()
     listener: Callable[..., None] | None = None

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import reroute.plan
+import reroute.core.plan_tensors
 import reroute_kernels.pool
 
 Clock = dict[int, int]
@@ -235,7 +235,7 @@ class Gpu:
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.current_stream().graph is not None)
         patch.setattr(Tensor, "record_stream", lambda t, stream: self.memory_of(t).recorded.add(stream.cuda_stream))
-        for module in (reroute_kernels.pool, reroute.plan):
+        for module in (reroute_kernels.pool, reroute.core.plan_tensors):
             patch.setattr(module, "stream_of", lambda t: self.current_stream() if type(t) is Tensor else None)
             patch.setattr(module, "upload", self._upload)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, estimate_cost, prefill_cost
+from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
 from reroute_kernels.testing.cases import TEXT
 
 __all__ = ["DECODERS", "TEXT", "FlopEstimate", "table"]

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reroute
-from reroute.plan import Plan, make_plan
-from reroute.prefill import Prefill
+from reroute.core.plan import Plan, make_plan
+from reroute.core.prefill import Prefill
 from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import PagedPool
 
@@ -104,7 +104,7 @@ def _result(
 ) -> MemoryResult:
     live, routing = routed.timeline(), routed.timeline(lambda a: bool(a.owner))
     decisions, (restore,) = routed.spans["decide"], routed.spans["restore"]
-    peak, width = max(live), max(map(plan.width, range(len(plan.kept))))
+    peak, width = max(live), max(map(plan.width, range(len(plan.decisions))))
     layers_own = routed.timeline(lambda a: not a.owner or (restore.contains(a.born) and a.died > restore.end))
     in_hooks = {tick for span in routed.spans["before_layer"] for tick in range(span.start + 1, span.end + 1)}
     return MemoryResult(

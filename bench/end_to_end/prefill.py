@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 import reroute
+from reroute.core.prefill import Prefill
 from reroute.handle import Handle
-from reroute.prefill import Prefill
 from reroute.transformers import ModelAdapter, RoutingHooks, context
 from reroute_kernels import PagedPool, reference
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import reroute
+from reroute.core.schedule import Schedule
 from reroute.handle import Handle
-from reroute.schedule import Schedule
 from reroute_kernels import PagedPool
 from reroute_kernels.testing.cases import TEXT
 

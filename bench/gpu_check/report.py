@@ -1,4 +1,4 @@
-"""Writes docs/gpu.md: ``python -m bench.gpu_check.report [--results FOLDER] [--out FILE]``.
+"""Writes docs/reference/gpu.md: ``python -m bench.gpu_check.report [--results FOLDER] [--out FILE]``.
 
 A section for each folder of results that ``bench.gpu_check`` wrote, measured beside modelled; then what is modelled
 alone. Needs no GPU.
@@ -22,7 +22,7 @@ from .record import read_lines
 __all__ = ["main", "page"]
 
 ROOT = Path(__file__).parents[2]
-RESULTS, OUT = ROOT / "bench" / "results", ROOT / "docs" / "gpu.md"
+RESULTS, OUT = ROOT / "bench" / "results", ROOT / "docs" / "reference" / "gpu.md"
 Line = dict[str, Any]
 Row = Sequence[str]
 
@@ -41,8 +41,8 @@ N visual ones; schedules are those of `pdrop`, at a budget of a third where noth
 Ratios are those to dense prefills that ran in alternation, and medians over rounds. *eager* is what a caller waits for
 on a plan that is made; *graph* is the same as a CUDA graph, hence device time. *modelled* is what the formula below
 gives for an H100 SXM as a graph, with all latency of the decisions hidden and with none. FLOPs are those of
-`reroute.budget`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is what a
-prefill adds to the weights, with its cache and the pool.
+`reroute.core.cost`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is
+what a prefill adds to the weights, with its cache and the pool.
 """
 LOSES = """\
 ## Where routing loses

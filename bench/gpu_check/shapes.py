@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
-from reroute.budget import ModelShape, kv_bytes
+from reroute.core.cost import ModelShape, kv_bytes
 from reroute_kernels.testing.cases import TEXT
 
 from ..end_to_end.flops import DECODERS

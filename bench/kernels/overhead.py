@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from reroute import Schedule
-from reroute.plan import make_plan
-from reroute.prefill import PositionTables, Prefill
+from reroute.core.plan import make_plan
+from reroute.core.prefill import PositionTables, Prefill
+from reroute.rankers import LastTokenAttention
 from reroute_kernels import Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
@@ -102,12 +103,11 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        prefill = Prefill(plan, BACKEND, pool, adapter, tables)
+        prefill = Prefill(plan, BACKEND, pool, adapter, LastTokenAttention(), tables)
         made = time.perf_counter()
         hidden = logical
-        for layer in schedule.layers:
-            prefill.decide(layer, hidden)
-            hidden = prefill.advance(hidden)
+        for decision in plan.decisions:
+            hidden = prefill.advance(decision, prefill.decide(decision, hidden), hidden)
         steps.append((time.perf_counter() - made) / STAGES)
         starts.append(made - begin)
         prefill.close()

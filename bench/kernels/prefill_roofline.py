@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reroute import methods
-from reroute.budget import ModelShape, estimate_cost, prefill_cost
-from reroute.schedule import Action, Schedule
+from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
+from reroute.core.schedule import Action, Schedule
 from reroute_kernels.testing.cases import TEXT, KernelCase, KernelShape
 
 from ..end_to_end.flops import DECODERS
@@ -139,7 +139,7 @@ def schedule_of(num_layers: int, action: Action, keep: float) -> Schedule:
 
 
 def costs(shape: ModelShape, schedule: Schedule, action: Action, visual: int, text: int = TEXT) -> Costs:
-    """By ``reroute.budget``."""
+    """By ``reroute.core.cost``."""
     ratios = {}
     for attention in ("dense", "causal"):
         spent = estimate_cost(shape, schedule, action, visual, text, attention=attention)

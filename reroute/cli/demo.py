@@ -18,7 +18,8 @@ from .common import add_device_arguments, backend_of, choose_device, positive, q
 if TYPE_CHECKING:
     import torch
 
-    from ..embedded.evaluation import Example, Outcome
+    from ..demo.tinyvlm.evaluation import Outcome
+    from ..demo.tinyvlm.examples import Example
     from ..report import Scene
     from .loading import Loaded
 
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate, measure, print, write."""
     check_writable(options.out)
-    print("Loading the embedded model …", flush=True)
+    print("Loading the demo model …", flush=True)
     device = choose_device(options.device, options.threads)
     backend = backend_of(options.backend, device)
     with quiet():
@@ -98,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace, device: torch.device) -> tuple[Results, list[Scene]]:
     from tqdm import tqdm
 
-    from ..embedded.evaluation import examples, prompts, summarise
+    from ..demo.tinyvlm.evaluation import prompts, summarise
+    from ..demo.tinyvlm.examples import examples
     from .loading import load_model
     from .measure import costs
     from .scenes import demo_scenes
@@ -124,8 +126,8 @@ def _spread(items: Sequence[Example], count: int) -> Sequence[Example]:
 
 def _counts(questions: int) -> dict[str, int]:
     """How many questions of each kind make ``questions`` of every family."""
-    from ..embedded.evaluation import COUNTS
-    from ..embedded.questions import KINDS
+    from ..demo.tinyvlm.examples import COUNTS
+    from ..demo.tinyvlm.questions import KINDS
 
     families: dict[str, list[str]] = {}
     for kind in COUNTS:
@@ -140,7 +142,7 @@ def _counts(questions: int) -> dict[str, int]:
 def _evaluate(
     loaded: Loaded, chosen: Sequence[Example], setup: Setup, backend: str, progress: Progress
 ) -> list[Outcome]:
-    from ..embedded.evaluation import evaluate
+    from ..demo.tinyvlm.evaluation import evaluate
     from .measure import routed
 
     outcomes: list[Outcome] = []

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         ("environment", _environment, ""),
         ("backend", _backend, "Unset REROUTE_BACKEND, or set it to torch, which runs everywhere."),
         ("models", _models, f"Run: pip install --upgrade {DISTRIBUTION}"),
-        ("embedded", _embedded, f"Run: pip install --force-reinstall --no-deps {DISTRIBUTION}"),
+        ("tinyvlm", _tinyvlm, f"Run: pip install --force-reinstall --no-deps {DISTRIBUTION}"),
     )
     failed = 0
     for name, check, remedy in checks:
@@ -105,15 +105,16 @@ def _models() -> str:
     return ", ".join(SUPPORTED)
 
 
-def _embedded() -> str:
+def _tinyvlm() -> str:
     """Load the model that ships with the package and route one prompt."""
     import reroute
 
-    from .. import embedded
-    from ..embedded.evaluation import answers, examples
+    from ..demo import tinyvlm
+    from ..demo.tinyvlm.evaluation import answers
+    from ..demo.tinyvlm.examples import examples
 
     with quiet():
-        model, processor = embedded.load()
+        model, processor = tinyvlm.load()
         model.to(choose_device("auto"))  # type: ignore[arg-type]  # annotated for a mixin
         with reroute.enable(model, method="pdrop", keep=1 / 3) as handle:
             answers(model, processor, examples("test", {"attr": 1}))

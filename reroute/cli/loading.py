@@ -49,12 +49,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its processor. ``embedded``: it is the one that ships with this package."""
+    """A model with its processor. ``is_tinyvlm``: it is the one that ships with this package."""
 
     name: str
     model: Any
     processor: Any
-    embedded: bool
+    is_tinyvlm: bool
 
     def prompt(self, image: Image.Image, question: str) -> Prompt:
         """One question about one picture, in the model's own chat format, on its device.
@@ -89,7 +89,7 @@ class Loaded:
 
 
 def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:
-    """The model in a folder or on the Hub; None is the embedded one.
+    """The model in a folder or on the Hub; None is tinyvlm.
 
     Raises:
         RerouteError: it cannot be found, loaded or routed; says which.
@@ -98,11 +98,11 @@ def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:
 
     if name is not None:
         return _from_transformers(name, dtype, device)
-    from .. import embedded
+    from ..demo import tinyvlm
 
     with refusals(FileNotFoundError, ValueError):
-        model, processor = embedded.load(None if dtype == "auto" else getattr(torch, dtype))
-    return Loaded("the embedded model", model.to(device), processor, embedded=True)  # type: ignore[arg-type]
+        model, processor = tinyvlm.load(None if dtype == "auto" else getattr(torch, dtype))
+    return Loaded("the demo model", model.to(device), processor, is_tinyvlm=True)  # type: ignore[arg-type]
 
 
 def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
@@ -135,7 +135,7 @@ def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
         raise _unloadable(name, error) from None
     if report["missing_keys"]:
         print(f"{name} lacks {len(report['missing_keys'])} weights, which are random now.", file=sys.stderr)
-    return Loaded(name, model, processor, embedded=False)
+    return Loaded(name, model, processor, is_tinyvlm=False)
 
 
 def _unloadable(name: str, error: Exception) -> RerouteError:

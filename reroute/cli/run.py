@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
+from ..core.schedule import Action
 from ..errors import RerouteError
 from ..report import Answer, Cost, Page, Scene, Setup, check_writable, html_costs, text_costs, write
-from ..schedule import Action
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals, written
 from .loading import Loaded, load_model, open_image
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="a picture file")
     add("question", metavar="QUESTION", help='such as "where is the red seven ?"')
-    add("--model", metavar="PATH_OR_ID", help="a folder, or a name on the Hub (default: the embedded model)")
+    add("--model", metavar="PATH_OR_ID", help="a folder, or a name on the Hub (default: the demo model)")
     add("--method", default="pdrop", help="how visual tokens are ranked: fastv, pdrop, … (default: %(default)s)")
     add("--action", choices=get_args(Action), help="only this one (default: both, and dense)")
     add("--compare", action="store_true", help="with --action: answer densely too")
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     from ..methods import get
 
     get(options.method)  # an unknown one is refused before a model is loaded
-    print(f"Loading {options.model or 'the embedded model'} …", flush=True)
+    print(f"Loading {options.model or 'the demo model'} …", flush=True)
     with quiet(), refusals(torch.OutOfMemoryError):
         loaded = load_model(options.model, options.dtype, device)
         scene, costs = _answer(loaded, image, options)
@@ -81,17 +81,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _answer(loaded: Loaded, image: Image.Image, options: argparse.Namespace) -> tuple[Scene, list[tuple[Setup, Cost]]]:
     from .measure import costs, routed
-    from .scenes import make_scene, read_embedded
+    from .scenes import make_scene, read_tinyvlm
 
     actions: Sequence[Action] = (options.action,) if options.action else ("remove", "route")
     setups = [Setup(options.method, action, options.keep) for action in actions]
     for setup in setups:
         with routed(loaded.model, setup, options.backend):
             pass  # a budget out of reach is refused before anything runs
-    prompt = loaded.prompt(image, _known_words(options.question) if loaded.embedded else options.question)
+    prompt = loaded.prompt(image, _known_words(options.question) if loaded.is_tinyvlm else options.question)
     asked = setups if options.action and not options.compare else [Setup(), *setups]
     longest = options.max_new_tokens or loaded.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
-    read = read_embedded if loaded.embedded else Answer
+    read = read_tinyvlm if loaded.is_tinyvlm else Answer
     scene = make_scene(loaded, prompt, asked, options.backend, read, longest)
     timed = [Setup(), *setups]
     spent = costs(loaded.model, [prompt.inputs], timed, options.backend, rounds=ROUNDS, limit_s=TIMING_S)
@@ -99,18 +99,18 @@ def _answer(loaded: Loaded, image: Image.Image, options: argparse.Namespace) -> 
 
 
 def _known_words(question: str) -> str:
-    """The question as the embedded model was taught to read: lower case, words apart.
+    """The question as tinyvlm was taught to read: lower case, words apart.
 
     Raises:
         RerouteError: it holds words that the model never saw.
     """
-    from ..embedded.vocabulary import TOKENS
+    from ..demo.tinyvlm.vocabulary import TOKENS
 
     words = re.findall(r"[^\s?]+|\?", question.lower())
     strange = [word for word in words if word not in TOKENS]
     if strange:
         raise RerouteError(
-            f"The embedded model does not know {', '.join(map(repr, strange))}. It answers questions about scenes of "
+            f"The demo model does not know {', '.join(map(repr, strange))}. It answers questions about scenes of "
             'coloured digits, such as "where is the red seven ?"; for others name a model with --model.'
         )
     return " ".join(words)

@@ -7,15 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from ..embedded.evaluation import Box, Example, answer_box, score
-from ..embedded.scenes import SIDE
+from ..demo.tinyvlm.boxes import Box, answer_box
+from ..demo.tinyvlm.evaluation import score
+from ..demo.tinyvlm.examples import Example
+from ..demo.tinyvlm.scenes import SIDE
 from ..report import Answer, Results, Routed, Scene, Setup
 from ..report.scene import stages_of
 from ..transformers import adapter_of
 from .loading import Loaded, Prompt
 from .measure import routed
 
-__all__ = ["demo_scenes", "make_scene", "pick", "read_embedded"]
+__all__ = ["demo_scenes", "make_scene", "pick", "read_tinyvlm"]
 
 Reader = Callable[[str], Answer]
 PICKS: Final = (
@@ -59,8 +61,8 @@ def _generate(loaded: Loaded, prompt: Prompt, max_new_tokens: int | None) -> str
     return str(loaded.processor.decode(new, skip_special_tokens=True)).strip()
 
 
-def read_embedded(text: str) -> Answer:
-    """An answer of the embedded model: a word, or four location words for a box."""
+def read_tinyvlm(text: str) -> Answer:
+    """An answer of tinyvlm: a word, or four location words for a box."""
     box = answer_box(text)
     return Answer(text) if box is None else _boxed(box)
 
@@ -84,7 +86,7 @@ def demo_scenes(loaded: Loaded, examples: Sequence[Example], results: Results, b
 
 def _judged(example: Example, text: str) -> Answer:
     outcome = score(example, text)
-    return replace(read_embedded(text), correct=outcome.correct, iou=outcome.iou)
+    return replace(read_tinyvlm(text), correct=outcome.correct, iou=outcome.iou)
 
 
 def _truth(example: Example) -> Answer:

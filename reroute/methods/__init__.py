@@ -1,14 +1,14 @@
-"""Methods by name. One file each; see ``Method`` for how to write another."""
+"""Methods by name: a policy of schedules and a ranker. One file each; see ``Method`` for how to write another."""
 
 from __future__ import annotations
 
 from ..errors import RerouteError, unknown
-from .base import Method, ScoreView
+from .base import Method
 from .fastv import FastV
 from .pdrop import PDrop
 from .random import Random
 
-__all__ = ["METHODS", "FastV", "Method", "PDrop", "Random", "ScoreView", "get"]
+__all__ = ["METHODS", "FastV", "Method", "PDrop", "Random", "get"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (FastV, PDrop, Random)}
 """Every method that can be asked for by name. Register your own here."""

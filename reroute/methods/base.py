@@ -1,61 +1,39 @@
-"""What a method is: a schedule and a way to rank."""
+"""What a method is: a name for a policy of schedules and a ranker."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.ranking import Ranker
+from ..rankers import LastTokenAttention
 
 if TYPE_CHECKING:
     from typing import Self
 
-    import torch
+    from ..core.schedule import Action, Schedule
 
-    from ..schedule import Action, Schedule
-
-__all__ = ["Method", "ScoreView"]
-
-
-@dataclass(frozen=True)
-class ScoreView:
-    """What a method may look at when it ranks the candidates of a decision.
-
-    - ``hidden[b]`` (N_b, C): latest hidden states of sample ``b``'s candidates, in prompt order.
-    - ``layer``: the layer whose input this is. ``stage``: the stage that is decided, from 0.
-    - ``query`` (B, C): hidden state of each sample's last prompt token.
-    """
-
-    hidden: list[torch.Tensor]
-    layer: int
-    stage: int
-    query: torch.Tensor
+__all__ = ["Method"]
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How visual tokens are ranked, and on what schedule.
+    """When decisions are made and how many visual tokens they keep, and what ranks them.
 
-    The default ranking, attention of the last prompt token averaged over heads, is a fused kernel.
-    A method that ranks otherwise overrides ``score``. Any existing method is a good start::
-
-        @dataclass(frozen=True)
-        class Norm(FastV):
-            name = "norm"
-
-            def score(self, view: ScoreView) -> list[torch.Tensor]:
-                return [hidden.float().norm(dim=-1) for hidden in view.hidden]
-
-        reroute.enable(model, method=Norm(), keep=0.33)
+    ``ranker`` of any method can be replaced: ``FastV(ranker=Norm())``, see ``reroute.rankers.ScoreRanker``.
     """
 
     name: ClassVar[str]
-    uses_attention: ClassVar[bool] = True
-    """Ranked by the fused kernel; becomes False in a class that overrides ``score``."""
+
+    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Derive ``uses_attention``, so that an own ``score`` cannot be overlooked."""
+        """Refuse ``ranker = …`` without an annotation, which a dataclass would ignore."""
         super().__init_subclass__(**kwargs)
-        cls.uses_attention = cls.score is Method.score
+        if "ranker" in vars(cls) and "ranker" not in get_annotations(cls):
+            raise TypeError(f"{cls.__name__}.ranker is a field of a dataclass: write 'ranker: Ranker = …'")
 
     @abstractmethod
     def schedule(self, num_layers: int, action: Action) -> Schedule:
@@ -68,10 +46,3 @@ class Method(ABC):
         Raises:
             RerouteError: no ratios reach this budget; says which ones can be reached.
         """
-
-    def score(self, view: ScoreView) -> list[torch.Tensor]:
-        """Scores (N_b,) fp32 of each sample's candidates, the highest kept first. Other shapes are refused.
-
-        Must not wait for the device, and must not let a sample depend on its batch neighbours.
-        """
-        raise NotImplementedError(f"{self.name} is ranked by attention, in the fused kernel")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..budget import scale_layers, solve
-from ..schedule import Action, Rounding, Schedule
+from ..core.schedule import Action, Rounding, Schedule
+from ..core.solver import scale_layers, solve
 from .base import Method
 
 if TYPE_CHECKING:

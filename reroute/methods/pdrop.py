@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import TYPE_CHECKING
 
-from ..budget import RatioFamily, scale_layers, solve
-from ..schedule import Action, Positions, Rounding, Schedule
+from ..core.schedule import Action, Positions, Rounding, Schedule
+from ..core.solver import RatioFamily, scale_layers, solve
 from .base import Method
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from math import isclose, sqrt
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Final
 
-from ..schedule import Action
+from ..core.schedule import Action
 
 if TYPE_CHECKING:
-    from ..embedded.evaluation import Outcome, Tally
+    from ..demo.tinyvlm.evaluation import Outcome, Tally
 
 __all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
 

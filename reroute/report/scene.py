@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from ..demo.tinyvlm.boxes import Box
     from ..trace import Trace
 
 __all__ = ["Answer", "Routed", "Scene", "Stage", "stages_of"]
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from .results import FAMILIES, Cost, Results, Row, Setup
 
 if TYPE_CHECKING:
-    from ..embedded.evaluation import Tally
+    from ..demo.tinyvlm.evaluation import Tally
 
 __all__ = ["html_costs", "html_table", "text_costs", "text_table"]
 

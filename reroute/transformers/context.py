@@ -8,9 +8,13 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache
 
+from reroute_kernels import Selection
+
+from ..core.decision import Decision
+from ..core.plan import Plan
+from ..core.prefill import PositionTables, Prefill
+from ..core.workspace import Workspace
 from ..errors import RerouteError
-from ..plan import Plan
-from ..prefill import PositionTables, Prefill, Workspace
 from .adapters import ModelAdapter
 from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer
 from .masks import decode_mask, prefill_mask
@@ -71,10 +75,8 @@ class RoutedPrefill:
         self.states: dict[int, torch.Tensor] = {}
         self._adapter, self._start, self._record = adapter, start, record_states
         self._mask_form = adapter.mask_form()
-        layers = plan.schedule.layers
-        self._enters = frozenset(layers)
-        self._decides = frozenset(layer + plan.schedule.score_layer_offset for layer in layers)
-        self._last = len(adapter.layers) - 1
+        self._deciding = {decision.score_layer: decision for decision in plan.decisions}
+        self._pending: tuple[Decision, Selection] | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._stored: dict[int, tuple[_Stage, tuple[int, ...]]] = {}
         self._earlier_turns = RoutedDecode(adapter)
@@ -88,15 +90,12 @@ class RoutedPrefill:
         """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
         if self._record:
             self.states[index] = self.after_last_layer(hidden)
-        scores_before = self.plan.schedule.score_layer_offset < 0
-        if index in self._enters and scores_before:
-            hidden = self._advance(hidden)
-        if index in self._decides:
+        hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
+        if (decision := self._deciding.get(index)) is not None:
             if self.prefill is None:
                 self.prefill = self._begin(hidden, kwargs)
-            self.prefill.decide(index, hidden)
-        if index in self._enters and not scores_before:
-            hidden = self._advance(hidden)
+            self._pending = decision, self.prefill.decide(decision, hidden)
+            hidden = self._enter(index, hidden)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
         return hidden, {**kwargs, **self._stage(self.prefill, index, hidden, kwargs).kwargs}
@@ -125,10 +124,14 @@ class RoutedPrefill:
             route_layer(self.cache, index, key_positions, logical, stage.has_fillers, stage.position_offset, stage_key)
         guard(self.cache, logical)
 
-    def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self.prefill is not None
+    def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of layer ``index``: of a new stage, if one was decided that begins there."""
+        if self.prefill is None or self._pending is None or self._pending[0].layer != index:
+            return hidden
+        decision, selection = self._pending
+        self._pending = None
         self._stages.clear()
-        return self.prefill.advance(hidden)
+        return self.prefill.advance(decision, selection, hidden)
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -145,7 +148,7 @@ class RoutedPrefill:
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
         stage = self._stages[earlier]
-        self._stored[index] = stage, (*earlier, self.plan.schedule.layers[prefill.stage])
+        self._stored[index] = stage, (*earlier, self.plan.decisions[prefill.stage].layer)
         return stage
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:

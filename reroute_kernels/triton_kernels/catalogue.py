@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels.reference import RMSNorm, SelectMetadata
-from reroute_kernels.triton_kernels import defer_rmsnorm, rows, score, select
+from ..reference import RMSNorm, SelectMetadata
+from . import defer_rmsnorm, rows, score, select
 
 
 @dataclass(frozen=True)

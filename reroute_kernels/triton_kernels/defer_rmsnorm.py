@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.triton_kernels.launch import SpecializedKernel, num_sms
+from .launch import SpecializedKernel, num_sms
 
 PROGRAMS_PER_SM = 8  # programs a multiprocessor: more rows than that share a program, and one load of the weight
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.triton_kernels.launch import SpecializedKernel
+from .launch import SpecializedKernel
 
 BLOCK_ROWS = 8  # compact rows per program
 BLOCK_UNITS = 128  # units per row and program: 1 KiB in the widest unit

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import RMSNorm, Rope, Selection, SelectMetadata
-from reroute_kernels.triton_kernels.launch import SpecializedKernel, last_dim_contiguous
-from reroute_kernels.triton_kernels.select import Logits, launch_select
-from reroute_kernels.triton_kernels.topk.row_state import clear_counters, num_counters
+from ..reference import RMSNorm, Rope, Selection, SelectMetadata
+from .launch import SpecializedKernel, last_dim_contiguous
+from .select import Logits, launch_select
+from .topk.row_state import clear_counters, num_counters
 
 LOGIT_ALIGNMENT = 16  # logits of a head begin at multiples of it
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reroute_kernels.reference import Selection, SelectMetadata
-from reroute_kernels.triton_kernels.launch import SpecializedKernel, last_dim_contiguous, num_sms
-from reroute_kernels.triton_kernels.topk.chunks import collect_chunk, emit_chunk, refine_chunk
-from reroute_kernels.triton_kernels.topk.emit import (
+from ..reference import Selection, SelectMetadata
+from .launch import SpecializedKernel, last_dim_contiguous, num_sms
+from .topk.chunks import collect_chunk, emit_chunk, refine_chunk
+from .topk.emit import (
     choose,
     emit,
     fill,
@@ -26,8 +26,8 @@ from reroute_kernels.triton_kernels.topk.emit import (
     make_row_inputs,
     make_row_outputs,
 )
-from reroute_kernels.triton_kernels.topk.phases import arrive, tile_scheduler, wait
-from reroute_kernels.triton_kernels.topk.radix import (
+from .topk.phases import arrive, tile_scheduler, wait
+from .topk.radix import (
     COARSE_BUCKETS,
     MAX_COUNT,
     RADIX_BLOCK,
@@ -35,8 +35,8 @@ from reroute_kernels.triton_kernels.topk.radix import (
     radix_select,
     to_ordered,
 )
-from reroute_kernels.triton_kernels.topk.row_state import collect, make_row_state, num_counters, num_state_words
-from reroute_kernels.triton_kernels.topk.softmax import combine_splits, head_mean
+from .topk.row_state import collect, make_row_state, num_counters, num_state_words
+from .topk.softmax import combine_splits, head_mean
 
 BLOCK_N = 256  # candidates scored at a time; fewer where a model has many heads
 MIN_CHUNK = 1024  # the shortest rows that a kernel is compiled for

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from reroute.cli.demo import SETUPS
-from reroute.embedded.evaluation import Outcome, tally
+from reroute.demo.tinyvlm.evaluation import Outcome, tally
 from reroute.report import Cost, Results, Row, Setup
 from reroute.report.results import FAMILIES
 

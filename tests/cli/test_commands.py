@@ -11,11 +11,11 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from reroute import embedded
 from reroute.cli import demo, doctor, main
 from reroute.cli.scenes import pick
-from reroute.embedded.evaluation import examples
-from reroute.embedded.questions import KINDS
+from reroute.demo import tinyvlm
+from reroute.demo.tinyvlm.examples import examples
+from reroute.demo.tinyvlm.questions import KINDS
 from reroute.report.results import FAMILIES
 
 QUESTION = "Where is the leftmost digit?"
@@ -73,7 +73,7 @@ def test_doctor_finds_a_healthy_machine(capsys, monkeypatch):
 
 def test_doctor_says_what_to_do(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("REROUTE_BACKEND", "tritn")
-    monkeypatch.setattr(embedded, "CHECKPOINT", tmp_path)
+    monkeypatch.setattr(tinyvlm, "CHECKPOINT", tmp_path)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "Unset REROUTE_BACKEND" in said
@@ -104,7 +104,7 @@ def test_run_answers_three_ways_and_writes_the_page(picture, out, capsys):
 
 
 def test_run_can_do_one_action_of_a_model_in_a_folder(picture, out, capsys):
-    options = ["--model", str(embedded.CHECKPOINT), "--method", "fastv", "--action", "route", "--keep", "0.2"]
+    options = ["--model", str(tinyvlm.CHECKPOINT), "--method", "fastv", "--action", "route", "--keep", "0.2"]
     question = "where is the leftmost digit ?"
     assert main(["run", str(picture), question, *options, "--out", str(out)]) == 0
     (scene,) = data_of(out)

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from reroute import embedded
 from reroute.cli.measure import costs
-from reroute.embedded.evaluation import examples, prompts
+from reroute.demo import tinyvlm
+from reroute.demo.tinyvlm.evaluation import prompts
+from reroute.demo.tinyvlm.examples import examples
 from reroute.report import Setup
 
 
 def test_costs_are_means_over_prompts():
     """The dense model needs no other setup to be counted; nothing is timed less often than it."""
-    model, processor = embedded.load()
+    model, processor = tinyvlm.load()
     single = [prompts(model, processor, [example]) for example in examples("test", {"attr": 2})]
     done: list[int] = []
     (dense,) = costs(model, single, [Setup()], "torch", rounds=1, progress=done.append)

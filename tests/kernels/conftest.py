@@ -24,6 +24,7 @@ RUNS = pytest.StashKey[dict[str, ExecutorRun]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
     parser.addoption("--examples", type=int, default=8, help="random cases for each property of a kernel")
+    parser.addoption("--all-executors", action="store_true", help="every test on every executor that can run here")
     parser.addoption("--sample", action="store_true", help="only the first case of each test that runs on executors")
 
 
@@ -77,7 +78,10 @@ def _waits_for_an_executor(item: pytest.Item) -> bool:
 def pytest_collection_finish(session: pytest.Session) -> None:
     names = [item.callspec.params["name"] for item in session.items if _waits_for_an_executor(item)]  # type: ignore[attr-defined]
     if names and not session.config.option.collectonly:
-        session.config.stash[RUNS] = start(names, sample=session.config.getoption("--sample", False))
+        option = session.config.getoption
+        session.config.stash[RUNS] = start(
+            names, sample=option("--sample", False), in_full=option("--all-executors", False)
+        )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

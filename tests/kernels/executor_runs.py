@@ -12,6 +12,8 @@ from executors import ROOT, unavailable
 
 SAMPLED = ("interpreter", "simt:90")
 """Executors of ``--sample``."""
+BRIEFLY = ("simt:80",)
+"""Executors that run a sample only, unless there is ``--all-executors``: PTX for another GPU, from the same source."""
 
 
 class ExecutorRun:
@@ -45,6 +47,7 @@ def why_not(name: str, *, sample: bool) -> str | None:
     return unavailable(name) or ("not an executor of samples" if sample and name not in SAMPLED else None)
 
 
-def start(names: Sequence[str], *, sample: bool) -> dict[str, ExecutorRun]:
+def start(names: Sequence[str], *, sample: bool, in_full: bool) -> dict[str, ExecutorRun]:
     """A process for each of these executors that can run here."""
-    return {name: ExecutorRun(name, sample=sample) for name in names if why_not(name, sample=sample) is None}
+    chosen = [name for name in names if why_not(name, sample=sample) is None]
+    return {name: ExecutorRun(name, sample=sample or (name in BRIEFLY and not in_full)) for name in chosen}

@@ -83,6 +83,7 @@ SHAPES = [
     (28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
     (8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
     (24, 8, 64, 64, "half", BF16),  # key heads in twos
+    (32, 32, 16, 16, "half", BF16),  # and in two programs
     (16, 2, 80, 80, "half", BF16),
     (4, 2, 96, 48, "half", FP16),  # partial
     (12, 2, 64, 64, "interleaved", BF16),
@@ -280,12 +281,12 @@ def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.devi
 @pytest.mark.parametrize("which", ["query", "keys"])
 def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch.device, which: str) -> None:
     """No offset is counted in 32 bits."""
-    memory = gibibytes(executor, 2**31 + 2**16, BF16)
     arguments, named = decision([40, 30, 9], [30, 20, 5], [9, 9, 2], device, dtype=BF16)
     wanted = kernel.score_topk(*arguments, **named)
     query, keys, *rest = arguments
-    near = query if which == "query" else keys
-    far = memory.as_strided(near.shape, (2**31 // (len(near) - 1), *near.stride()[1:])).copy_(near)
+    near, last = (query, len(query) - 1) if which == "query" else (keys, int(rest[2].max()))
+    stride = -(-(2**31) // last)  # the last row that is scored is beyond
+    far = gibibytes(executor, stride * len(near), BF16).as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
     got = kernel.score_topk(*((far, keys) if which == "query" else (query, far)), *rest, **named)
     assert torch.equal(got.scores, wanted.scores)
 

@@ -83,10 +83,11 @@ def scores_of(kind: str, n: int) -> Tensor:
         "few": torch.randint(0, 4, (n,)) / 4,
         "one bin": 0.25 + torch.randperm(n) * 2.0**-20,
         "descending": torch.arange(n, 0, -1).float(),
+        "zeros": torch.zeros(n) * torch.randn(n),  # of either sign
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending"])
+@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending", "zeros"])
 def test_values(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Thresholds in the midst of equal values, whose ties lie in several tiles and shares."""
     check(kernel, [scores_of(kind, 500), scores_of(kind, 400).flip(0)], [500 // 3, 130], device)
@@ -148,11 +149,13 @@ def test_a_crowd_costs_one_stage_more_not_a_pass_over_it(
 
 
 def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device) -> None:
-    """Texts may lie beyond the rows the query sees, and a sample may have none."""
-    candidates = padded([range(2, 6), range(3)], device=device)
+    """Texts may lie beyond the rows the query sees, also where the last candidate is the row of their number; or there
+    are none.
+    """
+    candidates = padded([range(3, 7), range(3)], device=device)
     texts = padded([[0, 7, 900], []], device=device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
-    metadata = SelectMetadata((0, 901), (6, 3), (4, 3), (3, 0), (2, 2))
+    metadata = SelectMetadata((0, 901), (7, 3), (4, 3), (3, 0), (2, 2))
     arguments = scores, candidates, texts, torch.arange(905, device=device), metadata
     same(kernel.select(*arguments), reference.select(*arguments))
 
@@ -233,6 +236,17 @@ def test_every_order_is_needed(
     assert len(weakened) == 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_another_order_of_programs(executor: Any, kernel: Any, device: torch.device, path: str, seed: int) -> None:
+    """Which program is the last to arrive differs; nothing may be read before it has."""
+    if executor.kind != "simt":
+        pytest.skip("only simt chooses the order of programs, and looks for races")
+    import simt
+
+    with simt.installed(arch=int(executor.name.partition(":")[2]), seed=seed):
+        check(kernel, [torch.randn(300)], [90], device)
+
+
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_a_crowd_at_its_limit(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
     """Who counts fine bins and who reads them agree on what a crowd is."""
@@ -254,11 +268,14 @@ def test_few_programs_score_many_tiles_each(
     check(kernel, [torch.randn(n) for n in (140, 65)], [100, 13], device, texts=9, gaps=2)
 
 
-@pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "broken"])
+@pytest.mark.parametrize("kind", ["spread", "nearly equal", "tiny", "one bin", "broken"])
 def test_scores_of_a_softmax(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Their bins are finer than those of any scores; the outermost ones hold everything beyond 2 and below 2^-31."""
     values = torch.randn(3, 530)
     values = {"nearly equal": values * 1e-4, "tiny": values * 8 - 40}.get(kind, values * 3)
+    if kind == "one bin":  # whose fine bins differ in each of their bits
+        values[:, 20:520] = ((1 + (3.02 + torch.rand(500) * 0.96) / 16) * 2**-10).log()
+        values[:, :20] = values[:, 520:] = math.log(0.4 / 30)
     if kind == "broken":
         values[0, 30:90], values[:, 200:300] = NAN, -INF
     scores = decided(kernel, softmax_source(kernel, values.to(device)), 530, slice(20, 520), 170, device)

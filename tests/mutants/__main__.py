@@ -31,7 +31,8 @@ def main() -> None:
             print(f"{mutant.name:36} {mutant.file:18} {', '.join(mutant.executors):20} {mutant.tests}")
         return
     if simt_path() is None:
-        parser.error(MISSING)
+        print(f"no fault was planted: {MISSING}")
+        return
     with TemporaryDirectory(prefix="mutants-") as folder:
         wrong = judge(Tree(Path(folder)), chosen, lambda line: print(line, flush=True))
     if wrong:

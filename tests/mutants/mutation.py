@@ -11,6 +11,7 @@ SCORE = "tests/kernels/test_score_topk.py"
 SELECT = "tests/kernels/test_select.py"
 ROWS = "tests/kernels/test_rows.py"
 NORM = "tests/kernels/test_defer_rmsnorm.py"
+LAUNCHES = "tests/kernels/test_launch_emulation.py"
 MACHINE_CODE = "tests/kernels/test_machine_code.py"
 
 NO_EXECUTOR = ""  # for tests that run none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import COMPILED, INTERPRETED, MACHINE_CODE, NO_EXECUTOR, ROWS, SCORE, SELECT, Mutant
+from mutation import COMPILED, INTERPRETED, LAUNCHES, MACHINE_CODE, NO_EXECUTOR, ROWS, SCORE, SELECT, Mutant
 
 MUTANTS = (
     # --- addresses -------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ MUTANTS = (
         "score.py",
         "// NUM_H_BLOCKS * NUM_WARPS * KV_HEADS_PER_WARP",
         "// NUM_H_BLOCKS * NUM_WARPS",
-        f"{SCORE} -k 'models and 24-8 or many_parts'",
+        f"{SCORE} -k 'models and 32-32'",
     ),
     Mutant(
         "score-turns",
@@ -299,8 +299,8 @@ MUTANTS = (
         "launch.py",
         "return argument % 16 == 0, argument == 1, argument >> 31",
         "return argument % 16 == 0, argument >> 31",
-        f"{SCORE} -k any_decision",
-        COMPILED,
+        LAUNCHES,
+        (NO_EXECUTOR,),
     ),
     Mutant(
         "launch-any-last-stride",

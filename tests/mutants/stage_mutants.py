@@ -158,7 +158,7 @@ MUTANTS = (
         "select.py",
         "wait(state.scored_ptr, num_scoring)",
         "wait(state.scored_ptr, num_scoring - 1)",
-        f"{SELECT} -k 'test_values and staged'",
+        f"{SELECT} -k another_order_of_programs",
         COMPILED,
     ),
     Mutant(

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
-from reroute.methods import FastV, ScoreView
+from reroute.methods import FastV
+from reroute.rankers import RankInputs, ScoreRanker
 
 RULES = (
     Rules((2, 4, 6), (0.5, 0.25, 0.125)),
@@ -115,23 +116,34 @@ def snapshot(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fixed(FastV):
-    """A method of one's own whose scores are given: per stage, for each of a sample's visual tokens."""
+    """A method of one's own with a ratio for each layer."""
 
     name = "fixed"
     stages: tuple[tuple[int, float], ...] = ((2, 0.5),)
+
+    def schedule(self, num_layers: int, action: Any) -> reroute.Schedule:
+        layers, ratios = zip(*self.stages, strict=True)
+        return reroute.Schedule(layers, ratios)
+
+
+@dataclass(frozen=True)
+class FixedScores(ScoreRanker):
+    """Scores that are given: per stage, for each of a sample's visual tokens."""
+
     table: tuple[tuple[float, ...], ...] = ()
     survivors: tuple[tuple[int, ...], ...] = ()
 
-    def schedule(self, num_layers: int, action: Any) -> reroute.Schedule:
-        layers, keep = zip(*self.stages, strict=True)
-        return reroute.Schedule(layers, keep)
+    def scores(self, inputs: RankInputs) -> list[Tensor]:
+        scores = self.table[inputs.stage]
+        if self.survivors and inputs.stage:
+            scores = tuple(scores[i] for i in self.survivors[inputs.stage - 1])
+        assert all(len(hidden) == len(scores) for hidden in inputs.hidden)
+        return [torch.tensor(scores) for _ in inputs.hidden]
 
-    def score(self, view: ScoreView) -> list[Tensor]:
-        scores = self.table[view.stage]
-        if self.survivors and view.stage:
-            scores = tuple(scores[i] for i in self.survivors[view.stage - 1])
-        assert all(len(hidden) == len(scores) for hidden in view.hidden)
-        return [torch.tensor(scores) for _ in view.hidden]
+
+def fixed(stages: Any, table: Any, survivors: Any = ()) -> Fixed:
+    """Given ratios and scores."""
+    return Fixed(stages=stages, ranker=FixedScores(table, survivors))
 
 
 # --- random cases -------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from oracle import Rules
 from support import RULES, NoWaiting, cache_of, enable, generate, kv_lengths
 from torch import Tensor
 
+from reroute.core.workspace import Workspace
 from reroute.errors import RerouteError
-from reroute.prefill import Workspace
 from reroute_kernels import PagedPool
 
 

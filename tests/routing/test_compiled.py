@@ -31,7 +31,9 @@ def logits(tiny: Tiny, model: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(("name", "first"), [("llava", "compile"), ("qwen", "enable")])
+@pytest.mark.parametrize(
+    ("name", "first"), [("llava", "compile"), pytest.param("qwen", "enable", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_routing_under_compile(name: str, first: str) -> None:
     """Whichever comes first; and ``disable`` gives the plain model back."""
@@ -52,7 +54,10 @@ def test_routing_under_compile(name: str, first: str) -> None:
     torch.testing.assert_close(logits(tiny, tiny.model), plain)
 
 
-@pytest.mark.parametrize("how", ["wrapper", "forward", "function"])
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("wrapper", "function")]
+
+
+@pytest.mark.parametrize("how", ["forward", *SLOW])
 @pytest.mark.filterwarnings("ignore")
 def test_what_ran_compiled_before_is_routed_too(how: str) -> None:
     tiny = models.llava(layers=3)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from models import CACHE, Tiny
 from oracle import MARGIN, Rules, predict
 from support import (
-    Fixed,
     any_prompt,
     any_rules,
     cache_of,
     close,
     enable,
+    fixed,
     generate,
     kv_lengths,
     new_tokens,
@@ -53,7 +53,7 @@ def test_preserved_positions(seen: tuple[Tiny, list[Any]]) -> None:
     """T6: kept tokens and later text keep the ids of the full prompt; generated tokens go on from its length."""
     tiny, ids = seen
     sample = tiny.prompt(0, 2, tiny.grid, 3)
-    method = Fixed(stages=((1, 0.34),), table=(scores_of(9, (1, 4, 6)),))
+    method = fixed(stages=((1, 0.34),), table=(scores_of(9, (1, 4, 6)),))
     with reroute.enable(tiny.model, method=method):
         output = generate(tiny, [sample], 2)
     compact = [0, 1, 3, 6, 8, 11, 12, 13]
@@ -118,7 +118,7 @@ def test_nobody_sees_what_comes_later(tiny: Tiny) -> None:
     """T9: with the same selection, another last token changes no other output."""
     sample = tiny.prompt(0, 3, tiny.grid, 4)
     other = models.Sample((*sample.ids[:-1], sample.ids[-1] % 100 + 1), sample.visual, sample.pixels, sample.grids)
-    method = Fixed(stages=((2, 0.25), (5, 0.25)), table=(scores_of(16, (0, 3, 5, 9)), scores_of(16, (1, 3, 8, 15))))
+    method = fixed(stages=((2, 0.25), (5, 0.25)), table=(scores_of(16, (0, 3, 5, 9)), scores_of(16, (1, 3, 8, 15))))
     with reroute.enable(tiny.model, method=method):
         a, b = (tiny.model(**tiny.inputs([s])).logits[0] for s in (sample, other))
     close(a[:-1], b[:-1])
@@ -139,7 +139,7 @@ def test_selection_by_hand(tiny: Tiny) -> None:
     }
     for action, kept in expected.items():
         survivors = ((0, 1, 3, 4), (0, 1, 3, 4)) if action == "remove" else ()
-        method = Fixed(stages=stages, table=(s1, s2, s3), survivors=survivors)
+        method = fixed(stages=stages, table=(s1, s2, s3), survivors=survivors)
         with reroute.enable(qwen.model, method=method, action=action, trace=True) as handle:
             output = qwen.model(**qwen.inputs([sample]), use_cache=True)
         assert handle.trace is not None

@@ -21,22 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
-from reroute.methods import FastV, Method, ScoreView
-from reroute.prefill import PositionTables
+from reroute.core.prefill import PositionTables
+from reroute.methods import FastV, Method
+from reroute.rankers import RankInputs, ScoreRanker
 from reroute_kernels import resolve
 
 LAYERS = 6
 
 
 @dataclass(frozen=True)
-class Norm(FastV):
-    """A method with scores of its own; what it sees is where the pool is."""
+class Norm(ScoreRanker):
+    """What a ranker with scores of its own sees is where the pool is."""
 
-    name = "norm"
-
-    def score(self, view: ScoreView) -> list[torch.Tensor]:
-        assert {x.device.index for x in (*view.hidden, view.query)} == {0}
-        return [hidden.norm(dim=-1) for hidden in view.hidden]
+    def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
+        assert {x.device.index for x in (*inputs.hidden, inputs.query)} == {0}
+        return [hidden.norm(dim=-1) for hidden in inputs.hidden]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +86,7 @@ def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
         Rules((1, 2, 4), (0.5, 0.25, 0.125), "remove"),
     ],
 )
-@pytest.mark.parametrize("method", [None, Norm()])
+@pytest.mark.parametrize("method", [None, FastV(ranker=Norm())])
 def test_a_model_on_two_devices(
     name: str, rules: Rules, attention: str, method: Method | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

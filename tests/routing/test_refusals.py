@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import reroute
+from reroute.core.prefill import PositionTables
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
-from reroute.methods import FastV, PDrop, ScoreView
-from reroute.prefill import PositionTables
+from reroute.methods import FastV, PDrop
+from reroute.rankers import RankInputs, ScoreRanker
 from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
 
 
@@ -29,7 +30,7 @@ from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitErr
         ({"method": "fastvv"}, "Unknown method 'fastvv'; known: fastv, pdrop, random. Did you mean 'fastv'"),
         ({"method": 3}, "fastv, pdrop, random"),
         ({"action": "prune"}, "Unknown action 'prune'; known: remove, route"),
-        ({"backend": "cuda"}, "unknown backend 'cuda'; known: 'auto', 'torch', 'triton'"),
+        ({"backend": "cuda"}, "Unknown backend 'cuda'; known: auto, torch, triton"),
         ({"keep": 0.01}, "out of reach"),
         ({"keep": 0}, "above 0"),
         ({"keep": 1.5}, "at most 1"),
@@ -239,23 +240,25 @@ def test_attention_that_is_set_later(tiny: Tiny, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Own(FastV):
-    """A method that scores as it likes."""
+class Own(ScoreRanker):
+    """A ranker that scores as it likes."""
 
-    name = "own"
     rank: Callable[[list[Tensor]], Any] = list
 
-    def score(self, view: ScoreView) -> Any:
-        return self.rank(view.hidden)
+    def scores(self, inputs: RankInputs) -> Any:
+        return self.rank(inputs.hidden)
 
 
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
-        (lambda hidden: [x.norm() for x in hidden], r"sample 0 with \(\) instead of a tensor \(16,\)"),
-        (lambda hidden: [x.norm(dim=-1, keepdim=True) for x in hidden], r"sample 0 with \(16, 1\) instead"),
-        (lambda hidden: [hidden[0].norm(dim=-1), hidden[0].norm(dim=-1)], r"sample 1 with \(16,\) .* tensor \(0,\)"),
-        (lambda hidden: [x.norm(dim=-1).tolist() for x in hidden], "sample 0 with list instead"),
+        (lambda hidden: [x.norm() for x in hidden], r"scored sample 0 with \(\) instead of \(16,\)"),
+        (lambda hidden: [x.norm(dim=-1, keepdim=True) for x in hidden], r"scored sample 0 with \(16, 1\) instead"),
+        (
+            lambda hidden: [hidden[0].norm(dim=-1), hidden[0].norm(dim=-1)],
+            r"scored sample 1 with \(16,\) instead of \(0,\)",
+        ),
+        (lambda hidden: [x.norm(dim=-1).tolist() for x in hidden], "scored sample 0 with list instead"),
         (lambda hidden: [x.norm(dim=-1) for x in hidden[:1]], "scored 1 samples instead of 2"),
         (lambda hidden: None, "scored 0 samples instead of 2"),
     ],
@@ -263,7 +266,10 @@ class Own(FastV):
 def test_scores_of_another_shape(tiny: Tiny, rank: Callable[[list[Tensor]], Any], message: str) -> None:
     """They would be broadcast, and nobody would notice."""
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 9)])
-    with enable(tiny, RULES[0], method=Own(rank=rank)), pytest.raises(RerouteError, match=f"Method 'own'.*{message}"):
+    with (
+        enable(tiny, RULES[0], method=FastV(ranker=Own(rank))),
+        pytest.raises(RerouteError, match=f"Own {message}"),
+    ):
         tiny.model(**given)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import NAMES, Tiny
 from models import tiny as shared
 from oracle import Rules, predict
-from support import Fixed, cache_of, enable, generate, kv_lengths
+from support import cache_of, enable, fixed, generate, kv_lengths
 
 import reroute
 from reroute.methods import FastV
@@ -81,8 +81,8 @@ def test_route_equals_remove_when_nobody_returns(tiny: Tiny) -> None:
     survivors = tuple(i for i in range(n) if first[i])
     stages = ((2, 6 / n), (5, 3 / n))
     samples = [tiny.prompt(0, 3, tiny.grid, 4)]
-    routed = Fixed(stages=stages, table=(first, second))
-    removed = Fixed(stages=stages, table=(first, second), survivors=(survivors,))
+    routed = fixed(stages=stages, table=(first, second))
+    removed = fixed(stages=stages, table=(first, second), survivors=(survivors,))
     outputs = []
     for action, method in (("route", routed), ("remove", removed)):
         with reroute.enable(tiny.model, method=method, action=action, trace=True) as handle:

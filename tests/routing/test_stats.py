@@ -12,11 +12,11 @@ import pytest
 import torch
 from models import CACHE, PAD, Tiny
 from oracle import Rules
-from support import RULES, Fixed, cache_of, enable, generate, kv_lengths, schedule
+from support import RULES, cache_of, enable, fixed, generate, kv_lengths, schedule
 from torch import nn
 
 import reroute
-from reroute.budget import ModelShape, estimate_cost, prefill_cost, scoring_flops
+from reroute.core.cost import ModelShape, estimate_cost, prefill_cost, scoring_flops
 from reroute.methods import FastV, Random
 from reroute.stats import Stats, Totals, make_stats
 from reroute_kernels import PagedPool
@@ -70,7 +70,7 @@ def test_a_prefill_costs_its_budget(tiny: Tiny, rules: Rules, batch: int) -> Non
 
 @pytest.mark.parametrize(
     "method",
-    [Random(layer=3, ratio=0.25), Fixed(stages=((3, 0.25),), table=(tuple(map(float, range(16))),))],
+    [Random(layer=3, ratio=0.25), fixed(((3, 0.25),), (tuple(map(float, range(16))),))],
     ids=lambda method: method.name,
 )
 def test_own_scores_are_not_charged_for_attention(tiny: Tiny, method: FastV) -> None:

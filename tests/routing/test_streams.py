@@ -15,9 +15,9 @@ from races import Gpu, Stream
 from support import enable
 from torch import Tensor
 
-import reroute.plan
-from reroute.plan import Plan, PlanTensors
-from reroute.prefill import Workspace
+from reroute.core.plan import Plan
+from reroute.core.plan_tensors import PlanTensors
+from reroute.core.workspace import Workspace
 from reroute_kernels import PagedPool
 
 RULES = (
@@ -118,8 +118,8 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
     gpu: Gpu, streams: list[Stream], tiny: Tiny, ids: Tensor, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both use the same ones, whichever stream they came from."""
-    both, layouts = threading.Barrier(2), {}
-    upload, layout = reroute.plan._upload, Plan.layout
+    both, tables = threading.Barrier(2), {}
+    upload, tensors_of = PlanTensors.of, Plan.tensors
 
     def together(*args: Any) -> PlanTensors:
         both.wait(60)
@@ -128,14 +128,14 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
         return made
 
     def noted(*args: Any) -> PlanTensors:
-        return layouts.setdefault(threading.get_ident(), layout(*args))
+        return tables.setdefault(threading.get_ident(), tensors_of(*args))
 
     def work(stream: Stream) -> None:
         with gpu.watching(), torch.no_grad(), handle.using(plan):
             outputs.append(on(stream, run))
 
-    monkeypatch.setattr(reroute.plan, "_upload", together)
-    monkeypatch.setattr(Plan, "layout", noted)
+    monkeypatch.setattr(PlanTensors, "of", together)
+    monkeypatch.setattr(Plan, "tensors", noted)
     outputs: list[Tensor] = []
     with enable(tiny, RULES[0], pool=pool_of()) as handle:
         plan = handle.plan(ids)
@@ -144,7 +144,7 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
             thread.start()
         for thread in threads:
             thread.join()
-    first, second = layouts.values()
+    first, second = tables.values()
     assert first is second
     gpu.synchronize()
     assert torch.equal(outputs[0], outputs[1])

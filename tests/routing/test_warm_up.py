@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import FastV, PDrop, Random
+from reroute.rankers import RandomScores
 from reroute_kernels import Backend, PagedPool
 from reroute_kernels.testing.compile_only import new_device
 
@@ -160,11 +161,11 @@ def test_it_leaves_no_trace_and_waits_for_nothing(name: str) -> None:
 
 
 def test_scores_of_a_method_of_ones_own_are_not_asked_for() -> None:
-    class Fails(Random):
-        def score(self, view: Any) -> Any:
+    class Fails(RandomScores):
+        def scores(self, inputs: Any) -> Any:
             pytest.fail("there is no prompt to score")
 
-    _, handle = routed(Setup("llava-gqa", {"method": Fails(1, 0.3)}, 8))
+    _, handle = routed(Setup("llava-gqa", {"method": FastV(1, 0.3, ranker=Fails())}, 8))
     with new_device():
         assert len(handle.warm_up(visual=16).kernels) == 4
 

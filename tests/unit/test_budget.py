@@ -8,21 +8,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reroute.budget import (
+from reroute.core.cost import (
     CostEstimate,
     ModelShape,
-    RatioFamily,
     average_tokens,
     estimate_cost,
     kv_bytes,
     layer_flops,
     prefill_cost,
-    scale_layers,
     scoring_flops,
-    solve,
 )
+from reroute.core.schedule import Action, Schedule
+from reroute.core.solver import RatioFamily, scale_layers, solve
 from reroute.errors import RerouteError
-from reroute.schedule import Action, Schedule
 
 LLAVA = ModelShape(32, 4096, 11008, 32, 32, 128, 32064)
 QWEN = ModelShape(28, 3584, 18944, 28, 4, 128, 152064)
@@ -334,7 +332,7 @@ def test_impossible_budgets() -> None:
         with pytest.raises(RerouteError, match=r"above 0 and at most 1"):
             solve("uniform", (3,), 32, keep)
     shape: Any = "pyramids"
-    with pytest.raises(RerouteError, match=r"Unknown shape 'pyramids'; .* Did you mean 'pyramid'\?"):
+    with pytest.raises(RerouteError, match=r"Unknown ratio family 'pyramids'; .* Did you mean 'pyramid'\?"):
         solve(shape, (3,), 32, 0.5)
     with pytest.raises(RerouteError, match="does not exist"):
         solve("uniform", (3,), 3, 0.5)

@@ -10,14 +10,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reroute.core.schedule import Action, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, FastV, Method, PDrop, Random, ScoreView, get
-from reroute.schedule import Action, Schedule
+from reroute.methods import METHODS, FastV, Method, PDrop, Random, get
+from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
-def view(*counts: int, stage: int = 0) -> ScoreView:
+def inputs(*counts: int, stage: int = 0) -> RankInputs:
     hidden = [torch.zeros(n, 4) for n in counts]
-    return ScoreView(hidden, layer=3, stage=stage, query=torch.zeros(len(counts), 4))
+    return RankInputs(hidden, torch.zeros(len(counts), 4), layer=3, stage=stage)
 
 
 @pytest.mark.parametrize("depth", [32, 28])
@@ -56,7 +57,7 @@ def test_pdrop_is_the_released_pair() -> None:
 
 
 def test_pdrop_takes_explicit_values_literally() -> None:
-    explicit = PDrop(layers=(4, 8), keep=(0.5, 0.1), rounding="half_even")
+    explicit = PDrop(layers=(4, 8), ratios=(0.5, 0.1), rounding="half_even")
     for action in ("route", "remove"):
         assert explicit.schedule(12, action) == Schedule((4, 8), (0.5, 0.1), "half_even")
     assert PDrop(ratios=(0.1, 0.2, 0.3, 0.4)).schedule(32, "route").ratios == (0.1, 0.2, 0.3, 0.4)
@@ -105,30 +106,30 @@ def test_registry() -> None:
         get(kind)
 
 
-def test_attention_methods_leave_ranking_to_the_kernel() -> None:
-    assert FastV.uses_attention
-    assert PDrop.uses_attention
-    with pytest.raises(NotImplementedError, match="fastv is ranked by attention"):
-        FastV().score(view(3))
+def test_methods_rank_by_attention() -> None:
+    assert FastV().ranker == PDrop().ranker == LastTokenAttention()
+    assert LastTokenAttention.scores_attention
+    assert not RandomScores.scores_attention
+    assert Random().ranker == RandomScores()
 
 
 def test_random_ignores_neighbours_and_varies_with_seed_and_stage() -> None:
-    assert not Random.uses_attention
-    alone, (_, batched) = Random().score(view(9)), Random().score(view(5, 9))
+    rank = RandomScores()
+    alone, (_, batched) = rank.scores(inputs(9)), rank.scores(inputs(5, 9))
     assert torch.equal(alone[0], batched)
     assert batched.dtype == torch.float32
     assert len(set(batched.tolist())) == 9
-    assert not torch.equal(batched, Random(seed=1).score(view(9))[0])
-    assert not torch.equal(batched, Random().score(view(9, stage=1))[0])
+    assert not torch.equal(batched, RandomScores(seed=1).scores(inputs(9))[0])
+    assert not torch.equal(batched, rank.scores(inputs(9, stage=1))[0])
     assert Random().schedule(32, "route") == FastV().schedule(32, "route")
 
 
 def test_random_leaves_the_global_generator_alone_and_needs_no_data() -> None:
     before = torch.get_rng_state()
-    Random().score(view(9))
+    RandomScores().scores(inputs(9))
     assert torch.equal(before, torch.get_rng_state())
     with FakeTensorMode():
-        assert Random().score(view(9))[0].shape == (9,)
+        assert RandomScores().scores(inputs(9))[0].shape == (9,)
 
 
 def test_random_reaches_a_gpu_without_waiting() -> None:
@@ -141,28 +142,30 @@ def test_random_reaches_a_gpu_without_waiting() -> None:
             return func(*args, **kwargs)
 
     with FakeTensorMode():
-        on_gpu = ScoreView([torch.empty(9, 4, device="cuda")], 3, 0, torch.empty(1, 4, device="cuda"))
+        on_gpu = RankInputs([torch.empty(9, 4, device="cuda")], torch.empty(1, 4, device="cuda"), 3, 0)
         with Recording():
-            (scores,) = Random().score(on_gpu)
+            (scores,) = RandomScores().scores(on_gpu)
     assert scores.device.type == "cuda"
     assert calls["rand"]["pin_memory"]
     assert calls["_to_copy"]["non_blocking"]
 
 
-def test_a_method_of_ones_own() -> None:
+def test_a_ranker_of_ones_own_keeps_its_place() -> None:
     @dataclass(frozen=True)
-    class Norm(FastV):
-        name = "norm"
+    class Norm(ScoreRanker):
+        def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
+            return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
 
-        def score(self, view: ScoreView) -> list[torch.Tensor]:
-            return [hidden.float().norm(dim=-1) for hidden in view.hidden]
+    method = get(FastV(layer=2, ranker=Norm()).with_budget(0.25, 32, "route"))
+    assert method.ranker == Norm()
 
-    assert not Norm.uses_attention
-    method = get(Norm(layer=2).with_budget(0.25, 32, "route"))
-    assert isinstance(method, Norm)
-    hidden = torch.tensor([[0.0, 1.0], [3.0, 4.0]], dtype=torch.bfloat16)
-    (scores,) = method.score(ScoreView([hidden], 2, 0, hidden[:1]))
-    assert scores.tolist() == [1.0, 5.0]
+
+def test_a_ranker_without_annotation_is_refused() -> None:
+    """A dataclass would take it for no field and go on with attention."""
+    with pytest.raises(TypeError, match=r"write 'ranker: Ranker = …'"):
+
+        class Silent(FastV):
+            ranker = RandomScores()
 
 
 def test_methods_do_not_import_transformers() -> None:

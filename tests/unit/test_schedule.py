@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reroute.core.schedule import Rounding, Schedule, count
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
-from reroute.schedule import Rounding, Schedule, count
 
 ratios = st.floats(min_value=1e-6, max_value=1.0)
 ROUNDINGS: tuple[Rounding, ...] = ("floor", "floor0", "half_even")

@@ -18,7 +18,7 @@ __all__ = ["ModelAdapter"]
 class ModelAdapter:
     """Vision-language models with a Llama-like decoder: ``input_layernorm``, ``self_attn.{q,k}_proj``, plain RoPE.
 
-    A adapter is bound to one model and is what ``reroute.prefill`` calls a adapter.
+    It is bound to one model, and is a ``reroute.core.ranking.DecoderAdapter``.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -92,7 +92,7 @@ class ModelAdapter:
         return getattr(self.text_config, "sliding_window", None) is None
 
     def input_norm(self, layer: int) -> RMSNorm | None:
-        """See ``reroute.prefill.DecoderAdapter``. None too where hooks or another forward were put on the module."""
+        """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
         norm = self.layers[layer].input_layernorm
         changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
         if changed or type(norm).__name__ not in self.input_norms:
@@ -100,12 +100,12 @@ class ModelAdapter:
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """See ``reroute.prefill.DecoderAdapter``."""
+        """See ``DecoderAdapter``."""
         normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
         return normed
 
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``reroute.prefill.DecoderAdapter``."""
+        """See ``DecoderAdapter``."""
         attention = self.layers[layer].self_attn
         heads = (-1, attention.head_dim)
         query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
@@ -113,16 +113,16 @@ class ModelAdapter:
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 
     def key_norm(self, layer: int) -> RMSNorm | None:
-        """See ``reroute.prefill.DecoderAdapter``."""
+        """See ``DecoderAdapter``."""
         norm = getattr(self.layers[layer].self_attn, "k_norm", None)
         return None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
 
     def scale(self, layer: int) -> float:
-        """See ``reroute.prefill.DecoderAdapter``."""
+        """See ``DecoderAdapter``."""
         return float(self.layers[layer].self_attn.scaling)
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``reroute.prefill.DecoderAdapter``."""
+        """See ``DecoderAdapter``."""
         cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
         return cos, sin
 

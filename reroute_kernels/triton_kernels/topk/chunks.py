@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from reroute_kernels.triton_kernels.topk.emit import choose, emit, load_rows
-from reroute_kernels.triton_kernels.topk.phases import arrive, wait
-from reroute_kernels.triton_kernels.topk.radix import (
+from .emit import choose, emit, load_rows
+from .phases import arrive, wait
+from .radix import (
     FINE_BUCKETS,
     RADIX_BLOCK,
     find_bucket,
@@ -20,7 +20,7 @@ from reroute_kernels.triton_kernels.topk.radix import (
     in_same_bucket,
     radix_select,
 )
-from reroute_kernels.triton_kernels.topk.row_state import collect, compact
+from .row_state import collect, compact
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from reroute_kernels.triton_kernels.topk.radix import lower_bound
+from .radix import lower_bound
 
 
 class RowInputs(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from reroute_kernels.triton_kernels.topk.radix import (
+from .radix import (
     COARSE_BUCKETS,
     FINE_BUCKETS,
     coarse_bucket,

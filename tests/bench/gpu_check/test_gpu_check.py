@@ -360,6 +360,7 @@ def started(folder: Path) -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # tests in the background ignore it
     )
     assert process.stdout is not None
     for line in process.stdout:

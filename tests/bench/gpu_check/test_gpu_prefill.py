@@ -19,8 +19,8 @@ from bench.gpu_check.measure import Session, Wrong
 from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES
 from bench.kernels.prefill_roofline import schedule_of
-from reroute.budget import estimate_cost, prefill_cost
-from reroute.prefill import Prefill
+from reroute.core.cost import estimate_cost, prefill_cost
+from reroute.core.prefill import Prefill
 from reroute_kernels.testing.cases import TEXT
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""docs/gpu.md."""
+"""docs/reference/gpu.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from bench.gpu_check.capture import captured_prefill
 from bench.gpu_check.lines import MODEL_NAMES
 from bench.gpu_check.profiler import OURS, kernel_times
 from bench.gpu_check.shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, memory_of_weights
-from reroute.budget import ModelShape
+from reroute.core.cost import ModelShape
 from reroute_kernels.testing.cases import TEXT
 
 CPU = torch.device("cpu")

@@ -1,0 +1,151 @@
+"""The settings of routing as one object, which can be stored with the results that belong to them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+from reroute_kernels import BACKENDS
+
+from .core.ranking import Ranker
+from .core.schedule import Action, Schedule
+from .core.solver import check_keep
+from .errors import RerouteError, unknown
+from .methods import METHODS, Method, get
+from .rankers import RANKERS, LastTokenAttention
+
+__all__ = ["RoutingConfig"]
+
+VERSION = 1
+"""Of what ``to_json`` writes."""
+
+DEFAULT_METHOD = "pdrop"
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How a model is routed; see ``reroute.enable``, which takes the same settings one by one.
+
+    - ``method``: a name, a ``Method``, or None, which is ``"pdrop"`` unless there is a ``schedule``.
+    - ``action``: ``"route"`` or ``"remove"``.
+    - ``keep``: budget avg_T / N, or None for the ratios of the method.
+    - ``schedule``: routing layers and ratios, instead of those of ``method`` and ``keep``.
+    - ``backend``: ``"auto"``, ``"torch"`` or ``"triton"``.
+    - ``trace``: keep the decisions of the last prefill.
+
+    Raises:
+        RerouteError: settings that cannot be right whatever the model and the machine.
+    """
+
+    method: str | Method | None = None
+    action: Action = "route"
+    keep: float | None = None
+    schedule: Schedule | None = None
+    backend: str = "auto"
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.action not in get_args(Action):
+            raise unknown("action", str(self.action), get_args(Action))
+        if self.schedule is not None and self.keep is not None:
+            raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
+        if self.method is not None:
+            get(self.method)
+        if self.keep is not None:
+            check_keep(self.keep)
+        if self.backend not in BACKENDS:
+            raise unknown("backend", str(self.backend), BACKENDS)
+
+    @property
+    def method_name(self) -> str:
+        """Of the method; ``"schedule"`` if there is only a schedule."""
+        if self.method is None and self.schedule is not None:
+            return "schedule"
+        return get(self.method or DEFAULT_METHOD).name
+
+    @property
+    def ranker(self) -> Ranker:
+        """Of the method; attention of the last prompt token if there is only a schedule."""
+        if self.method is None and self.schedule is not None:
+            return LastTokenAttention()
+        return get(self.method or DEFAULT_METHOD).ranker
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule for a model of ``num_layers`` decoder layers.
+
+        Raises:
+            RerouteError: no ratios of the method reach the budget ``keep``.
+        """
+        if self.schedule is not None:
+            return self.schedule
+        method = get(self.method or DEFAULT_METHOD)
+        if self.keep is not None:
+            method = method.with_budget(self.keep, num_layers, self.action)
+        return method.schedule(num_layers, self.action)
+
+    def to_json(self) -> str:
+        """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
+
+        Raises:
+            RerouteError: the method or its ranker is not registered under its name.
+        """
+        written: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.method, Method):
+            written["method"] = _named(self.method, METHODS, "reroute.methods.METHODS")
+            written["method"]["ranker"] = _named(self.method.ranker, RANKERS, "reroute.rankers.RANKERS")
+        if self.schedule is not None:
+            written["schedule"] = asdict(self.schedule)
+        return json.dumps({"version": VERSION, **written})
+
+    @classmethod
+    def from_json(cls, text: str) -> RoutingConfig:
+        """The settings that ``to_json`` wrote.
+
+        Raises:
+            RerouteError: not such an object, one of a later version, or settings that cannot be right.
+        """
+        try:
+            read = dict(json.loads(text))
+            version = read.pop("version", None)
+        except (TypeError, ValueError) as error:
+            raise RerouteError(
+                f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote."
+            ) from None
+        if version != VERSION:
+            raise RerouteError(
+                f"A routing configuration of version {version} cannot be read; this release knows version {VERSION}."
+            )
+        try:
+            if isinstance(read.get("method"), dict):
+                read["method"]["ranker"] = _built(read["method"]["ranker"], RANKERS, "ranker")
+                read["method"] = _built(read["method"], METHODS, "method")
+            if read.get("schedule") is not None:
+                read["schedule"] = Schedule(**read["schedule"])
+            return cls(**read)
+        except (TypeError, KeyError) as error:
+            raise RerouteError(
+                f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote."
+            ) from None
+
+
+def _unreadable(error: Exception) -> RerouteError:
+    return RerouteError(f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote.")
+
+
+def _named(chosen: Any, registry: dict[str, Any], where: str) -> dict[str, Any]:
+    """A method or ranker, a dataclass, as its name and its options."""
+    name = next((name for name, kind in registry.items() if kind is type(chosen)), None)
+    if name is None:
+        raise RerouteError(f"{type(chosen).__name__} cannot be stored: give it a name in {where} first.")
+    return {"name": name, **{field.name: getattr(chosen, field.name) for field in fields(chosen)}}
+
+
+def _built(written: dict[str, Any], registry: dict[str, Any], kind: str) -> Any:
+    options = dict(written)
+    name = options.pop("name")
+    if name not in registry:
+        raise unknown(kind, name, registry)
+    # JSON has lists where options are tuples.
+    return registry[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})

@@ -1,0 +1,184 @@
+"""What a prefill costs. FLOPs count a multiply-add as 2 and leave out norms, RoPE, softmax and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import RerouteError, unknown
+from .schedule import Action, Schedule
+
+__all__ = [
+    "Attention",
+    "CostEstimate",
+    "ModelShape",
+    "PrefillCost",
+    "average_tokens",
+    "estimate_cost",
+    "kv_bytes",
+    "layer_flops",
+    "prefill_cost",
+    "scoring_flops",
+]
+
+Attention = Literal["dense", "causal"]
+"""How attention is counted: all pairs of a query and a key, or those that a causal mask leaves."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices)."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def from_config(cls, text_config: Any) -> ModelShape:
+        """Read the sizes from a Hugging Face text config, or anything with the same attributes.
+
+        Raises:
+            RerouteError: an attribute is missing.
+        """
+        try:
+            hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+            return cls(
+                num_layers=text_config.num_hidden_layers,
+                hidden=hidden,
+                intermediate=text_config.intermediate_size,
+                heads=heads,
+                kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+                vocab=text_config.vocab_size,
+            )
+        except AttributeError as error:
+            raise RerouteError(
+                f"Cannot read the model's sizes: {error}. "
+                "Pass the config of the text decoder: model.config.get_text_config()."
+            ) from None
+
+
+def layer_flops(shape: ModelShape, tokens: int, keys: int | None = None, *, attention: Attention = "dense") -> int:
+    """FLOPs of one decoder layer on ``tokens`` tokens, whose cache then holds ``keys`` rows (default: just these)."""
+    if attention not in get_args(Attention):
+        raise unknown("attention", attention, get_args(Attention))
+    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    weights = 2 * d * q + 2 * d * kv + 3 * d * shape.intermediate
+    pairs = tokens * (tokens if keys is None else keys)
+    if attention == "causal":
+        pairs -= tokens * (tokens - 1) // 2
+    return 2 * tokens * weights + 4 * q * pairs
+
+
+def scoring_flops(shape: ModelShape, pool: int) -> int:
+    """FLOPs of one decision: one query row, the keys of ``pool`` tokens, and their logits."""
+    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 2 * d * q + 2 * pool * d * kv + 2 * q * pool
+
+
+def kv_bytes(shape: ModelShape, lengths_per_layer: Sequence[int], bytes_per_element: int = 2) -> int:
+    """Bytes of a KV cache whose layer i holds ``lengths_per_layer[i]`` tokens."""
+    return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * sum(lengths_per_layer)
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """What a prefill costs.
+
+    - ``prefill_flops``: of the whole prefill, scoring included; ``scoring_flops``: of scoring alone.
+    - ``kv_bytes``: size of the KV cache after the prefill.
+    """
+
+    prefill_flops: int
+    scoring_flops: int
+    kv_bytes: int
+
+
+def prefill_cost(
+    shape: ModelShape,
+    tokens: Sequence[int],
+    keys: Sequence[int] | None = None,
+    scored: Sequence[int] = (),
+    *,
+    batch: int = 1,
+    attention: Attention = "dense",
+    lm_head: bool = False,
+    bytes_per_element: int = 2,
+) -> PrefillCost:
+    """The cost of a prefill, from its counts alone: every budget and every statistic comes from here.
+
+    Args:
+        shape: the decoder.
+        tokens: rows of a sample that each layer runs.
+        keys: rows of a sample that each layer's cache then holds, earlier turns included (default: ``tokens``).
+        scored: rows that are scored, one entry per decision and sample; none if nothing computes attention scores.
+        batch: samples that run and store as many rows; fillers are rows.
+        attention: see ``Attention``.
+        lm_head: add the output head, on the one row per sample that generation needs.
+        bytes_per_element: of a key or a value.
+    """
+    keys = tokens if keys is None else keys
+    layers = sum(layer_flops(shape, t, k, attention=attention) for t, k in zip(tokens, keys, strict=True))
+    head = 2 * shape.hidden * shape.vocab * lm_head
+    scoring = sum(scoring_flops(shape, rows) for rows in scored)
+    stored = batch * kv_bytes(shape, keys, bytes_per_element)
+    return PrefillCost(batch * (layers + head) + scoring, scoring, stored)
+
+
+def average_tokens(counts_per_layer: Sequence[int]) -> float:
+    """avg_T: mean over all layers of the visual tokens that a layer runs."""
+    return sum(counts_per_layer) / len(counts_per_layer)
+
+
+@dataclass(frozen=True)
+class CostEstimate(PrefillCost):
+    """What one prompt costs, and for how many visual tokens.
+
+    ``avg_tokens``: avg_T, from rounded counts; ``keep``: avg_T / N.
+    """
+
+    avg_tokens: float
+    keep: float
+
+
+def estimate_cost(
+    shape: ModelShape,
+    schedule: Schedule,
+    action: Action,
+    visual: int,
+    text: int,
+    *,
+    attention: Attention = "dense",
+    lm_head: bool = False,
+    scores: bool = True,
+    bytes_per_element: int = 2,
+) -> CostEstimate:
+    """What a prompt of ``visual`` and ``text`` tokens costs under a schedule.
+
+    A decision scores the whole prompt with ``route``, what is left of it with ``remove``, and
+    nothing if no token is to be deferred. ``scores=False``: a ranker that computes no attention scores, whose cost is
+    not known and not counted.
+
+    Raises:
+        RerouteError: the schedule does not fit the model or the action.
+    """
+    schedule.validate(shape.num_layers, action)
+    counts = schedule.counts(visual)
+    pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
+    decides = scores and any(kept < visual for kept in counts)
+    per_layer = schedule.per_layer(visual, shape.num_layers)
+    average = average_tokens(per_layer)
+    cost = prefill_cost(
+        shape,
+        [text + kept for kept in per_layer],
+        scored=[text + pool for pool in pools] if decides else (),
+        attention=attention,
+        lm_head=lm_head,
+        bytes_per_element=bytes_per_element,
+    )
+    return CostEstimate(**vars(cost), avg_tokens=average, keep=average / visual if visual else 1.0)

@@ -1,0 +1,178 @@
+"""The plan of one prefill: everything that is known before it runs, as host integers.
+
+Reading the prompt's ids is the only moment at which the host waits for the device. From the plan on every count,
+every offset and every shape is an integer, so that the prefill itself never synchronises (promise 6 in
+docs/design/specification.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from reroute_kernels import SelectMetadata
+
+from ..errors import RerouteError
+from .decision import Decision
+from .plan_tensors import PlanTensors
+from .schedule import Action, Schedule
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Host integers of one prefill of B prompts of L logical tokens (``make_plan`` builds it).
+
+    ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *sample row* of a token.
+    """
+
+    schedule: Schedule
+    action: Action
+    past: int
+    order: Ints = field(repr=False)
+    visual: tuple[Ints, ...] = field(repr=False)
+    text_rows: tuple[Ints, ...] = field(repr=False)
+    query: tuple[int, ...]
+    decisions: tuple[Decision, ...]
+    _tensors: dict[tuple[Any, ...], PlanTensors] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return int(self.order.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Logical length L of this call, padding included."""
+        return int(self.order.shape[1])
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Valid tokens of each sample."""
+        return tuple(len(v) + len(t) for v, t in zip(self.visual, self.text_rows, strict=True))
+
+    @cached_property
+    def visual_counts(self) -> tuple[int, ...]:
+        """Visual tokens N of each sample."""
+        return tuple(len(v) for v in self.visual)
+
+    @cached_property
+    def text_counts(self) -> tuple[int, ...]:
+        """Text tokens M of each sample: always active."""
+        return tuple(len(t) for t in self.text_rows)
+
+    def metadata(self, decision: Decision, starts: Sequence[int]) -> SelectMetadata:
+        """What ``decision`` scores and how many it selects; ``starts`` are the samples' first pool rows."""
+        if decision.from_pool:
+            kv_lens = tuple(row + 1 for row in self.query)
+        else:
+            before = decision.stage - 1
+            starts = [(b + 1) * self.width(before) - rows for b, rows in enumerate(self.active(before))]
+            kv_lens = tuple(self.visible_texts(b) + n for b, n in enumerate(decision.candidates))
+        return SelectMetadata(tuple(starts), kv_lens, decision.candidates, self.text_counts, decision.k)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True if every stage keeps every visual token: the plain model is the right answer, bit for bit."""
+        return all(decision.k == self.visual_counts for decision in self.decisions)
+
+    @cached_property
+    def tail(self) -> int:
+        """Trailing tokens that are text in every sample: the question and what follows it. Every layer runs them."""
+        last = [rows[-1] if len(rows) else -1 for rows in self.visual]
+        after: Bools = np.all(self.order > np.asarray(last)[:, None], axis=0)
+        return int(np.cumprod(after[::-1]).sum())
+
+    def active(self, stage: int) -> tuple[int, ...]:
+        """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""
+        return tuple(m + k for m, k in zip(self.text_counts, self.active_visual(stage), strict=True))
+
+    def active_visual(self, stage: int) -> tuple[int, ...]:
+        """Visual tokens of each sample that run in ``stage``."""
+        return self.visual_counts if stage < 0 else self.decisions[stage].k
+
+    def width(self, stage: int) -> int:
+        """Compact length S of ``stage``: the longest sample; shorter ones have fillers on the left."""
+        return max(self.active(stage)) if stage >= 0 else self.length
+
+    def visible_texts(self, sample: int) -> int:
+        """Text tokens that the query of ``sample`` may see, itself included."""
+        return int(np.searchsorted(self.text_rows[sample], self.query[sample], side="right"))
+
+    def tensors(self, starts: Sequence[int], num_rows: int, device: torch.device) -> PlanTensors:
+        """Index tensors for samples that start at pool rows ``starts``: one upload, kept for the next use.
+
+        Any thread and CUDA stream may ask; the current stream waits for the upload if another one made it.
+        """
+        key = (tuple(starts), num_rows, device)
+        tensors = self._tensors.get(key)
+        if tensors is None:  # of two threads that come here at once, both take what the first one puts there
+            tensors = self._tensors.setdefault(key, PlanTensors.of(self, starts, num_rows, device))
+        tensors.join()
+        return tensors
+
+
+def make_plan(
+    input_ids: Ints,
+    valid: Bools,
+    visual_ids: Sequence[int],
+    schedule: Schedule,
+    action: Action,
+    *,
+    past: int = 0,
+    prompt_ends: Sequence[int] | None = None,
+) -> Plan | None:
+    """Plan the routing of one batch of prompts, or None if no sample has visual tokens.
+
+    Args:
+        input_ids: (B, L) token ids of this call.
+        valid: (B, L) False at padding.
+        visual_ids: ids of the placeholders that stand for visual tokens.
+        past: logical length of the cache before this call.
+        prompt_ends: per sample, one past the logical position of the last prompt token (default L): the last
+            valid token before it is the query.
+
+    Raises:
+        RerouteError: a prompt with visual tokens ends in one: there is no question after the picture yet.
+    """
+    is_visual = np.isin(input_ids, np.asarray(visual_ids)) & valid
+    if not is_visual.any():
+        return None
+    order = np.where(valid, np.cumsum(valid, axis=1) - 1, -1)
+    ends = [input_ids.shape[1]] * len(input_ids) if prompt_ends is None else prompt_ends
+    visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
+    text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
+    query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
+    for sample, (rows, last) in enumerate(zip(visual, query, strict=True)):
+        if last < 0:
+            raise RerouteError(f"Sample {sample} has no prompt token: its attention_mask is all zeros.")
+        if len(rows) and rows[-1] >= last:
+            raise RerouteError(
+                f"The prompt of sample {sample} ends inside or right after its visual tokens, so there is no text to "
+                "rank them by. Put the question after the picture, and do not split a prompt into chunks while "
+                "routing is enabled."
+            )
+    decisions = _decisions(schedule, action, tuple(len(rows) for rows in visual))
+    return Plan(schedule, action, past, order, visual, text_rows, query, decisions)
+
+
+def _decisions(schedule: Schedule, action: Action, visual_counts: tuple[int, ...]) -> tuple[Decision, ...]:
+    counts = zip(*map(schedule.counts, visual_counts), strict=True)
+    decisions: list[Decision] = []
+    for stage, (layer, k) in enumerate(zip(schedule.layers, counts, strict=True)):
+        from_pool = action == "route" or stage == 0
+        candidates = visual_counts if from_pool else decisions[-1].k
+        decisions.append(Decision(stage, layer, layer + schedule.score_layer_offset, candidates, k, from_pool))
+    return tuple(decisions)

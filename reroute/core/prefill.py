@@ -1,0 +1,250 @@
+"""The state of one prefill: which rows run, where all others wait, what was decided. Gone when the prefill ends.
+
+The pool holds the latest hidden state of every prompt token. At a stage boundary the rows that ran are written back
+(*defer*), all candidates are ranked, and the selected rows are gathered (*admit*).
+
+Of a model that is spread over several GPUs the pool is where RoPE tables and masks are; layers may be elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from reroute_kernels import Backend, PagedPool, Selection
+
+from ..trace import StageTrace, Trace
+from .decision import Decision
+from .plan import Plan
+from .ranking import DecoderAdapter, RankContext, Ranker
+from .workspace import Workspace
+
+__all__ = ["PositionTables", "Prefill"]
+
+
+@dataclass(frozen=True)
+class PositionTables:
+    """What goes with each row of hidden states into a layer: cos, sin (B, S, rot), position ids (B, S) or None."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    ids: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Competitors:
+    """What competes at the next decision: sample rows (B, N), (B, M), and indices among all visual tokens (B, N)."""
+
+    candidates: torch.Tensor
+    text_rows: torch.Tensor
+    visual_indices: torch.Tensor
+
+
+class Prefill:
+    """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
+    the end, and ``close`` in any case.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        pool: PagedPool,
+        adapter: DecoderAdapter,
+        ranker: Ranker,
+        tables: PositionTables,
+        *,
+        workspace: Workspace | None = None,
+        trace: bool = False,
+    ) -> None:
+        """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into pool order.
+
+        Whoever passes a ``workspace`` of ``plan`` releases it.
+
+        Raises:
+            PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
+            torch.OutOfMemoryError: the device has no room for it; likewise.
+        """
+        self.plan, self.stage, self.tables = plan, -1, tables
+        self._backend, self._adapter = backend, adapter
+        self._ranker = ranker
+        self._positions: torch.Tensor | None = None
+        self._is_home = False
+        self._trace: list[StageTrace] | None = [] if trace else None
+        self._is_reserved = workspace is not None
+        self._workspace = workspace or Workspace(plan)
+        self._lease, self._tensors = self._workspace.take(pool)
+        try:
+            self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
+            self._rows, self._inverse_index = self._tensors.rows, self._tensors.inverse_index
+            visual_indices = self._tensors.visual_indices.expand_as(self._tensors.candidates)
+            self._competitors = _Competitors(self._tensors.candidates, self._tensors.text_rows, visual_indices)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the pool rows back, unless they are reserved. Idempotent."""
+        if self._is_reserved:
+            self._lease.end_use()
+        else:
+            self._workspace.release()
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Logical position in this call of every row of the present stage, (B, S) int64, -1 for fillers."""
+        assert self._positions is not None
+        return self._positions
+
+    @property
+    def has_fillers(self) -> bool:
+        """True if some sample is shorter than the compact length of the present stage."""
+        return min(self.plan.active(self.stage)) < self.plan.width(self.stage)
+
+    @property
+    def position_offset(self) -> torch.Tensor | None:
+        """What the running stage's renumbered positions subtract from logical ones, (B, 1) int64; else None."""
+        if self.plan.schedule.positions == "preserved":
+            return None
+        return self._tensors.dropped[self.stage][:, None]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The decisions so far, if tracing."""
+        if self._trace is None:
+            return None
+        starts = self._tensors.starts
+        rows = (self._tensors.candidates + starts).clamp(min=0)
+        return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
+
+    def decide(self, decision: Decision, hidden: torch.Tensor) -> Selection:
+        """Choose the rows of a stage from the pool and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
+        self._is_home = False
+        selection = self._ranker.select(self._rank_context(decision, hidden))
+        if not self._is_home:  # the ranker did not ask for hidden states
+            self._defer(hidden)
+        self._record(decision, selection)
+        return selection
+
+    def advance(self, decision: Decision, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+        """Enter the decided stage: ``hidden`` (B, S, C) goes home, the selected rows (B, S', C) come out."""
+        if decision.score_layer != decision.layer:  # else ``decide`` has written it
+            self._defer(hidden)
+        self._rows = self._pool_rows(decision, selection.active_rows)
+        self._positions, self._inverse_index = selection.active_positions, selection.inverse_index
+        if self.plan.action == "remove":
+            self._competitors = self._survivors(selection.kept)
+        self.stage = decision.stage
+        admitted, cos, sin, *ids = self._admit(self._rows, *self._pool_tables)
+        self.tables = PositionTables(cos, sin, ids[0].squeeze(-1) if ids else None)
+        if self.plan.schedule.positions == "renumbered":
+            self.tables = self._renumbered(admitted)
+        return admitted.to(hidden.device)
+
+    def restore(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The latest state of every token at logical length (B, L, C), given the running rows; padding is zero."""
+        self._defer(hidden)
+        return self._admit(self._tensors.rows)[0].to(hidden.device)
+
+    # --- the kernels ----------------------------------------------------------------------------------------------
+
+    def _defer(self, hidden: torch.Tensor) -> None:
+        pages = self._lease.pages
+        self._backend.defer(pages, self._lease.table, self._rows, hidden.to(pages.device))
+        self._is_home = True
+
+    def _admit(self, rows: torch.Tensor, *aux: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._backend.admit(self._lease.pages, self._lease.table, rows, *aux)
+
+    def _defer_and_normalise(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
+        """Write ``hidden`` home; and what will be scored, after the input norm of ``decision.score_layer``."""
+        layer, pages = decision.score_layer, self._lease.pages
+        norm = self._adapter.input_norm(layer)
+        if norm is None or norm.weight.device != pages.device or not decision.from_pool:
+            return self._adapter.normalise(layer, self._defer_and_read(decision, hidden))
+        self._is_home = True
+        return self._backend.defer_rmsnorm(self._lease, self._rows, self._inverse_index, hidden.to(pages.device), norm)
+
+    def _defer_and_read(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
+        """Write ``hidden`` home; and what will be scored."""
+        self._defer(hidden)
+        return self._lease.rows() if decision.from_pool else hidden.flatten(0, 1)
+
+    def _rank_context(self, decision: Decision, hidden: torch.Tensor) -> RankContext:
+        cos, sin = self._pool_tables[:2]
+        positions = self._tensors.positions
+        if not decision.from_pool:
+            cos, sin = self.tables.cos.flatten(0, 1), self.tables.sin.flatten(0, 1)
+            positions = self.positions.flatten()
+        device = self._lease.pages.device
+        return RankContext(
+            decision,
+            self._backend,
+            self._adapter,
+            self._tensors.metadata[decision.stage],
+            self._competitors.candidates,
+            self._competitors.text_rows,
+            positions,
+            self._tensors.queries[decision.stage],
+            cos,
+            sin,
+            hidden=lambda: self._defer_and_read(decision, hidden).to(device),
+            normed=lambda: self._defer_and_normalise(decision, hidden),
+        )
+
+    # --- index bookkeeping ----------------------------------------------------------------------------------------
+
+    def _to_pool_order(self, table: torch.Tensor) -> torch.Tensor:
+        """(B or 1, L) or (B or 1, L, w) in logical order -> (R, w) in pool order."""
+        table = table.unsqueeze(-1) if table.ndim == 2 else table
+        flat = table.expand(self.plan.batch, -1, -1).reshape(-1, table.shape[-1])
+        return flat.index_select(0, self._tensors.tokens)
+
+    def _pool_rows(self, decision: Decision, active: torch.Tensor) -> torch.Tensor:
+        """Pool rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
+        if decision.from_pool:
+            return active
+        return self._rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
+
+    def _survivors(self, kept: torch.Tensor) -> _Competitors:
+        """What competes after a removal: ``kept`` (B, K) are indices into the former candidates, padded with -1."""
+        old, dropped = self._competitors, kept < 0
+        kept = kept.clamp(min=0)
+        beyond = torch.iinfo(old.text_rows.dtype).max
+        visual = old.candidates.gather(1, kept).masked_fill(dropped, beyond)
+        text_rows = old.text_rows.masked_fill(old.text_rows < 0, beyond)
+        return _Competitors(
+            candidates=_merged(visual, text_rows).masked_fill(dropped, -1),
+            text_rows=_merged(text_rows, visual).masked_fill(old.text_rows < 0, -1),
+            visual_indices=old.visual_indices.gather(1, kept),
+        )
+
+    def _renumbered(self, hidden: torch.Tensor) -> PositionTables:
+        """PDrop's original numbering: the rows that are left count from 0 ."""
+        ids = (self._rows >= 0).cumsum(1).sub(1).clamp(min=0)
+        return PositionTables(*self._adapter.rope_tables(hidden, ids), ids)
+
+    def _record(self, decision: Decision, selection: Selection) -> None:
+        if self._trace is None:
+            return
+        visual_indices = self._competitors.visual_indices
+        kept = visual_indices.gather(1, selection.kept.clamp(min=0))
+        self._trace.append(
+            StageTrace(
+                layer=decision.layer,
+                kept=_trim(kept, decision.k),
+                candidates=_trim(visual_indices, decision.candidates),
+                scores=_trim(selection.scores, decision.candidates),
+            )
+        )
+
+
+def _trim(padded: torch.Tensor, counts: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(row[:n] for row, n in zip(padded, counts, strict=True))
+
+
+def _merged(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Rank of each of ``rows`` in the ascending union of two disjoint ascending lists, per sample."""
+    ranks = torch.arange(rows.shape[1], device=rows.device)
+    return ranks + torch.searchsorted(others, rows)

@@ -1,0 +1,148 @@
+"""A schedule says before which layers a decision is made and how many visual tokens it keeps."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import floor
+from operator import index
+from typing import Literal, get_args
+
+from ..errors import RerouteError, unknown
+
+__all__ = ["Action", "Positions", "Rounding", "Schedule", "count"]
+
+Action = Literal["route", "remove"]
+"""What happens to visual tokens that are not kept: ``route`` defers them, ``remove`` deletes them."""
+
+Rounding = Literal["floor", "floor0", "half_even"]
+"""From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's
+original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers)."""
+
+Positions = Literal["preserved", "renumbered"]
+"""Position ids of the kept tokens: those of the full prompt, or counted anew from 0 after each
+decision (PDrop's original, only with ``remove``)."""
+
+
+def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
+    """How many of ``n`` visual tokens a ratio stands for; never more than ``n``.
+
+    The product is taken in binary floating point, as in the released code: 0.29 of 100 is 28.
+    """
+    kept = round(n * ratio) if rounding == "half_even" else floor(n * ratio)
+    return min(n, max(1, kept) if rounding == "floor" else kept)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Routing layers, and per stage the share of the prompt's N visual tokens that is kept.
+
+    - ``layers``: a decision is made before each of these layers, which already run on the result.
+    - ``ratios``: kept share per stage, always relative to the original N.
+    - ``score_layer_offset``: 0 scores with the routing layer's own query and keys, on its input;
+      -1 with those of the layer before (FastV's original).
+
+    Raises:
+        RerouteError: values that cannot be right whatever the model.
+    """
+
+    layers: tuple[int, ...]
+    ratios: tuple[float, ...]
+    rounding: Rounding = "floor"
+    positions: Positions = "preserved"
+    score_layer_offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Turn sequences into tuples and check them."""
+        try:
+            object.__setattr__(self, "layers", tuple(map(index, self.layers)))
+            object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
+        except (TypeError, ValueError):
+            raise RerouteError(
+                "A schedule needs a sequence of layer numbers and a sequence of ratios, such as "
+                f"layers=(3, 7), ratios=(0.5, 0.5); got layers={self.layers!r}, ratios={self.ratios!r}."
+            ) from None
+        if not self.layers:
+            raise RerouteError("A schedule needs at least one routing layer; to run the plain model, disable routing.")
+        if len(self.layers) != len(self.ratios):
+            raise RerouteError(
+                f"Give one ratio per routing layer: got ratios {self.ratios} for the layers {self.layers}."
+            )
+        if self.score_layer_offset not in (0, -1):
+            raise RerouteError(
+                "score_layer_offset must be 0 (score with the routing layer) or -1 (with the layer "
+                f"before it), not {self.score_layer_offset!r}."
+            )
+        if any(a >= b for a, b in pairwise(self.layers)):
+            raise RerouteError(f"Routing layers must be strictly increasing, not {self.layers}.")
+        if self.layers[0] < (lowest := -self.score_layer_offset):
+            raise RerouteError(
+                f"The first routing layer must be {lowest} or later with "
+                f"score_layer_offset={self.score_layer_offset}, not {self.layers[0]}."
+            )
+        if any(not 0 < ratio <= 1 for ratio in self.ratios):
+            raise RerouteError(f"Ratios must be above 0 and at most 1, not {self.ratios}.")
+        if self.rounding not in get_args(Rounding):
+            raise unknown("rounding", self.rounding, get_args(Rounding))
+        if self.positions not in get_args(Positions):
+            raise unknown("positions", self.positions, get_args(Positions))
+
+    def validate(self, num_layers: int, action: Action) -> None:
+        """Check the schedule against a model of ``num_layers`` decoder layers and an action.
+
+        Raises:
+            RerouteError: it does not fit; says what would.
+        """
+        if action not in get_args(Action):
+            raise unknown("action", action, get_args(Action))
+        if self.layers[-1] >= num_layers:
+            raise RerouteError(
+                f"Routing layer {self.layers[-1]} does not exist: the model has {num_layers} layers, "
+                f"0 to {num_layers - 1}. Choose lower layers."
+            )
+        if action == "remove":
+            for before, after in pairwise(self.ratios):
+                if after > before:
+                    raise RerouteError(
+                        f"With action 'remove' ratios must not grow ({before}, then {after}): a "
+                        "removed token cannot return. Use action 'route' or ratios that only fall."
+                    )
+        elif self.positions == "renumbered":
+            raise RerouteError(
+                "Renumbered positions need action 'remove': a deferred token keeps its place in the "
+                "prompt. Use positions='preserved' with action 'route'."
+            )
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that ``layer`` belongs to; -1 before the first routing layer."""
+        return bisect_right(self.layers, layer) - 1
+
+    def counts(self, n: int) -> tuple[int, ...]:
+        """Visual tokens kept in each stage, of ``n`` in the prompt."""
+        return tuple(count(n, ratio, self.rounding) for ratio in self.ratios)
+
+    def per_layer(self, n: int, num_layers: int) -> list[int]:
+        """Visual tokens that each of the model's layers runs, of ``n`` in the prompt."""
+        counts = (*self.counts(n), n)  # stage -1, the dense layers, is the last entry
+        return [counts[self.stage_of(layer)] for layer in range(num_layers)]
+
+    def to_json(self) -> str:
+        """The schedule as a JSON object; ``from_json`` gives an equal one back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """The schedule that ``to_json`` wrote.
+
+        Raises:
+            RerouteError: not such an object, or values that cannot be right.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise RerouteError(
+                f"Not a schedule: {error}. Pass what Schedule.to_json wrote, such as "
+                '{"layers": [3], "ratios": [0.25]}.'
+            ) from None

@@ -1,0 +1,86 @@
+"""Which ratios meet a budget ``keep`` = avg_T / N: the mean over *all* layers of the share that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+from ..errors import RerouteError, unknown
+from .schedule import Schedule
+
+__all__ = ["RatioFamily", "check_keep", "scale_layers", "solve"]
+
+RatioFamily = Literal["uniform", "pyramid", "geometric"]
+"""How ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
+
+_RATIO: dict[RatioFamily, Callable[[float, int], float]] = {
+    "uniform": lambda r, stage: r,
+    "pyramid": lambda a, stage: a * 0.5 ** max(0, stage - 1),
+    "geometric": lambda r, stage: r ** (stage + 1),
+}
+
+
+def scale_layers(layers_of_32: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The routing layers of a 32-layer model, for a model of another depth.
+
+    A layer x becomes floor(x * num_layers / 32). Only the first stays as it is while that is below
+    the second: how soon visual tokens may be deferred hardly depends on depth. It becomes at least
+    1. In shallow models several layers may become one, so fewer can come out than went in: compute
+    the ratios on what comes out (``solve`` does), do not cut a list that was made for the input.
+    """
+    first, *later = layers_of_32
+    later = [layer * num_layers // 32 for layer in later]
+    if later and first >= later[0]:
+        first = max(1, first * num_layers // 32)
+    return tuple(sorted({first, *(layer for layer in later if layer > first)}))
+
+
+def check_keep(keep: float) -> None:
+    """RerouteError for a budget ``keep`` = avg_T / N that no model can have."""
+    if not 0 < keep <= 1:
+        raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
+
+
+def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
+    """Ratios of a family, one per routing layer, for the budget ``keep`` = avg_T / N.
+
+    The average is that of the ratios themselves, clipped to 1; rounding down to counts takes less
+    than one token off it. ``keep=1`` gives exactly 1.0 everywhere.
+
+    Raises:
+        RerouteError: unknown family, layers that do not fit, or a budget that no ratios reach.
+    """
+    if family not in _RATIO:
+        raise unknown("ratio family", family, _RATIO)
+    Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
+    check_keep(keep)
+    if keep == 1:
+        return (1.0,) * len(layers)
+    target = keep * num_layers - layers[0]
+    if target <= 0:
+        raise RerouteError(
+            f"keep = {keep} is out of reach: layers before the first routing layer run all visual "
+            f"tokens, so with routing from layer {layers[0]} on, {num_layers} layers cannot get down "
+            f"to {layers[0]}/{num_layers} = {layers[0] / num_layers:.4g}. "
+            "Choose a larger keep or an earlier first routing layer."
+        )
+    widths = [end - start for start, end in pairwise((*layers, num_layers))]
+
+    def ratios(free: float) -> tuple[float, ...]:
+        return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(widths)))
+
+    low, high = 0.0, 2.0 ** len(widths)
+    while low < (middle := (low + high) / 2) < high:
+        if sum(w * r for w, r in zip(widths, ratios(middle), strict=True)) < target:
+            low = middle
+        else:
+            high = middle
+    return ratios(_tidy(high))
+
+
+def _tidy(value: float) -> float:
+    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
+    near = float(Fraction(value).limit_denominator(10_000))
+    return near if near > 0 and abs(near - value) < 1e-12 else value

@@ -1,0 +1,190 @@
+import dataclasses
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from reroute.demo.tinyvlm import architecture
+from training.tinyvlm import phases, train
+from training.tinyvlm.muon import Muon, orthogonalise
+from training.tinyvlm.phases import generator
+from training.tinyvlm.recipe import RECIPE, Ramp, Recipe, Stage, ramp, shortened
+from training.tinyvlm.train import CheckpointError, Run
+
+MICRO = Recipe(
+    seed=3,
+    vision_steps=2,
+    vision_batch=2,
+    vision_rate=1e-3,
+    stages=(
+        Stage("one", steps=3, rate=1e-3, digits=((0.0, (2, 3)),), paired=0.5, batch=2),
+        Stage("two", steps=2, rate=1e-3, digits=((0.0, (3, 4)),), paired=0.5, batch=2),
+    ),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    # Validating and aligning the projector at full size would take most of the time.
+    align, made = phases.initialise.align_projector, phases.phases
+
+    def unvalidated(model, recipe):
+        parts = made(model, recipe)
+        for part in parts:
+            part.validate = lambda batches=6: {}
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.initialise, "align_projector", partial(align, batches=4))
+        patch.setattr(train, "phases", unvalidated)
+        yield
+
+
+def start(folder, recipe=MICRO):
+    return Run(folder, recipe, architecture.config(2, 32, 1))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run = start(folder)
+    assert run.train()
+    return run
+
+
+def assert_equal(a, b):
+    a, b = a.model.state_dict(), b.model.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stops", [(1, 2), (3,), (4, 1)])
+def test_interrupted_run_equals_uninterrupted_one(tmp_path, finished, stops):
+    for stop in stops:
+        assert not start(tmp_path).train(stop_after=stop)
+    run = start(tmp_path)
+    assert run.train()
+    assert_equal(run, finished)
+
+
+def test_finished_run_stays_finished(finished):
+    again = start(finished.folder)
+    assert_equal(again, finished)
+    assert again.train()
+    assert_equal(again, finished)
+
+
+def test_later_stage_may_be_edited(tmp_path, finished):
+    edited = dataclasses.replace(MICRO.stages[1], rate=2e-3)
+    recipe = dataclasses.replace(MICRO, stages=(MICRO.stages[0], edited))
+    shutil.copyfile(finished.folder / "after-one.pt", tmp_path / "state.pt")
+    resumed = start(tmp_path, recipe)
+    assert resumed.train()
+    scratch = start(tmp_path / "scratch", recipe)
+    assert scratch.train()
+    assert_equal(resumed, scratch)
+
+
+def test_every_part_is_trained(finished):
+    fresh = architecture.build(architecture.config(2, 32, 1), MICRO.seed).state_dict()
+    trained = finished.model.state_dict()
+    still = {name for name in trained if torch.equal(trained[name], fresh[name])}
+    # The tower's last norm is behind the features that LLaVA uses.
+    assert {name.split(".")[-2] for name in still} <= {"post_layernorm"}
+
+
+def test_tower_is_frozen_after_its_phase(finished):
+    after = torch.load(finished.folder / "after-vision.pt", weights_only=True)["model"]
+    final = finished.model.state_dict()
+    tower = [name for name in final if "vision_tower" in name]
+    assert tower
+    assert all(torch.equal(after[name], final[name]) for name in tower)
+
+
+def test_foreign_and_corrupt_states_are_refused(tmp_path, finished):
+    state = tmp_path / "state.pt"
+    original = (finished.folder / "state.pt").read_bytes()
+    for content in (b"", b"not a checkpoint", original[:1000], original[: len(original) // 2]):
+        state.write_bytes(content)
+        with pytest.raises(CheckpointError, match="delete it"):
+            start(tmp_path)
+    torch.save({"weights": torch.zeros(3)}, state)
+    with pytest.raises(CheckpointError, match="not a state of this program"):
+        start(tmp_path)
+    torch.save([1, 2], state)
+    with pytest.raises(CheckpointError, match="not a state of this program"):
+        start(tmp_path)
+    state.write_bytes(original)
+    with pytest.raises(CheckpointError, match="another seed"):
+        start(tmp_path, dataclasses.replace(MICRO, seed=4))
+    with pytest.raises(CheckpointError, match="another size"):
+        Run(tmp_path, MICRO, architecture.config(3, 32, 1))
+
+
+def test_edited_stage_does_not_go_on_midway(tmp_path):
+    assert not start(tmp_path).train(stop_after=3)
+    edited = dataclasses.replace(MICRO.stages[0], rate=2e-3)
+    run = start(tmp_path, dataclasses.replace(MICRO, stages=(edited, MICRO.stages[1])))
+    with pytest.raises(CheckpointError, match="within another stage"):
+        run.train()
+
+
+def test_command_line_names_the_problem(tmp_path, capsys):
+    (tmp_path / "state.pt").write_bytes(b"broken")
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--out", str(tmp_path)])
+    assert exit.value.code == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_every_step_has_its_own_randomness():
+    draws = {
+        generator(recipe, name, step).integers(2**62)
+        for recipe in (MICRO, dataclasses.replace(MICRO, seed=4))
+        for name in ("one", "two")
+        for step in range(10)
+    }
+    assert len(draws) == 40
+
+
+def test_validation_names_the_kinds(finished):
+    made = phases.phases(finished.model, MICRO)
+    assert set(made[0].validate(batches=1)) == {"class", "colour"}
+    shares = made[1].validate(batches=1)
+    assert {"attr", "hop", "riddle", "word"} <= set(shares)
+    assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_schedules():
+    assert Ramp(((0.3, 0.7), (0.65, 0.0))).at(0.1) == 0.7
+    assert Ramp(((0.3, 0.7), (0.65, 0.0))).at(0.475) == pytest.approx(0.35)
+    assert ramp(1.0, 0.5).at(1.0) == 0.5
+    bind = RECIPE.stages[0]
+    assert [bind.mix(done).digits for done in (0.0, 0.2, 0.9)] == [(2, 4), (4, 6), (5, 8)]
+    assert {stage.steps for stage in shortened(RECIPE, 7).stages} == {7}
+    assert len({stage.name for stage in RECIPE.stages}) == len(RECIPE.stages)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
+def test_orthogonalise(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_muon_equals_one_matrix_at_a_time():
+    random = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (8, 12), (8, 8), (12, 8)]
+    together = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
+    apart = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimisers = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in apart)]
+    for _ in range(2):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(p.shape, generator=random)
+            q.grad = p.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q)

@@ -1,0 +1,95 @@
+"""Settings as one object, written and read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+import reroute
+from reroute import RoutingConfig, Schedule
+from reroute.errors import RerouteError
+from reroute.methods import METHODS, FastV, PDrop, Random
+from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
+
+
+@dataclass(frozen=True)
+class Unknown(ScoreRanker):
+    def scores(self, inputs: RankInputs) -> Any: ...
+
+
+CONFIGS = [
+    RoutingConfig(),
+    RoutingConfig("fastv", "remove", keep=1 / 3, backend="torch", trace=True),
+    RoutingConfig(PDrop((2, 4), (0.5, 0.25), "floor0")),
+    RoutingConfig(Random(ranker=RandomScores(seed=3)), keep=0.5),
+    RoutingConfig(FastV(ratio=0.1, ranker=RandomScores())),
+    RoutingConfig(schedule=Schedule((2, 7), (0.5, 0.25), "half_even")),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_json_there_and_back(config: RoutingConfig) -> None:
+    text = config.to_json()
+    assert RoutingConfig.from_json(text) == config
+    assert json.loads(text)["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Not a routing configuration"),
+        ("[1]", "Not a routing configuration"),
+        ('{"keep": 0.5}', "version None cannot be read"),
+        ('{"version": 2}', "version 2 cannot be read; this release knows version 1"),
+        ('{"version": 1, "kep": 0.5}', "unexpected keyword argument 'kep'"),
+        ('{"version": 1, "keep": 2}', "at most 1"),
+        ('{"version": 1, "method": {"name": "fastvv", "ranker": {"name": "random_scores"}}}', "Did you mean 'fastv'"),
+        ('{"version": 1, "method": {"name": "fastv", "ranker": {"name": "randm_scores"}}}', "Unknown ranker"),
+        ('{"version": 1, "method": {"name": "fastv"}}', "Not a routing configuration: 'ranker'"),
+    ],
+)
+def test_what_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(RerouteError, match=message):
+        RoutingConfig.from_json(text)
+
+
+def test_what_cannot_be_written() -> None:
+    with pytest.raises(RerouteError, match=r"Unknown cannot be stored: give it a name in reroute\.rankers\.RANKERS"):
+        RoutingConfig(FastV(ranker=Unknown())).to_json()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"action": "prune"}, "known: remove, route"),
+        ({"method": "fastvv"}, "Did you mean 'fastv'"),
+        ({"keep": 0.0}, "above 0"),
+        ({"keep": 0.5, "schedule": Schedule((2,), (0.5,))}, "not both"),
+        ({"backend": "cuda"}, "Unknown backend"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RerouteError, match=message):
+        RoutingConfig(**settings)
+
+
+def test_what_settings_mean_for_a_model() -> None:
+    assert RoutingConfig(keep=1 / 3).schedule_for(32) == PDrop().with_budget(1 / 3, 32, "route").schedule(32, "route")
+    schedule = Schedule((2,), (0.5,))
+    explicit = RoutingConfig(schedule=schedule)
+    assert (explicit.schedule_for(8), explicit.method_name, explicit.ranker) == (
+        schedule,
+        "schedule",
+        LastTokenAttention(),
+    )
+    ranked = replace(explicit, method=Random())
+    assert (ranked.schedule_for(8), ranked.method_name, ranked.ranker) == (schedule, "random", RandomScores())
+    assert {RoutingConfig(name).method_name for name in METHODS} == set(METHODS)
+
+
+def test_a_config_or_single_settings() -> None:
+    with pytest.raises(RerouteError, match="not both"):
+        reroute.enable(config=RoutingConfig(keep=0.5), keep=0.5)
