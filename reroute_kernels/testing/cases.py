@@ -194,7 +194,7 @@ def _score_topk(backend: Backend, inputs: KernelInputs) -> Any:
 def _step(backend: Backend, inputs: KernelInputs) -> Any:
     """A whole stage boundary, without the model's own projection."""
     _defer_rmsnorm(backend, inputs)
-    active = _score_topk(backend, inputs).active
+    active = _score_topk(backend, inputs).active_rows
     return backend.admit(inputs.lease.pages, inputs.lease.table, active, inputs.cos, inputs.sin, inputs.ids)
 
 

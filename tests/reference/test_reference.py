@@ -241,8 +241,8 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
         (((), (), (), (), ()), "one integer per sample"),
         (((0,), (4, 4), (2,), (2,), (1,)), "one integer per sample"),
         (((0,), (4,), (2,), (2,), (-1,)), "negative"),
-        (((0,), (4,), (2,), (2,), (3,)), "keep=3 <= candidates=2"),
-        (((0,), (4,), (5,), (2,), (3,)), "candidates=5 <= length=4"),
+        (((0,), (4,), (2,), (2,), (3,)), "k=3 <= num_candidates=2"),
+        (((0,), (4,), (5,), (2,), (3,)), "num_candidates=5 <= kv_len=4"),
         (((0, 3), (4, 4), (2, 2), (2, 2), (1, 1)), "rows 0 to 4 and the next begins at 3"),
     ],
 )
