@@ -46,7 +46,7 @@ class Span:
         return self.start < tick <= self.end
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Logs every storage that comes to be in ``with``, and when it goes.
 
     Storages are seen as tensors that operations return: scratch that lives inside one ATen kernel is not seen.

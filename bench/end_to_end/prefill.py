@@ -14,6 +14,7 @@ import reroute
 from reroute.core.prefill import Prefill
 from reroute.handle import Handle
 from reroute.transformers import ModelAdapter, RoutingHooks, context
+from reroute.transformers.planner import Planner
 from reroute_kernels import PagedPool, reference
 
 from .interleaved import Parts, Spread, interleaved
@@ -25,7 +26,7 @@ HOOKS, KEYS, RESTORE, PREFILL = "hooks", "key projection", "restore", "prefill"
 
 # Where the parts of routing are in the code. Whatever is not listed is charged to the part that calls it.
 METHODS: tuple[tuple[type, str, str], ...] = (
-    (RoutingHooks, "plan", "plan"),
+    (Planner, "plan_call", "plan"),
     (Handle, "_start", "index tables"),
     (PagedPool, "lease", "lease"),
     (Prefill, "decide", "index bookkeeping"),

@@ -101,7 +101,7 @@ class Session:
             with handle.using(handle.plan(prompt.ids)):
                 values = self._checked(key, ours, plain)
             _same("the tokens kept", handle.stats().kept, (handle.schedule.counts(key.visual),) * key.batch)
-        spent = asdict(costs(self.shape, handle.schedule, handle.action, key.visual))
+        spent = asdict(costs(self.shape, handle.schedule, handle.config.action, key.visual))
         values |= {name: round(value, 4) for name, value in spent.items()}
         return values if key.mode == "graph" else {**values, "plan_ms": _ms(planning)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ from reroute import Schedule
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
 from reroute.rankers import LastTokenAttention
-from reroute_kernels import Backend, PagedPool, RMSNorm, ops
+from reroute_kernels import Backend, PagedPool, RMSNorm, Rope, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels.launch import SpecializedKernel
@@ -68,7 +69,7 @@ def registrations(run: Callable[..., None], name: str) -> dict[str, Callable[...
 class Ready:
     """An adapter whose queries and keys are there already."""
 
-    rope = "half"
+    rope: Rope = "half"
 
     def __init__(self, inputs: KernelInputs) -> None:
         self._projected, self._norm = (inputs.query, inputs.keys), inputs.norm
@@ -88,6 +89,9 @@ class Ready:
     def key_norm(self, layer: int) -> None:
         return None
 
+    def rope_tables(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("positions are preserved here")
+
 
 def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]:
     """Microseconds of ``Prefill.decide`` and ``advance`` per routing layer, and of making a ``Prefill``: the best."""
@@ -97,9 +101,8 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
     assert plan is not None
     pool, adapter = PagedPool(case.shape.hidden, inputs.dtype, inputs.device), Ready(inputs)
     logical = torch.zeros(1, case.length, case.shape.hidden, dtype=inputs.dtype)
-    tables = PositionTables(
-        *(torch.zeros(1, case.length, 128, dtype=inputs.dtype) for _ in "cs"), torch.arange(case.length)[None]
-    )
+    cos = torch.zeros(1, case.length, case.shape.head_dim, dtype=inputs.dtype)
+    tables = PositionTables(cos, cos.clone(), torch.arange(case.length)[None])
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
@@ -123,23 +126,26 @@ def main() -> None:
     arguments = pages, table, index, hidden
     width, unit = rows._units(pages.shape[2] * pages.element_size(), pages, hidden)
     variant = rows._specialized_defer(pages.shape[1], width, unit)
-    options = {**variant.constants, "num_warps": rows.WARPS, "enable_fp_fusion": False}
+    options = {**variant.constants, "num_warps": rows.NUM_WARPS, "enable_fp_fusion": False}
     lines: list[tuple[str, float]] = []
     with torch.no_grad(), compiling_for(90):
-        note = lambda name, call: lines.append((name, best(call)))
+
+        def note(name: str, call: Callable[[], object]) -> None:
+            lines.append((name, best(call)))
+
         note("defer: Triton's own launch", lambda: rows._defer_kernel[(32, 7)](*arguments, 256, **options))
         note("defer: launch of a variant", lambda: variant((32, 7, 1), *arguments, 256))
         note("defer: launcher", lambda: rows.defer(*arguments))
         for name, call in registrations(launch, "launch").items():
-            note(f"defer: {name}", lambda call=call: call(*arguments))
+            note(f"defer: {name}", partial(call, *arguments))
         for name, call in registrations(nothing, "nothing").items():
-            note(f"empty: {name}", lambda call=call: call(*arguments))
+            note(f"empty: {name}", partial(call, *arguments))
         note("admit: launcher", lambda: rows.admit(pages, table, index, aux))
         note("admit: as dispatched", lambda: ops.admit(pages, table, index, *aux))
         note("defer: as dispatched", lambda: ops.defer(*arguments))
         inputs = KernelInputs(CASE, pages.device, pages.dtype)
         for name in ("defer_rmsnorm", "score_topk", "step"):
-            note(f"{name}: as dispatched", lambda run=OPERATIONS[name]: run(BACKEND, inputs))
+            note(f"{name}: as dispatched", partial(OPERATIONS[name], BACKEND, inputs))
         step, start = prefill_step(inputs)
         lines += [("prefill: decide, advance", step), ("prefill: begin", start)]
         with mock.patch.object(SpecializedKernel, "__call__", lambda *_: None):  # noqa: PT008 - a mock takes time itself
