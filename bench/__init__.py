@@ -1,1 +1,1 @@
-"""Benchmarks of Reroute on this machine: ``python -m bench``; micro-benchmarks of the operations: ``pytest bench``."""
+"""Benchmarks: on this machine (``end_to_end``), of the kernels (``kernels``), and on a GPU (``gpu_check``)."""

@@ -2,7 +2,7 @@
 
 An operator is opaque to ``torch.compile`` and CUDA graph capture, has a fake kernel for tracing and a FLOP
 formula. Each is defined once in a :class:`torch.library.Library`: that costs about 2 microseconds a call on the
-host, against about 15 for ``torch.library.custom_op`` and ``triton_op`` (``python -m bench.overhead``). Nothing
+host, against about 15 for ``torch.library.custom_op`` and ``triton_op`` (``python -m bench.kernels.overhead``). Nothing
 of what those two add is wanted here: the operations have no gradient, as those of the reference have none.
 
 Importing this module imports triton.

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from transformers import masking_utils
 
-from ..clock import captured
+from reroute_kernels.testing.cuda_graph import captured
 
 __all__ = ["captured_prefill"]
 

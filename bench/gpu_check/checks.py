@@ -13,7 +13,7 @@ from torch import Tensor
 import reroute
 from reroute.handle import Handle
 
-from ..models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
+from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
 from .capture import captured_prefill
 
 __all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting"]

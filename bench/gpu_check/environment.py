@@ -19,7 +19,7 @@ __all__ = ["difference", "machine", "printed", "source", "versions"]
 COMMON = ("gpu", "cuda", "torch", "triton", "transformers", "python")
 """What all results of one folder have in common."""
 CARD = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.limit"
-MODELLED = "for an H100 SXM (bench.modelled)"
+MODELLED = "for an H100 SXM (bench.kernels.roofline)"
 
 
 def versions() -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from .record import read_lines
 
-__all__ = ["DENSE", "MODELS", "MODES", "VARIANTS", "Deadline", "Key", "Lines", "OutOfTime", "keys"]
+__all__ = ["DENSE", "MODEL_NAMES", "MODES", "VARIANTS", "Deadline", "Key", "Lines", "OutOfTime", "keys"]
 
-MODELS = {
+MODEL_NAMES = {
     "llava-7b": "LLaVA-1.5-7B",
     "qwen-7b": "Qwen2.5-VL-7B",
     "qwen-32b": "Qwen2.5-VL-32B",

@@ -17,13 +17,13 @@ import reroute
 from reroute.core.schedule import Schedule
 from reroute.handle import Handle
 from reroute_kernels import PagedPool
+from reroute_kernels.testing.cases import TEXT
 
-from ..flops import TEXT
-from ..modelled_prefill import costs, dense, schedule_of
-from ..models import CACHE, twin
+from ..end_to_end.models import CACHE, twin
+from ..kernels.prefill_roofline import costs, dense, schedule_of
 from .capture import captured_prefill
-from .kernels import profiled
 from .lines import DENSE, VARIANTS, Deadline, Key
+from .profiler import profiled
 from .shapes import SHAPES, Prompt, build, fitting, memory_of_prefill, position_ids
 
 __all__ = ["Session", "Wrong"]
@@ -101,7 +101,7 @@ class Session:
             with handle.using(handle.plan(prompt.ids)):
                 values = self._checked(key, ours, plain)
             _same("the tokens kept", handle.stats().kept, (handle.schedule.counts(key.visual),) * key.batch)
-        spent = asdict(costs(self.shape, handle.schedule, handle.action, key.visual))
+        spent = asdict(costs(self.shape, handle.schedule, handle.config.action, key.visual))
         values |= {name: round(value, 4) for name, value in spent.items()}
         return values if key.mode == "graph" else {**values, "plan_ms": _ms(planning)}
 

@@ -18,22 +18,23 @@ from typing import Any
 import torch
 
 from reroute_kernels import resolve
+from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
+from reroute_kernels.testing.cuda_graph import captured
 
-from ..cases import OPERATIONS, Case, Problem
-from ..clock import Clock, DeviceClock, HostClock, Mode, captured
-from ..modelled import BANDWIDTH, model
-from ..timing import Spread
+from ..end_to_end.interleaved import Spread
+from ..kernels.clock import Clock, DeviceClock, HostClock, Mode
+from ..kernels.roofline import BANDWIDTH, kernel_time
 from .day import FAILED, PASSED, UNFINISHED
 from .record import read_lines
 
 __all__ = ["Key", "keys", "measure"]
 
-PROBLEMS = (
-    *(Problem("LLaVA-1.5-7B", 576), Problem("Qwen2.5-VL-7B", 16384)),
-    *(Problem("LLaVA-1.5-7B", 2880), Problem("Qwen2.5-VL-7B", 576)),
-    *(Problem("LLaVA-1.5-7B", 16384), Problem("Qwen2.5-VL-7B", 2304)),
-    *(Problem("LLaVA-1.5-7B", 576, 16), Problem("Qwen2.5-VL-7B", 16384, 4)),
-    *(Problem("Qwen2.5-VL-72B", 16384), Problem("Qwen2.5-VL-7B", 65536)),
+CASES = (
+    *(KernelCase("LLaVA-1.5-7B", 576), KernelCase("Qwen2.5-VL-7B", 16384)),
+    *(KernelCase("LLaVA-1.5-7B", 2880), KernelCase("Qwen2.5-VL-7B", 576)),
+    *(KernelCase("LLaVA-1.5-7B", 16384), KernelCase("Qwen2.5-VL-7B", 2304)),
+    *(KernelCase("LLaVA-1.5-7B", 576, 16), KernelCase("Qwen2.5-VL-7B", 16384, 4)),
+    *(KernelCase("Qwen2.5-VL-72B", 16384), KernelCase("Qwen2.5-VL-7B", 65536)),
 )
 """The most telling first."""
 ORDER = ("step", "score_topk", "defer_rmsnorm", "select", "admit", "restore", "defer")
@@ -41,7 +42,7 @@ EMPTY = {"1 empty launch": 1, "4 empty launches": 4}
 TOPK, COPY = "torch.topk, sort", "copy of a step's floor"
 ROUNDS = {"graph": 30, "eager": 15}
 ROOM = 4.0  # seconds without which no measurement begins: it may have to compile
-ON_CPU = 64 << 20  # bytes of the largest case where there is no GPU
+ON_CPU = 64 << 20  # bytes of the largest inputs where there is no GPU
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def keys(device: torch.device) -> list[Key]:
     modes: tuple[Mode, ...] = ("graph", "eager") if cuda else ("eager",)
     backends = ("triton", "torch") if cuda else ("torch",)
     every = [(name, "", "torch") for name in EMPTY]
-    for problem in PROBLEMS:
-        if cuda or problem.memory(4) <= ON_CPU:
-            every += [(name, str(problem), backend) for name in ORDER for backend in backends]
-            every += [(name, str(problem), "torch") for name in (TOPK, COPY)]
+    for case in CASES:
+        if cuda or case.memory(4) <= ON_CPU:
+            every += [(name, str(case), backend) for name in ORDER for backend in backends]
+            every += [(name, str(case), "torch") for name in (TOPK, COPY)]
     return [Key("operation", *of, mode) for of in every for mode in modes]
 
 
@@ -113,36 +114,36 @@ def _run_of(key: Key, device: torch.device) -> Callable[[], Any]:
     if key.operation in EMPTY:
         one = torch.zeros(1, device=device)
         return lambda: [one.add_(1) for _ in range(EMPTY[key.operation])]
-    problem = _problem(key)
-    case = _case(problem, device)
+    case = _case(key)
+    inputs = _inputs(case, device)
     if key.operation == TOPK:
-        return lambda: case.scores.topk(problem.kept).indices.sort(-1)
+        return lambda: inputs.scores.topk(case.kept).indices.sort(-1)
     if key.operation == COPY:
-        source = torch.empty(round(model("step", problem).floor * BANDWIDTH / 2), dtype=torch.uint8, device=device)
+        source = torch.empty(round(kernel_time("step", case).floor * BANDWIDTH / 2), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
     kernels = resolve(key.backend, device)
-    return lambda: OPERATIONS[key.operation](kernels, case)
+    return lambda: OPERATIONS[key.operation](kernels, inputs)
 
 
 def _modelled(key: Key) -> dict[str, float]:
     """Microseconds of the Triton kernels on an H100 by formula; floor is that of any implementation."""
     if key.operation not in OPERATIONS:
         return {}
-    result = model(key.operation, _problem(key))
+    result = kernel_time(key.operation, _case(key))
     values = {"floor_us": result.floor}
     if key.backend == "triton":
         values |= {"hidden_us": result.hidden, "modelled_us": result.graph if key.mode == "graph" else result.eager[0]}
     return {name: 1e6 * seconds for name, seconds in values.items()}
 
 
-def _problem(key: Key) -> Problem:
-    return next(problem for problem in PROBLEMS if str(problem) == key.problem)
+def _case(key: Key) -> KernelCase:
+    return next(case for case in CASES if str(case) == key.problem)
 
 
 @lru_cache(maxsize=1)
-def _case(problem: Problem, device: torch.device) -> Case:
-    return Case(problem, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+def _inputs(case: KernelCase, device: torch.device) -> KernelInputs:
+    return KernelInputs(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 @lru_cache(maxsize=1)

@@ -159,7 +159,7 @@ STEPS = (
     _kernel_tests("ops", 40),
     _kernel_tests("routing", 30),
     _kernel_tests("pool", 20),
-    _kernel_tests("score", 30, also="load_kernels"),
+    _kernel_tests("load_kernels", 30, also="reference_sync"),
     _check("graph"),
     _check("no-waiting"),
     _prefills("llava-7b", 100),

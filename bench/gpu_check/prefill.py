@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .lines import MODELS, Deadline, Key, Lines, OutOfTime, keys
+from .lines import MODEL_NAMES, Deadline, Key, Lines, OutOfTime, keys
 
 if TYPE_CHECKING:
     from .measure import Session
@@ -30,7 +30,7 @@ LONGEST = 400  # characters of an error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check.prefill", description=__doc__)
-    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument("--model", required=True, choices=MODEL_NAMES)
     parser.add_argument("--seconds", required=True, type=float, help="for all of it")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="lines are added to it")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: only to try the tiny models")

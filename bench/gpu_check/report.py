@@ -1,4 +1,4 @@
-"""Writes docs/gpu.md: ``python -m bench.gpu_check.report [--results FOLDER] [--out FILE]``.
+"""Writes docs/reference/gpu.md: ``python -m bench.gpu_check.report [--results FOLDER] [--out FILE]``.
 
 A section for each folder of results that ``bench.gpu_check`` wrote, measured beside modelled; then what is modelled
 alone. Needs no GPU.
@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..flops import TEXT
-from ..modelled_prefill import DECODERS, FORMULA, HOST, dense, routed, schedule_of, table
-from .lines import DENSE, MODELS, VARIANTS
+from reroute_kernels.testing.cases import TEXT
+
+from ..end_to_end.flops import DECODERS
+from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, table
+from .lines import DENSE, MODEL_NAMES, VARIANTS
 from .record import read_lines
 
 __all__ = ["main", "page"]
 
 ROOT = Path(__file__).parents[2]
-RESULTS, OUT = ROOT / "bench" / "results", ROOT / "docs" / "gpu.md"
+RESULTS, OUT = ROOT / "bench" / "results", ROOT / "docs" / "reference" / "gpu.md"
 Line = dict[str, Any]
 Row = Sequence[str]
 
@@ -77,7 +79,10 @@ def page(results: Path) -> str:
     """The whole page; ``results`` need not exist."""
     folders = sorted(file.parent for file in results.glob("*/results.json"))
     measured = ["## Measured", ABOUT, *(part for folder in folders for part in _measured(folder))]
-    modelled = ["## Modelled", f"Not measured: an H100 SXM by formula (`bench/modelled_prefill.py`).\n\n{FORMULA}"]
+    modelled = [
+        "## Modelled",
+        f"Not measured: an H100 SXM by formula (`bench/kernels/prefill_roofline.py`).\n\n{FORMULA}",
+    ]
     modelled += [MODELLED, _table(list(table()))]
     return "\n".join(part.rstrip() + "\n" for part in (HEAD, *(measured if folders else [NOTHING]), LOSES, *modelled))
 
@@ -217,7 +222,7 @@ def _by_problem(lines: Iterable[Line], kind: str) -> Iterator[tuple[tuple[Any, .
 
 def _expected(model: str, visual: int, batch: int, variant: str, line: Line) -> tuple[str, str]:
     """Modelled milliseconds of a graph, and their ratio to dense; with all latency hidden and with none."""
-    shape = DECODERS.get(MODELS.get(model, ""))
+    shape = DECODERS.get(MODEL_NAMES.get(model, ""))
     if shape is None or line["layers"] != shape.num_layers or line["backend"] == "torch":
         return "", ""
     plain = dense(shape, visual, batch)
@@ -233,7 +238,7 @@ def _expected(model: str, visual: int, batch: int, variant: str, line: Line) -> 
 
 def _name(line: Line) -> str:
     """The model's, and how many layers were measured if not all."""
-    name = MODELS[line["model"]]
+    name = MODEL_NAMES[line["model"]]
     return name if line["layers"] == line["of_layers"] else f"{name}, {line['layers']} of {line['of_layers']} layers"
 
 

@@ -9,18 +9,18 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 from reroute.core.cost import ModelShape, kv_bytes
+from reroute_kernels.testing.cases import TEXT
 
-from ..flops import TEXT
-from ..modelled_prefill import DECODERS
-from ..models import IMAGE_ID
-from .lines import MODELS
+from ..end_to_end.flops import DECODERS
+from ..end_to_end.models import IMAGE_ID
+from .lines import MODEL_NAMES
 
 __all__ = ["SHAPES", "Prompt", "build", "fitting", "memory_of_prefill", "memory_of_weights", "position_ids"]
 
 SHAPES = {
     "tiny-llava": ModelShape(12, 64, 96, 4, 4, 16, 512),
     "tiny-qwen": ModelShape(12, 64, 96, 4, 2, 16, 512),
-    **{model: DECODERS[name] for model, name in MODELS.items() if name in DECODERS},
+    **{model: DECODERS[name] for model, name in MODEL_NAMES.items() if name in DECODERS},
 }
 BEFORE = 35  # text tokens before the picture, as the system prompt of LLaVA; the question comes after it
 LONGEST = 1 << 17  # positions

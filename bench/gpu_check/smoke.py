@@ -15,56 +15,56 @@ from collections.abc import Callable
 import torch
 
 from reroute_kernels import Backend, resolve
+from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 
-from ..cases import OPERATIONS, Case, Problem
 from .day import NO_START, NOTHING_RUN, PASSED, WRONG
 from .environment import versions
 
 __all__ = ["CHECKS", "check_all", "main"]
 
-PROBLEMS = (Problem("LLaVA-1.5-7B", 576), Problem("Qwen2.5-VL-7B", 16384))
+CASES = (KernelCase("LLaVA-1.5-7B", 576), KernelCase("Qwen2.5-VL-7B", 16384))
 """One program selects from the first, several from the second."""
 NEAR = 1e-2  # of a score, relatively: what the order of fp32 sums may do is far below
 
 
-def _score_topk(kernels: Backend, reference: Backend, case: Case) -> str:
+def _score_topk(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
     """The selection is exact for the kernel's own scores, whose last bits depend on the order of sums."""
-    got, wanted = (OPERATIONS["score_topk"](backend, case) for backend in (kernels, reference))
-    again = reference.select(got.scores, case.candidates, case.texts, case.positions, case.metadata)
+    got, wanted = (OPERATIONS["score_topk"](backend, inputs) for backend in (kernels, reference))
+    again = reference.select(got.scores, inputs.select_rows)
     apart = ((got.scores - wanted.scores).abs() / wanted.scores).max().item()
     if not all(map(torch.equal, got[:4], again[:4])):
         return "selects others than a stable sort of its own scores does"
     return "" if apart < NEAR else f"scores differ by {apart:.1e} from those of the torch backend"
 
 
-def _select(kernels: Backend, reference: Backend, case: Case) -> str:
-    got, wanted = (OPERATIONS["select"](backend, case) for backend in (kernels, reference))
+def _select(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
+    got, wanted = (OPERATIONS["select"](backend, inputs) for backend in (kernels, reference))
     return "" if all(map(torch.equal, got, wanted)) else "selects others than a stable sort does"
 
 
-def _rows(kernels: Backend, reference: Backend, case: Case) -> str:
+def _rows(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
     """Defer, then admit: all bits."""
     results = []
     for backend in (kernels, reference):
-        case.lease.pages.zero_()
-        OPERATIONS["defer"](backend, case)
-        results.append((case.lease.pages.clone(), *OPERATIONS["admit"](backend, case)))
+        inputs.lease.pages.zero_()
+        OPERATIONS["defer"](backend, inputs)
+        results.append((inputs.lease.pages.clone(), *OPERATIONS["admit"](backend, inputs)))
     return "" if all(map(torch.equal, *results)) else "moves other bits than the torch backend"
 
 
-def _defer_rmsnorm(kernels: Backend, reference: Backend, case: Case) -> str:
+def _defer_rmsnorm(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
     results = []
     for backend in (kernels, reference):
-        case.lease.pages.fill_(1.0)
-        normed = OPERATIONS["defer_rmsnorm"](backend, case)
-        results.append((case.lease.pages.clone(), normed.float()))
+        inputs.lease.pages.fill_(1.0)
+        normed = OPERATIONS["defer_rmsnorm"](backend, inputs)
+        results.append((inputs.lease.pages.clone(), normed.float()))
     (pages, got), (expected, wanted) = results
     if not torch.equal(pages, expected):
         return "moves other bits than the torch backend"
     return "" if torch.allclose(got, wanted, rtol=2e-2, atol=1e-6) else "norms differ from those of the torch backend"
 
 
-Check = Callable[[Backend, Backend, Case], str]
+Check = Callable[[Backend, Backend, KernelInputs], str]
 CHECKS: dict[str, Check] = {
     "defer and admit": _rows,
     "defer_rmsnorm": _defer_rmsnorm,
@@ -78,20 +78,20 @@ CHECKS: dict[str, Check] = {
 def check_all(kernels: Backend, reference: Backend, device: torch.device, dtype: torch.dtype) -> int:
     """The exit status. The last line printed is the first thing that is not as it should be."""
     broken, wrong = [], []
-    for problem in PROBLEMS:
-        case = Case(problem, device, dtype)
+    for case in CASES:
+        inputs = KernelInputs(case, device, dtype)
         for name, check in CHECKS.items():
-            print(f"{name}, {problem}: ", end="", flush=True)
+            print(f"{name}, {case}: ", end="", flush=True)
             start = time.perf_counter()
             try:
-                found = check(kernels, reference, case)
+                found = check(kernels, reference, inputs)
             except Exception as error:
                 traceback.print_exc()
                 broken.append(f"{name} does not start: {type(error).__name__}: {error}".replace("\n", " "))
                 continue
             print(found or "right", f"({time.perf_counter() - start:.1f} s)", flush=True)
             if found:
-                wrong.append(f"{name}, {problem}: {found}")
+                wrong.append(f"{name}, {case}: {found}")
     print(*(broken or wrong or ["all kernels start and are right"])[:1])
     return NO_START if broken else WRONG if wrong else PASSED
 

@@ -7,6 +7,7 @@ left to one process for each executor that can run here. They start first, and t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,26 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 def device(executor: Executor) -> torch.device:
     """Where the tensors go."""
     return executor.device
+
+
+@pytest.fixture(scope="session")
+def ops(executor: Executor) -> Any:
+    """The operations as PyTorch operators, which launch the kernels."""
+    from reroute_kernels import ops
+
+    return ops
+
+
+@pytest.fixture(scope="module")
+def kernel(executor: Executor, request: pytest.FixtureRequest) -> Any:
+    """The module of the kernel that a file tests, which names it in ``KERNEL``."""
+    return import_module(f"reroute_kernels.triton_kernels.{request.module.KERNEL}")
+
+
+@pytest.fixture
+def seeded() -> None:
+    """PyTorch draws the same values in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.counts import MISSING, SIMT_CACHE, simt_path
+from reroute_kernels.testing.find_simt import MISSING, SIMT_CACHE, import_simt, simt_path
 
 NAMES = ("interpreter", "simt:80", "simt:90", "cuda")
 SCHEDULES = (0, 1)  # seeds under which simt runs every launch; the outputs must agree bit for bit
@@ -53,10 +53,7 @@ class Executor:
             interpreter.repair()
         elif self.kind == "simt":
             os.environ.update(SIMT_CACHE)
-            sys.path.insert(0, str(simt_path()))
-            import simt
-
-            simt.install(arch=int(self.name.partition(":")[2]), seeds=SCHEDULES)
+            import_simt().install(arch=int(self.name.partition(":")[2]), seeds=SCHEDULES)
 
 
 def unavailable(name: str) -> str | None:

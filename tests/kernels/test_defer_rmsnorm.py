@@ -7,27 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from cases import gibibytes, num_compiled
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import gibibytes, num_compiled
+from tensors import padded
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from reroute_kernels import Lease, PagedPool, RMSNorm, reference
 
+KERNEL = "defer_rmsnorm"
+pytestmark = pytest.mark.usefixtures("seeded")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(scope="module")
-def ops(executor: Any) -> Any:
-    from reroute_kernels import ops
-
-    return ops
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @dataclass
@@ -55,9 +46,7 @@ def running(lease: Lease, active: list[Tensor], scale: float = 3.0) -> Running:
     device, dtype, features = lease.pages.device, lease.pages.dtype, lease.pages.shape[2]
     random = lambda *shape: (torch.randn(*shape, features) * scale).to(dtype).to(device)
     lease.pages[lease.table] = random(*lease.table.shape, lease.pages.shape[1])
-    rows = torch.full((len(active), max(map(len, active))), -1)
-    for target, start, picked in zip(rows, lease.starts, active, strict=True):
-        target[len(target) - len(picked) :] = picked + start
+    rows = padded([picked + start for start, picked in zip(lease.starts, active, strict=True)], align="right")
     inverse = torch.full((lease.num_rows,), -1)
     inverse[rows[rows >= 0]] = torch.arange(rows.numel())[rows.flatten() >= 0]
     return Running(lease, rows.to(device), inverse.to(device), random(*rows.shape))
@@ -126,10 +115,8 @@ def test_a_weight_of_another_dtype_widens(ops: Any, device: torch.device) -> Non
     check(ops, scattered(9, 48, BF16, device), norm_of(48, FP32, device))
 
 
-def test_more_rows_than_programs(ops: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_programs(ops: Any, kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bit depends on how many programs share the rows."""
-    from reroute_kernels.triton_kernels import defer_rmsnorm as kernel
-
     case, norm = scattered(50, 64, BF16, device), norm_of(64, BF16, device)
     before, rows = case.lease.pages.clone(), case.deferred()
     wanted = case.through(ops, norm)
@@ -155,10 +142,8 @@ def test_any_lease(ops: Any, device: torch.device, data: Any) -> None:
     torch.testing.assert_close(got, norm(rows), rtol=2e-2 if dtype != FP32 else 1e-5, atol=1e-6)
 
 
-def test_pages_that_are_gibibytes_apart(executor: Any, device: torch.device) -> None:
+def test_pages_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch.device) -> None:
     """No offset is counted in 32 bits."""
-    from reroute_kernels.triton_kernels import defer_rmsnorm as kernel
-
     page, features = 4, 64
     far, norm = 2**31 // (page * features), norm_of(features, BF16, device)
     pages = gibibytes(executor, (far + 1) * page * features, BF16).view(-1, page, features)
@@ -171,9 +156,9 @@ def test_pages_that_are_gibibytes_apart(executor: Any, device: torch.device) -> 
     torch.testing.assert_close(got, norm(rows.flatten(0, 1)))
 
 
-def test_another_number_of_rows_compiles_nothing_anew(executor: Any, ops: Any, device: torch.device) -> None:
-    from reroute_kernels.triton_kernels import defer_rmsnorm as kernel
-
+def test_another_number_of_rows_compiles_nothing_anew(
+    executor: Any, ops: Any, kernel: Any, device: torch.device
+) -> None:
     norm = norm_of(16, FP32, device)
     counts = []
     for rows in (12, 16, 1):

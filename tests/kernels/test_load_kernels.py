@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiling import new_device
-from routing_cases import decision, same
+from cases import decision, same
 
 from reroute_kernels import Backend, LoadedKernel, WarmUp, load_kernels, reference
+from reroute_kernels.testing.compile_only import new_device
 
 CPU = torch.device("cpu")
 NEW, CACHED, OLD = "compiled", "from Triton's cache", "loaded before"

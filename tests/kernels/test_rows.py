@@ -6,28 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from cases import gibibytes, num_compiled
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import gibibytes, num_compiled
+from tensors import padded
 from torch import Tensor
 
 from reroute_kernels import reference
 
+KERNEL = "rows"
 NAN = float("nan")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
 
-@pytest.fixture(scope="module")
-def ops(executor: Any) -> Any:
-    from reroute_kernels import ops
-
-    return ops
-
-
-def rows_of(batch: list[list[int]], width: int, device: torch.device) -> Tensor:
-    """Right-aligned behind -1, as compact rows are."""
-    padded = [[-1] * (width - len(rows)) + rows for rows in batch]
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(batch), width)
+def compact_rows(batch: list[list[int]], width: int, device: torch.device) -> Tensor:
+    """Rows of the compact sequence."""
+    return padded(batch, width=width, device=device, align="right")
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -76,7 +70,7 @@ def test_any_rows_pages_and_dtypes(
     ops: Any, device: torch.device, case: Any, width: int, dtype: torch.dtype, other: torch.dtype
 ) -> None:
     page, table, batch, length = case
-    rows = rows_of(batch, length, device)
+    rows = compact_rows(batch, length, device)
     pages = draw((6, page, width), dtype, device)
     hidden = draw((*rows.shape, width), dtype, device)
     aux = [draw((len(table) * page, w), other, device) for w in (width, 0, 3)]
@@ -87,14 +81,14 @@ def test_any_rows_pages_and_dtypes(
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32])
 def test_odd_widths(ops: Any, device: torch.device, width: int, dtype: torch.dtype) -> None:
     table = torch.tensor([2, 0], device=device)
-    rows = rows_of([[0, 1, 2, 6, 7], [3]], 6, device)
+    rows = compact_rows([[0, 1, 2, 6, 7], [3]], 6, device)
     pages, hidden = draw((3, 4, width), dtype, device), draw((2, 6, width), dtype, device)
     agree(ops, pages, table, rows, hidden, [draw((8, 2 * width + 1), dtype, device), draw((8, 1), torch.int64, device)])
 
 
 def test_odd_addresses_and_strides(ops: Any, device: torch.device) -> None:
     table = torch.tensor([9, 2, 9, 0, 9], device=device)[1::2]
-    rows = rows_of([[0, 1, 2, 6, 7], [3]], 6, device).T.contiguous().T
+    rows = compact_rows([[0, 1, 2, 6, 7], [3]], 6, device).T.contiguous().T
     pages = draw((3 * 4 * 24 + 1,), torch.bfloat16, device)[1:].view(3, 4, 24)  # two bytes off
     hidden = draw((24, 2, 6), torch.bfloat16, device).permute(1, 2, 0)
     aux = [draw((1, 8), torch.float32, device).expand(8, 8), draw((5, 8), torch.int64, device).T]
@@ -105,7 +99,7 @@ def test_odd_addresses_and_strides(ops: Any, device: torch.device) -> None:
 
 def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.device) -> None:
     """What was compiled for multiples of 16 bytes must not run elsewhere, nor a count of 16 rows decide anything."""
-    table, rows = torch.tensor([2, 0], device=device), rows_of([[*range(8)], [*range(8, 16)]], 8, device)
+    table, rows = torch.tensor([2, 0], device=device), compact_rows([[*range(8)], [*range(8, 16)]], 8, device)
     pages, hidden = (draw((n * 64 + 8,), torch.bfloat16, device) for n in (3 * 8, 16))
     for offset, length in ((0, 8), (4, 8), (1, 8), (0, 3), (0, 1), (4, 1)):
         here = pages[offset : offset + 3 * 8 * 64].view(3, 8, 64)
@@ -113,10 +107,10 @@ def test_addresses_that_change_from_launch_to_launch(ops: Any, device: torch.dev
         agree(ops, here, table, rows[:, :length], compact, [compact.view(-1, 64)[:1].expand(16, 64)])
 
 
-def test_another_number_of_rows_compiles_nothing_anew(executor: Any, ops: Any, device: torch.device) -> None:
+def test_another_number_of_rows_compiles_nothing_anew(
+    executor: Any, ops: Any, kernel: Any, device: torch.device
+) -> None:
     """Nor where in one upload the index lists begin."""
-    from reroute_kernels.triton_kernels import rows as kernel
-
     compiled = lambda: num_compiled(executor, kernel._defer_kernel, kernel._admit_kernel)
     pages, companion = draw((4, 8, 16), torch.float32, device), draw((32, 4), torch.float32, device)
     counts = []
@@ -134,7 +128,7 @@ def test_pages_that_are_gibibytes_apart(executor: Any, ops: Any, device: torch.d
     page, width = 64, 129  # moved byte by byte
     far = 2**31 // (page * width)
     pages = gibibytes(executor, (far + 1) * page * width, torch.bool).view(-1, page, width)
-    table, rows = torch.tensor([far, 0], device=device), rows_of([[1, 63, 64], [70]], 3, device)
+    table, rows = torch.tensor([far, 0], device=device), compact_rows([[1, 63, 64], [70]], 3, device)
     hidden = draw((2, 3, width), torch.bool, device)
     ops.defer(pages, table, rows, hidden)
     assert torch.equal(pages[[far, far, 0, 0], [1, 63, 0, 6]], hidden[rows >= 0])
@@ -146,7 +140,7 @@ def test_pages_that_are_gibibytes_apart(executor: Any, ops: Any, device: torch.d
 def test_fillers_are_inert_under_poison(ops: Any, device: torch.device, poison: float) -> None:
     pages = torch.full((3, 2, 8), poison, device=device)
     table = torch.tensor([2, 0], device=device)
-    rows = rows_of([[0, 2], []], 3, device)
+    rows = compact_rows([[0, 2], []], 3, device)
     hidden = torch.ones(2, 3, 8, device=device)
     hidden[rows < 0] = poison
     agree(ops, pages, table, rows, hidden, [torch.full((4, 2), poison, device=device)])
@@ -180,7 +174,7 @@ def test_traffic_is_minimal(
     torch.manual_seed(0)
     table = torch.tensor([3, 0, 2], device=device)
     kept = torch.randperm(192)[:40].sort().values.tolist()
-    rows = rows_of([kept[:25], kept[25:]], 25, device)
+    rows = compact_rows([kept[:25], kept[25:]], 25, device)
     pages = torch.randn(4, 64, features, device=device).to(dtype)
     cos, sin, ids = (draw((192, w), t, device) for w, t in ((rot, dtype), (rot, dtype), (3, torch.int64)))
     agree(ops, pages, table, rows, torch.randn(2, 25, features, device=device).to(dtype), [cos, sin, ids])

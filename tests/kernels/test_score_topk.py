@@ -8,27 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from cases import decision, exact, gibibytes, make_rows_long, num_compiled
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import decision, exact, gibibytes, make_rows_long, num_compiled
 from torch import Tensor
 
 from reroute_kernels import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows, reference
 
+KERNEL = "score"
+pytestmark = pytest.mark.usefixtures("seeded")
 INF, NAN = math.inf, math.nan
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(scope="module")
-def kernel(executor: Any) -> Any:
-    from reroute_kernels.triton_kernels import score
-
-    return score
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def normed(keys: Tensor, norm: RMSNorm | None, dtype: torch.dtype) -> Tensor:

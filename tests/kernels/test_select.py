@@ -11,28 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from cases import make_rows_long, num_compiled, same, split
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import make_rows_long, num_compiled, rows_of, same, split
+from tensors import NEGATIVE_NAN, padded
 from torch import Tensor
 
 from reroute_kernels import SelectMetadata, SelectRows, reference
 
+KERNEL = "select"
+pytestmark = pytest.mark.usefixtures("seeded")
 INF, NAN = math.inf, math.nan
-NEGATIVE_NAN = torch.tensor([0xFFC00001 - 2**32], dtype=torch.int32).view(torch.float32).item()
 SPECIAL = torch.tensor([0.0, -0.0, NAN, NEGATIVE_NAN, INF, -INF, 0.5, 1e-45, -1e-45, 3.4e38, -1.0])
-
-
-@pytest.fixture(scope="module")
-def kernel(executor: Any) -> Any:
-    from reroute_kernels.triton_kernels import select
-
-    return select
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def check(
@@ -41,15 +31,15 @@ def check(
     """One launch on a ragged batch whose lists have random rows, and whose samples have rows of nobody between them."""
     counts = [len(s) for s in scores]
     parts = [split(n + texts + gaps, n, gaps=gaps) for n in counts]
-    candidates, text_rows = (rows_of([part[i] for part in parts], device) for i in (0, 1))
+    candidates, text_rows = (padded([part[i] for part in parts], device=device) for i in (0, 1))
     lengths = tuple(n + texts + gaps for n in counts)
     starts = tuple(2 + sum(lengths[:b]) + 3 * b for b in range(len(counts)))
     positions = torch.randperm(starts[-1] + lengths[-1] + 5).to(device)
     metadata = SelectMetadata(starts, lengths, tuple(counts), tuple(len(t) for _, t in parts), tuple(keep))
-    padded = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
-    for row, score in zip(padded, scores, strict=True):
+    given = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
+    for row, score in zip(given, scores, strict=True):
         row[: len(score)] = score
-    arguments = padded.to(device), SelectRows(candidates, text_rows, positions, metadata)
+    arguments = given.to(device), SelectRows(candidates, text_rows, positions, metadata)
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -163,8 +153,8 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     """Texts may lie beyond the rows the query sees, also where the last candidate is the row of their number; or there
     are none.
     """
-    candidates = rows_of([torch.arange(3, 7), torch.arange(3)], device)
-    texts = rows_of([torch.tensor([0, 7, 900]), torch.tensor([], dtype=torch.int64)], device)
+    candidates = padded([range(3, 7), range(3)], device=device)
+    texts = padded([[0, 7, 900], []], device=device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
     metadata = SelectMetadata((0, 901), (7, 3), (4, 3), (3, 0), (2, 2))
     arguments = scores, SelectRows(candidates, texts, torch.arange(905, device=device), metadata)

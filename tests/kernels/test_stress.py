@@ -14,32 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from routing_cases import decision, exact, same
+from cases import decision, exact, same
 
 from reroute_kernels import Selection
 
+KERNEL = "select"
 OPERATIONS = ("score_topk", "select", "select of a crowd")
 Run = Callable[[], Selection]
 Streams = Sequence["torch.cuda.Stream | None"]
 
 
 @pytest.fixture
-def ops(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from reroute_kernels import ops
-    from reroute_kernels.triton_kernels import select
-
+def shortest(executor: Any, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Candidates of the shortest row that has several stages: 4097 on a GPU."""
     if executor.kind != "cuda":
-        monkeypatch.setattr(select, "MAX_ONE_PROGRAM", 128)
-        monkeypatch.setattr(select, "CHUNK", 64)
-    return ops
-
-
-@pytest.fixture
-def shortest(ops: Any) -> int:
-    """Candidates of the shortest row that has several stages: 4097."""
-    from reroute_kernels.triton_kernels import select
-
-    return select.MAX_ONE_PROGRAM + 1
+        monkeypatch.setattr(kernel, "MAX_ONE_PROGRAM", 128)
+        monkeypatch.setattr(kernel, "CHUNK", 64)
+    return int(kernel.MAX_ONE_PROGRAM) + 1
 
 
 def decide(

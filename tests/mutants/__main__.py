@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from mutants import MUTANTS
 from runner import Tree, judge
 
-from bench.counts import MISSING, simt_path
+from reroute_kernels.testing.find_simt import MISSING, simt_path
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mutation import KERNELS, ROOT, Mutant
 
-from bench.counts import simt_path
+from reroute_kernels.testing.find_simt import simt_path
 
 LIMIT = 1800  # seconds for the tests of one mutant on one executor; a fault may make a program wait forever
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - .*)?$", re.MULTILINE)
@@ -27,7 +27,7 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        for name in ("reroute", "reroute_kernels", "bench", "tests"):
+        for name in ("reroute", "reroute_kernels", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         # No byte code, since two mutants may be of one size and second. Random cases are always the same ones, and a

@@ -14,13 +14,12 @@ from support import NoWaiting, cache_of, generate
 
 pytest.importorskip("triton")
 
-from compiling import new_device
-
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import FastV, PDrop, Random
 from reroute.rankers import RandomScores
 from reroute_kernels import Backend, PagedPool
+from reroute_kernels.testing.compile_only import new_device
 
 VISUAL, BATCH = 288, 4
 LAYERS, KEEP = (1, 2, 3), (0.5, 0.5, 0.25)

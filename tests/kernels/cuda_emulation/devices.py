@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from cases import StageBoundary
 from checks import checked, run
 from emulation import Emulation
-from test_ops import Problem
 
 from reroute_kernels import Backend, BackendUnavailable, RMSNorm, dispatch, resolve
 from reroute_kernels.triton_kernels.launch import SpecializedKernel
@@ -86,12 +86,12 @@ def test_operators_launch_where_their_tensors_are(gpu: Emulation, backend: Backe
     """As of a model on the second GPU, while the first is the current one."""
     assert backend.name == "triton"
     gpu.use(current)
-    problem = Problem(torch.device("cuda", device))
-    lease = SimpleNamespace(pages=problem.pages, table=problem.table)
-    norm = RMSNorm(torch.ones(16, device=problem.pages.device), 1e-6)
+    boundary = StageBoundary(torch.device("cuda", device))
+    lease = SimpleNamespace(pages=boundary.pages, table=boundary.table)
+    norm = RMSNorm(torch.ones(16, device=boundary.pages.device), 1e-6)
     with checked(gpu) as launches:
-        problem.step(backend, problem.pages, problem.hidden)
-        backend.defer_rmsnorm(lease, problem.rows, problem.inverse, problem.hidden, norm)
+        boundary.step(backend, boundary.pages, boundary.hidden)
+        backend.defer_rmsnorm(lease, boundary.rows, boundary.inverse, boundary.hidden, norm)
     names = "defer", "score", "select", "select", "admit", "defer_rmsnorm"
     assert [launch.kernel.name for launch in launches] == [f"_{name}_kernel" for name in names]
     assert {(launch.device, launch.stream) for launch in launches} == {(device, gpu.streams[device])}

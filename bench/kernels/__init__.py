@@ -1,0 +1,1 @@
+"""The kernels: times by formula and counts, host times, and micro-benchmarks (``pytest bench/kernels``)."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks of the kernels share. Nothing else in the package imports it."""

@@ -1,0 +1,149 @@
+"""What the kernels are run on, as a prefill would hand it to them, and how results compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensors import padded
+from torch import Tensor
+
+from reroute_kernels import AttentionSpec, RopeTables, Selection, SelectMetadata, SelectRows, reference
+
+PAGE = 64
+
+
+def split(length: int, candidates: int, *, gaps: int = 0) -> tuple[Tensor, Tensor]:
+    """Random disjoint ascending candidates (the last row is not one) and texts; ``gaps`` rows are neither."""
+    order = torch.randperm(max(length - 1, 0))
+    chosen = order[:candidates]
+    texts = torch.cat((order[candidates + gaps :], torch.tensor([length - 1] if length else [], dtype=torch.int64)))
+    return chosen.sort().values, texts.sort().values
+
+
+def decision(
+    lengths: list[int],
+    counts: list[int],
+    keep: list[int],
+    device: torch.device,
+    *,
+    heads: int = 4,
+    groups: int = 2,
+    features: int = 16,
+    rot: int | None = None,
+    rope: Any = "half",
+    dtype: torch.dtype = torch.float32,
+    table_dtype: torch.dtype | None = None,
+    gaps: int = 0,
+    poison: float = 0.0,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of score_topk. Samples start on pages of their own, and page tails hold ``poison``."""
+    rot = features if rot is None else rot
+    pages = [-(-length // PAGE) for length in lengths]
+    starts = [PAGE * sum(pages[:b]) for b in range(len(pages))]
+    total = max(PAGE * sum(pages), 1)
+    keys = torch.full((total, groups, features), poison)
+    angles = torch.full((total, rot // 2), poison)
+    for start, length in zip(starts, lengths, strict=True):
+        keys[start : start + length] = torch.randn(length, groups, features)
+        angles[start : start + length] = torch.randn(length, rot // 2) * 3
+    query = torch.randn(len(lengths), heads, features) * 2
+    both = angles.repeat_interleave(2, -1) if rope == "interleaved" else angles.repeat(1, 2)
+    cos, sin = (t.to(table_dtype or dtype).to(device) for t in (both.cos(), both.sin()))
+    # The query's own row is the last one in a prefill; no kernel may take that for granted.
+    last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
+    parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
+    candidates, texts = (padded([part[i] for part in parts], device=device) for i in (0, 1))
+    metadata = SelectMetadata(
+        tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
+    )
+    rows = SelectRows(candidates, texts, torch.arange(total, device=device) % 97, metadata)
+    tensors = query.to(dtype).to(device), keys.to(dtype).to(device)
+    return (*tensors, RopeTables(cos, sin, last.to(device)), rows), {"spec": AttentionSpec(features**-0.5, rope)}
+
+
+class StageBoundary:
+    """Two prompts in a pool, of which the second has no candidates. Every tensor is made on its device."""
+
+    num_qo_heads, num_kv_heads, head_dim = 4, 2, 16
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        random = lambda *shape: torch.randn(*shape, device=device)
+        integers = lambda *values: torch.tensor(values, device=device)
+        self.pages, self.table = random(5, 8, 16), integers(4, 0, 2)
+        self.rows = integers([0, 1, 2, 3, 12, 13], [-1, -1, -1, 16, 17, 18])
+        angles = random(24, self.head_dim // 2).repeat(1, 2)  # each at both places of its pair
+        self.hidden, self.cos, self.sin = random(2, 6, 16), angles.cos(), angles.sin()
+        self.query, self.keys = (
+            random(2, self.num_qo_heads, self.head_dim),
+            random(24, self.num_kv_heads, self.head_dim),
+        )
+        self.tables = RopeTables(self.cos, self.sin, integers(13, 18))
+        columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
+        self.select_rows = SelectRows(
+            integers([*range(2, 12)], [-1] * 10),
+            integers([0, 1, 12, 13], [0, 1, 2, -1]),
+            torch.arange(24, device=device) * 3,
+            SelectMetadata(*columns, on_device=integers(*columns)),  # as a plan does: a capture uploads nothing
+        )
+        self.scores = random(2, 10)
+
+    @property
+    def inverse(self) -> Tensor:
+        rows = self.rows.flatten()
+        inverse = torch.full((24,), -1, device=rows.device)
+        inverse[rows[rows >= 0]] = torch.arange(12, device=rows.device)[rows >= 0]
+        return inverse
+
+    @property
+    def flat_rows(self) -> tuple[Any, ...]:
+        """``select_rows`` as operators take them."""
+        *lists, metadata = self.select_rows
+        return *lists, metadata.counts(self.pages.device), list(metadata.flat)
+
+    def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        """A stage boundary; ``pages`` changes."""
+        operations.defer(pages, self.table, self.rows, hidden * 2)
+        selection = operations.score_topk(self.query, self.keys, self.tables, self.select_rows, AttentionSpec(0.25))
+        again = operations.select(selection.scores, self.select_rows)
+        return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
+
+
+def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:
+    """Rows of any length are selected from in phases, in chunks of 128 candidates; more than ``crowd`` keys in the
+    bucket of the pivot are refined. select: the module.
+    """
+    for name, value in (("BLOCK_N", 64), ("MAX_ONE_PROGRAM", 0), ("CHUNK", 128), ("MAX_BUCKET_KEYS", crowd)):
+        patch.setattr(select, name, value)
+
+
+def gibibytes(executor: Any, count: int, dtype: torch.dtype) -> Tensor:
+    """New memory of ``count`` elements. It is not poisoned: what a test never touches costs nothing but addresses."""
+    if executor.kind == "simt":
+        pytest.skip("simt makes a copy of all that a tensor spans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        return torch.empty(count, dtype=dtype, device=executor.device)
+
+
+def num_compiled(executor: Any, *kernels: Any) -> int:
+    """How many variants of these kernels were compiled so far."""
+    if executor.kind == "interpreter":
+        pytest.skip("the interpreter compiles nothing")
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+def same(got: Selection, wanted: Selection) -> None:
+    """Equal to the bit, NaN payloads included."""
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = (t.view(torch.int32) if t.dtype == torch.float32 else t for t in (a, b))
+        assert torch.equal(a, b)
+
+
+def exact(arguments: tuple[Any, ...], got: Selection) -> None:
+    """The selection is that of a stable sort of the kernel's own scores. arguments: those of score_topk."""
+    same(got, reference.select(got.scores, arguments[3]))
