@@ -70,7 +70,7 @@ FORMULA = """\
     attention   = 2 * H * D * sum of S² over the batch / {attention}
     elementwise = {bytes} + {launch} a launch: 2 norms (36 bytes a feature, 8 launches each),
                   RoPE (9 passes, 10 launches), gate (5, 2), residuals (6, 2), the cache (4, 2)
-    decision    = key projection of all rows + query projection + step (docs/kernels.md)
+    decision    = key projection of all rows + query projection + step (docs/design/benchmarks.md)
     output head = {bytes} of its weights
     eager       = max(prefill, layers * {host} of host time)""".format(sms=SMS, **_RATES)
 

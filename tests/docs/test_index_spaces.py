@@ -11,7 +11,7 @@ import torch
 
 from reroute import Schedule
 from reroute.core.plan import make_plan
-from reroute_kernels import PagedPool, SelectMetadata, resolve
+from reroute_kernels import PagedPool, SelectMetadata, SelectRows, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "index-spaces.md"
 KINDS = ("padding", "text", "visual")
@@ -42,7 +42,7 @@ def test_the_table_is_what_the_code_computes() -> None:
     counts = lease.starts, plan.lengths, tuple(map(len, candidates)), tuple(map(len, texts)), plan.decisions[0].k
     lists = padded(candidates), padded(texts), torch.arange(lease.num_rows)
     select = resolve("torch", torch.device("cpu")).select
-    kept, active_rows, _, inverse_index, _ = select(SCORES, *lists, SelectMetadata(*counts))
+    kept, active_rows, _, inverse_index, _ = select(SCORES, SelectRows(*lists, SelectMetadata(*counts)))
     assert kept.tolist() == [[1, 3], [0, -1]]
     assert active_rows.tolist() == [[0, 2, 4, 5, 6], [-1, 8, 9, 11, 12]]
 

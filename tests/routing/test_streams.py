@@ -156,7 +156,7 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
 def test_replays_of_a_captured_prefill(
     gpu: Gpu, streams: list[Stream], tiny: Tiny, ids: Tensor, run: Any, captured_on: int | None
 ) -> None:
-    """The recipe of docs/kernels.md. Who gets the pages afterwards waits for the replays."""
+    """The recipe of docs/guides/cuda-graphs.md. Who gets the pages afterwards waits for the replays."""
     pool, main = pool_of(), streams[2]
     with gpu.stream(main), enable(tiny, RULES[0], pool=pool) as handle:
         with handle.using(handle.plan(ids)):
