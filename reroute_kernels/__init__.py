@@ -6,11 +6,12 @@ specification; :func:`resolve` picks the backend that runs it.
 
 from .dispatch import BACKENDS, Backend, BackendUnavailable, check_backend, resolve
 from .pool import Lease, PagedPool, PoolLimitError, PoolStats
-from .reference import RMSNorm, Rope, Selection, SelectMetadata
+from .reference import AttentionSpec, RMSNorm, Rope, RopeTables, Selection, SelectMetadata, SelectRows
 from .warm_up import LoadedKernel, WarmUp, load_kernels
 
 __all__ = [
     "BACKENDS",
+    "AttentionSpec",
     "Backend",
     "BackendUnavailable",
     "Lease",
@@ -20,7 +21,9 @@ __all__ = [
     "PoolStats",
     "RMSNorm",
     "Rope",
+    "RopeTables",
     "SelectMetadata",
+    "SelectRows",
     "Selection",
     "WarmUp",
     "check_backend",

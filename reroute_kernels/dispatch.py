@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .pool import Lease
-from .reference import RMSNorm, Rope, Selection, SelectMetadata
+from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectRows
 
 BACKENDS = ("auto", "torch", "triton")
 OVERRIDE = "REROUTE_BACKEND"
@@ -44,29 +44,6 @@ class Admit(Protocol):
         ...
 
 
-class ScoreTopk(Protocol):
-    """The type of :func:`reroute_kernels.reference.score_topk`."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        query_rows: Tensor,
-        candidates: Tensor,
-        text_rows: Tensor,
-        positions: Tensor,
-        metadata: SelectMetadata,
-        *,
-        scale: float,
-        rope: Rope = "half",
-        key_norm: RMSNorm | None = None,
-    ) -> Selection:
-        """Score and select."""
-        ...
-
-
 @dataclass(frozen=True)
 class Backend:
     """The five operations, as specified by :mod:`reroute_kernels.reference`."""
@@ -76,8 +53,8 @@ class Backend:
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
     defer_rmsnorm: Callable[[Lease, Tensor, Tensor, Tensor, RMSNorm], Tensor]
-    select: Callable[[Tensor, Tensor, Tensor, Tensor, SelectMetadata], Selection]
-    score_topk: ScoreTopk
+    select: Callable[[Tensor, SelectRows], Selection]
+    score_topk: Callable[[Tensor, Tensor, RopeTables, SelectRows, AttentionSpec], Selection]
 
     @classmethod
     def of(cls, name: str, reason: str, operations: Any) -> Backend:

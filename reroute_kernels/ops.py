@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .pool import Lease
-from .reference import RMSNorm, Rope, Selection, SelectMetadata
+from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows
 from .triton_kernels import defer_rmsnorm as _defer_rmsnorm
 from .triton_kernels import rows as _rows
 from .triton_kernels import score as _score
@@ -117,7 +117,7 @@ def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Ten
 
 # --- select and score_topk -------------------------------------------------------------------
 
-# SelectMetadata travel as a tensor and as one list of integers, field after field: operators take no objects.
+# Operators take no objects: arguments are flat, and a SelectMetadata is a tensor and one list of integers.
 _COUNTS = "Tensor counts, int[] host_counts"
 _SELECTION = "(Tensor kept, Tensor active_rows, Tensor active_positions, Tensor inverse_index, Tensor scores)"
 
@@ -141,17 +141,18 @@ def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]
 
 
 def _run_select(*arguments: Any) -> Selection:
-    *tensors, counts, host_counts = arguments
-    launch: Callable[..., Selection] = _select.select
-    return launch(*tensors, _metadata(tuple(host_counts)), counts=counts)
+    scores, candidates, texts, positions, counts, host_counts = arguments
+    return _select.select(
+        scores, SelectRows(candidates, texts, positions, _metadata(tuple(host_counts))), counts=counts
+    )
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
-    *tensors, counts, host_counts, scale, rope, weight, eps = arguments
-    launch: Callable[..., Selection] = _score.score_topk
-    key_norm = None if weight is None else RMSNorm(weight, eps)
-    metadata = _metadata(tuple(host_counts))
-    return launch(*tensors, metadata, scale=scale, rope=rope, key_norm=key_norm, counts=counts)
+    query, keys, cos, sin, query_rows, candidates, texts, positions, counts, host_counts, *rest = arguments
+    scale, rope, weight, eps = rest
+    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts)))
+    spec = AttentionSpec(scale, rope, None if weight is None else RMSNorm(weight, eps))
+    return _score.score_topk(query, keys, RopeTables(cos, sin, query_rows), rows, spec, counts=counts)
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
@@ -176,29 +177,15 @@ _score_op = _register(
 )
 
 
-def select(
-    scores: Tensor, candidates: Tensor, text_rows: Tensor, positions: Tensor, metadata: SelectMetadata
-) -> Selection:
+def select(scores: Tensor, rows: SelectRows) -> Selection:
     """:func:`reroute_kernels.reference.select` by the Triton kernel."""
-    tensors = scores, candidates, text_rows, positions, metadata.counts(scores.device)
-    return Selection(*_select_op(*tensors, metadata.flat))
+    *lists, metadata = rows
+    return Selection(*_select_op(scores, *lists, metadata.counts(scores.device), metadata.flat))
 
 
-def score_topk(
-    query: Tensor,
-    keys: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query_rows: Tensor,
-    candidates: Tensor,
-    text_rows: Tensor,
-    positions: Tensor,
-    metadata: SelectMetadata,
-    *,
-    scale: float,
-    rope: Rope = "half",
-    key_norm: RMSNorm | None = None,
-) -> Selection:
+def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
-    tensors = query, keys, cos, sin, query_rows, candidates, text_rows, positions, metadata.counts(query.device)
-    return Selection(*_score_op(*tensors, metadata.flat, scale, rope, *(key_norm or (None, 0.0))))
+    *lists, metadata = rows
+    tensors = query, keys, *tables, *lists, metadata.counts(query.device)
+    norm = spec.key_norm or (None, 0.0)
+    return Selection(*_score_op(*tensors, metadata.flat, spec.scale, spec.rope, *norm))

@@ -85,6 +85,30 @@ class SelectMetadata:
         return max(self.num_active)
 
 
+class SelectRows(NamedTuple):
+    """What is selected from.
+
+    candidates: (B, Nmax) and text_rows: (B, Mmax) int64 sample rows, disjoint and ascending, then -1. What lies beyond
+    a sample's counts is never read. positions: (R,) int64, a number for each scored row, which the selection hands on
+    for the active ones. metadata: the counts.
+    """
+
+    candidates: Tensor
+    text_rows: Tensor
+    positions: Tensor
+    metadata: SelectMetadata
+
+
+class RopeTables(NamedTuple):
+    """cos, sin: (R, rot) of all scored rows, each angle at both places of its pair. query_rows: (B,) int64, the scored
+    row of each sample's query; read for samples with candidates only.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_rows: Tensor
+
+
 class Selection(NamedTuple):
     """A decision.
 
@@ -112,6 +136,16 @@ class RMSNorm(NamedTuple):
         """x (..., F) over its root mean square, in fp32, and then times the weight in its own dtype."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class AttentionSpec(NamedTuple):
+    """The attention of a layer. scale: factor on its logits. rope: which features rotate together. key_norm: of each
+    key head, before the rotation.
+    """
+
+    scale: float
+    rope: Rope = "half"
+    key_norm: RMSNorm | None = None
 
 
 @torch.no_grad()
@@ -190,16 +224,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
     return out
 
 
-def select(
-    scores: Tensor, candidates: Tensor, text_rows: Tensor, positions: Tensor, metadata: SelectMetadata
-) -> Selection:
+def select(scores: Tensor, rows: SelectRows) -> Selection:
     """The K_b best candidates of each sample: higher score first, then lower index.
 
-    scores: (B, Nmax) fp32. candidates: (B, Nmax) and text_rows: (B, Mmax) int64 sample rows, disjoint
-    and ascending, then -1. What lies beyond a sample's counts is never read. positions: (R,) int64,
-    a number for each scored row, which the selection hands on for the active ones. -0.0 equals +0.0,
-    and a NaN of any sign ranks above everything, so that a broken score shows.
+    scores: (B, Nmax) fp32. -0.0 equals +0.0, and a NaN of any sign ranks above everything, so that a broken score
+    shows.
     """
+    candidates, text_rows, positions, metadata = rows
     keys = _rankable(scores.float())
     kept, active = [], []
     inverse_index = torch.full_like(positions, -1)
@@ -207,10 +238,10 @@ def select(
     for b, (start, n, m, k) in enumerate(counts):
         best = torch.sort(keys[b, :n], stable=True, descending=True).indices[:k].sort().values
         kept.append(best)
-        rows = torch.cat((text_rows[b, :m], candidates[b].index_select(0, best))).sort().values + start
+        sample = torch.cat((text_rows[b, :m], candidates[b].index_select(0, best))).sort().values + start
         end = (b + 1) * metadata.compact_length
-        inverse_index.index_copy_(0, rows, torch.arange(end - len(rows), end, device=rows.device))
-        active.append(rows)
+        inverse_index.index_copy_(0, sample, torch.arange(end - len(sample), end, device=sample.device))
+        active.append(sample)
     return Selection(
         kept=_stack(kept, max(metadata.k), -1),
         active_rows=_stack(active, metadata.compact_length, -1, align="right"),
@@ -226,33 +257,19 @@ def select(
     )
 
 
-def score_topk(
-    query: Tensor,
-    keys: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query_rows: Tensor,
-    candidates: Tensor,
-    text_rows: Tensor,
-    positions: Tensor,
-    metadata: SelectMetadata,
-    *,
-    scale: float,
-    rope: Rope = "half",
-    key_norm: RMSNorm | None = None,
-) -> Selection:
+def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
     """Rank the candidates by the attention the last prompt token pays them, and select.
 
-    query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own
-    query norm. keys: (R, G, D) of all scored rows, before rotary embedding and before ``key_norm``,
-    which is for models that norm each key head; head h uses key head h * G // H. cos, sin: (R, rot).
-    query_rows: (B,) int64 scored rows, read for samples with candidates only. candidates, text_rows,
-    positions: as for :func:`select`; candidates lie below ``kv_lens[b]``, text_rows may lie beyond.
+    query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own query norm. keys:
+    (R, G, D) of all scored rows, before rotary embedding and before ``spec.key_norm``; head h uses key head h * G // H.
+    Candidates lie below ``kv_lens[b]``, text rows may lie beyond.
 
-    The score is the mean over heads of the softmax over the sample's first ``kv_lens[b]`` rows
-    (text and deferred rows included). Logits, softmax and mean are fp32 after a rotation in the
-    model's dtype. Memory is O(H * L). ValueError if G does not divide H, or the norm is not of D features.
+    The score is the mean over heads of the softmax over the sample's first ``kv_lens[b]`` rows (text and deferred rows
+    included). Logits, softmax and mean are fp32 after a rotation in the model's dtype. Memory is O(H * L). ValueError
+    if G does not divide H, or the norm is not of D features.
     """
+    (cos, sin, query_rows), (scale, rope, key_norm) = tables, spec
+    candidates, metadata = rows.candidates, rows.metadata
     if query.shape[1] % keys.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads")
     if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
@@ -271,7 +288,7 @@ def score_topk(
         k = rotate(k, cos[span], sin[span], rope)
         scores.append(_attention(q, k, scale).index_select(0, candidates[b, :n]))
     padded = _stack(scores, candidates.shape[1], float("-inf"))
-    return select(padded, candidates, text_rows, positions, metadata)
+    return select(padded, rows)
 
 
 def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .dispatch import Backend
-from .reference import Selection
+from .reference import AttentionSpec, RopeTables, Selection, SelectRows
 
 __all__ = ["LoadedKernel", "WarmUp", "load_kernels"]
 
@@ -79,18 +79,16 @@ def _at_every_width(backend: Backend, visual: int) -> Backend:
         gaps = (width - rows.shape[1] for width in row_classes(visual))
         return [pad(rows, (0, gap), value=value) for gap in gaps if gap > 0]
 
-    def select(scores: Tensor, candidates: Tensor, *rest: Any) -> Selection:
-        selection = backend.select(scores, candidates, *rest)
-        for wide in zip(padded(scores, -float("inf")), padded(candidates, -1), strict=True):
-            backend.select(*wide, *rest)
+    def select(scores: Tensor, rows: SelectRows) -> Selection:
+        selection = backend.select(scores, rows)
+        for wide, candidates in zip(padded(scores, -float("inf")), padded(rows.candidates, -1), strict=True):
+            backend.select(wide, rows._replace(candidates=candidates))
         return selection
 
-    def score_topk(*arguments: Any, **settings: Any) -> Selection:
-        launch: Callable[..., Selection] = backend.score_topk
-        selection = launch(*arguments, **settings)
-        scored, candidates, rest = arguments[:5], arguments[5], arguments[6:]
-        for wide in padded(candidates, -1):
-            launch(*scored, wide, *rest, **settings)
+    def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
+        selection = backend.score_topk(query, keys, tables, rows, spec)
+        for candidates in padded(rows.candidates, -1):
+            backend.score_topk(query, keys, tables, rows._replace(candidates=candidates), spec)
         return selection
 
     return replace(backend, select=select, score_topk=score_topk)

@@ -30,7 +30,7 @@ NEAR = 1e-2  # of a score, relatively: what the order of fp32 sums may do is far
 def _score_topk(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
     """The selection is exact for the kernel's own scores, whose last bits depend on the order of sums."""
     got, wanted = (OPERATIONS["score_topk"](backend, inputs) for backend in (kernels, reference))
-    again = reference.select(got.scores, inputs.candidates, inputs.texts, inputs.positions, inputs.metadata)
+    again = reference.select(got.scores, inputs.select_rows)
     apart = ((got.scores - wanted.scores).abs() / wanted.scores).max().item()
     if not all(map(torch.equal, got[:4], again[:4])):
         return "selects others than a stable sort of its own scores does"

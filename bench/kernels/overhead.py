@@ -22,7 +22,7 @@ from reroute import Schedule
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
 from reroute.rankers import LastTokenAttention
-from reroute_kernels import Backend, PagedPool, RMSNorm, Rope, ops
+from reroute_kernels import AttentionSpec, Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels.launch import SpecializedKernel
@@ -69,8 +69,6 @@ def registrations(run: Callable[..., None], name: str) -> dict[str, Callable[...
 class Ready:
     """An adapter whose queries and keys are there already."""
 
-    rope: Rope = "half"
-
     def __init__(self, inputs: KernelInputs) -> None:
         self._projected, self._norm = (inputs.query, inputs.keys), inputs.norm
 
@@ -83,11 +81,8 @@ class Ready:
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
 
-    def scale(self, layer: int) -> float:
-        return 0.1
-
-    def key_norm(self, layer: int) -> None:
-        return None
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        return AttentionSpec(0.1)
 
     def rope_tables(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("positions are preserved here")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels import Backend, PagedPool, Selection
+from reroute_kernels import Backend, PagedPool, RopeTables, Selection, SelectRows
 
 from ..trace import StageTrace, Trace
 from .decision import Decision
@@ -182,13 +182,13 @@ class Prefill:
             decision,
             self._backend,
             self._adapter,
-            self._tensors.metadata[decision.stage],
-            self._competitors.candidates,
-            self._competitors.text_rows,
-            positions,
-            self._tensors.queries[decision.stage],
-            cos,
-            sin,
+            RopeTables(cos, sin, self._tensors.queries[decision.stage]),
+            SelectRows(
+                self._competitors.candidates,
+                self._competitors.text_rows,
+                positions,
+                self._tensors.metadata[decision.stage],
+            ),
             hidden=lambda: self._defer_and_read(decision, hidden).to(device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
         )

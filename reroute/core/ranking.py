@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from reroute_kernels import Backend, RMSNorm, Rope, Selection, SelectMetadata
+from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables, Selection, SelectRows
 
 from .decision import Decision
 
@@ -18,8 +18,6 @@ __all__ = ["DecoderAdapter", "RankContext", "Ranker"]
 
 class DecoderAdapter(Protocol):
     """What scoring needs from the model."""
-
-    rope: Rope
 
     def input_norm(self, layer: int) -> RMSNorm | None:
         """The norm of rows before the attention of ``layer``, or None if there is more to it than its formula."""
@@ -33,11 +31,8 @@ class DecoderAdapter(Protocol):
         Queries come after the layer's query norm, keys before its key norm.
         """
 
-    def key_norm(self, layer: int) -> RMSNorm | None:
-        """The norm of each key head of ``layer``, if it has one."""
-
-    def scale(self, layer: int) -> float:
-        """Factor on the attention logits of ``layer``."""
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """Scale, rotation and key norm of the attention of ``layer``."""
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin (B, S, rot) at position ids (B, S)."""
@@ -47,9 +42,8 @@ class DecoderAdapter(Protocol):
 class RankContext:
     """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
 
-    - ``metadata``, ``candidates``, ``text_rows``, ``positions``: as ``Backend.select`` takes them, R scored rows.
-    - ``query_rows`` (B,): the last prompt token of each sample among the scored rows.
-    - ``cos``, ``sin`` (R, rot): RoPE tables of the scored rows.
+    - ``tables``: of the R scored rows; the last prompt token of each sample is its query.
+    - ``rows``: what competes.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
     - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
     """
@@ -57,13 +51,8 @@ class RankContext:
     decision: Decision
     backend: Backend
     adapter: DecoderAdapter
-    metadata: SelectMetadata
-    candidates: torch.Tensor
-    text_rows: torch.Tensor
-    positions: torch.Tensor
-    query_rows: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    tables: RopeTables
+    rows: SelectRows
     hidden: Callable[[], torch.Tensor]
     normed: Callable[[], torch.Tensor]
 

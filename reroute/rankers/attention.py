@@ -19,21 +19,14 @@ class LastTokenAttention(Ranker):
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
-        adapter, layer, device = context.adapter, context.decision.score_layer, context.cos.device
-        query, keys = adapter.project(layer, context.normed(), context.query_rows)
+        adapter, layer, device = context.adapter, context.decision.score_layer, context.tables.cos.device
+        query, keys = adapter.project(layer, context.normed(), context.tables.query_rows)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
         return context.backend.score_topk(
             query,
             keys,
-            context.cos,
-            context.sin,
-            context.query_rows,
-            context.candidates,
-            context.text_rows,
-            context.positions,
-            context.metadata,
-            scale=adapter.scale(layer),
-            rope=adapter.rope,
-            key_norm=adapter.key_norm(layer),
+            context.tables,
+            context.rows,
+            adapter.attention_spec(layer),
         )

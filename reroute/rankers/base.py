@@ -58,16 +58,16 @@ class ScoreRanker(Ranker):
         Raises:
             RerouteError: ``scores`` did not return one number for each candidate.
         """
-        rows, counts = context.hidden(), context.metadata.num_candidates
-        samples = zip(context.metadata.starts, context.candidates, counts, strict=True)
-        hidden = [rows[start + candidates[:n]] for start, candidates, n in samples]
-        inputs = RankInputs(hidden, rows[context.query_rows], context.decision.score_layer, context.decision.stage)
-        scores = torch.full_like(context.candidates, -torch.inf, dtype=torch.float32)
+        states, rows = context.hidden(), context.rows
+        counts = rows.metadata.num_candidates
+        samples = zip(rows.metadata.starts, rows.candidates, counts, strict=True)
+        hidden = [states[start + candidates[:n]] for start, candidates, n in samples]
+        query, decision = states[context.tables.query_rows], context.decision
+        inputs = RankInputs(hidden, query, decision.score_layer, decision.stage)
+        scores = torch.full_like(rows.candidates, -torch.inf, dtype=torch.float32)
         for target, score, n in zip(scores, self._checked(inputs), counts, strict=True):
             target[:n] = score
-        return context.backend.select(
-            scores, context.candidates, context.text_rows, context.positions, context.metadata
-        )
+        return context.backend.select(scores, rows)
 
     def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
         """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""

@@ -16,8 +16,8 @@ from ..core.prefill import PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
+from .attention import decode_mask, mask_format_of, prefill_mask
 from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer
-from .masks import decode_mask, prefill_mask
 
 __all__ = ["NO_GRADIENTS", "DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
@@ -74,7 +74,7 @@ class RoutedPrefill:
         self.cache = cache
         self.states: dict[int, torch.Tensor] = {}
         self._adapter, self._start, self._record = adapter, start, record_states
-        self._mask_form = adapter.mask_form()
+        self._mask_format = mask_format_of(adapter.text_config)
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: tuple[Decision, Selection] | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
@@ -167,14 +167,14 @@ class RoutedPrefill:
             key_positions,
             past=plan.past,
             has_fillers=has_fillers,
-            form=self._mask_form,
+            mask_format=self._mask_format,
             dtype=hidden.dtype,
         )
         adapted = {
             "attention_mask": mask,
             "position_embeddings": (prefill.tables.cos, prefill.tables.sin),
             # Flash attention would take gaps in the ids for borders between packed sequences.
-            "position_ids": None if self._mask_form == "padding" else prefill.tables.ids,
+            "position_ids": None if self._mask_format == "padding" else prefill.tables.ids,
         }
         return _Stage(adapted, key_positions, has_fillers, prefill.position_offset)
 
@@ -188,7 +188,7 @@ class RoutedDecode:
         Raises:
             RerouteError: the present attention implementation cannot be routed.
         """
-        self._adapter, self._mask_form = adapter, adapter.mask_form()
+        self._adapter, self._mask_format = adapter, mask_format_of(adapter.text_config)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
@@ -213,7 +213,7 @@ class RoutedDecode:
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
         if layer.stage_key not in self._masks:
             key_positions = layer.key_positions_with(new)
-            self._masks[layer.stage_key] = decode_mask(mask, key_positions, form=self._mask_form)
+            self._masks[layer.stage_key] = decode_mask(mask, key_positions, mask_format=self._mask_format)
         return self._masks[layer.stage_key]
 
     def _shifted(self, position_offset: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:

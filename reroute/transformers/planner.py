@@ -17,6 +17,7 @@ from ..core.schedule import Action, Schedule
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
+from .attention import mask_format_of
 from .cache import cache_of, check_cache, past_length
 
 __all__ = ["Planner"]
@@ -54,7 +55,7 @@ class Planner:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
-        adapter.mask_form()  # refuses attention that cannot be routed; each forward asks again
+        mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
         self.adapter = adapter
         self._schedule, self._action = schedule, action
         self._state = _ThreadState()

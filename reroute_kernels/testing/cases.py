@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dispatch import Backend
 from ..pool import Lease, PagedPool
-from ..reference import RMSNorm, SelectMetadata
+from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectMetadata, SelectRows
 
 __all__ = [
     "BATCHES",
@@ -112,14 +112,17 @@ class KernelInputs:
         self.lease: Lease = PagedPool(shape.hidden, dtype, device, page_size=PAGE).lease((length,) * batch)
         rows, self.starts = self.lease.num_rows, torch.tensor(self.lease.starts, device=device)[:, None]
         self.local = torch.arange(length, device=device).repeat(batch, 1)
-        self.candidates, self.texts = self.local[:, :visual].contiguous(), self.local[:, visual:].contiguous()
         counts = (length,) * batch, (visual,) * batch, (TEXT,) * batch, (kept,) * batch
         metadata = SelectMetadata(self.lease.starts, *counts)
-        self.metadata = replace(metadata, on_device=metadata.counts(device))
-        self.query_rows = self.starts[:, 0] + length - 1
-        angles = self._draw(rows, shape.head_dim // 2).repeat(1, 2)  # each at both places of its pair
-        self.cos, self.sin = angles.cos(), angles.sin()
         self.positions = torch.arange(rows, device=device)
+        self.select_rows = SelectRows(
+            self.local[:, :visual].contiguous(),
+            self.local[:, visual:].contiguous(),
+            self.positions,
+            replace(metadata, on_device=metadata.counts(device)),
+        )
+        angles = self._draw(rows, shape.head_dim // 2).repeat(1, 2)  # each at both places of its pair
+        self.tables = RopeTables(angles.cos(), angles.sin(), self.starts[:, 0] + length - 1)
         self.ids = self.positions.unsqueeze(1)
 
     @cached_property
@@ -140,9 +143,9 @@ class KernelInputs:
     @cached_property
     def active(self) -> Tensor:
         """Lease rows of a random selection."""
-        order = torch.rand(self.candidates.shape, generator=self._random, device=self.device).argsort(1)
+        order = torch.rand(self.select_rows.candidates.shape, generator=self._random, device=self.device).argsort(1)
         picked = order[:, : self.case.kept].sort(1).values
-        return torch.cat((picked, self.texts), 1) + self.starts
+        return torch.cat((picked, self.select_rows.text_rows), 1) + self.starts
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -169,7 +172,7 @@ def _defer(backend: Backend, inputs: KernelInputs) -> Any:
 
 
 def _admit(backend: Backend, inputs: KernelInputs) -> Any:
-    return backend.admit(inputs.lease.pages, inputs.lease.table, inputs.active, inputs.cos, inputs.sin, inputs.ids)
+    return _admitted(backend, inputs, inputs.active)
 
 
 def _defer_rmsnorm(backend: Backend, inputs: KernelInputs) -> Any:
@@ -181,21 +184,23 @@ def _restore(backend: Backend, inputs: KernelInputs) -> Any:
 
 
 def _select(backend: Backend, inputs: KernelInputs) -> Any:
-    return backend.select(inputs.scores, inputs.candidates, inputs.texts, inputs.positions, inputs.metadata)
+    return backend.select(inputs.scores, inputs.select_rows)
 
 
 def _score_topk(backend: Backend, inputs: KernelInputs) -> Any:
-    indices = inputs.query_rows, inputs.candidates, inputs.texts, inputs.positions, inputs.metadata
-    return backend.score_topk(
-        inputs.query, inputs.keys, inputs.cos, inputs.sin, *indices, scale=inputs.case.shape.head_dim**-0.5
-    )
+    spec = AttentionSpec(inputs.case.shape.head_dim**-0.5)
+    return backend.score_topk(inputs.query, inputs.keys, inputs.tables, inputs.select_rows, spec)
 
 
 def _step(backend: Backend, inputs: KernelInputs) -> Any:
     """A whole stage boundary, without the model's own projection."""
     _defer_rmsnorm(backend, inputs)
-    active = _score_topk(backend, inputs).active_rows
-    return backend.admit(inputs.lease.pages, inputs.lease.table, active, inputs.cos, inputs.sin, inputs.ids)
+    return _admitted(backend, inputs, _score_topk(backend, inputs).active_rows)
+
+
+def _admitted(backend: Backend, inputs: KernelInputs, rows: Tensor) -> Any:
+    cos, sin, _ = inputs.tables
+    return backend.admit(inputs.lease.pages, inputs.lease.table, rows, cos, sin, inputs.ids)
 
 
 Operation = Callable[[Backend, KernelInputs], Any]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..reference import RMSNorm, SelectMetadata
+from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectMetadata, SelectRows
 from . import defer_rmsnorm, rows, score, select
 
 
@@ -78,18 +78,13 @@ def _score_topk(
         length = visual + 64
         row = torch.arange(length)[None]
         metadata = SelectMetadata((0,), (length,), (visual,), (64,), (visual // 4,))
+        cos, sin = (torch.empty(length, features, dtype=dtype) for _ in range(2))
         return score.score_topk(
             torch.empty(1, heads, features, dtype=dtype),
             torch.empty(length, groups, features, dtype=dtype),
-            torch.empty(length, features, dtype=dtype),
-            torch.empty(length, features, dtype=dtype),
-            row[0, -1:],
-            row[:, :visual],
-            row[:, visual:],
-            row[0],
-            metadata,
-            scale=1.0,
-            key_norm=RMSNorm(torch.empty(features, dtype=dtype), 1e-6) if normed else None,
+            RopeTables(cos, sin, row[0, -1:]),
+            SelectRows(row[:, :visual], row[:, visual:], row[0], metadata),
+            AttentionSpec(1.0, key_norm=RMSNorm(torch.empty(features, dtype=dtype), 1e-6) if normed else None),
         )
 
     return launch
@@ -101,7 +96,8 @@ def _select(visual: int) -> Callable[[], object]:
     def launch() -> object:
         row = torch.arange(visual + 64)[None]
         metadata = SelectMetadata((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
-        return select.select(torch.empty(1, visual), row[:, :visual], row[:, visual:], row[0], metadata)
+        rows = SelectRows(row[:, :visual], row[:, visual:], row[0], metadata)
+        return select.select(torch.empty(1, visual), rows)
 
     return launch
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import RMSNorm, Rope, Selection, SelectMetadata
+from ..reference import AttentionSpec, RopeTables, Selection, SelectRows
 from .launch import SpecializedKernel, last_dim_contiguous
 from .select import Logits, launch_select
 from .topk.row_state import clear_counters, num_counters
@@ -225,32 +225,26 @@ def _score_kernel(
 def score_topk(
     query: Tensor,
     keys: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query_rows: Tensor,
-    candidates: Tensor,
-    text_rows: Tensor,
-    positions: Tensor,
-    metadata: SelectMetadata,
+    tables: RopeTables,
+    rows: SelectRows,
+    spec: AttentionSpec,
     *,
-    scale: float,
-    rope: Rope = "half",
-    key_norm: RMSNorm | None = None,
     counts: Tensor | None = None,
 ) -> Selection:
     """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
 
-    counts: those of ``metadata`` on the device, if they are there.
+    counts: those of ``rows.metadata`` on the device, if they are there.
 
     16-byte loads need contiguous features, and strides and a head_dim that are multiples of 16 elements, as
     projections make them; all else is right but slower.
     """
+    (scale, rope, key_norm), metadata = spec, rows.metadata
     (batch, num_qo_heads, head_dim), num_kv_heads = query.shape, keys.shape[1]
     if num_qo_heads % num_kv_heads:
         raise ValueError(f"{num_qo_heads} query heads cannot share {num_kv_heads} key heads")
     if rope not in ("half", "interleaved"):
         raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
-    query, keys, cos, sin, query_rows = map(last_dim_contiguous, (query, keys, cos, sin, query_rows))
+    query, keys, cos, sin, query_rows = map(last_dim_contiguous, (query, keys, *tables))
     if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
         raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {head_dim}")
     norm_weight, norm_eps = key_norm or (None, 0.0)
@@ -297,7 +291,7 @@ def score_topk(
         sin.stride(0),
     )
     source = Logits(logits, stride_logits, stats_offset, num_qo_heads, max_splits, tile.block_n)
-    return launch_select(source, candidates, text_rows, positions, counts, counters, metadata)
+    return launch_select(source, rows, counts, counters)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import Selection, SelectMetadata
+from ..reference import Selection, SelectRows
 from .launch import SpecializedKernel, last_dim_contiguous, num_sms
 from .topk.chunks import collect_chunk, emit_chunk, refine_chunk
 from .topk.emit import (
@@ -222,23 +222,15 @@ def _select_kernel(
             )
 
 
-def launch_select(
-    source: Logits,
-    candidates: Tensor,
-    text_rows: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    counters: Tensor,
-    metadata: SelectMetadata,
-) -> Selection:
+def launch_select(source: Logits, rows: SelectRows, counts: Tensor, counters: Tensor) -> Selection:
     """Launch the selection. ValueError for a row of more candidates than the kernel can count.
 
     counters: ``num_counters(B)`` zeros, int32.
     """
-    (batch, max_candidates), device = candidates.shape, candidates.device
+    (batch, max_candidates), device, metadata = rows.candidates.shape, rows.candidates.device, rows.metadata
     if max_candidates > MAX_COUNT:
         raise ValueError(f"{max_candidates} candidates in a row: the selection kernel counts up to {MAX_COUNT}")
-    candidates, text_rows, positions = map(last_dim_contiguous, (candidates, text_rows, positions))
+    candidates, text_rows, positions = map(last_dim_contiguous, rows[:3])
     max_k, compact_length = max(metadata.k), metadata.compact_length
     kept = torch.empty(batch, max_k, dtype=torch.int64, device=device)
     active_rows, active_positions = (
@@ -338,21 +330,13 @@ def _specialized(
     return SpecializedKernel(name, _select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
 
 
-def select(
-    scores: Tensor,
-    candidates: Tensor,
-    text_rows: Tensor,
-    positions: Tensor,
-    metadata: SelectMetadata,
-    *,
-    counts: Tensor | None = None,
-) -> Selection:
+def select(scores: Tensor, rows: SelectRows, *, counts: Tensor | None = None) -> Selection:
     """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation.
 
-    counts: those of ``metadata`` on the device, if they are there.
+    counts: those of ``rows.metadata`` on the device, if they are there.
     """
     scores = last_dim_contiguous(scores)
     source = Logits(scores, scores.stride(0), 0, num_qo_heads=1, num_splits=0, split_block_n=1)
-    counts = metadata.counts(scores.device) if counts is None else counts
+    counts = rows.metadata.counts(scores.device) if counts is None else counts
     counters = counts.new_zeros(num_counters(len(scores)), dtype=torch.int32)
-    return launch_select(source, candidates, text_rows, positions, counts, counters, metadata)
+    return launch_select(source, rows, counts, counters)

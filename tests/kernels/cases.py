@@ -9,7 +9,7 @@ import torch
 from tensors import padded
 from torch import Tensor
 
-from reroute_kernels import Selection, SelectMetadata, reference
+from reroute_kernels import AttentionSpec, RopeTables, Selection, SelectMetadata, SelectRows, reference
 
 PAGE = 64
 
@@ -58,9 +58,9 @@ def decision(
     metadata = SelectMetadata(
         tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
     )
-    indices = last.to(device), candidates, texts, torch.arange(total, device=device) % 97
-    tensors = (query.to(dtype).to(device), keys.to(dtype).to(device), cos, sin, *indices, metadata)
-    return tensors, {"scale": features**-0.5, "rope": rope}
+    rows = SelectRows(candidates, texts, torch.arange(total, device=device) % 97, metadata)
+    tensors = query.to(dtype).to(device), keys.to(dtype).to(device)
+    return (*tensors, RopeTables(cos, sin, last.to(device)), rows), {"spec": AttentionSpec(features**-0.5, rope)}
 
 
 class StageBoundary:
@@ -80,17 +80,15 @@ class StageBoundary:
             random(2, self.num_qo_heads, self.head_dim),
             random(24, self.num_kv_heads, self.head_dim),
         )
-        self.query_rows = integers(13, 18)
-        self.candidates = integers([*range(2, 12)], [-1] * 10)
-        self.texts = integers([0, 1, 12, 13], [0, 1, 2, -1])
+        self.tables = RopeTables(self.cos, self.sin, integers(13, 18))
         columns = (0, 16), (14, 3), (10, 0), (4, 3), (3, 0)
-        # As a plan does: a capture uploads nothing.
-        self.metadata = SelectMetadata(*columns, on_device=integers(*columns))
-        self.scores, self.positions = random(2, 10), torch.arange(24, device=device) * 3
-
-    @property
-    def scored(self) -> tuple[Tensor, ...]:
-        return self.query, self.keys, self.cos, self.sin, self.query_rows, *self.lists
+        self.select_rows = SelectRows(
+            integers([*range(2, 12)], [-1] * 10),
+            integers([0, 1, 12, 13], [0, 1, 2, -1]),
+            torch.arange(24, device=device) * 3,
+            SelectMetadata(*columns, on_device=integers(*columns)),  # as a plan does: a capture uploads nothing
+        )
+        self.scores = random(2, 10)
 
     @property
     def inverse(self) -> Tensor:
@@ -100,25 +98,22 @@ class StageBoundary:
         return inverse
 
     @property
-    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.candidates, self.texts, self.positions
-
-    @property
-    def counts(self) -> tuple[Tensor, list[int]]:
-        counts = self.metadata.counts(self.pages.device)
-        return counts, counts.flatten().tolist()
+    def flat_rows(self) -> tuple[Any, ...]:
+        """``select_rows`` as operators take them."""
+        *lists, metadata = self.select_rows
+        return *lists, metadata.counts(self.pages.device), list(metadata.flat)
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""
         operations.defer(pages, self.table, self.rows, hidden * 2)
-        selection = operations.score_topk(*self.scored, self.metadata, scale=0.25, rope="half")
-        again = operations.select(selection.scores, *self.lists, self.metadata)
+        selection = operations.score_topk(self.query, self.keys, self.tables, self.select_rows, AttentionSpec(0.25))
+        again = operations.select(selection.scores, self.select_rows)
         return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
 
 
 def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:
-    """Rows of any length are selected from in stages, by programs with a share of 128 candidates each; more than
-    ``crowd`` keys in the bin of the threshold are refined. select: the module.
+    """Rows of any length are selected from in phases, in chunks of 128 candidates; more than ``crowd`` keys in the
+    bucket of the pivot are refined. select: the module.
     """
     for name, value in (("BLOCK_N", 64), ("MAX_ONE_PROGRAM", 0), ("CHUNK", 128), ("MAX_BUCKET_KEYS", crowd)):
         patch.setattr(select, name, value)
@@ -151,4 +146,4 @@ def same(got: Selection, wanted: Selection) -> None:
 
 def exact(arguments: tuple[Any, ...], got: Selection) -> None:
     """The selection is that of a stable sort of the kernel's own scores. arguments: those of score_topk."""
-    same(got, reference.select(got.scores, *arguments[5:]))
+    same(got, reference.select(got.scores, arguments[3]))

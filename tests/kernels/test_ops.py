@@ -13,7 +13,7 @@ from cases import StageBoundary
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from reroute_kernels import PagedPool, RMSNorm, Selection, reference
+from reroute_kernels import AttentionSpec, PagedPool, RMSNorm, Selection, reference
 from reroute_kernels.testing.cuda_graph import captured
 
 
@@ -33,10 +33,8 @@ def test_a_stage_boundary_equals_the_reference(ops: Any, device: torch.device) -
 def test_a_key_norm_reaches_the_kernel(ops: Any, device: torch.device) -> None:
     boundary = StageBoundary(device)
     norm = RMSNorm(torch.rand(boundary.head_dim, device=device), 1e-6)
-    results = (
-        backend.score_topk(*boundary.scored, boundary.metadata, scale=0.25, key_norm=norm)
-        for backend in (ops, reference)
-    )
+    scored = boundary.query, boundary.keys, boundary.tables, boundary.select_rows
+    results = (backend.score_topk(*scored, AttentionSpec(0.25, key_norm=norm)) for backend in (ops, reference))
     assert_close(*results)
 
 
@@ -56,10 +54,11 @@ def test_opcheck(ops: Any, device: torch.device) -> None:
     torch.library.opcheck(registered.admit, (*index, [p.cos, p.sin, p.rows.new_ones(24, 1)]))
     norm = torch.ones(16, device=device), 1e-6
     torch.library.opcheck(registered.defer_rmsnorm, (p.pages, p.table, p.inverse, p.hidden, *norm))
-    torch.library.opcheck(registered.select, (p.scores, *p.lists, *p.counts))
-    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", None, 0.0))
+    torch.library.opcheck(registered.select, (p.scores, *p.flat_rows))
+    scored = p.query, p.keys, *p.tables, *p.flat_rows
+    torch.library.opcheck(registered.score_topk, (*scored, 0.25, "half", None, 0.0))
     norm = torch.ones(p.head_dim, device=device), 1e-6
-    torch.library.opcheck(registered.score_topk, (*p.scored, *p.counts, 0.25, "half", *norm))
+    torch.library.opcheck(registered.score_topk, (*scored, 0.25, "half", *norm))
 
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reroute_kernels import PagedPool, SelectMetadata
+from reroute_kernels import AttentionSpec, PagedPool, RopeTables, SelectMetadata, SelectRows
 from reroute_kernels.reference import admit, defer, score_topk
 
 
@@ -20,14 +20,13 @@ def run_all(device: str) -> None:
         selection = score_topk(
             torch.randn(2, 4, 8, dtype=torch.bfloat16),
             torch.randn(lease.num_rows, 2, 8, dtype=torch.bfloat16),
-            torch.randn(lease.num_rows, 8),
-            torch.randn(lease.num_rows, 8),
-            torch.zeros(2, dtype=torch.int64),
-            torch.arange(6).repeat(2, 1),
-            torch.arange(6, 9).repeat(2, 1),
-            torch.arange(lease.num_rows),
-            metadata,
-            scale=0.5,
+            RopeTables(
+                torch.randn(lease.num_rows, 8), torch.randn(lease.num_rows, 8), torch.zeros(2, dtype=torch.int64)
+            ),
+            SelectRows(
+                torch.arange(6).repeat(2, 1), torch.arange(6, 9).repeat(2, 1), torch.arange(lease.num_rows), metadata
+            ),
+            AttentionSpec(0.5),
         )
         assert selection.kept.shape == (2, 2)
         assert selection.active_rows.shape == selection.active_positions.shape == (2, metadata.compact_length) == (2, 5)

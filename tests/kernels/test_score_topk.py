@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reroute_kernels import RMSNorm, Selection, SelectMetadata, reference
+from reroute_kernels import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows, reference
 
 KERNEL = "score"
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -29,16 +29,9 @@ def normed(keys: Tensor, norm: RMSNorm | None, dtype: torch.dtype) -> Tensor:
     return (wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).to(dtype) * norm.weight.to(dtype)
 
 
-def truth(
-    arguments: tuple[Any, ...],
-    scale: float,
-    rope: Any,
-    work: torch.dtype,
-    rotate: torch.dtype,
-    key_norm: RMSNorm | None = None,
-) -> list[Tensor]:
+def truth(arguments: tuple[Any, ...], spec: AttentionSpec, work: torch.dtype, rotate: torch.dtype) -> list[Tensor]:
     """Scores per sample with norms and rotations in one dtype, and logits and softmax in another."""
-    query, keys, cos, sin, last, candidates, _, _, metadata = arguments
+    query, keys, (cos, sin, last), (candidates, _, _, metadata) = arguments
     scores = []
     for b, (start, length, n) in enumerate(
         zip(metadata.starts, metadata.kv_lens, metadata.num_candidates, strict=True)
@@ -47,10 +40,10 @@ def truth(
             scores.append(torch.empty(0, dtype=torch.float64, device=query.device))
             continue
         row, span = last[b : b + 1], slice(start, start + length)
-        q = reference.rotate(query[b : b + 1].to(rotate), cos[row], sin[row], rope).to(work)[0]
-        k = reference.rotate(normed(keys[span], key_norm, rotate), cos[span], sin[span], rope).to(work)
+        q = reference.rotate(query[b : b + 1].to(rotate), cos[row], sin[row], spec.rope).to(work)[0]
+        k = reference.rotate(normed(keys[span], spec.key_norm, rotate), cos[span], sin[span], spec.rope).to(work)
         k = k.repeat_interleave(q.shape[0] // k.shape[1], 1)
-        logits = torch.einsum("hd,lhd->hl", q, k) * scale
+        logits = torch.einsum("hd,lhd->hl", q, k) * spec.scale
         scores.append(logits.softmax(-1).mean(0)[candidates[b, :n]].double())
     return scores
 
@@ -149,13 +142,14 @@ def test_key_norms(
     )
     keys = arguments[1] * torch.logspace(-3, 3, len(arguments[1]), device=device)[:, None, None].to(dtype)
     arguments = (arguments[0], keys, *arguments[2:])
-    named["key_norm"] = RMSNorm((torch.rand(features, device=device) + 0.5).to(dtype), 1e-6)
+    norm = RMSNorm((torch.rand(features, device=device) + 0.5).to(dtype), 1e-6)
+    named["spec"] = named["spec"]._replace(key_norm=norm)
     got = kernel.score_topk(*arguments, **named)
     exact(arguments, got)
     # The order of a sum of squares may turn one rounding to the model's dtype.
     close(arguments, named, got, rtol=3e-5 if dtype == FP32 else 5e-3)
     with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of"):
-        kernel.score_topk(*arguments, **named | {"key_norm": RMSNorm(keys.new_ones(1), 1e-6)})
+        kernel.score_topk(*arguments, named["spec"]._replace(key_norm=RMSNorm(keys.new_ones(1), 1e-6)))
 
 
 @given(st.data())
@@ -187,7 +181,8 @@ def test_ragged_batches(kernel: Any, device: torch.device) -> None:
 def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> None:
     """They need no query."""
     arguments, named = decision([5, 0], [0, 0], [0, 0], device)
-    arguments = *arguments[:4], torch.full_like(arguments[4], -1), *arguments[5:]
+    query, keys, tables, rows = arguments
+    arguments = query, keys, tables._replace(query_rows=torch.full_like(tables.query_rows, -1)), rows
     got = kernel.score_topk(*arguments, **named)
     assert got.kept.shape == (2, 0)
     assert got.active_rows.tolist() == got.active_positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
@@ -198,13 +193,13 @@ def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> Non
     lengths, counts, keep = [130, 1100, 70], [100, 1050, 60], [30, 500, 7]
     arguments, named = decision(lengths, counts, keep, device, heads=6, dtype=BF16)
     together = kernel.score_topk(*arguments, **named)
-    query, keys, cos, sin, last, candidates, texts, positions, metadata = arguments
+    query, keys, (cos, sin, last), (candidates, texts, positions, metadata) = arguments
     for b, (n, m, k) in enumerate(zip(counts, metadata.num_texts, keep, strict=True)):
         single = SelectMetadata(
             *((getattr(metadata, f)[b],) for f in ("starts", "kv_lens", "num_candidates", "num_texts", "k"))
         )
-        rows = candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions
-        alone = kernel.score_topk(query[b : b + 1], keys, cos, sin, last[b : b + 1], *rows, single, **named)
+        rows = SelectRows(candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions, single)
+        alone = kernel.score_topk(query[b : b + 1], keys, RopeTables(cos, sin, last[b : b + 1]), rows, **named)
         assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
         assert torch.equal(alone.kept[0], together.kept[b, :k])
         assert torch.equal(alone.active_rows[0], together.active_rows[b, together.active_rows.shape[1] - m - k :])
@@ -266,15 +261,16 @@ def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.devi
     arguments, named = decision([70, 90], [60, 80], [9, 9], device, dtype=BF16, table_dtype=FP32)
     wanted = kernel.score_topk(*arguments, **named)
     close(arguments, named, wanted)
-    query, keys, cos, sin, *rest = arguments
+    query, keys, tables, rows = arguments
     fused = torch.cat((keys, keys + 1), dim=1)[:, : keys.shape[1]]
     transposed = keys.transpose(0, 2).contiguous().transpose(0, 2)
     for other in (fused, transposed, torch.cat((keys, keys[..., :3]), -1)[..., :-3]):
-        got = kernel.score_topk(query, other, cos.t().contiguous().t(), sin, *rest, **named)
+        transposed_cos = tables._replace(cos=tables.cos.t().contiguous().t())
+        got = kernel.score_topk(query, other, transposed_cos, rows, **named)
         assert torch.equal(got.scores, wanted.scores)
     every_other_head = torch.stack((query, query + 1), 2).flatten(1, 2)[:, ::2]
-    wide = torch.cat((sin, cos), 1)[:, : sin.shape[1]]
-    got = kernel.score_topk(every_other_head, keys, cos, wide, *rest, **named)
+    wide = torch.cat((tables.sin, tables.cos), 1)[:, : tables.sin.shape[1]]
+    got = kernel.score_topk(every_other_head, keys, tables._replace(sin=wide), rows, **named)
     assert torch.equal(got.scores, wanted.scores)
 
 
@@ -284,7 +280,7 @@ def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch
     arguments, named = decision([40, 30, 9], [30, 20, 5], [9, 9, 2], device, dtype=BF16)
     wanted = kernel.score_topk(*arguments, **named)
     query, keys, *rest = arguments
-    near, last = (query, len(query) - 1) if which == "query" else (keys, int(rest[2].max()))
+    near, last = (query, len(query) - 1) if which == "query" else (keys, int(rest[0].query_rows.max()))
     stride = -(-(2**31) // last)  # the last row that is scored is beyond
     far = gibibytes(executor, stride * len(near), BF16).as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
     got = kernel.score_topk(*((far, keys) if which == "query" else (query, far)), *rest, **named)
@@ -322,14 +318,22 @@ def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel
 
     compiled = lambda: num_compiled(executor, kernel._score_kernel, select._select_kernel)
     arguments, named = decision([90, 70], [61, 50], [9, 20], device)
-    *tensors, last, candidates, texts, positions, metadata = arguments
+    query, keys, (cos, sin, last), (candidates, texts, positions, metadata) = arguments
     wanted, before = kernel.score_topk(*arguments, **named), compiled()
     assert before
     for moved in range(5):
-        lists = [last, candidates, texts, positions, torch.tensor(metadata.as_tuple(), device=device)]
+        lists = [
+            arguments[2].query_rows,
+            candidates,
+            texts,
+            positions,
+            torch.tensor(metadata.as_tuple(), device=device),
+        ]
         lists[moved] = torch.cat((lists[moved].new_zeros(1), lists[moved].flatten()))[1:].view(lists[moved].shape)
         assert lists[moved].data_ptr() % 16 == 8
-        got = kernel.score_topk(*tensors, *lists[:4], replace(metadata, on_device=lists[4]), **named)
+        last, *rows, counts = lists
+        rows = SelectRows(*rows, replace(metadata, on_device=counts))
+        got = kernel.score_topk(query, keys, RopeTables(cos, sin, last), rows, **named)
         assert all(map(torch.equal, got, wanted))
     assert compiled() == before
 
@@ -340,7 +344,7 @@ def test_what_cannot_be_is_refused(kernel: Any, device: torch.device) -> None:
         kernel.score_topk(*arguments, **named)
     arguments, named = decision([9], [5], [2], device)
     with pytest.raises(ValueError, match="'half', 'interleaved'"):
-        kernel.score_topk(*arguments, scale=1.0, rope="neox")
+        kernel.score_topk(*arguments, AttentionSpec(1.0, "neox"))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(28, 4), (32, 32), (64, 8)])

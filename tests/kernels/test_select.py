@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tensors import NEGATIVE_NAN, padded
 from torch import Tensor
 
-from reroute_kernels import SelectMetadata, reference
+from reroute_kernels import SelectMetadata, SelectRows, reference
 
 KERNEL = "select"
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -39,7 +39,7 @@ def check(
     given = torch.full((len(counts), max(counts)), NAN)  # never read beyond the counts
     for row, score in zip(given, scores, strict=True):
         row[: len(score)] = score
-    arguments = given.to(device), candidates, text_rows, positions, metadata
+    arguments = given.to(device), SelectRows(candidates, text_rows, positions, metadata)
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -60,8 +60,9 @@ def decided(kernel: Any, source: Any, length: int, candidates: slice, keep: int,
     n = int(chosen.sum())
     metadata = SelectMetadata((0,), (length,), (n,), (length - n,), (keep,))
     counters = torch.zeros(kernel.num_counters(1), dtype=torch.int32, device=device)
-    got = kernel.launch_select(source, *lists, metadata.counts(device), counters, metadata)
-    same(got, reference.select(got.scores, *lists, metadata))
+    rows = SelectRows(*lists, metadata)
+    got = kernel.launch_select(source, rows, metadata.counts(device), counters)
+    same(got, reference.select(got.scores, rows))
     scores: Tensor = got.scores[0]
     return scores
 
@@ -156,7 +157,7 @@ def test_texts_beyond_everything_and_no_texts(kernel: Any, device: torch.device)
     texts = padded([[0, 7, 900], []], device=device)
     scores = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 5.0]], device=device)
     metadata = SelectMetadata((0, 901), (7, 3), (4, 3), (3, 0), (2, 2))
-    arguments = scores, candidates, texts, torch.arange(905, device=device), metadata
+    arguments = scores, SelectRows(candidates, texts, torch.arange(905, device=device), metadata)
     same(kernel.select(*arguments), reference.select(*arguments))
 
 
@@ -346,8 +347,10 @@ def test_another_prompt_compiles_nothing_anew(executor: Any, kernel: Any, device
 
 def test_a_row_that_cannot_be_counted_is_refused(kernel: Any, device: torch.device) -> None:
     wide = torch.empty(1, 1, device=device).expand(1, 2**22 + 1)
+    long = wide.long()
+    rows = SelectRows(long, long, long[0], SelectMetadata((0,), (9,), (9,), (0,), (1,)))
     with pytest.raises(ValueError, match="4194305 candidates in a row"):
-        kernel.select(wide, wide.long(), wide.long(), wide[0].long(), SelectMetadata((0,), (9,), (9,), (0,), (1,)))
+        kernel.select(wide, rows)
 
 
 def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
@@ -355,11 +358,11 @@ def test_other_dtypes_and_strides(kernel: Any, device: torch.device) -> None:
     rows = torch.arange(50, device=device).expand(2, 50)
     texts = torch.empty(2, 0, dtype=torch.int64, device=device)
     metadata = SelectMetadata((0, 50), (50, 50), (50, 50), (0, 0), (20, 10))
-    arguments = scores, rows, texts, torch.arange(200, device=device)[::2], metadata
-    wanted = reference.select(*arguments)
-    same(kernel.select(*arguments), wanted)
-    columns = scores.t().contiguous().t(), rows.t().contiguous().t(), texts
-    same(kernel.select(*columns, *arguments[3:]), wanted)
+    lists = SelectRows(rows, texts, torch.arange(200, device=device)[::2], metadata)
+    wanted = reference.select(scores, lists)
+    same(kernel.select(scores, lists), wanted)
+    transposed = lists._replace(candidates=rows.t().contiguous().t())
+    same(kernel.select(scores.t().contiguous().t(), transposed), wanted)
 
 
 def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: torch.device) -> None:
@@ -369,7 +372,7 @@ def test_counts_that_are_on_the_device_are_not_uploaded(kernel: Any, device: tor
     assert metadata.counts(device) is there
     assert metadata == SelectMetadata(*columns)
     scores, row = torch.randn(1, 5, device=device), torch.arange(9, device=device)[None]
-    arguments = scores, row[:, :5], row[:, 5:], row[0], metadata
+    arguments = scores, SelectRows(row[:, :5], row[:, 5:], row[0], metadata)
     wanted = reference.select(*arguments)
     same(kernel.select(*arguments), wanted)
     there[4] = 0  # the kernel keeps what it reads there

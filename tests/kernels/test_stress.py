@@ -41,14 +41,15 @@ def decide(
     counts = [visual, 70, visual // 2, 0, visual - 1][:batch]
     lengths, keep = [n + 60 for n in counts], [n // 3 for n in counts]
     arguments, named = decision(lengths, counts, keep, device, dtype=torch.bfloat16)
-    metadata = replace(arguments[-1], on_device=arguments[-1].counts(device))
-    arguments = *arguments[:-1], metadata
+    rows = arguments[3]
+    metadata = replace(rows.metadata, on_device=rows.metadata.counts(device))
+    arguments = *arguments[:3], rows._replace(metadata=metadata)
     if operation == "score_topk":
         return partial(ops.score_topk, *arguments, **named), arguments
     scores = torch.randn(batch, visual)
     if operation == "select of a crowd":  # one coarse bin holds all
         scores = torch.rand(batch, visual) / 4 + 0.25
-    return partial(ops.select, scores.to(device), *arguments[5:]), arguments
+    return partial(ops.select, scores.to(device), arguments[3]), arguments
 
 
 def streams_of(executor: Any, count: int) -> Streams:

@@ -13,7 +13,7 @@ from tensors import NEGATIVE_NAN, padded
 from transformers.models.glm4v.modeling_glm4v import apply_rotary_pos_emb as glm_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 
-from reroute_kernels import SelectMetadata
+from reroute_kernels import SelectMetadata, SelectRows
 from reroute_kernels.reference import admit, defer, rotate, select
 
 INF, NAN = math.inf, math.nan
@@ -147,14 +147,16 @@ def test_unknown_layout_lists_the_known() -> None:
 
 
 def single(scores: list[float], keep: int) -> list[int]:
-    """Kept visual_indices of one sample whose rows are all candidates."""
+    """Kept candidates of one sample whose rows are all candidates."""
     n = len(scores)
     selection = select(
         torch.tensor([scores], dtype=torch.float32),
-        torch.arange(n)[None],
-        torch.empty(1, 0, dtype=torch.int64),
-        torch.arange(n) + 7,
-        SelectMetadata((0,), (n,), (n,), (0,), (keep,)),
+        SelectRows(
+            torch.arange(n)[None],
+            torch.empty(1, 0, dtype=torch.int64),
+            torch.arange(n) + 7,
+            SelectMetadata((0,), (n,), (n,), (0,), (keep,)),
+        ),
     )
     assert torch.equal(selection.kept, selection.active_rows)
     assert torch.equal(selection.kept + 7, selection.active_positions)
@@ -208,7 +210,8 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
     starts, positions = tuple(20 * b for b in range(batch)), torch.randperm(20 * batch)
     metadata = SelectMetadata(starts, (12,) * batch, counts, text_counts, tuple(keep))
     given_scores = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
-    got = select(given_scores, padded(candidates, width=n_max), padded(texts, width=m_max), positions, metadata)
+    lists = padded(candidates, width=n_max), padded(texts, width=m_max), positions
+    got = select(given_scores, SelectRows(*lists, metadata))
 
     assert got.kept.shape == (batch, max(keep))
     assert got.active_rows.shape == got.active_positions.shape == (batch, metadata.compact_length)

@@ -11,7 +11,7 @@ from tensors import padded
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from reroute_kernels import RMSNorm, Selection, SelectMetadata
+from reroute_kernels import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows
 from reroute_kernels.reference import score_topk
 
 INF, NAN = math.inf, math.nan
@@ -23,14 +23,14 @@ def from_logits(logits: list[list[float]], candidates: list[int], keep: int) -> 
     return score_topk(
         torch.ones(1, heads, 1),
         torch.tensor(logits).T.reshape(length, heads, 1),
-        torch.empty(length, 0),
-        torch.empty(length, 0),
-        torch.tensor([length - 1]),
-        torch.tensor([candidates]),
-        torch.tensor([[i for i in range(length) if i not in candidates]]),
-        torch.arange(length),
-        SelectMetadata((0,), (length,), (len(candidates),), (length - len(candidates),), (keep,)),
-        scale=1.0,
+        RopeTables(torch.empty(length, 0), torch.empty(length, 0), torch.tensor([length - 1])),
+        SelectRows(
+            torch.tensor([candidates]),
+            torch.tensor([[i for i in range(length) if i not in candidates]]),
+            torch.arange(length),
+            SelectMetadata((0,), (length,), (len(candidates),), (length - len(candidates),), (keep,)),
+        ),
+        AttentionSpec(1.0),
     )
 
 
@@ -60,14 +60,14 @@ def test_t18_query_heads_share_key_heads_in_blocks() -> None:
         selection = score_topk(
             query,
             keys,
-            torch.empty(2, 0),
-            torch.empty(2, 0),
-            torch.tensor([1]),
-            torch.tensor([[0, 1]]),
-            torch.empty(1, 0, dtype=torch.int64),
-            torch.arange(2),
-            SelectMetadata((0,), (2,), (2,), (0,), (1,)),
-            scale=1.0,
+            RopeTables(torch.empty(2, 0), torch.empty(2, 0), torch.tensor([1])),
+            SelectRows(
+                torch.tensor([[0, 1]]),
+                torch.empty(1, 0, dtype=torch.int64),
+                torch.arange(2),
+                SelectMetadata((0,), (2,), (2,), (0,), (1,)),
+            ),
+            AttentionSpec(1.0),
         )
         readers.append(selection.kept.item())
     assert readers == [0, 0, 1, 1]
@@ -78,14 +78,11 @@ def test_uneven_heads_are_refused() -> None:
         score_topk(
             torch.ones(1, 3, 4),
             torch.ones(2, 2, 4),
-            torch.empty(2, 0),
-            torch.empty(2, 0),
-            torch.tensor([1]),
-            torch.tensor([[0]]),
-            torch.tensor([[1]]),
-            torch.arange(2),
-            SelectMetadata((0,), (2,), (1,), (1,), (1,)),
-            scale=1.0,
+            RopeTables(torch.empty(2, 0), torch.empty(2, 0), torch.tensor([1])),
+            SelectRows(
+                torch.tensor([[0]]), torch.tensor([[1]]), torch.arange(2), SelectMetadata((0,), (2,), (1,), (1,), (1,))
+            ),
+            AttentionSpec(1.0),
         )
 
 
@@ -141,22 +138,20 @@ class RaggedBatch:
         return score_topk(
             self.query[list(samples)],
             keys,
-            cos,
-            sin,
-            torch.tensor([s + n - 1 for s, n in zip(starts, pick(self.lengths), strict=True)]),
-            padded(candidates),
-            padded(texts),
-            positions,
-            SelectMetadata(
-                starts,
-                pick(self.lengths),
-                tuple(map(len, candidates)),
-                tuple(map(len, texts)),
-                pick(self.keep),
+            RopeTables(cos, sin, torch.tensor([s + n - 1 for s, n in zip(starts, pick(self.lengths), strict=True)])),
+            SelectRows(
+                padded(candidates),
+                padded(texts),
+                positions,
+                SelectMetadata(
+                    starts,
+                    pick(self.lengths),
+                    tuple(map(len, candidates)),
+                    tuple(map(len, texts)),
+                    pick(self.keep),
+                ),
             ),
-            scale=self.dim**-0.5,
-            rope=self.layout,
-            key_norm=key_norm,
+            AttentionSpec(self.dim**-0.5, self.layout, key_norm),
         )
 
     def naive(self, b: int) -> list[float]:

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from reroute.transformers import adapter_of
 from reroute.transformers.adapters.llava import Llava
-from reroute_kernels import SelectMetadata
+from reroute_kernels import RopeTables, SelectMetadata, SelectRows
 from reroute_kernels.reference import score_topk
 
 
@@ -43,16 +43,9 @@ def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer:
     got = score_topk(
         query,
         keys,
-        cos[0],
-        sin[0],
-        last,
-        ids,
-        ids[:, :0],
-        ids[0],
-        SelectMetadata((0,), (length,), (length,), (0,), (1,)),
-        scale=adapter.scale(layer),
-        rope=adapter.rope,
-        key_norm=adapter.key_norm(layer),
+        RopeTables(cos[0], sin[0], last),
+        SelectRows(ids, ids[:, :0], ids[0], SelectMetadata((0,), (length,), (length,), (0,), (1,))),
+        adapter.attention_spec(layer),
     )
     torch.testing.assert_close(got.scores[0], out.attentions[layer][0, :, -1].mean(0))
 

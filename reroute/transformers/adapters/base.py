@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import RMSNorm, Rope
+from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
-from ...errors import RerouteError, UnsupportedModelError
-from ..masks import MaskForm
+from ...errors import UnsupportedModelError
 
 __all__ = ["ModelAdapter"]
 
@@ -67,23 +66,6 @@ class ModelAdapter:
         names = ("image_token_id", "video_token_id")
         return tuple(i for name in names if (i := getattr(self.config, name, None)) is not None)
 
-    def mask_form(self) -> MaskForm:
-        """What the decoder's present attention takes for a mask; ``padding`` means flash attention.
-
-        Raises:
-            RerouteError: an attention implementation whose masks are not known.
-        """
-        name = str(self.text_config._attn_implementation)
-        forms: dict[str, MaskForm] = {"eager": "additive", "sdpa": "boolean"}
-        if name in forms:
-            return forms[name]
-        if "flash" in name:  # what Transformers asks; kernels from a hub have other names around it
-            return "padding"
-        raise RerouteError(
-            f"Attention implementation {name!r} cannot be routed: its masks are not known. Call "
-            "model.set_attn_implementation(…) with 'sdpa', 'eager' or a flash attention."
-        )
-
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
         types = getattr(self.text_config, "layer_types", None)
@@ -112,14 +94,12 @@ class ModelAdapter:
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
 
-    def key_norm(self, layer: int) -> RMSNorm | None:
+    def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
-        norm = getattr(self.layers[layer].self_attn, "k_norm", None)
-        return None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
-
-    def scale(self, layer: int) -> float:
-        """See ``DecoderAdapter``."""
-        return float(self.layers[layer].self_attn.scaling)
+        attention = self.layers[layer].self_attn
+        norm = getattr(attention, "k_norm", None)
+        key_norm = None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
+        return AttentionSpec(float(attention.scaling), self.rope, key_norm)
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""

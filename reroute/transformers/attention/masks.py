@@ -7,15 +7,11 @@ wherever the attention is then right, because any mask keeps CUDA's fast kernels
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-__all__ = ["MaskForm", "decode_mask", "prefill_mask"]
+from .formats import MaskFormat
 
-MaskForm = Literal["additive", "boolean", "padding"]
-"""What an attention implementation takes: 4-D and added to the logits, 4-D and True where visible, or 2-D and True
-where there is a token."""
+__all__ = ["decode_mask", "prefill_mask"]
 
 
 def prefill_mask(
@@ -25,28 +21,28 @@ def prefill_mask(
     *,
     past: int,
     has_fillers: bool,
-    form: MaskForm,
+    mask_format: MaskFormat,
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
     """Mask for a stage of a prefill.
 
     Args:
         mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, or
-            (B, past + L) in the form ``padding``.
+            (B, past + L) in the format ``padding``.
         rows: (B, S) position within this call of every running row, -1 for fillers.
         key_positions: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
         has_fillers: whether any row or column is a filler.
-        form: of a mask built from nothing.
+        mask_format: of a mask built from nothing.
         dtype: of an additive mask built from nothing.
     """
     if mask is None:
-        if not has_fillers and (past == 0 or form == "padding"):
+        if not has_fillers and (past == 0 or mask_format == "padding"):
             return None
-        if form == "padding":
+        if mask_format == "padding":
             return key_positions >= 0
         picked = (key_positions[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
-        if form == "additive":
+        if mask_format == "additive":
             lowest = torch.finfo(dtype).min
             picked = torch.zeros_like(picked, dtype=dtype).masked_fill_(~picked, lowest)
     elif mask.ndim == 2:
@@ -59,14 +55,14 @@ def prefill_mask(
     return _without_fillers(picked, rows, key_positions) if has_fillers else picked
 
 
-def decode_mask(mask: torch.Tensor | None, key_positions: torch.Tensor, *, form: MaskForm) -> torch.Tensor:
+def decode_mask(mask: torch.Tensor | None, key_positions: torch.Tensor, *, mask_format: MaskFormat) -> torch.Tensor:
     """Mask for new tokens on a cache with rows at ``key_positions`` (B, T), -1 for fillers; the last are the new ones.
 
     With ``mask`` None every key that is not a filler is visible (Transformers passes None only then).
     """
     if mask is None:
         present = key_positions >= 0
-        return present if form == "padding" else present[:, None, None, :]
+        return present if mask_format == "padding" else present[:, None, None, :]
     if mask.ndim == 2:
         return _pick_2d(mask, key_positions)
     present = (key_positions >= 0)[:, None, None, :]
