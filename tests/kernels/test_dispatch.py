@@ -118,7 +118,7 @@ def test_auto_says_why_it_is_torch_and_triton_why_it_cannot(
 def test_a_check_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process may choose its GPU, or fork, after it has asked for routing."""
     pretend(monkeypatch, "broken", "3.7.1")
-    for name in dispatch.KNOWN:
+    for name in dispatch.BACKENDS:
         check_backend(name)
     with pytest.raises(BackendUnavailable, match="does not start"):
         resolve("triton", CUDA)
