@@ -1,7 +1,7 @@
 """Tensor operations of visual-token routing: the paged pool, defer and admit, score and top-k.
 
-Knows nothing of Transformers or of methods. :mod:`reroute_kernels.reference` is the
-specification; :func:`resolve` picks the backend that runs it.
+Knows nothing of Transformers or of methods. ``reroute_kernels.reference`` is the
+specification; ``resolve`` picks the backend that runs it.
 """
 
 from .dispatch import BACKENDS, Backend, BackendUnavailable, check_backend, resolve

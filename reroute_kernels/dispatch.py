@@ -37,7 +37,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Admit(Protocol):
-    """The type of :func:`reroute_kernels.reference.admit`."""
+    """The type of ``reroute_kernels.reference.admit``."""
 
     def __call__(self, pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
         """Gather rows."""
@@ -46,7 +46,7 @@ class Admit(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The five operations, as specified by :mod:`reroute_kernels.reference`."""
+    """The five operations, as specified by ``reroute_kernels.reference``."""
 
     name: str
     reason: str
@@ -75,7 +75,7 @@ def resolve(name: str, device: torch.device) -> Backend:
 
 
 def check_backend(name: str) -> None:
-    """Raise what :func:`resolve` would raise for any device of this machine, but without touching a GPU.
+    """Raise what ``resolve`` would raise for any device of this machine, but without touching a GPU.
 
     For a choice that is made before the process has chosen its GPU, or forked.
     """

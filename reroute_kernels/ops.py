@@ -1,7 +1,7 @@
 """The Triton kernels as PyTorch operators, ``torch.ops.reroute_kernels.*``, and with the signatures of the reference.
 
 An operator is opaque to ``torch.compile`` and CUDA graph capture, has a fake kernel for tracing and a FLOP
-formula. Each is defined once in a :class:`torch.library.Library`: that costs about 2 microseconds a call on the
+formula. Each is defined once in a ``torch.library.Library``: that costs about 2 microseconds a call on the
 host, against about 15 for ``torch.library.custom_op`` and ``triton_op`` (``python -m bench.kernels.overhead``). Nothing
 of what those two add is wanted here: the operations have no gradient, as those of the reference have none.
 
@@ -86,7 +86,7 @@ _admit = _register(
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
-    """:func:`reroute_kernels.reference.admit` by the Triton kernel."""
+    """``reroute_kernels.reference.admit`` by the Triton kernel."""
     return tuple(_admit(pages, table, rows, aux))
 
 
@@ -110,7 +110,7 @@ _defer_rmsnorm_op = _register(
 
 
 def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
-    """:func:`reroute_kernels.reference.defer_rmsnorm` by the Triton kernel, which needs only ``inverse_index``."""
+    """``reroute_kernels.reference.defer_rmsnorm`` by the Triton kernel, which needs only ``inverse_index``."""
     normed: Tensor = _defer_rmsnorm_op(lease.pages, lease.table, inverse_index, hidden, *norm)
     return normed
 
@@ -178,13 +178,13 @@ _score_op = _register(
 
 
 def select(scores: Tensor, rows: SelectRows) -> Selection:
-    """:func:`reroute_kernels.reference.select` by the Triton kernel."""
+    """``reroute_kernels.reference.select`` by the Triton kernel."""
     *lists, metadata = rows
     return Selection(*_select_op(scores, *lists, metadata.counts(scores.device), metadata.flat))
 
 
 def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
-    """:func:`reroute_kernels.reference.score_topk` by the Triton kernels."""
+    """``reroute_kernels.reference.score_topk`` by the Triton kernels."""
     *lists, metadata = rows
     tensors = query, keys, *tables, *lists, metadata.counts(query.device)
     norm = spec.key_norm or (None, 0.0)

@@ -95,7 +95,7 @@ class Lease:
     def __init__(
         self, pool: PagedPool, slab: _Slab, page_ids: Sequence[int], starts: tuple[int, ...], lengths: tuple[int, ...]
     ) -> None:
-        """Made by :meth:`PagedPool.lease`, which has taken the pages."""
+        """Made by ``PagedPool.lease``, which has taken the pages."""
         self._pool = pool
         self._slab: _Slab | None = slab
         self._page_ids = page_ids
@@ -128,7 +128,7 @@ class Lease:
     def begin_use(self) -> None:
         """Hand the lease over to the current CUDA stream, whose later work waits for the uses before.
 
-        Nothing is waited for inside a CUDA graph capture: see :func:`reroute_kernels.streams.queue_behind`.
+        Nothing is waited for inside a CUDA graph capture: see ``reroute_kernels.streams.queue_behind``.
         """
         self._begin_use(self._alive()[0])
 
@@ -205,7 +205,7 @@ class PagedPool:
     """Pages of ``page_size`` rows of ``width`` features, leased to prefills; thread-safe.
 
     Growth never copies: the pool is a list of slabs and a lease lives wholly in one. Released
-    memory stays in the pool until :meth:`trim`, or until the device has no room for another slab. No
+    memory stays in the pool until ``trim``, or until the device has no room for another slab. No
     call waits for the device, unless PyTorch's allocator does when memory is short. On CUDA, take a
     lease before a graph capture begins, not inside it.
     """

@@ -1,6 +1,6 @@
 """The same operations in plain PyTorch: the specification, the ``torch`` backend, the test oracle.
 
-Counts are host integers (:class:`SelectMetadata`), so that no operation waits for the device and every
+Counts are host integers (``SelectMetadata``), so that no operation waits for the device and every
 shape is known before a kernel runs.
 
 Two kinds of row numbers occur. A *pool row* counts over the whole lease, page tails included; a

@@ -60,7 +60,7 @@ def queue_behind(marks: Iterable[Mark | None], stream: torch.cuda.Stream) -> Non
 
     In a capture nothing is waited for. CUDA refuses to wait for events from before the capture, and what has to come
     later are the replays. ``torch.cuda.graph`` synchronises the device before it captures, so that earlier work is
-    done. Whoever calls ``CUDAGraph.capture_begin`` has to queue the replays behind the work that was not captured.
+    done. A caller of ``CUDAGraph.capture_begin`` has to queue the replays behind the work that was not captured.
     """
     foreign = [mark for mark in marks if mark is not None and mark.stream != stream.cuda_stream]
     if foreign and not is_capturing(stream):

@@ -1,4 +1,4 @@
-"""A launch that writes beyond its tensor: ``python -m bench.gpu_check.planted``. Who finds no fault here finds none."""
+"""A launch that writes beyond its tensor: ``python -m bench.gpu_check.planted``. A tool that finds no fault here finds none."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> int:
         return NOTHING_RUN
     launch(torch.device("cuda"))
     torch.cuda.synchronize()
-    print("nobody stopped it")
+    print("nothing stopped it")
     return 0
 
 

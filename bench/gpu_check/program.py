@@ -143,7 +143,7 @@ class _Running:
         return None
 
     def kill(self) -> None:
-        """The whole group, which exists as long as nobody has waited for its leader."""
+        """The whole group, which exists until its leader has been waited for."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -36,7 +36,7 @@ ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a scor
 ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
 # Loads that wait for each other: index, page, row; page or place, row; counts, query row, angles, query, keys.
 WAITS = {"rows": 3, "defer_rmsnorm": 2, "score": 5}
-# Seconds of the selection by the number of candidates, from waits, barriers and instructions (docs/design/benchmarks.md).
+# Seconds of the selection by the number of candidates: waits, barriers, instructions (docs/design/benchmarks.md).
 SELECTION = {1024: 12e-6, 4096: 14.7e-6, 32768: 21.1e-6, 1 << 22: 29.1e-6}
 BINS = 512 * INT // 2  # bytes of a histogram
 NOTES = 8  # bytes per candidate that the selection writes and reads for itself

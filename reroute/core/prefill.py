@@ -60,7 +60,7 @@ class Prefill:
     ) -> None:
         """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into pool order.
 
-        Whoever passes a ``workspace`` of ``plan`` releases it.
+        A ``workspace`` of ``plan`` that is passed stays the caller's to release.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.

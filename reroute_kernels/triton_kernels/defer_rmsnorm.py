@@ -54,7 +54,7 @@ def _defer_rmsnorm_kernel(
 def defer_rmsnorm(
     pages: Tensor, table: Tensor, inverse_index: Tensor, hidden: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    """:func:`reroute_kernels.reference.defer_rmsnorm` to the lease with these pages and this table, in one launch.
+    """``reroute_kernels.reference.defer_rmsnorm`` to the lease with these pages and this table, in one launch.
 
     ValueError if shapes or dtypes disagree, or the pages are not contiguous.
     """

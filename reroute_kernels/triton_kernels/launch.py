@@ -1,4 +1,4 @@
-"""What the launches share on the host: a short way to a compiled kernel, and what it wants to know or get."""
+"""Host-side launch utilities: cached kernel specialization and argument preparation."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class _OfflineDriver(DriverBase):  # type: ignore[misc]  # triton has no types
         return launch
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return object(), cubin, 0, 0, 1024  # module, function, registers, spills, threads: nobody reads them
+        return object(), cubin, 0, 0, 1024  # module, function, registers, spills, threads: nothing reads them
 
     def unload_module(self, module: object) -> None:
         pass

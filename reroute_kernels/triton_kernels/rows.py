@@ -149,7 +149,7 @@ def _gather(
 
 
 def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
-    """:func:`reroute_kernels.reference.defer` in one launch. ValueError if shapes or dtypes disagree."""
+    """``reroute_kernels.reference.defer`` in one launch. ValueError if shapes or dtypes disagree."""
     features, count = pages.shape[2], rows.numel()
     if hidden.shape != (*rows.shape, features) or hidden.dtype != pages.dtype or not pages.is_contiguous():
         raise ValueError(
@@ -166,7 +166,7 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`reroute_kernels.reference.admit` in one launch. ValueError for pages that are not contiguous."""
+    """``reroute_kernels.reference.admit`` in one launch. ValueError for pages that are not contiguous."""
     if not pages.is_contiguous():
         raise ValueError(f"admit wants contiguous pages: got strides {pages.stride()}")
     (batch, length), features = rows.shape, pages.shape[2]

@@ -1,6 +1,6 @@
 """Attention scores of the last prompt token, fused: rotary embedding, logits and softmax statistics in one launch.
 
-A second launch (:mod:`reroute_kernels.triton_kernels.select`) turns logits into scores and selects. Only
+A second launch (``reroute_kernels.triton_kernels.select``) turns logits into scores and selects. Only
 the last query row exists at any time: (H, L) fp32 logits, about a tenth of the key bytes for grouped heads.
 """
 
@@ -231,7 +231,7 @@ def score_topk(
     *,
     counts: Tensor | None = None,
 ) -> Selection:
-    """:func:`reroute_kernels.reference.score_topk` in two launches, without a device synchronisation.
+    """``reroute_kernels.reference.score_topk`` in two launches, without a device synchronisation.
 
     counts: those of ``rows.metadata`` on the device, if they are there.
 

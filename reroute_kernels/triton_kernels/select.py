@@ -1,7 +1,7 @@
 """Exact top-k of every sample, in one launch: scores, ordered keys, pivot, ascending indices and active rows.
 
 Many programs make the scores. Of short rows the one that arrives last selects alone. Long rows have more phases
-(:mod:`reroute_kernels.triton_kernels.topk.chunks`), with a program for every chunk of the row.
+(``reroute_kernels.triton_kernels.topk.chunks``), with a program for every chunk of the row.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def _specialized(
 
 
 def select(scores: Tensor, rows: SelectRows, *, counts: Tensor | None = None) -> Selection:
-    """:func:`reroute_kernels.reference.select` in one launch, without a device synchronisation.
+    """``reroute_kernels.reference.select`` in one launch, without a device synchronisation.
 
     counts: those of ``rows.metadata`` on the device, if they are there.
     """

@@ -82,7 +82,7 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     stage_key: tuple[int, ...]
 
     def get_seq_length(self) -> int:
-        """Logical length: what Transformers must believe."""
+        """Logical length, from which Transformers derives position ids and mask sizes."""
         if not self.is_initialized or self.keys is None:
             return 0
         return self.logical + int(self.keys.shape[-2]) - int(self.key_positions.shape[1])

@@ -33,7 +33,7 @@ def coarse_bucket(key, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def fine_bucket(key, SOFTMAX: tl.constexpr):
-    """One of 256 buckets, ascending with those keys of one coarse bucket that are :func:`in_same_bucket`."""
+    """One of 256 buckets, ascending with those keys of one coarse bucket that are ``in_same_bucket``."""
     return ((key >> (11 if SOFTMAX else 15)) & 255).to(tl.int32)
 
 

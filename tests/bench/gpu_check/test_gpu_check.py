@@ -150,7 +150,7 @@ def test_status_of_tools() -> None:
     assert (refused.status, refused.detail) == ("skipped", "Error: Device not supported. See")
     planted = next(s for s in STEPS if s.name == "sanitizer/planted")
     assert judged(planted, [ended("Invalid __global__ write of size 4\nERROR SUMMARY: 1 error", 9)]).status == "passed"
-    assert judged(planted, [ended("nobody stopped it\nERROR SUMMARY: 0 errors")]).status == "failed"
+    assert judged(planted, [ended("nothing stopped it\nERROR SUMMARY: 0 errors")]).status == "failed"
     assert judged(planted, [ended("cannot import torch", 9)]).status == "failed"
     assert judged(ncu, [ended("==PROF== \n  _score_kernel (2, 8, 1)x(128, 1, 1)\n")]).detail == "in ncu.txt"
     assert judged(ncu, [ended("==ERROR== ERR_NVGPUCTRPERM - no permission", 1)]).status == "skipped"
