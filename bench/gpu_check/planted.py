@@ -1,4 +1,4 @@
-"""A launch that writes beyond its tensor: ``python -m bench.gpu_check.planted``. A tool that finds no fault here finds none."""
+"""A launch that writes beyond its tensor: ``python -m bench.gpu_check.planted``. A tool must find this fault."""
 
 from __future__ import annotations
 
