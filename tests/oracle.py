@@ -29,7 +29,7 @@ class Rules:
     ratios: tuple[float, ...]
     action: str = "route"
     rounding: str = "floor"
-    positions: str = "preserved"
+    position_mode: str = "preserved"
     score_layer_offset: int = 0
 
     def count(self, n: int, stage: int) -> int:
@@ -129,7 +129,7 @@ def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Seque
                         active[turn.visual] = False
                         active[[turn.visual[i] for i in decision.kept]] = True
                         made.append(decision)
-                if rules.positions == "renumbered":
+                if rules.position_mode == "renumbered":
                     rope = _rope(decoder, states, (active.cumsum(0) - 1).clamp(min=0))
         new = _block(layer, states, rope, causal & active)
         states = torch.where(active[:, None], new, states)

@@ -105,7 +105,7 @@ class Prefill:
     @property
     def position_offset(self) -> torch.Tensor | None:
         """What the running stage's renumbered positions subtract from logical ones, (B, 1) int64; else None."""
-        if self.plan.schedule.positions == "preserved":
+        if self.plan.schedule.position_mode == "preserved":
             return None
         return self._tensors.dropped[self.stage][:, None]
 
@@ -138,7 +138,7 @@ class Prefill:
         self.stage = decision.stage
         admitted, cos, sin, *ids = self._admit(self._rows, *self._pool_tables)
         self.tables = PositionTables(cos, sin, ids[0].squeeze(-1) if ids else None)
-        if self.plan.schedule.positions == "renumbered":
+        if self.plan.schedule.position_mode == "renumbered":
             self.tables = self._renumbered(admitted)
         return admitted.to(hidden.device)
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from ..errors import RerouteError, unknown
 
-__all__ = ["Action", "Positions", "Rounding", "Schedule", "count"]
+__all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
 Action = Literal["route", "remove"]
 """What happens to visual tokens that are not kept: ``route`` defers them, ``remove`` deletes them."""
@@ -21,7 +21,7 @@ Rounding = Literal["floor", "floor0", "half_even"]
 """From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's
 original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers)."""
 
-Positions = Literal["preserved", "renumbered"]
+PositionMode = Literal["preserved", "renumbered"]
 """Position ids of the kept tokens: those of the full prompt, or counted anew from 0 after each
 decision (PDrop's original, only with ``remove``)."""
 
@@ -51,7 +51,7 @@ class Schedule:
     layers: tuple[int, ...]
     ratios: tuple[float, ...]
     rounding: Rounding = "floor"
-    positions: Positions = "preserved"
+    position_mode: PositionMode = "preserved"
     score_layer_offset: int = 0
 
     def __post_init__(self) -> None:
@@ -86,8 +86,8 @@ class Schedule:
             raise RerouteError(f"Ratios must be above 0 and at most 1, not {self.ratios}.")
         if self.rounding not in get_args(Rounding):
             raise unknown("rounding", self.rounding, get_args(Rounding))
-        if self.positions not in get_args(Positions):
-            raise unknown("positions", self.positions, get_args(Positions))
+        if self.position_mode not in get_args(PositionMode):
+            raise unknown("position mode", self.position_mode, get_args(PositionMode))
 
     def validate(self, num_layers: int, action: Action) -> None:
         """Check the schedule against a model of ``num_layers`` decoder layers and an action.
@@ -109,10 +109,10 @@ class Schedule:
                         f"With action 'remove' ratios must not grow ({before}, then {after}): a "
                         "removed token cannot return. Use action 'route' or ratios that only fall."
                     )
-        elif self.positions == "renumbered":
+        elif self.position_mode == "renumbered":
             raise RerouteError(
                 "Renumbered positions need action 'remove': a deferred token keeps its place in the "
-                "prompt. Use positions='preserved' with action 'route'."
+                "prompt. Use position_mode='preserved' with action 'route'."
             )
 
     def stage_of(self, layer: int) -> int:

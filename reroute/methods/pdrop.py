@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import TYPE_CHECKING
 
-from ..core.schedule import Action, Positions, Rounding, Schedule
+from ..core.schedule import Action, PositionMode, Rounding, Schedule
 from ..core.solver import RatioFamily, scale_layers, solve
 from .base import Method
 
@@ -33,7 +33,7 @@ class PDrop(Method):
     layers: tuple[float, ...] | None = None
     ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
-    positions: Positions = "preserved"
+    position_mode: PositionMode = "preserved"
 
     @classmethod
     def official(cls) -> Self:
@@ -47,7 +47,7 @@ class PDrop(Method):
         """See ``Method``."""
         if self.ratios is None:
             return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
-        return Schedule(self._layers(num_layers), self.ratios, self.rounding, self.positions)
+        return Schedule(self._layers(num_layers), self.ratios, self.rounding, self.position_mode)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

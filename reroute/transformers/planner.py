@@ -43,10 +43,10 @@ class Planner:
             RerouteError: the schedule does not fit the model, or the model's attention cannot be routed.
         """
         schedule.validate(len(adapter.layers), action)
-        if schedule.positions == "renumbered" and not adapter.renumbers:
+        if schedule.position_mode == "renumbered" and not adapter.renumbers:
             raise RerouteError(
-                "positions='renumbered' needs one position id per token, and this model has three (M-RoPE). "
-                "Use positions='preserved'."
+                "position_mode='renumbered' needs one position id per token, and this model has three (M-RoPE). "
+                "Use position_mode='preserved'."
             )
         sliding = [i for i in range(schedule.layers[0], len(adapter.layers)) if not adapter.is_full_attention(i)]
         if sliding:
@@ -122,8 +122,8 @@ class Planner:
         if cache is not None:
             check_cache(cache, range(self._schedule.layers[0], len(self.adapter.layers)))
         past = past_length(cache)
-        if past and self._schedule.positions == "renumbered":
-            raise RerouteError("positions='renumbered' is defined for one prompt only. Start a new cache.")
+        if past and self._schedule.position_mode == "renumbered":
+            raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
         valid = np.ones_like(ids, dtype=bool)
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:

@@ -108,7 +108,7 @@ def test_samples_can_be_moved(tiny: Tiny, move: str, rules: Rules) -> None:
 
 def test_renumbered_rows_move_along() -> None:
     """Rows that dropped different numbers of tokens also differ in their position ids from then on."""
-    tiny, rules = shared("llava-gqa"), Rules((2, 5), (0.5, 0.25), "remove", positions="renumbered")
+    tiny, rules = shared("llava-gqa"), Rules((2, 5), (0.5, 0.25), "remove", position_mode="renumbered")
     before = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 1, tiny.grid, 2, tiny.grid, 3)]
     moved = [before[1], before[0]]
     new = [tiny.prompt(10, 3), tiny.prompt(11, 3)]

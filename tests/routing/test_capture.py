@@ -86,7 +86,7 @@ def test_renumbered_positions_too() -> None:
     tiny = models.tiny("llava-gqa")
     given = inputs(tiny, 0)
     with (
-        enable(tiny, Rules((2, 4), (0.5, 0.25), "remove", positions="renumbered")) as handle,
+        enable(tiny, Rules((2, 4), (0.5, 0.25), "remove", position_mode="renumbered")) as handle,
         handle.using(handle.plan(ids(tiny))),
     ):
         expected = tiny.model(**given)

@@ -48,7 +48,7 @@ def identical(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     [
         {"schedule": reroute.Schedule((0, 3), (1.0, 1.0))},
         {"schedule": reroute.Schedule((2, 3, 7), (1.0,) * 3), "action": "remove"},
-        {"schedule": reroute.Schedule((3,), (1.0,), positions="renumbered"), "action": "remove"},
+        {"schedule": reroute.Schedule((3,), (1.0,), position_mode="renumbered"), "action": "remove"},
         {"method": "pdrop", "keep": 1.0},
         {"method": "fastv", "keep": 1.0, "action": "remove"},
         {"method": "random", "keep": 1.0},

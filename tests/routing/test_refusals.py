@@ -37,7 +37,7 @@ from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitErr
         ({"keep": 0.5, "schedule": reroute.Schedule((2,), (0.5,))}, "not both"),
         ({"schedule": reroute.Schedule((2, 8), (0.5, 0.5))}, "Routing layer 8 does not exist: the model has 8 layers"),
         ({"schedule": reroute.Schedule((2, 4), (0.2, 0.5)), "action": "remove"}, "a removed token cannot return"),
-        ({"schedule": reroute.Schedule((2,), (0.5,), positions="renumbered")}, "need action 'remove'"),
+        ({"schedule": reroute.Schedule((2,), (0.5,), position_mode="renumbered")}, "need action 'remove'"),
         ({"method": FastV(layer=9, ratio=0.5)}, "does not exist"),
         ({"method": PDrop((2, 4), (0.5,))}, "one ratio per routing layer"),
     ],
@@ -58,7 +58,7 @@ def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
         ({"layers": (2,), "ratios": (0.0,)}, "above 0 and at most 1"),
         ({"layers": (2,), "ratios": (1.01,)}, "above 0 and at most 1"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
-        ({"layers": (2,), "ratios": (0.5,), "positions": "gone"}, "known: preserved, renumbered"),
+        ({"layers": (2,), "ratios": (0.5,), "position_mode": "gone"}, "known: preserved, renumbered"),
         ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, "1 or later"),
     ],
 )
@@ -349,7 +349,7 @@ def test_pool_of_another_kind(tiny: Tiny) -> None:
 def test_renumbered_later_turn() -> None:
     tiny = models.tiny("llava-gqa")
     first, second = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)
-    with enable(tiny, Rules((2,), (0.5,), "remove", positions="renumbered")):
+    with enable(tiny, Rules((2,), (0.5,), "remove", position_mode="renumbered")):
         cache = getattr(tiny.model(**tiny.inputs([first]), use_cache=True), CACHE)
         with pytest.raises(RerouteError, match="one prompt only"):
             tiny.model(**tiny.follow([first], [second]), **{CACHE: cache})

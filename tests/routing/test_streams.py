@@ -23,7 +23,7 @@ from reroute_kernels import PagedPool
 RULES = (
     Rules((1, 2), (0.5, 0.25)),
     Rules((0, 2), (0.6, 0.3), "remove"),
-    Rules((1, 2), (0.5, 0.25), "remove", positions="renumbered"),
+    Rules((1, 2), (0.5, 0.25), "remove", position_mode="renumbered"),
     Rules((1, 2), (0.5, 0.25), score_layer_offset=-1),
 )
 

@@ -115,7 +115,7 @@ def test_later_prefills_compile_nothing(setup: Setup) -> None:
             side, call = draw.choice(["left", "right"]), draw.choice(["forward", "generate"])
             side = "left" if call == "generate" else side
             prefill(tiny, visual, draw.randint(1, 40), seed, call=call, side=side)
-        if handle.schedule.positions == "preserved":
+        if handle.schedule.position_mode == "preserved":
             before = [prompt(tiny, 48, 3, 50), prompt(tiny, 32, 3, 51)]
             cache = cache_of(tiny.model(**tiny.inputs(before), use_cache=True))
             tiny.model(**tiny.follow(before, [prompt(tiny, 80, 2, 52), prompt(tiny, 80, 2, 53)]), **{CACHE: cache})

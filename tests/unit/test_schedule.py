@@ -119,8 +119,8 @@ def test_lists_become_tuples() -> None:
             r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
         ),
         (
-            {"layers": (2,), "ratios": (0.5,), "positions": "kept"},
-            r"Unknown positions 'kept'; known: preserved, renumbered",
+            {"layers": (2,), "ratios": (0.5,), "position_mode": "kept"},
+            r"Unknown position mode 'kept'; known: preserved, renumbered",
         ),
     ],
 )
@@ -136,9 +136,9 @@ def test_validate_against_the_model() -> None:
         growing.validate(7, "route")
     with pytest.raises(RerouteError, match=r"must not grow \(0.25, then 0.5\).*Use action 'route'"):
         growing.validate(8, "remove")
-    renumbered = Schedule((2, 7), (0.5, 0.5), positions="renumbered")
+    renumbered = Schedule((2, 7), (0.5, 0.5), position_mode="renumbered")
     renumbered.validate(8, "remove")
-    with pytest.raises(RerouteError, match=r"need action 'remove'.*positions='preserved'"):
+    with pytest.raises(RerouteError, match=r"need action 'remove'.*position_mode='preserved'"):
         renumbered.validate(8, "route")
     action: Any = "delete"
     with pytest.raises(RerouteError, match=r"Unknown action 'delete'; known: remove, route"):
