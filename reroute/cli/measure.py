@@ -35,9 +35,7 @@ def routed(model: Any, setup: Setup, backend: str, *, trace: bool = False) -> It
 
 def _enable(model: Any, setup: Setup, backend: str, *, trace: bool = False) -> Handle:
     """Route as ``setup`` says; dense is a routing that keeps everything."""
-    handle: Handle = reroute.enable(
-        model, method=setup.method, action=setup.action, keep=setup.keep, backend=backend, trace=trace
-    )
+    handle: Handle = reroute.enable(model, config=setup.config(backend, trace=trace))
     return handle
 
 

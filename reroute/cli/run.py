@@ -64,9 +64,7 @@ def run(options: argparse.Namespace) -> int:
     backend = backend_of(options.backend, device)
     import torch
 
-    from ..methods import get
-
-    get(options.method)  # an unknown one is refused before a model is loaded
+    Setup(options.method, keep=options.keep).config()  # an unknown method is refused before a model is loaded
     print(f"Loading {options.model or 'the demo model'} …", flush=True)
     with quiet(), refusals(torch.OutOfMemoryError):
         loaded = load_model(options.model, options.dtype, device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ..core.schedule import Action
 
 if TYPE_CHECKING:
+    from ..config import RoutingConfig
     from ..demo.tinyvlm.evaluation import Outcome, Tally
 
 __all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
@@ -37,6 +38,12 @@ class Setup:
     method: str | None = None
     action: Action = "route"
     keep: float = 1.0
+
+    def config(self, backend: str = "auto", *, trace: bool = False) -> RoutingConfig:
+        """The settings of routing; dense is a routing that keeps everything."""
+        from ..config import RoutingConfig
+
+        return RoutingConfig(self.method, self.action, self.keep, backend=backend, trace=trace)
 
     @property
     def title(self) -> str:

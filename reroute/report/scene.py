@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,6 +83,7 @@ class Routed:
             "method": self.setup.title,
             "action": self.setup.action,
             "budget": self.setup.budget,
+            "config": json.loads(self.setup.config().to_json()),
             "answer": self.answer.to_json(),
             "stages": [stage.to_json() for stage in self.stages],
             "note": self.note,
