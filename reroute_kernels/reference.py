@@ -32,9 +32,17 @@ Rope = Literal["half", "interleaved"]
 class SelectMetadata:
     """Host integers of one decision, one per sample.
 
-    starts: first key row; samples follow one another. kv_lens: key rows the query sees, the pool P of the softmax.
-    num_candidates: N_b. num_texts: M_b, rows that are always active. k: K_b. on_device: the five of them as (5, B)
-    int64, for kernels; a plan uploads those of all its decisions together. flat: the five one after the other.
+    Attributes:
+        starts: first key row; samples follow one another.
+        kv_lens: key rows the query sees, the pool P of the softmax.
+        num_candidates: N_b.
+        num_texts: M_b, rows that are always active.
+        k: K_b.
+        on_device: the five of them as (5, B) int64, for kernels; a plan uploads those of all its decisions together.
+        flat: the five one after the other.
+
+    Raises:
+        ValueError: the counts contradict each other.
     """
 
     starts: tuple[int, ...]
@@ -46,7 +54,7 @@ class SelectMetadata:
     flat: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """ValueError where the counts contradict each other."""
+        """Check them."""
         fields = self.as_tuple()
         object.__setattr__(self, "flat", tuple(chain.from_iterable(fields)))
         if not self.starts or len({len(column) for column in fields}) > 1:
@@ -86,11 +94,13 @@ class SelectMetadata:
 
 
 class SelectRows(NamedTuple):
-    """What is selected from.
+    """What is selected from; what lies beyond a sample's counts is never read.
 
-    candidates: (B, Nmax) and text_rows: (B, Mmax) int64 sample rows, disjoint and ascending, then -1. What lies beyond
-    a sample's counts is never read. positions: (R,) int64, a number for each scored row, which the selection hands on
-    for the active ones. metadata: the counts.
+    Attributes:
+        candidates: (B, Nmax) int64 sample rows, ascending, then -1.
+        text_rows: (B, Mmax) likewise, disjoint from the candidates.
+        positions: (R,) int64, a number for each scored row, which the selection hands on for the active ones.
+        metadata: the counts.
     """
 
     candidates: Tensor
@@ -100,8 +110,12 @@ class SelectRows(NamedTuple):
 
 
 class RopeTables(NamedTuple):
-    """cos, sin: (R, rot) of all scored rows, each angle at both places of its pair. query_rows: (B,) int64, the scored
-    row of each sample's query; read for samples with candidates only.
+    """Rotary tables of the scored rows, and which of these are queries.
+
+    Attributes:
+        cos: (R, rot), each angle at both places of its pair.
+        sin: (R, rot) likewise.
+        query_rows: (B,) int64, the scored row of each sample's query; read for samples with candidates only.
     """
 
     cos: Tensor
@@ -110,13 +124,14 @@ class RopeTables(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A decision.
+    """What was decided.
 
-    kept: (B, Kmax) int64, ascending indices into the sample's candidates, then -1.
-    active_rows: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
-    active_positions: (B, S) int64, the position of each active row, and -1 for fillers.
-    inverse_index: (R,) int64, where each scored row is in the flattened ``active_rows``, -1 where it is deferred.
-    scores: (B, Nmax) fp32 in candidate order, then -inf.
+    Attributes:
+        kept: (B, Kmax) int64, ascending indices into the sample's candidates, then -1.
+        active_rows: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
+        active_positions: (B, S) int64, the position of each active row, and -1 for fillers.
+        inverse_index: (R,) int64, where each scored row is in the flattened ``active_rows``, -1 where it is deferred.
+        scores: (B, Nmax) fp32 in candidate order, then -inf.
     """
 
     kept: Tensor
@@ -127,7 +142,7 @@ class Selection(NamedTuple):
 
 
 class RMSNorm(NamedTuple):
-    """The root-mean-square norm of Llama and its kin, of rows or of key heads. weight: (F,)."""
+    """The root-mean-square norm of Llama and its kin, of rows or of key heads; ``weight`` is (F,)."""
 
     weight: Tensor
     eps: float
@@ -139,8 +154,12 @@ class RMSNorm(NamedTuple):
 
 
 class AttentionSpec(NamedTuple):
-    """The attention of a layer. scale: factor on its logits. rope: which features rotate together. key_norm: of each
-    key head, before the rotation.
+    """The attention of a layer.
+
+    Attributes:
+        scale: factor on its logits.
+        rope: which features rotate together.
+        key_norm: of each key head, before the rotation.
     """
 
     scale: float
@@ -150,10 +169,13 @@ class AttentionSpec(NamedTuple):
 
 @torch.no_grad()
 def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
-    """Write ``hidden`` (B, S, C) in place to the pool rows ``rows`` (B, S) int64; -1 is skipped.
+    """Write compact rows in place to their slots in the pool, which keeps values and no autograd history.
 
-    pages: (P, page_size, C), contiguous. table: (T,) int64 page ids. A row may occur once. The
-    pool keeps values, not autograd history.
+    Args:
+        pages: (P, page_size, C), contiguous.
+        table: (T,) int64 page ids.
+        rows: (B, S) int64 pool rows; a row may occur once, and -1 is skipped.
+        hidden: (B, S, C).
     """
     if rows.numel() == 0 or table.numel() == 0:
         return
@@ -170,10 +192,16 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
 
 
 def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
-    """Gather pool rows ``rows`` (B, S) int64: (B, S, C) from the pool; -1 becomes zeros.
+    """Gather pool rows; -1 becomes zeros.
 
-    aux: (R, w) tensors of any dtype in pool-row order (cos, sin, position ids); each is
-    gathered to (B, S, w) behind the hidden states.
+    Args:
+        pages: (P, page_size, C).
+        table: (T,) int64 page ids.
+        rows: (B, S) int64 pool rows.
+        aux: (R, w) tensors of any dtype in pool-row order (cos, sin, position ids).
+
+    Returns:
+        (B, S, C) hidden states, and of each aux tensor (B, S, w).
     """
     flat = rows.reshape(-1)
     index = flat.clamp(min=0)
@@ -192,11 +220,18 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Ten
 
 
 def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
-    """Defer ``hidden`` (B, S, C) to ``lease``, and then all its rows after ``norm``, (R, C) in the order of pool rows.
+    """Defer, and return all rows of the lease after a norm: what keys are projected from.
 
-    What is scored is projected from them. rows (B, S) and inverse_index (R,) int64 tell the same from either side: the
-    pool row of each compact row, and where each pool row is in the flattened ``rows``; -1 for fillers, and for rows
-    that are deferred already. The norm has C features.
+    Args:
+        lease: whose rows.
+        rows: (B, S) int64, the pool row of each compact row, -1 for fillers.
+        inverse_index: (R,) int64, the same from the other side: where each pool row is in the flattened ``rows``, -1
+            for rows that are deferred already.
+        hidden: (B, S, C).
+        norm: of C features.
+
+    Returns:
+        (R, C) in the order of pool rows.
     """
     defer(lease.pages, lease.table, rows, hidden)
     return norm(lease.rows())
@@ -205,9 +240,12 @@ def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
     """Rotary embedding of x (n, heads, D) with cos and sin (n, rot), in the dtype of x.
 
-    The first ``rot`` features rotate and the rest pass; rot = 0 means no rotary embedding. The
-    pairs are (i, i + rot/2) for "half" and (2i, 2i + 1) for "interleaved"; cos and sin come as
-    the model makes them, each angle at both places of its pair.
+    The first ``rot`` features rotate and the rest pass; rot = 0 means no rotary embedding. The pairs are
+    (i, i + rot/2) for "half" and (2i, 2i + 1) for "interleaved"; cos and sin come as the model makes them, each angle
+    at both places of its pair.
+
+    Raises:
+        ValueError: an unknown ``layout``.
     """
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     rot = cos.shape[-1]
@@ -227,8 +265,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Rope) -> Tensor:
 def select(scores: Tensor, rows: SelectRows) -> Selection:
     """The K_b best candidates of each sample: higher score first, then lower index.
 
-    scores: (B, Nmax) fp32. -0.0 equals +0.0, and a NaN of any sign ranks above everything, so that a broken score
-    shows.
+    Args:
+        scores: (B, Nmax) fp32. -0.0 equals +0.0, and a NaN of any sign ranks above everything, so that a broken score
+            shows.
+        rows: what is selected from.
     """
     candidates, text_rows, positions, metadata = rows
     keys = _rankable(scores.float())
@@ -260,13 +300,19 @@ def select(scores: Tensor, rows: SelectRows) -> Selection:
 def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
     """Rank the candidates by the attention the last prompt token pays them, and select.
 
-    query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own query norm. keys:
-    (R, G, D) of all scored rows, before rotary embedding and before ``spec.key_norm``; head h uses key head h * G // H.
-    Candidates lie below ``kv_lens[b]``, text rows may lie beyond.
-
     The score is the mean over heads of the softmax over the sample's first ``kv_lens[b]`` rows (text and deferred rows
-    included). Logits, softmax and mean are fp32 after a rotation in the model's dtype. Memory is O(H * L). ValueError
-    if G does not divide H, or the norm is not of D features.
+    included). Logits, softmax and mean are fp32 after a rotation in the model's dtype. Memory is O(H * L).
+
+    Args:
+        query: (B, H, D), the last prompt token's, before rotary embedding, after the model's own query norm.
+        keys: (R, G, D) of all scored rows, before rotary embedding and before ``spec.key_norm``; head h uses key head
+            h * G // H.
+        tables: of the scored rows.
+        rows: what is selected from. Candidates lie below ``kv_lens[b]``, text rows may lie beyond.
+        spec: the layer's attention.
+
+    Raises:
+        ValueError: G does not divide H, or the norm is not of D features.
     """
     (cos, sin, query_rows), (scale, rope, key_norm) = tables, spec
     candidates, metadata = rows.candidates, rows.metadata

@@ -233,10 +233,11 @@ def score_topk(
 ) -> Selection:
     """``reroute_kernels.reference.score_topk`` in two launches, without a device synchronisation.
 
-    counts: those of ``rows.metadata`` on the device, if they are there.
-
     16-byte loads need contiguous features, and strides and a head_dim that are multiples of 16 elements, as
     projections make them; all else is right but slower.
+
+    Args:
+        counts: those of ``rows.metadata`` on the device, if they are there.
     """
     (scale, rope, key_norm), metadata = spec, rows.metadata
     (batch, num_qo_heads, head_dim), num_kv_heads = query.shape, keys.shape[1]

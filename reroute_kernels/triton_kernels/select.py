@@ -223,9 +223,16 @@ def _select_kernel(
 
 
 def launch_select(source: Logits, rows: SelectRows, counts: Tensor, counters: Tensor) -> Selection:
-    """Launch the selection. ValueError for a row of more candidates than the kernel can count.
+    """Launch the selection.
 
-    counters: ``num_counters(B)`` zeros, int32.
+    Args:
+        source: logits, or scores.
+        rows: what is selected from.
+        counts: (5, B) int64, those of ``rows.metadata`` on the device.
+        counters: ``num_counters(B)`` zeros, int32.
+
+    Raises:
+        ValueError: a row has more candidates than the kernel can count.
     """
     (batch, max_candidates), device, metadata = rows.candidates.shape, rows.candidates.device, rows.metadata
     if max_candidates > MAX_COUNT:
@@ -333,7 +340,8 @@ def _specialized(
 def select(scores: Tensor, rows: SelectRows, *, counts: Tensor | None = None) -> Selection:
     """``reroute_kernels.reference.select`` in one launch, without a device synchronisation.
 
-    counts: those of ``rows.metadata`` on the device, if they are there.
+    Args:
+        counts: those of ``rows.metadata`` on the device, if they are there.
     """
     scores = last_dim_contiguous(scores)
     source = Logits(scores, scores.stride(0), 0, num_qo_heads=1, num_splits=0, split_block_n=1)

@@ -237,14 +237,16 @@ def test_every_order_is_needed(
     assert len(weakened) == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_another_order_of_programs(executor: Any, kernel: Any, device: torch.device, path: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "resident"), [(0, {}), (1, {}), (9, {"max_resident": 6}), (10, {"max_resident": 7})])
+def test_another_order_of_programs(
+    executor: Any, kernel: Any, device: torch.device, path: str, seed: int, resident: dict[str, int]
+) -> None:
     """Which program is the last to arrive differs; nothing may be read before it has."""
     if executor.kind != "simt":
         pytest.skip("only simt chooses the order of programs, and looks for races")
     import simt
 
-    with simt.installed(arch=int(executor.name.partition(":")[2]), seed=seed):
+    with simt.installed(arch=int(executor.name.partition(":")[2]), seed=seed, **resident):
         check(kernel, [torch.randn(300)], [90], device)
 
 

@@ -174,7 +174,7 @@ MUTANTS = (
         "topk/chunks.py",
         "wait(state.collected_ptr, num_chunks)\n    offs_n",
         "wait(state.collected_ptr, num_chunks - 1)\n    offs_n",
-        f"{SELECT} -k 'test_values and staged'",
+        f"{SELECT} -k another_order_of_programs",
         COMPILED,
     ),
     Mutant(
@@ -182,7 +182,7 @@ MUTANTS = (
         "topk/chunks.py",
         "wait(state.refined_ptr, num_chunks)",
         "wait(state.refined_ptr, num_chunks - 1)",
-        f"{SELECT} -k 'test_values and refined'",
+        f"{SELECT} -k another_order_of_programs",
         COMPILED,
     ),
     Mutant(
