@@ -240,8 +240,9 @@ MUTANTS = (
         "select.py",
         "    tl.debug_barrier()  # the bucket keys are read by other threads\n",
         "",
-        f"{SELECT} -k '(test_values or all_none or different_length or softmax) and program'",
+        f"{SELECT} -k '(test_values or another_order) and program'",
         COMPILED,
+        equivalent="what is read follows from reductions over the whole program, which come after the store and pass barriers",
     ),
     Mutant(
         "shares-refine-without-barrier",
@@ -250,5 +251,6 @@ MUTANTS = (
         "",
         f"{SELECT} -k '(test_values or all_none or different_length or softmax) and refined'",
         COMPILED,
+        equivalent="where a key is written follows from a scan over all keys that were read, and a scan passes barriers",
     ),
 )
