@@ -41,7 +41,7 @@ class Handle:
             BackendUnavailable: the backend cannot run on the decoder's device.
         """
         self.config = config
-        self.schedule = config.schedule_for(len(adapter.layers))
+        self.schedule, self._ranker = config.schedule_for(len(adapter.layers)), config.ranker
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(adapter.text_config)
         if pool is not None and pool.width != self._shape.hidden:
@@ -156,7 +156,7 @@ class Handle:
         pool = self._place(short.hidden, short.tables)
         if min(self.schedule.ratios) == 1:
             return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
-        ranker = self.config.ranker
+        ranker = self._ranker
         if not isinstance(ranker, LastTokenAttention):
             ranker = RandomScores()  # one's own may not like prompts of a few tokens; any scores need the same kernels
         return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, ranker, batch))
@@ -185,7 +185,7 @@ class Handle:
             self.backend,
             pool,
             self._hooks.adapter,
-            self.config.ranker,
+            self._ranker,
             tables,
             workspace=workspace,
             trace=self.config.trace,
@@ -193,7 +193,7 @@ class Handle:
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
-        scores = prefill is not None and self.config.ranker.scores_attention
+        scores = prefill is not None and self._ranker.scores_attention
         with self._recording:
             count = self._totals.prefills + 1
             stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)

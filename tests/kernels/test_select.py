@@ -182,15 +182,15 @@ def test_any_number_of_programs_may_be_resident(
 
 HAND_OVERS = [
     # the path that needs it, who hands over, how, and the order in the PTX that is weakened to another
-    ("one program", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "acquire"),
-    ("one program", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "release"),
-    ("staged", "select._select_kernel", "arrive(notes.scored)", "acq_rel", "acquire"),
-    ("staged", "select._select_kernel", "wait(notes.scored, scoring)", "acquire", "relaxed"),
-    ("staged", "_shares.collect_share", "arrive(notes.collected)", "acq_rel", "acquire"),
-    ("staged", "_shares.emit_share", "wait(notes.collected, shares)", "acquire", "relaxed"),
-    ("refined", "_shares.refine_share", "wait(notes.collected, shares)", "acquire", "relaxed"),
-    ("refined", "_shares.refine_share", "arrive(notes.refined)", "acq_rel", "acquire"),
-    ("refined", "_shares._settle", "wait(notes.refined, shares)", "acquire", "relaxed"),
+    ("one program", "select._select_kernel", "arrive(state.scored_ptr)", "acq_rel", "acquire"),
+    ("one program", "select._select_kernel", "arrive(state.scored_ptr)", "acq_rel", "release"),
+    ("staged", "select._select_kernel", "arrive(state.scored_ptr)", "acq_rel", "acquire"),
+    ("staged", "select._select_kernel", "wait(state.scored_ptr, num_scoring)", "acquire", "relaxed"),
+    ("staged", "topk.chunks.collect_chunk", "arrive(state.collected_ptr)", "acq_rel", "acquire"),
+    ("staged", "topk.chunks.emit_chunk", "wait(state.collected_ptr, num_chunks)", "acquire", "relaxed"),
+    ("refined", "topk.chunks.refine_chunk", "wait(state.collected_ptr, num_chunks)", "acquire", "relaxed"),
+    ("refined", "topk.chunks.refine_chunk", "arrive(state.refined_ptr)", "acq_rel", "acquire"),
+    ("refined", "topk.chunks.find_pivot", "wait(state.refined_ptr, num_chunks)", "acquire", "relaxed"),
 ]
 
 
@@ -217,9 +217,9 @@ def test_every_order_is_needed(
         pytest.skip("only simt looks for races")
     import simt
 
-    module, _, name = function.partition(".")
+    module, _, name = function.rpartition(".")
     source, first = inspect.getsourcelines(getattr(import_module(f"{kernel.__package__}.{module}"), name).fn)
-    (at,) = (f"{module}.py:{first + i}" for i, line in enumerate(source) if call in line)
+    (at,) = (f"{module.rpartition('.')[2]}.py:{first + i}" for i, line in enumerate(source) if call in line)
     weakened = []
 
     def transform(ptx: str) -> str:
