@@ -46,7 +46,10 @@ def test_under_compile(ops: Any, device: torch.device) -> None:
     assert torch.equal(pages, expected)
 
 
-def test_opcheck(ops: Any, device: torch.device) -> None:
+def test_opcheck(executor: Any, ops: Any, device: torch.device) -> None:
+    """Schemas, fake kernels and dispatch keys, which are the same on every executor of CPU tensors."""
+    if executor.kind == "simt":
+        pytest.skip("the interpreter's operators are these")
     p, registered = StageBoundary(device), torch.ops.reroute_kernels
     index = (p.pages, p.table, p.rows)
     torch.library.opcheck(registered.defer, (*index, p.hidden))
