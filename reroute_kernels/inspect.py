@@ -28,9 +28,13 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z
 class Facts:
     """Of one kernel on one architecture.
 
-    registers per thread; spills, local loads and stores; shared, bytes per block; occupancy, share of the warps
-    that can be resident; wide, share of the global load and store instructions that move 16 bytes; narrow, the
-    number of the others; barriers; instructions.
+    Attributes:
+        registers: per thread.
+        spills: loads and stores of local memory.
+        shared: bytes of a block.
+        occupancy: share of the warps that can be resident.
+        wide: global loads and stores of 16 bytes.
+        narrow: the other ones.
     """
 
     case: str

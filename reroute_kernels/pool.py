@@ -84,12 +84,13 @@ class _Slab:
 class Lease:
     """Pages for one prefill; a context manager, released on exit.
 
-    starts: first lease row of each sample, a multiple of the page size.
-    lengths: rows of each sample.
-    num_rows: R, rows of all pages; the rows after a sample's last one, its page tail, are zero.
+    ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. The CUDA stream that was current
+    when the lease was taken may use it. Before another one does, call ``begin_use`` there.
 
-    ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. The CUDA stream
-    that was current when the lease was taken may use it. Before another one does, call ``begin_use`` there.
+    Attributes:
+        starts: first pool row of each sample, a multiple of the page size.
+        lengths: rows of each sample.
+        num_rows: R, rows of all pages; the rows after a sample's last one, its page tail, are zero.
     """
 
     def __init__(
