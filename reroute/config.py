@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS
@@ -89,7 +89,7 @@ class RoutingConfig:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
 
         Raises:
-            RerouteError: the method or its ranker is not registered under its name.
+            RerouteError: the method or its ranker has no name in its registry, or options that JSON cannot hold.
         """
         written: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.method, Method):
@@ -97,7 +97,10 @@ class RoutingConfig:
             written["method"]["ranker"] = _named(self.method.ranker, RANKERS, "reroute.rankers.RANKERS")
         if self.schedule is not None:
             written["schedule"] = asdict(self.schedule)
-        return json.dumps({"version": VERSION, **written})
+        try:
+            return json.dumps({"version": VERSION, **written})
+        except TypeError as error:
+            raise RerouteError(f"The options of {self.method_name!r} cannot be stored: {error}.") from None
 
     @classmethod
     def from_json(cls, text: str) -> RoutingConfig:
@@ -110,9 +113,7 @@ class RoutingConfig:
             read = dict(json.loads(text))
             version = read.pop("version", None)
         except (TypeError, ValueError) as error:
-            raise RerouteError(
-                f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote."
-            ) from None
+            raise _unreadable(error) from None
         if version != VERSION:
             raise RerouteError(
                 f"A routing configuration of version {version} cannot be read; this release knows version {VERSION}."
@@ -124,10 +125,10 @@ class RoutingConfig:
             if read.get("schedule") is not None:
                 read["schedule"] = Schedule(**read["schedule"])
             return cls(**read)
-        except (TypeError, KeyError) as error:
-            raise RerouteError(
-                f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote."
-            ) from None
+        except RerouteError:
+            raise
+        except (TypeError, KeyError, ValueError) as error:
+            raise _unreadable(error) from None
 
 
 def _unreadable(error: Exception) -> RerouteError:
@@ -137,8 +138,8 @@ def _unreadable(error: Exception) -> RerouteError:
 def _named(chosen: Any, registry: dict[str, Any], where: str) -> dict[str, Any]:
     """A method or ranker, a dataclass, as its name and its options."""
     name = next((name for name, kind in registry.items() if kind is type(chosen)), None)
-    if name is None:
-        raise RerouteError(f"{type(chosen).__name__} cannot be stored: give it a name in {where} first.")
+    if name is None or not is_dataclass(chosen):
+        raise RerouteError(f"{type(chosen).__name__} cannot be stored: it must be a dataclass with a name in {where}.")
     return {"name": name, **{field.name: getattr(chosen, field.name) for field in fields(chosen)}}
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -38,8 +37,7 @@ class DecoderAdapter(Protocol):
         """Cos and sin (B, S, rot) at position ids (B, S)."""
 
 
-@dataclass(frozen=True)
-class RankContext:
+class RankContext(NamedTuple):
     """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
 
     - ``tables``: of the R scored rows; the last prompt token of each sample is its query.

@@ -49,6 +49,7 @@ def test_json_there_and_back(config: RoutingConfig) -> None:
         ('{"version": 1, "method": {"name": "fastvv", "ranker": {"name": "random_scores"}}}', "Did you mean 'fastv'"),
         ('{"version": 1, "method": {"name": "fastv", "ranker": {"name": "randm_scores"}}}', "Unknown ranker"),
         ('{"version": 1, "method": {"name": "fastv"}}', "Not a routing configuration: 'ranker'"),
+        ('{"version": 1, "method": {"name": "fastv", "ranker": "random"}}', "Not a routing configuration"),
     ],
 )
 def test_what_cannot_be_read(text: str, message: str) -> None:
@@ -57,8 +58,10 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
 
 
 def test_what_cannot_be_written() -> None:
-    with pytest.raises(RerouteError, match=r"Unknown cannot be stored: give it a name in reroute\.rankers\.RANKERS"):
+    with pytest.raises(RerouteError, match=r"Unknown cannot be stored: .* a name in reroute\.rankers\.RANKERS"):
         RoutingConfig(FastV(ranker=Unknown())).to_json()
+    with pytest.raises(RerouteError, match=r"'random' cannot be stored: .* not JSON serializable"):
+        RoutingConfig(Random(ranker=RandomScores(seed=1j))).to_json()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Model adapters that can be routed: one file each."""
+"""Adapters of the model families that can be routed: one file each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUPPORTED: tuple[str, ...] = tuple(name for adapter in ADAPTERS for name in adap
 
 
 def is_supported(model: Any) -> bool:
-    """Whether ``model`` is a whole vision-language model of a known adapter."""
+    """Whether ``model`` is a whole vision-language model that an adapter covers."""
     return _type_of(model) in SUPPORTED and hasattr(model, "generate") and hasattr(model, "lm_head")
 
 

@@ -1,4 +1,4 @@
-"""What routing must know of a model adapter. Another adapter is one small subclass."""
+"""What routing must know of a model family. An adapter for another one is a small subclass."""
 
 from __future__ import annotations
 
