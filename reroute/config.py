@@ -15,7 +15,7 @@ from .errors import RerouteError, unknown
 from .methods import METHODS, Method, get
 from .rankers import RANKERS, LastTokenAttention
 
-__all__ = ["RoutingConfig"]
+__all__ = ["RoutingConfig", "Settings"]
 
 VERSION = 1
 """Of what ``to_json`` writes."""
@@ -85,6 +85,10 @@ class RoutingConfig:
             method = method.with_budget(self.keep, num_layers, self.action)
         return method.schedule(num_layers, self.action)
 
+    def for_model(self, num_layers: int) -> Settings:
+        """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""
+        return Settings(self, self.schedule_for(num_layers), self.ranker)
+
     def to_json(self) -> str:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
 
@@ -129,6 +133,20 @@ class RoutingConfig:
             raise
         except (TypeError, KeyError, ValueError) as error:
             raise _unreadable(error) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a call is routed by: a configuration, and what it means for one model."""
+
+    config: RoutingConfig
+    schedule: Schedule
+    ranker: Ranker
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no visual token is ever left out: the plain model, whatever the prompt."""
+        return min(self.schedule.ratios) == 1
 
 
 def _unreadable(error: Exception) -> RerouteError:
