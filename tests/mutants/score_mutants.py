@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant(
         "score-norm-rounded-once",
         "score.py",
-        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)\n        normed = normed + (scaled * weights[i].to(scaled.dtype),)",
+        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]\n        normed = normed + (scaled * weights[i].to(scaled.dtype),)",
         "scaled = parts[i].to(tl.float32) * factor\n        normed = normed + ((scaled * weights[i].to(scaled.dtype)).to(parts[i].dtype),)",
         f"{SCORE} -k key_norms",
     ),
