@@ -180,7 +180,7 @@ MUTANTS = (
         "score.py",
         'input_precision="ieee"',
         'input_precision="tf32"',
-        f"{SCORE} -k 'models and dtype11'",
+        f"{SCORE} -k 'models and 6-2-64-32'",
         COMPILED,
     ),
     Mutant(
