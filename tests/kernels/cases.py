@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -102,8 +102,8 @@ class StageBoundary:
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
-        random = lambda *shape: torch.randn(*shape, device=device)
-        integers = lambda *values: torch.tensor(values, device=device)
+        random: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, device=device)
+        integers: Callable[..., Tensor] = lambda *values: torch.tensor(values, device=device)
         self.pages, self.table = random(5, 8, 16), integers(4, 0, 2)
         self.rows = integers([0, 1, 2, 3, 12, 13], [-1, -1, -1, 16, 17, 18])
         angles = random(24, self.head_dim // 2).repeat(1, 2)  # each at both places of its pair

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from reroute_kernels import Backend, LoadedKernel, WarmUp, load_kernels, referen
 from reroute_kernels.testing.compile_only import new_device
 
 CPU = torch.device("cpu")
-NEW, CACHED, OLD = "compiled", "from Triton's cache", "loaded before"
+NEW: Final = "compiled"
+CACHED: Final = "from Triton's cache"
+OLD: Final = "loaded before"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -161,9 +162,7 @@ def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> Non
     together = kernel.score_topk(*inputs)
     query, keys, (cos, sin, last), (candidates, texts, positions, metadata), spec = inputs
     for b, (n, m, k) in enumerate(zip(counts, metadata.num_texts, keep, strict=True)):
-        single = SelectMetadata(
-            *((getattr(metadata, f)[b],) for f in ("starts", "kv_lens", "num_candidates", "num_texts", "k"))
-        )
+        single = SelectMetadata(*(column[b : b + 1] for column in metadata.as_tuple()))
         rows = SelectRows(candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions, single)
         alone = kernel.score_topk(query[b : b + 1], keys, RopeTables(cos, sin, last[b : b + 1]), rows, spec)
         assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
@@ -246,7 +245,7 @@ def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch
     last = len(near) - 1 if which == "query" else int(inputs.tables.query_rows.max())
     stride = -(-(2**31) // last)  # the last row that is scored is beyond
     far = gibibytes(executor, stride * len(near), BF16).as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
-    got = kernel.score_topk(*inputs._replace(**{which: far}))
+    got = kernel.score_topk(*(inputs._replace(query=far) if which == "query" else inputs._replace(keys=far)))
     assert torch.equal(got.scores, wanted.scores)
 
 
@@ -279,18 +278,20 @@ def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel
     """They are pieces of one upload, so any of them may begin at an odd multiple of 8 bytes."""
     from reroute_kernels.triton_kernels import select
 
-    compiled = lambda: num_compiled(executor, kernel._score_kernel, select._select_kernel)
+    compiled = partial(num_compiled, executor, kernel._score_kernel, select._select_kernel)
     inputs = ScoreCase([90, 70], [61, 50], [9, 20]).inputs(device)
-    query, keys, (cos, sin, query_rows), (candidates, texts, positions, metadata), spec = inputs
+    metadata = inputs.rows.metadata
     wanted, before = kernel.score_topk(*inputs), compiled()
     assert before
+    given = inputs.tables.query_rows, *inputs.rows[:3], torch.tensor(metadata.as_tuple(), device=device)
     for moved in range(5):
-        lists = [query_rows, candidates, texts, positions, torch.tensor(metadata.as_tuple(), device=device)]
+        lists = list(given)
         lists[moved] = torch.cat((lists[moved].new_zeros(1), lists[moved].flatten()))[1:].view(lists[moved].shape)
         assert lists[moved].data_ptr() % 16 == 8
-        last, *rows, counts = lists
-        rows = SelectRows(*rows, replace(metadata, on_device=counts))
-        got = kernel.score_topk(query, keys, RopeTables(cos, sin, last), rows, spec)
+        query_rows, candidates, texts, positions, counts = lists
+        rows = SelectRows(candidates, texts, positions, replace(metadata, on_device=counts))
+        tables = inputs.tables._replace(query_rows=query_rows)
+        got = kernel.score_topk(*inputs._replace(tables=tables, rows=rows))
         assert all(map(torch.equal, got, wanted))
     assert compiled() == before
 

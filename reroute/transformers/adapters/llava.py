@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import ModelAdapter
 
@@ -15,7 +15,7 @@ class Llava(ModelAdapter):
     """``LlavaForConditionalGeneration``: every image is one square grid of patches."""
 
     model_types = ("llava",)
-    text_model_types = ("llama", "mistral", "qwen2")
+    text_model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``ModelAdapter``. Images that follow one another without text between them form one run."""
