@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .context import ForwardContext
     from .router import Router
 
-__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedModel"]
+__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -39,9 +39,9 @@ _eager = torch.compiler.disable(recursive=False, reason="reroute plans and route
 
 
 class RoutedModel(Intercepted):
-    """The whole model: has the labels, and generates."""
+    """The whole model: has the labels."""
 
-    signed: ClassVar[tuple[str, ...]] = ("forward", "generate", "prepare_inputs_for_generation")
+    signed: ClassVar[tuple[str, ...]] = ("forward",)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -52,6 +52,12 @@ class RoutedModel(Intercepted):
         """Call the model: wrappers do so directly. ``__call__`` does not come here where others replaced ``forward``."""
         router, proceed = _active(self), super().forward  # type: ignore[misc]
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
+
+
+class RoutedGenerator(RoutedModel):
+    """A whole model that generates: knows where the prompt ends."""
+
+    signed: ClassVar[tuple[str, ...]] = ("forward", "generate", "prepare_inputs_for_generation")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""

@@ -22,10 +22,13 @@ _PACKED = (
 )
 
 
-def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any) -> None:
-    """Refuse position ids (B, L), or (3 or 4, B, L), that begin anew within a row; ``valid`` (B, L) is False at padding.
+def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool) -> None:
+    """Refuse position ids that begin anew within a row. Waits for the device.
 
-    Waits for the device.
+    Args:
+        position_ids: (B, L), or (3 or 4, B, L) of M-RoPE, or None.
+        valid: (B, L) False at padding.
+        has_mask: whether there is an attention mask. Without one, Transformers takes any step back for a border.
 
     Raises:
         RerouteError: rows are packed.
@@ -35,7 +38,11 @@ def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any) -> N
     first = position_ids if position_ids.ndim == 2 else position_ids[0]  # M-RoPE: text, or time
     ids = np.broadcast_to(first.cpu().numpy(), valid.shape)
     for row, is_token in zip(ids, valid, strict=True):
-        if (np.diff(row[is_token]) < 0).any():
+        known = row[is_token]
+        anew = np.diff(known) < 0
+        if has_mask:  # generate counts drafts behind a masked token from its filler on
+            anew &= known[1:] == known[:1]
+        if anew.any():
             raise RerouteError(_PACKED)
 
 

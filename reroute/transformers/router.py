@@ -19,7 +19,7 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, check_whole, is_routed, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
-from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedModel
+from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
 
@@ -91,7 +91,8 @@ class Router:
     def attach(self, model: Any) -> None:
         """Put entrances before the parts of ``model``: before all of them, or none."""
         adapter, role = self.adapter, Role(self)
-        parts = [(model, RoutedModel, role), (adapter.base, RoutedBase, role), (adapter.text, RoutedDecoder, role)]
+        whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
+        parts = [(model, whole, role), (adapter.base, RoutedBase, role), (adapter.text, RoutedDecoder, role)]
         layers = [(layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)]
         _forget_compiled()
         with ExitStack() as entrances:
