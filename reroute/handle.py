@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -141,21 +140,17 @@ class Handle:
             with handle.at(keep=0.2):
                 model.generate(**inputs)
 
-        What is not given stays as it is; ``schedule`` replaces ``method`` and ``keep``, and either of them
-        ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the model.
-        A thread that is started inside does not inherit them.
+        What is not given stays as it is; a ``schedule`` replaces the ratios of ``method`` and ``keep``, and either of
+        them a ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the
+        model. A thread that is started inside does not inherit them.
 
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
-        changes = {"method": method, "action": action, "keep": keep, "schedule": schedule}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if config is not None and changes:
-            raise RerouteError("Give either config= or single settings, not both.")
         if config is None:
-            ends = {"method": None, "keep": None} if "schedule" in changes else {"schedule": None}
-            ends = ends if changes.keys() & {"method", "keep", "schedule"} else {}
-            config = dataclasses.replace(self.config, **{**ends, **changes})
+            config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
+        elif (method, action, keep, schedule) != (None,) * 4:
+            raise RerouteError("Give either config= or single settings, not both.")
         return self._router.at(config.for_model(self._shape.num_layers))
 
     def on_prefill(self, callback: Callable[[Stats], None]) -> Callable[[], None]:

@@ -71,9 +71,9 @@ class ForwardContext:
 
         Other calls may come before it and inside of it: of the decoder alone, or of another model.
         """
-        embeds = kwargs.get("inputs_embeds")
-        is_own = decoder is self._adapter.text and not args and kwargs.get("input_ids") is None and embeds is not None
-        if self._is_claimed or not is_own or embeds.shape[:2] != self._shape:
+        embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        is_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
+        if not is_own or self._is_claimed:
             return False
         self._is_claimed = True
         return True

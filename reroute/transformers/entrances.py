@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ __all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORWARD = "reroute_forward"
 """The keyword argument in which a decoder hands the forward to its layers."""
@@ -34,8 +35,12 @@ _labels: ContextVar[torch.Tensor | None] = ContextVar("reroute_labels", default=
 _forward: ContextVar[ForwardContext | None] = ContextVar("reroute_forward", default=None)
 """Of the base model's call."""
 
-# Dynamo must not trace plans and leases, but may compile what is called in between.
-_eager = torch.compiler.disable(recursive=False, reason="reroute plans and routes between compiled parts")
+
+def _eager(function: Function, *, recursive: bool = False) -> Function:
+    """Keep Dynamo from tracing plans and leases. Unless ``recursive``, it may compile what is called inside."""
+    reason = "reroute plans and routes between compiled parts"
+    eager: Function = torch.compiler.disable(function, recursive=recursive, reason=reason)
+    return eager
 
 
 class RoutedModel(Intercepted):
@@ -49,7 +54,7 @@ class RoutedModel(Intercepted):
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model: wrappers do so directly. ``__call__`` does not come here where others replaced ``forward``."""
+        """Call the model: wrappers do so directly. ``__call__`` does not come here if others replaced ``forward``."""
         router, proceed = _active(self), super().forward  # type: ignore[misc]
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
@@ -116,6 +121,10 @@ def _active(module: Any) -> Router | None:
     return None if router is None or (torch.compiler.is_compiling() and router.may_be_compiled()) else router
 
 
+def _eager_throughout(function: Function) -> Function:
+    return _eager(function, recursive=True)
+
+
 @_eager
 def _run_model(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if not router.enter():
@@ -159,13 +168,13 @@ def _run_decoder(decoder: Any, proceed: Callable[..., Any], args: Args, kwargs: 
     return forward.after_decoder(proceed(*args, **kwargs, **{FORWARD: forward}))
 
 
-@torch.compiler.disable
+@_eager_throughout
 def _enter_layer(layer: Any, forward: ForwardContext, args: Args, kwargs: Kwargs) -> Args:
     """The positional arguments of ``layer``; its keyword arguments are changed in place."""
     hidden, *others = args if args else (kwargs.pop("hidden_states"),)
-    return forward.before_layer(layer._reroute.index, hidden, kwargs), *others
+    return forward.before_layer(layer._reroute.layer, hidden, kwargs), *others
 
 
-@torch.compiler.disable
+@_eager_throughout
 def _leave_layer(layer: Any, forward: ForwardContext, output: torch.Tensor) -> torch.Tensor:
-    return forward.after_layer(layer._reroute.index, output)
+    return forward.after_layer(layer._reroute.layer, output)

@@ -22,10 +22,10 @@ __all__ = ["Intercepted", "Role", "intercept", "role_of"]
 
 
 class Role(NamedTuple):
-    """What an intercepted module is: a part of the model of ``router``; ``index`` numbers the decoder layers."""
+    """What an intercepted module is: a part of the model of ``router``; ``layer`` numbers decoder layers."""
 
     router: Any
-    index: int = 0
+    layer: int = 0
 
 
 class Intercepted:
@@ -70,7 +70,7 @@ def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callabl
             "or give each model modules of its own."
         )
     module.__dict__["_reroute"] = role
-    module.__class__ = _subclass(type(module), kind)
+    module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
     return functools.partial(_release, weakref.ref(module))
 
 
@@ -80,19 +80,21 @@ def _release(reference: weakref.ref[nn.Module]) -> None:
         return
     module.__dict__.pop("_reroute", None)
     # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.
-    if "_plain_class" in vars(type(module)):
-        module.__class__ = type(module)._plain_class
+    plain = vars(type(module)).get("_plain_class")
+    if plain is not None:
+        module.__class__ = plain
 
 
 @functools.cache
-def _subclass(plain: type, kind: type[Intercepted]) -> type[nn.Module]:
+def _subclass(plain: type[Any], kind: type[Any]) -> type:
     """One class for all modules of a class: compiled code is compiled once for them."""
     # Its name is the plain one's: configurations, wrapping policies and recorders of outputs go by it.
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     namespace: dict[str, Any] = {**names, "_plain_class": plain}
     for name in kind.signed:
         namespace[name] = functools.wraps(getattr(plain, name))(_copied(getattr(kind, name)))
-    subclass: type[nn.Module] = type(plain)(plain.__name__, (kind, plain), namespace)
+    make: Any = type(plain)
+    subclass: type = make(plain.__name__, (kind, plain), namespace)
     return subclass
 
 

@@ -1,4 +1,4 @@
-"""What cannot be picked row by row is refused: several prompts in one row, and arguments per token that are not known."""
+"""What cannot be picked row by row is refused: several prompts in one row, and unknown arguments per token."""
 
 from __future__ import annotations
 

@@ -121,7 +121,9 @@ class Planner:
         if plan.past and schedule.position_mode == "renumbered":
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
 
-    def plan_call(self, kwargs: Kwargs, settings: Settings, labels: torch.Tensor | None, end: int | None) -> Plan | None:
+    def plan_call(
+        self, kwargs: Kwargs, settings: Settings, labels: torch.Tensor | None, end: int | None
+    ) -> Plan | None:
         """Plan a call of the base model with ``kwargs``, by name; None if there is nothing to route.
 
         Raises:

@@ -52,8 +52,8 @@ def _part(layer: Any, path: str, index: int) -> Any:
 
 def _without(path: str, layer: Any, index: int) -> str:
     return (
-        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is wrapped, "
-        "or its projections are fused. Enable routing on the model without that."
+        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is "
+        "wrapped, or its projections are fused. Enable routing on the model without that."
     )
 
 
