@@ -56,7 +56,6 @@ class Handle:
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
         self._callbacks: tuple[Callable[[Stats], None], ...] = ()
-        self._blocks = 0
         self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names(settings))
@@ -69,11 +68,7 @@ class Handle:
         """
         self._router.check_free(model, None if replaced is None else replaced._router)
         if replaced is not None:
-            if replaced._blocks:
-                raise RerouteError(
-                    "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
-                    "calls settings of their own, or end the block first."
-                )
+            replaced._router.detach(for_another=True)
             replaced.disable()
         self._router.attach(model)
 
@@ -115,15 +110,14 @@ class Handle:
         Raises:
             RerouteError: it was disabled or replaced meanwhile.
         """
-        _ = self._router.adapter
-        self._blocks += 1
+        self._router.begin_block()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Disable."""
-        self._blocks -= 1
+        self._router.end_block()
         self.disable()
 
     def at(

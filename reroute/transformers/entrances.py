@@ -29,7 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FORWARD = "reroute_forward"
 """The keyword argument in which a decoder hands the forward to its layers."""
 
-_labels: ContextVar[torch.Tensor | None] = ContextVar("reroute_labels", default=None)
+_labels: ContextVar[tuple[Router, torch.Tensor | None] | None] = ContextVar("reroute_labels", default=None)
 """Of the whole model's call, until its base model is called."""
 
 _forward: ContextVar[ForwardContext | None] = ContextVar("reroute_forward", default=None)
@@ -129,7 +129,7 @@ def _eager_throughout(function: Function) -> Function:
 def _run_model(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if not router.enter():
         return proceed(*args, **kwargs)
-    token = _labels.set(router.labels_of(args, kwargs))
+    token = _labels.set((router, router.labels_of(args, kwargs)))
     try:
         return proceed(*args, **kwargs)
     finally:
@@ -143,8 +143,9 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
     if not router.enter():
         return proceed(*args, **kwargs)
     outer_labels, outer_forward, forward = _labels.get(), _forward.get(), None
+    labels = None if outer_labels is None or outer_labels[0] is not router else outer_labels[1]
     try:
-        forward = router.open(args, kwargs, outer_labels, end)
+        forward = router.open(args, kwargs, labels, end)
         _labels.set(None)
         _forward.set(forward)
         output = proceed(*args, **kwargs)

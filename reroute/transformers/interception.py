@@ -69,8 +69,9 @@ def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callabl
             f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one first, "
             "or give each model modules of its own."
         )
+    if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
+        module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
     module.__dict__["_reroute"] = role
-    module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
     return functools.partial(_release, weakref.ref(module))
 
 

@@ -28,6 +28,7 @@ __all__ = ["Router"]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
+_DISABLED = "Routing of this model was disabled. Call reroute.enable for a new handle."
 _BUSY = (
     "A forward or a generation of this model runs, and would go on with other settings than it began with. Wait for "
     "it, or use handle.at(…), which gives calls settings of their own."
@@ -70,7 +71,7 @@ class Router:
         self._start, self._done = start, done
         self._entrances = ExitStack()
         self._lock = threading.Lock()
-        self._is_attached, self._running, self._scopes = False, 0, 0
+        self._is_attached, self._running, self._scopes, self._blocks = False, 0, 0, 0
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -101,15 +102,21 @@ class Router:
             self._entrances = entrances.pop_all()
         self._is_attached = True
 
-    def detach(self) -> None:
+    def detach(self, *, for_another: bool = False) -> None:
         """Undo ``attach`` and let go of the model. Idempotent.
 
         Raises:
-            RerouteError: a call of the model runs; nothing is changed then.
+            RerouteError: a call of the model runs, or ``for_another`` router it shall leave a ``with`` block; nothing
+                is changed then.
         """
         with self._lock:
             if self._running:
                 raise RerouteError(_BUSY)
+            if for_another and self._blocks:
+                raise RerouteError(
+                    "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
+                    "calls settings of their own, or end the block first."
+                )
             was_attached, self._is_attached = self._is_attached, False
         if was_attached:
             _forget_compiled()
@@ -124,7 +131,7 @@ class Router:
     @property
     def _active_planner(self) -> Planner:
         if self._planner is None:
-            raise RerouteError("Routing of this model was disabled. Call reroute.enable for a new handle.")
+            raise RerouteError(_DISABLED)
         return self._planner
 
     @property
@@ -136,6 +143,18 @@ class Router:
         """RerouteError while a call of the model runs."""
         if self._running:
             raise RerouteError(_BUSY)
+
+    def begin_block(self) -> None:
+        """Stay until ``end_block``, whoever else enables routing. RerouteError once routing is disabled."""
+        with self._lock:
+            if not self._is_attached:
+                raise RerouteError(_DISABLED)
+            self._blocks += 1
+
+    def end_block(self) -> None:
+        """Undo ``begin_block``."""
+        with self._lock:
+            self._blocks -= 1
 
     # --- settings and plans of calls ------------------------------------------------------------------------------
 
