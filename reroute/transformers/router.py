@@ -93,14 +93,20 @@ class Router:
         """Put entrances before the parts of ``model``: before all of them, or none."""
         adapter, role = self.adapter, Role(self)
         whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
-        parts = [(model, whole, role), (adapter.base, RoutedBase, role), (adapter.text, RoutedDecoder, role)]
-        layers = [(layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)]
+        # From the inside out: what finds one entrance finds all behind it, also in a thread that calls meanwhile.
+        parts = [
+            *((layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)),
+            (adapter.text, RoutedDecoder, role),
+            (adapter.base, RoutedBase, role),
+            (model, whole, role),
+        ]
         _forget_compiled()
         with ExitStack() as entrances:
-            for module, kind, its in (*parts, *layers):
+            entrances.callback(setattr, self, "_is_attached", False)
+            self._is_attached = True
+            for module, kind, its in parts:
                 entrances.callback(intercept(module, kind, its))
             self._entrances = entrances.pop_all()
-        self._is_attached = True
 
     def detach(self, *, for_another: bool = False) -> None:
         """Undo ``attach`` and let go of the model. Idempotent.
