@@ -79,7 +79,7 @@ class RoutedGenerator(RoutedModel):
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         router = _active(self)
-        if router is not None and not router.keeps_all and (end := prompt_end(router)) is not None:
+        if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
         return inputs
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.plan import Plan
-from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, check_whole, is_routed, past_length
@@ -22,6 +19,7 @@ from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode,
 from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
+from .scopes import Given, Scopes
 
 __all__ = ["Router"]
 
@@ -33,18 +31,6 @@ _BUSY = (
     "A forward or a generation of this model runs, and would go on with other settings than it began with. Wait for "
     "it, or use handle.at(…), which gives calls settings of their own."
 )
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """What a ``with`` block of one thread or task says of the calls of ``router`` inside it."""
-
-    router: Router
-    settings: Settings | None = None
-    given: tuple[Plan | None, Workspace | None] | None = None
-
-
-_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("reroute_scopes", default=())
 
 
 class Router:
@@ -71,7 +57,8 @@ class Router:
         self._start, self._done = start, done
         self._entrances = ExitStack()
         self._lock = threading.Lock()
-        self._is_attached, self._running, self._scopes, self._blocks = False, 0, 0, 0
+        self._scopes = Scopes()
+        self._is_attached, self._running, self._blocks = False, 0, 0
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -162,64 +149,30 @@ class Router:
         with self._lock:
             self._blocks -= 1
 
-    # --- settings and plans of calls ------------------------------------------------------------------------------
+    # --- calls ----------------------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
         """Of a call that is made here and now."""
-        return next((s.settings for s in reversed(self._own_scopes()) if s.settings is not None), self._settings)
+        return self._scopes.settings or self._settings
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether calls here and now are those of the plain model."""
-        return self.settings.keeps_all
-
-    @contextmanager
-    def at(self, settings: Settings) -> Iterator[None]:
+    def at(self, settings: Settings) -> AbstractContextManager[None]:
         """Route the calls that this thread or task makes inside ``with`` by ``settings``.
 
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
         self._active_planner.check(settings)
-        with self._scope(_Scope(self, settings=settings)):
-            yield
+        return self._scopes.at(settings)
 
-    @contextmanager
-    def using(self, plan: Plan | None) -> Iterator[None]:
-        """Use ``plan``, and one place in the pool, for the forwards of this thread instead of reading their ids.
-
-        None, which is what text has for a plan: route nothing.
-        """
+    def using(self, plan: Plan | None) -> AbstractContextManager[None]:
+        """Use ``plan`` for the calls of this thread inside ``with``. RerouteError once routing is disabled."""
         _ = self._active_planner
-        workspace = None if plan is None else Workspace(plan)
-        try:
-            with self._scope(_Scope(self, given=(plan, workspace))):
-                yield
-        finally:
-            if workspace is not None:
-                workspace.release()
+        return self._scopes.using(plan)
 
     def plan(self, prompt: Prompt) -> Plan | None:
         """Plan a prefill ahead. RerouteError if it cannot be routed, or routing is disabled."""
         return self._active_planner.plan(prompt, self.settings)
-
-    @contextmanager
-    def _scope(self, scope: _Scope) -> Iterator[None]:
-        token = _scopes.set((*_scopes.get(), scope))
-        with self._lock:
-            self._scopes += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._scopes -= 1
-            _scopes.reset(token)
-
-    def _own_scopes(self) -> tuple[_Scope, ...]:
-        return tuple(scope for scope in _scopes.get() if scope.router is self)
-
-    # --- calls ----------------------------------------------------------------------------------------------------
 
     def enter(self) -> bool:
         """Count a call that begins, unless routing is disabled. ``leave`` ends it."""
@@ -238,7 +191,7 @@ class Router:
         Raises:
             RerouteError: the model is exported, and would lose its routing.
         """
-        if self._settings.keeps_all and not self._scopes:
+        if self._settings.keeps_all and not self._scopes.any_open:
             return True
         if torch.compiler.is_exporting():
             raise RerouteError(
@@ -291,9 +244,8 @@ class Router:
         cache: Cache | None,
         labels: torch.Tensor | None,
         end: int | None,
-    ) -> tuple[Plan | None, Workspace | None]:
-        given = next((s.given for s in reversed(self._own_scopes()) if s.given is not None), None)
-        is_step = tokens.shape[1] == 1
+    ) -> Given:
+        given, is_step = self._scopes.given, tokens.shape[1] == 1
         if given is None or (is_step and past_length(cache)):
             return self._active_planner.plan_call(named, settings, labels, end), None
         if given[0] is not None:
