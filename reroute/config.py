@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS
@@ -84,6 +84,20 @@ class RoutingConfig:
         if self.keep is not None:
             method = method.with_budget(self.keep, num_layers, self.action)
         return method.schedule(num_layers, self.action)
+
+    def changed(
+        self,
+        *,
+        method: str | Method | None = None,
+        action: Action | None = None,
+        keep: float | None = None,
+        schedule: Schedule | None = None,
+    ) -> RoutingConfig:
+        """The settings with those that are given. A ``schedule`` ends ``keep``; ``method`` or ``keep`` ends one."""
+        if schedule is None:
+            schedule = self.schedule if method is None and keep is None else None
+            keep = self.keep if keep is None else keep
+        return replace(self, method=method or self.method, action=action or self.action, keep=keep, schedule=schedule)
 
     def for_model(self, num_layers: int) -> Settings:
         """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""

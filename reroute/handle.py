@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -57,7 +56,6 @@ class Handle:
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
         self._callbacks: tuple[Callable[[Stats], None], ...] = ()
-        self._blocks = 0
         self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names(settings))
@@ -70,11 +68,7 @@ class Handle:
         """
         self._router.check_free(model, None if replaced is None else replaced._router)
         if replaced is not None:
-            if replaced._blocks:
-                raise RerouteError(
-                    "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
-                    "calls settings of their own, or end the block first."
-                )
+            replaced._router.detach(for_another=True)
             replaced.disable()
         self._router.attach(model)
 
@@ -116,15 +110,14 @@ class Handle:
         Raises:
             RerouteError: it was disabled or replaced meanwhile.
         """
-        _ = self._router.adapter
-        self._blocks += 1
+        self._router.begin_block()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Disable."""
-        self._blocks -= 1
+        self._router.end_block()
         self.disable()
 
     def at(
@@ -141,21 +134,17 @@ class Handle:
             with handle.at(keep=0.2):
                 model.generate(**inputs)
 
-        What is not given stays as it is; ``schedule`` replaces ``method`` and ``keep``, and either of them
-        ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the model.
-        A thread that is started inside does not inherit them.
+        What is not given stays as it is; a ``schedule`` replaces the ratios of ``method`` and ``keep``, and either of
+        them a ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the
+        model. A thread that is started inside does not inherit them.
 
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
-        changes = {"method": method, "action": action, "keep": keep, "schedule": schedule}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if config is not None and changes:
-            raise RerouteError("Give either config= or single settings, not both.")
         if config is None:
-            ends = {"method": None, "keep": None} if "schedule" in changes else {"schedule": None}
-            ends = ends if changes.keys() & {"method", "keep", "schedule"} else {}
-            config = dataclasses.replace(self.config, **{**ends, **changes})
+            config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
+        elif (method, action, keep, schedule) != (None,) * 4:
+            raise RerouteError("Give either config= or single settings, not both.")
         return self._router.at(config.for_model(self._shape.num_layers))
 
     def on_prefill(self, callback: Callable[[Stats], None]) -> Callable[[], None]:

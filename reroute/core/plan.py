@@ -93,8 +93,8 @@ class Plan:
     @cached_property
     def tail(self) -> int:
         """Trailing positions behind the visual tokens of every sample: the question and what follows, and padding."""
-        ends = [np.flatnonzero(row == rows[-1])[0] + 1 for row, rows in zip(self.order, self.visual, strict=True) if len(rows)]
-        return self.length - int(max(ends))
+        pictured = [(row, rows[-1]) for row, rows in zip(self.order, self.visual, strict=True) if len(rows)]
+        return self.length - max(int(np.flatnonzero(row == last)[0]) + 1 for row, last in pictured)
 
     @cached_property
     def tail_has_padding(self) -> bool:

@@ -71,9 +71,9 @@ class ForwardContext:
 
         Other calls may come before it and inside of it: of the decoder alone, or of another model.
         """
-        embeds = kwargs.get("inputs_embeds")
-        is_own = decoder is self._adapter.text and not args and kwargs.get("input_ids") is None and embeds is not None
-        if self._is_claimed or not is_own or embeds.shape[:2] != self._shape:
+        embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        is_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
+        if not is_own or self._is_claimed:
             return False
         self._is_claimed = True
         return True
@@ -107,12 +107,14 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the layers of one stage get and store: keyword arguments, and the logical position of every key."""
+    """What layers of one stage get, if they hold the same earlier rows, and which rows they hold afterwards.
+
+    ``stored``: rows that the cache has then, of which ``rows`` need not list the last ones.
+    """
 
     kwargs: Kwargs
-    key_positions: torch.Tensor
-    has_fillers: bool
-    position_offset: torch.Tensor | None
+    stored: int
+    rows: RowPositions
 
 
 class RoutedPrefill(ForwardContext):
@@ -138,7 +140,7 @@ class RoutedPrefill(ForwardContext):
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: tuple[Decision, Selection] | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
-        self._running: tuple[_Stage, tuple[int, ...]] | None = None
+        self._running: _Stage | None = None
         self._is_restored = False
         self._earlier_turns = RoutedDecode(adapter, self._shape)
 
@@ -159,9 +161,10 @@ class RoutedPrefill(ForwardContext):
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """Mark what the layer stored; after the last one, the states at logical length again."""
-        if self._running is not None:
-            self._mark(index, *self._running)
-            self._running = None
+        stage, self._running = self._running, None
+        # Nothing is stored while gradient checkpointing recomputes layers.
+        if stage is not None and self.cache is not None and stored_rows(self.cache, index) == stage.stored:
+            route_layer(self.cache, index, stage.rows)
         if index < len(self._adapter.layers) - 1:
             return output
         self._is_restored = True
@@ -215,26 +218,13 @@ class RoutedPrefill(ForwardContext):
         return self._start(self.plan, self.settings, hidden, tables, self._workspace)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
         self._allow_update(self.cache, index)
         layer = routed_layer(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
-        stage = self._stages[earlier]
-        self._running = stage, (*earlier, self.plan.decisions[prefill.stage].layer)
-        return stage
-
-    def _mark(self, index: int, stage: _Stage, stage_key: tuple[int, ...]) -> None:
-        """Tell layer ``index`` of the cache which rows it holds; text after the visual tokens may be cropped later."""
-        plan, positions, end = self.plan, stage.key_positions, self.plan.past + self.plan.length
-        if self.cache is None or stored_rows(self.cache, index) != positions.shape[1]:
-            return  # nothing is stored while gradient checkpointing recomputes layers
-        floor = end - plan.tail
-        if not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
-            positions, end = positions[:, : positions.shape[1] - plan.tail], floor
-        rows = RowPositions(positions, end, floor, stage.has_fillers, stage.position_offset, stage_key)
-        route_layer(self.cache, index, rows)
+        self._running = self._stages[earlier]
+        return self._running
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, rows = self.plan, prefill.positions
@@ -261,7 +251,19 @@ class RoutedPrefill(ForwardContext):
             # Flash attention would take gaps in the ids for borders between packed sequences.
             "position_ids": None if self._mask_format == "padding" else prefill.tables.ids,
         }
-        return _Stage(adapted, key_positions, has_fillers, prefill.position_offset)
+        stage_key = (*(() if layer is None else layer.rows.stage_key), plan.decisions[prefill.stage].layer)
+        rows_then = self._rows(key_positions, has_fillers, prefill.position_offset, stage_key)
+        return _Stage(adapted, key_positions.shape[1], rows_then)
+
+    def _rows(
+        self, positions: torch.Tensor, has_fillers: bool, offset: torch.Tensor | None, stage_key: tuple[int, ...]
+    ) -> RowPositions:
+        """What is stored at ``positions`` (B, T); text after the visual tokens may be cropped later."""
+        plan, end = self.plan, self.plan.past + self.plan.length
+        floor = end - plan.tail
+        if not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
+            positions, end = positions[:, : positions.shape[1] - plan.tail], floor
+        return RowPositions(positions, end, floor, has_fillers, offset, stage_key)
 
 
 class RoutedDecode(ForwardContext):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -20,28 +20,33 @@ if TYPE_CHECKING:
     from .context import ForwardContext
     from .router import Router
 
-__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedModel"]
+__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORWARD = "reroute_forward"
 """The keyword argument in which a decoder hands the forward to its layers."""
 
-_labels: ContextVar[torch.Tensor | None] = ContextVar("reroute_labels", default=None)
+_labels: ContextVar[tuple[Router, torch.Tensor | None] | None] = ContextVar("reroute_labels", default=None)
 """Of the whole model's call, until its base model is called."""
 
 _forward: ContextVar[ForwardContext | None] = ContextVar("reroute_forward", default=None)
 """Of the base model's call."""
 
-# Dynamo must not trace plans and leases, but may compile what is called in between.
-_eager = torch.compiler.disable(recursive=False, reason="reroute plans and routes between compiled parts")
+
+def _eager(function: Function, *, recursive: bool = False) -> Function:
+    """Keep Dynamo from tracing plans and leases. Unless ``recursive``, it may compile what is called inside."""
+    reason = "reroute plans and routes between compiled parts"
+    eager: Function = torch.compiler.disable(function, recursive=recursive, reason=reason)
+    return eager
 
 
 class RoutedModel(Intercepted):
-    """The whole model: has the labels, and generates."""
+    """The whole model: has the labels."""
 
-    signed: ClassVar[tuple[str, ...]] = ("forward", "generate", "prepare_inputs_for_generation")
+    signed: ClassVar[tuple[str, ...]] = ("forward",)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -49,9 +54,15 @@ class RoutedModel(Intercepted):
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model: wrappers do so directly. ``__call__`` does not come here where others replaced ``forward``."""
+        """Call the model: wrappers do so directly. ``__call__`` does not come here if others replaced ``forward``."""
         router, proceed = _active(self), super().forward  # type: ignore[misc]
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
+
+
+class RoutedGenerator(RoutedModel):
+    """A whole model that generates: knows where the prompt ends."""
+
+    signed: ClassVar[tuple[str, ...]] = ("forward", "generate", "prepare_inputs_for_generation")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""
@@ -68,7 +79,7 @@ class RoutedModel(Intercepted):
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         router = _active(self)
-        if router is not None and not router.keeps_all and (end := prompt_end(router)) is not None:
+        if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
         return inputs
 
@@ -110,11 +121,15 @@ def _active(module: Any) -> Router | None:
     return None if router is None or (torch.compiler.is_compiling() and router.may_be_compiled()) else router
 
 
+def _eager_throughout(function: Function) -> Function:
+    return _eager(function, recursive=True)
+
+
 @_eager
 def _run_model(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if not router.enter():
         return proceed(*args, **kwargs)
-    token = _labels.set(router.labels_of(args, kwargs))
+    token = _labels.set((router, router.labels_of(args, kwargs)))
     try:
         return proceed(*args, **kwargs)
     finally:
@@ -128,8 +143,9 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
     if not router.enter():
         return proceed(*args, **kwargs)
     outer_labels, outer_forward, forward = _labels.get(), _forward.get(), None
+    labels = None if outer_labels is None or outer_labels[0] is not router else outer_labels[1]
     try:
-        forward = router.open(args, kwargs, outer_labels, end)
+        forward = router.open(args, kwargs, labels, end)
         _labels.set(None)
         _forward.set(forward)
         output = proceed(*args, **kwargs)
@@ -153,13 +169,13 @@ def _run_decoder(decoder: Any, proceed: Callable[..., Any], args: Args, kwargs: 
     return forward.after_decoder(proceed(*args, **kwargs, **{FORWARD: forward}))
 
 
-@torch.compiler.disable
+@_eager_throughout
 def _enter_layer(layer: Any, forward: ForwardContext, args: Args, kwargs: Kwargs) -> Args:
     """The positional arguments of ``layer``; its keyword arguments are changed in place."""
     hidden, *others = args if args else (kwargs.pop("hidden_states"),)
-    return forward.before_layer(layer._reroute.index, hidden, kwargs), *others
+    return forward.before_layer(layer._reroute.layer, hidden, kwargs), *others
 
 
-@torch.compiler.disable
+@_eager_throughout
 def _leave_layer(layer: Any, forward: ForwardContext, output: torch.Tensor) -> torch.Tensor:
-    return forward.after_layer(layer._reroute.index, output)
+    return forward.after_layer(layer._reroute.layer, output)

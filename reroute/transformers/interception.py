@@ -7,8 +7,10 @@ checkpointing, compiled code); methods keep their names, signatures and ``__self
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,10 +22,10 @@ __all__ = ["Intercepted", "Role", "intercept", "role_of"]
 
 
 class Role(NamedTuple):
-    """What an intercepted module is: a part of the model of ``router``; ``index`` numbers the decoder layers."""
+    """What an intercepted module is: a part of the model of ``router``; ``layer`` numbers decoder layers."""
 
     router: Any
-    index: int = 0
+    layer: int = 0
 
 
 class Intercepted:
@@ -35,12 +37,13 @@ class Intercepted:
     signed: ClassVar[tuple[str, ...]] = ()
     # Any name of nn.Module's own namespace would do; found on the class once the module is released.
     _reroute: Role | None = None
+    _plain_class: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are those of the plain module."""
-        make, (kind, *arguments), state, *items = super().__reduce_ex__(protocol)
-        plain = {name: value for name, value in state.items() if name != "_reroute"}  # type: ignore[attr-defined]
-        return make, (_plain(kind), *arguments), plain, *items
+        state = {name: value for name, value in self.__dict__.items() if name != "_reroute"}
+        # Not by __newobj__: pickle insists that it makes an object of the class of this one.
+        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
     def __copy__(self) -> Any:
         """A shallow copy shares its children, which are intercepted, and so is."""
@@ -66,35 +69,33 @@ def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callabl
             f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one first, "
             "or give each model modules of its own."
         )
+    if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
+        module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
     module.__dict__["_reroute"] = role
-    module.__class__ = _subclass(type(module), kind)
-    return functools.partial(_release, module)
+    return functools.partial(_release, weakref.ref(module))
 
 
-def _release(module: nn.Module) -> None:
+def _release(reference: weakref.ref[nn.Module]) -> None:
+    module = reference()
+    if module is None:
+        return
     module.__dict__.pop("_reroute", None)
     # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.
-    if Intercepted in _bases(type(module)):
-        module.__class__ = _plain(type(module))
-
-
-def _bases(kind: type) -> set[type]:
-    return {base for parent in kind.__bases__ for base in parent.__bases__}
-
-
-def _plain(kind: type) -> type:
-    plain: type = kind.__bases__[-1]
-    return plain
+    plain = vars(type(module)).get("_plain_class")
+    if plain is not None:
+        module.__class__ = plain
 
 
 @functools.cache
-def _subclass(plain: type, kind: type[Intercepted]) -> type[nn.Module]:
+def _subclass(plain: type[Any], kind: type[Any]) -> type:
     """One class for all modules of a class: compiled code is compiled once for them."""
     # Its name is the plain one's: configurations, wrapping policies and recorders of outputs go by it.
-    namespace: dict[str, Any] = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    namespace: dict[str, Any] = {**names, "_plain_class": plain}
     for name in kind.signed:
         namespace[name] = functools.wraps(getattr(plain, name))(_copied(getattr(kind, name)))
-    subclass: type[nn.Module] = type(plain)(plain.__name__, (kind, plain), namespace)
+    make: Any = type(plain)
+    subclass: type = make(plain.__name__, (kind, plain), namespace)
     return subclass
 
 

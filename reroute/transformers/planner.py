@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,10 @@ class Planner:
             prompt_ends=_prompt_ends(prompt, is_visual, past),
         )
         if plan is not None and not plan.changes_nothing:
+            if prompt.labels is not None:
+                plan = replace(plan, knows_labels=True)
             self.check_call(plan, prompt.cache)
-            check_one_prompt_per_row(prompt.positions, plan.order >= 0)
+            check_one_prompt_per_row(prompt.positions, plan.order >= 0, has_mask=prompt.mask is not None)
         return plan
 
     def check_call(self, plan: Plan, cache: Cache | None) -> None:
@@ -119,7 +121,9 @@ class Planner:
         if plan.past and schedule.position_mode == "renumbered":
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
 
-    def plan_call(self, kwargs: Kwargs, settings: Settings, labels: torch.Tensor | None, end: int | None) -> Plan | None:
+    def plan_call(
+        self, kwargs: Kwargs, settings: Settings, labels: torch.Tensor | None, end: int | None
+    ) -> Plan | None:
         """Plan a call of the base model with ``kwargs``, by name; None if there is nothing to route.
 
         Raises:

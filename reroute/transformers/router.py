@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -14,36 +12,25 @@ from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.plan import Plan
-from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, check_whole, is_routed, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
-from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedModel
+from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
+from .scopes import Given, Scopes
 
 __all__ = ["Router"]
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 
+_DISABLED = "Routing of this model was disabled. Call reroute.enable for a new handle."
 _BUSY = (
     "A forward or a generation of this model runs, and would go on with other settings than it began with. Wait for "
     "it, or use handle.at(…), which gives calls settings of their own."
 )
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """What a ``with`` block of one thread or task says of the calls of ``router`` inside it."""
-
-    router: Router
-    settings: Settings | None = None
-    given: tuple[Plan | None, Workspace | None] | None = None
-
-
-_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("reroute_scopes", default=())
 
 
 class Router:
@@ -70,7 +57,8 @@ class Router:
         self._start, self._done = start, done
         self._entrances = ExitStack()
         self._lock = threading.Lock()
-        self._is_attached, self._running, self._scopes = False, 0, 0
+        self._scopes = Scopes()
+        self._is_attached, self._running, self._blocks = False, 0, 0
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -91,24 +79,37 @@ class Router:
     def attach(self, model: Any) -> None:
         """Put entrances before the parts of ``model``: before all of them, or none."""
         adapter, role = self.adapter, Role(self)
-        parts = [(model, RoutedModel, role), (adapter.base, RoutedBase, role), (adapter.text, RoutedDecoder, role)]
-        layers = [(layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)]
+        whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
+        # From the inside out: what finds one entrance finds all behind it, also in a thread that calls meanwhile.
+        parts = [
+            *((layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)),
+            (adapter.text, RoutedDecoder, role),
+            (adapter.base, RoutedBase, role),
+            (model, whole, role),
+        ]
         _forget_compiled()
         with ExitStack() as entrances:
-            for module, kind, its in (*parts, *layers):
+            entrances.callback(setattr, self, "_is_attached", False)
+            self._is_attached = True
+            for module, kind, its in parts:
                 entrances.callback(intercept(module, kind, its))
             self._entrances = entrances.pop_all()
-        self._is_attached = True
 
-    def detach(self) -> None:
+    def detach(self, *, for_another: bool = False) -> None:
         """Undo ``attach`` and let go of the model. Idempotent.
 
         Raises:
-            RerouteError: a call of the model runs; nothing is changed then.
+            RerouteError: a call of the model runs, or ``for_another`` router it shall leave a ``with`` block; nothing
+                is changed then.
         """
         with self._lock:
             if self._running:
                 raise RerouteError(_BUSY)
+            if for_another and self._blocks:
+                raise RerouteError(
+                    "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
+                    "calls settings of their own, or end the block first."
+                )
             was_attached, self._is_attached = self._is_attached, False
         if was_attached:
             _forget_compiled()
@@ -123,7 +124,7 @@ class Router:
     @property
     def _active_planner(self) -> Planner:
         if self._planner is None:
-            raise RerouteError("Routing of this model was disabled. Call reroute.enable for a new handle.")
+            raise RerouteError(_DISABLED)
         return self._planner
 
     @property
@@ -136,64 +137,42 @@ class Router:
         if self._running:
             raise RerouteError(_BUSY)
 
-    # --- settings and plans of calls ------------------------------------------------------------------------------
+    def begin_block(self) -> None:
+        """Stay until ``end_block``, whoever else enables routing. RerouteError once routing is disabled."""
+        with self._lock:
+            if not self._is_attached:
+                raise RerouteError(_DISABLED)
+            self._blocks += 1
+
+    def end_block(self) -> None:
+        """Undo ``begin_block``."""
+        with self._lock:
+            self._blocks -= 1
+
+    # --- calls ----------------------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
         """Of a call that is made here and now."""
-        return next((s.settings for s in reversed(self._own_scopes()) if s.settings is not None), self._settings)
+        return self._scopes.settings or self._settings
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether calls here and now are those of the plain model."""
-        return self.settings.keeps_all
-
-    @contextmanager
-    def at(self, settings: Settings) -> Iterator[None]:
+    def at(self, settings: Settings) -> AbstractContextManager[None]:
         """Route the calls that this thread or task makes inside ``with`` by ``settings``.
 
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
         self._active_planner.check(settings)
-        with self._scope(_Scope(self, settings=settings)):
-            yield
+        return self._scopes.at(settings)
 
-    @contextmanager
-    def using(self, plan: Plan | None) -> Iterator[None]:
-        """Use ``plan``, and one place in the pool, for the forwards of this thread instead of reading their ids.
-
-        None, which is what text has for a plan: route nothing.
-        """
+    def using(self, plan: Plan | None) -> AbstractContextManager[None]:
+        """Use ``plan`` for the calls of this thread inside ``with``. RerouteError once routing is disabled."""
         _ = self._active_planner
-        workspace = None if plan is None else Workspace(plan)
-        try:
-            with self._scope(_Scope(self, given=(plan, workspace))):
-                yield
-        finally:
-            if workspace is not None:
-                workspace.release()
+        return self._scopes.using(plan)
 
     def plan(self, prompt: Prompt) -> Plan | None:
         """Plan a prefill ahead. RerouteError if it cannot be routed, or routing is disabled."""
         return self._active_planner.plan(prompt, self.settings)
-
-    @contextmanager
-    def _scope(self, scope: _Scope) -> Iterator[None]:
-        token = _scopes.set((*_scopes.get(), scope))
-        with self._lock:
-            self._scopes += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._scopes -= 1
-            _scopes.reset(token)
-
-    def _own_scopes(self) -> tuple[_Scope, ...]:
-        return tuple(scope for scope in _scopes.get() if scope.router is self)
-
-    # --- calls ----------------------------------------------------------------------------------------------------
 
     def enter(self) -> bool:
         """Count a call that begins, unless routing is disabled. ``leave`` ends it."""
@@ -212,7 +191,7 @@ class Router:
         Raises:
             RerouteError: the model is exported, and would lose its routing.
         """
-        if self._settings.keeps_all and not self._scopes:
+        if self._settings.keeps_all and not self._scopes.any_open:
             return True
         if torch.compiler.is_exporting():
             raise RerouteError(
@@ -265,9 +244,8 @@ class Router:
         cache: Cache | None,
         labels: torch.Tensor | None,
         end: int | None,
-    ) -> tuple[Plan | None, Workspace | None]:
-        given = next((s.given for s in reversed(self._own_scopes()) if s.given is not None), None)
-        is_step = tokens.shape[1] == 1
+    ) -> Given:
+        given, is_step = self._scopes.given, tokens.shape[1] == 1
         if given is None or (is_step and past_length(cache)):
             return self._active_planner.plan_call(named, settings, labels, end), None
         if given[0] is not None:

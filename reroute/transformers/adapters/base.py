@@ -12,7 +12,7 @@ import torch
 from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
 from ...errors import RerouteError, UnsupportedModelError
-from .scoring_layer import check_scoring_layer
+from .scoring_layer import check_parts, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
 
@@ -92,7 +92,7 @@ class ModelAdapter:
                 "(copy.deepcopy) in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
-            check_scoring_layer(layer, index)
+            check_parts(layer, index)
 
     @property
     def visual_ids(self) -> tuple[int, ...]:

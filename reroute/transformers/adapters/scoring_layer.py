@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 
-__all__ = ["check_scoring_layer"]
+__all__ = ["check_parts", "check_scoring_layer"]
 
 NEEDED = ("input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj")
 """Modules that scoring calls."""
@@ -16,17 +16,26 @@ PER_ROW = {"adapter_names": "an adapter for each row of the batch", "alora_offse
 """What PEFT hands to projections in hooks of one forward, and what that is."""
 
 
-def check_scoring_layer(layer: Any, index: int) -> None:
-    """Check layer ``index`` of a decoder.
+def check_parts(layer: Any, index: int) -> list[Any]:
+    """The modules that scoring calls in layer ``index`` of a decoder.
 
     Raises:
-        UnsupportedModelError: a part is missing, or is not what it seems while its layer does not run.
+        UnsupportedModelError: one is missing.
     """
     parts = [_part(layer, path, index) for path in NEEDED]
     for name in NUMBERS:
         if not hasattr(parts[1], name):
             raise UnsupportedModelError(_without(f"self_attn.{name}", layer, index))
-    for path, part in zip(NEEDED, parts, strict=True):
+    return parts
+
+
+def check_scoring_layer(layer: Any, index: int) -> None:
+    """Check at a call whether layer ``index`` of a decoder can be asked to score.
+
+    Raises:
+        UnsupportedModelError: a part is missing, or is not what it seems while its layer does not run.
+    """
+    for path, part in zip(NEEDED, check_parts(layer, index), strict=True):
         if path != "self_attn":
             _check_weights(layer, part, path, index)
             _check_hooks(part, path)
@@ -43,8 +52,8 @@ def _part(layer: Any, path: str, index: int) -> Any:
 
 def _without(path: str, layer: Any, index: int) -> str:
     return (
-        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is wrapped, "
-        "or its projections are fused. Enable routing on the model without that."
+        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is "
+        "wrapped, or its projections are fused. Enable routing on the model without that."
     )
 
 

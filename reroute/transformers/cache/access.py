@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...errors import UnsupportedCacheError
@@ -65,7 +64,8 @@ def check_whole(cache: Cache, num_layers: int) -> None:
     Raises:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
-    if len(cache.layers) != num_layers or cache.layers[0].get_seq_length() != cache.layers[-1].get_seq_length():
+    layers: Sequence[Any] = cache.layers
+    if len(layers) != num_layers or layers[0].get_seq_length() != layers[-1].get_seq_length():
         raise UnsupportedCacheError(
             "This cache was left half filled by a forward that did not end: some layers have its tokens and others do "
             "not. Start a new cache."
@@ -93,7 +93,8 @@ def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
 
 def stored_rows(cache: Cache, index: int) -> int:
     """Rows that layer ``index`` of ``cache`` stores."""
-    keys = cache.layers[index].keys if index < len(cache.layers) else None
+    layers: Sequence[Any] = cache.layers
+    keys = layers[index].keys if index < len(layers) else None
     return 0 if keys is None else int(keys.shape[-2])
 
 
