@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
+from reroute_kernels.dispatch import recorded_by_autograd
 
 from .config import RoutingConfig
 from .core.cost import ModelShape
+from .core.home import Home, PooledHome, RecordedHome, is_recorded
 from .core.plan import Plan
 from .core.prefill import PositionTables, Prefill
 from .core.workspace import Workspace
@@ -53,23 +55,26 @@ class Handle:
         self._totals, self._recording = Totals(), threading.Lock()
         self._hooks = RoutingHooks(adapter, self.schedule, config.action, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
-        self._stats = Stats(**self._names)
+        self._stats = Stats(**self._names(self.backend))
 
     def attach(self, model: Any) -> None:
         """Hook ``model``, to which the adapter is bound."""
         self._hooks.attach(model)
 
+    def _follow(self, device: torch.device) -> None:
+        if device != self._device:  # the model has moved
+            self._choose_backend(device)
+
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self.config.backend, device)
         self._device = device
 
-    @property
-    def _names(self) -> dict[str, Any]:
+    def _names(self, backend: Backend) -> dict[str, Any]:
         return {
             "method": self.config.method_name,
             "action": self.config.action,
-            "backend": self.backend.name,
-            "backend_reason": self.backend.reason,
+            "backend": backend.name,
+            "backend_reason": backend.reason,
         }
 
     @property
@@ -164,8 +169,7 @@ class Handle:
     def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
         pool, device = self._pool, tables.cos.device
-        if device != self._device:  # the model has moved
-            self._choose_backend(device)
+        self._follow(device)
         fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, device)
         if pool is None or not (fits or self._pool_is_given):
             pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, device)
@@ -179,23 +183,22 @@ class Handle:
     def _start(
         self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
     ) -> Prefill:
-        pool = self._place(hidden, tables)
-        return Prefill(
-            plan,
-            self.backend,
-            pool,
-            self._hooks.adapter,
-            self._ranker,
-            tables,
-            workspace=workspace,
-            trace=self.config.trace,
-        )
+        adapter, device = self._hooks.adapter, tables.cos.device
+        home: Home
+        if is_recorded(hidden, adapter.text.parameters()):
+            self._follow(device)
+            home = RecordedHome(plan, recorded_by_autograd(self.backend), hidden, device)
+        else:
+            pool = self._place(hidden, tables)
+            home = PooledHome(plan, self.backend, pool, workspace)
+        return Prefill(plan, home, adapter, self._ranker, tables, trace=self.config.trace)
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
         scores = prefill is not None and self._ranker.scores_attention
+        names = self._names(self.backend if prefill is None else prefill.backend)
         with self._recording:
             count = self._totals.prefills + 1
-            stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
+            stats = make_stats(forward.plan, self._shape, names, layers, scores=scores, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace

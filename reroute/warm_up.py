@@ -7,6 +7,7 @@ import torch
 
 from reroute_kernels import Backend, PagedPool
 
+from .core.home import PooledHome
 from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
 from .core.ranking import Ranker
@@ -48,7 +49,7 @@ class ShortPrefills:
         def start(
             plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
         ) -> Prefill:
-            return Prefill(plan, backend, pool, self._adapter, ranker, tables, workspace=workspace)
+            return Prefill(plan, PooledHome(plan, backend, pool, workspace), self._adapter, ranker, tables)
 
         ids = np.tile(PROMPT, (prompts, 1))
         plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), self._schedule, self._action)

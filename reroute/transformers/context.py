@@ -17,16 +17,11 @@ from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import decode_mask, mask_format_of, prefill_mask
-from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer
+from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer, stored_length
 
-__all__ = ["NO_GRADIENTS", "DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
+__all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
 Kwargs = dict[str, Any]
-
-NO_GRADIENTS = (
-    "Routing is for inference: it has no gradients. Run the forward under torch.no_grad() or torch.inference_mode(), "
-    "or disable routing for training."
-)
 
 
 class ForwardContext(Protocol):
@@ -120,6 +115,8 @@ class RoutedPrefill:
         tail = self.plan.tail
         logical = self.plan.past + self.plan.length - tail
         for index, (stage, stage_key) in self._stored.items():
+            if stored_length(self.cache, index) != stage.key_positions.shape[1]:
+                continue  # gradient checkpointing runs layers without the cache
             key_positions = stage.key_positions[:, : stage.key_positions.shape[1] - tail]
             route_layer(self.cache, index, key_positions, logical, stage.has_fillers, stage.position_offset, stage_key)
         guard(self.cache, logical)
@@ -134,8 +131,6 @@ class RoutedPrefill:
         return self.prefill.advance(decision, selection, hidden)
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            raise RerouteError(NO_GRADIENTS)
         self.cache = cache_of(kwargs)
         cos, sin = kwargs["position_embeddings"]
         return self._start(self.plan, hidden, PositionTables(cos, sin, kwargs.get("position_ids")))

@@ -17,7 +17,7 @@ from ..core.schedule import Action, Schedule
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import RoutedLayer, cache_of
-from .context import NO_GRADIENTS, DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
+from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
 from .generate import RoutedGenerate
 from .planner import Planner
 
@@ -126,8 +126,6 @@ class RoutingHooks:
         cache = cache_of(kwargs)
         plan, workspace = self._active_planner.plan_call(args, kwargs, cache)
         if plan is not None and not plan.changes_nothing:
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.text.parameters()):
-                raise RerouteError(NO_GRADIENTS)
             record = kwargs.get("output_hidden_states")
             record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
             start = functools.partial(self._start, workspace=workspace)

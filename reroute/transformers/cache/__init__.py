@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .access import allow_update, cache_of, check_cache, guard, past_length, route_layer, routed_layer
+from .access import allow_update, cache_of, check_cache, guard, past_length, route_layer, routed_layer, stored_length
 from .layers import GuardedLayer, RoutedLayer
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "past_length",
     "route_layer",
     "routed_layer",
+    "stored_length",
 ]

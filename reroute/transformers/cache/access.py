@@ -11,7 +11,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ...errors import UnsupportedCacheError
 from .layers import GuardedLayer, RoutedLayer
 
-__all__ = ["allow_update", "cache_of", "check_cache", "guard", "past_length", "route_layer", "routed_layer"]
+__all__ = [
+    "allow_update",
+    "cache_of",
+    "check_cache",
+    "guard",
+    "past_length",
+    "route_layer",
+    "routed_layer",
+    "stored_length",
+]
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -56,6 +65,12 @@ def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
     return layer if isinstance(layer, RoutedLayer) else None
 
 
+def stored_length(cache: Cache, index: int) -> int:
+    """Rows that layer ``index`` of ``cache`` holds, of which a layer without any may be missing."""
+    layer: Any = cache.layers[index] if index < len(cache.layers) else None
+    return 0 if layer is None or layer.keys is None else int(layer.keys.shape[-2])
+
+
 def allow_update(cache: Cache | None, index: int) -> None:
     """Let layer ``index`` store the tokens of the forward that now runs, to which routing adapts it."""
     if cache is not None and index < len(cache.layers) and isinstance(layer := cache.layers[index], GuardedLayer):
@@ -69,7 +84,7 @@ def guard(cache: Cache, logical: int) -> None:
     """
     layer: Any
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, GuardedLayer):
+        if type(layer) in (DynamicLayer, GuardedLayer) and layer.keys is not None:
             layer.__class__, layer.logical = GuardedLayer, logical
 
 
