@@ -13,7 +13,7 @@ import torch
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 from reroute_kernels.dispatch import recorded_by_autograd
 
-from .config import RoutingConfig, Settings
+from .config import RoutingConfig, Settings, check_arguments
 from .core.cost import ModelShape
 from .core.home import Home, PooledHome, RecordedHome, is_recorded
 from .core.plan import Plan
@@ -147,6 +147,7 @@ class Handle:
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
+        check_arguments(config, None)
         if config is None:
             config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
         elif (method, action, keep, schedule) != (None,) * 4:

@@ -12,7 +12,7 @@ import reroute
 from reroute import RoutingConfig, Schedule
 from reroute.errors import RerouteError
 from reroute.methods import METHODS, FastV, PDrop, Random
-from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
+from reroute.rankers import RANKERS, LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def test_json_there_and_back(config: RoutingConfig) -> None:
     ("text", "message"),
     [
         ("", "Not a routing configuration"),
+        pytest.param("[" * 100_000, "Not a routing configuration: .*recursion", id="deep"),
+        ('{"version": 1, "keep": "0.5"}', "must be a number .* not '0.5'"),
+        ('{"version": 1, "schedule": {"layers": "2", "ratios": [0.5]}}', "sequence of layer numbers"),
+        ('{"version": 1, "schedule": "uniform"}', "Not a routing configuration"),
         ("[1]", "Not a routing configuration"),
         ('{"keep": 0.5}', "version None cannot be read"),
         ('{"version": 2}', "version 2 cannot be read; this release knows version 1"),
@@ -57,11 +61,17 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         RoutingConfig.from_json(text)
 
 
-def test_what_cannot_be_written() -> None:
+@dataclass(frozen=True)
+class Weighted(Unknown):
+    weight: complex = 1j
+
+
+def test_what_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RerouteError, match=r"Unknown cannot be stored: .* a name in reroute\.rankers\.RANKERS"):
         RoutingConfig(FastV(ranker=Unknown())).to_json()
-    with pytest.raises(RerouteError, match=r"'random' cannot be stored: .* not JSON serializable"):
-        RoutingConfig(Random(ranker=RandomScores(seed=1j))).to_json()  # type: ignore[arg-type]
+    monkeypatch.setitem(RANKERS, "weighted", Weighted)
+    with pytest.raises(RerouteError, match=r"'fastv' cannot be stored: .* not JSON serializable"):
+        RoutingConfig(FastV(ranker=Weighted())).to_json()
 
 
 @pytest.mark.parametrize(
