@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args
 
-from reroute_kernels import BACKENDS
+from reroute_kernels import BACKENDS, PagedPool
 
+from .checks import check_name, shown
 from .core.ranking import Ranker
 from .core.schedule import Action, Schedule
 from .core.solver import check_keep
@@ -15,7 +16,7 @@ from .errors import RerouteError, unknown
 from .methods import METHODS, Method, get
 from .rankers import RANKERS, LastTokenAttention
 
-__all__ = ["RoutingConfig", "Settings"]
+__all__ = ["RoutingConfig", "Settings", "check_arguments"]
 
 VERSION = 1
 """Of what ``to_json`` writes."""
@@ -47,16 +48,21 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        if self.action not in get_args(Action):
-            raise unknown("action", str(self.action), get_args(Action))
+        check_name("action", self.action, get_args(Action))
+        if not isinstance(self.schedule, Schedule | None):
+            raise RerouteError(
+                f"schedule must be a reroute.Schedule, not {shown(self.schedule)}: pass Schedule(layers=(3, 7), "
+                "ratios=(0.5, 0.25)), of a dict Schedule(**settings), of JSON Schedule.from_json(text)."
+            )
+        if not isinstance(self.trace, bool):
+            raise RerouteError(f"trace must be True or False, not {shown(self.trace)}.")
         if self.schedule is not None and self.keep is not None:
             raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
         if self.method is not None:
             get(self.method)
         if self.keep is not None:
-            check_keep(self.keep)
-        if self.backend not in BACKENDS:
-            raise unknown("backend", str(self.backend), BACKENDS)
+            object.__setattr__(self, "keep", check_keep(self.keep))
+        check_name("backend", self.backend, BACKENDS)
 
     @property
     def method_name(self) -> str:
@@ -130,7 +136,7 @@ class RoutingConfig:
         try:
             read = dict(json.loads(text))
             version = read.pop("version", None)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise _unreadable(error) from None
         if version != VERSION:
             raise RerouteError(
@@ -161,6 +167,24 @@ class Settings:
     def keeps_all(self) -> bool:
         """Whether no visual token is ever left out: the plain model, whatever the prompt."""
         return min(self.schedule.ratios) == 1
+
+
+def check_arguments(config: object, pool: object) -> None:
+    """Check the types of what ``reroute.enable`` takes beside single settings.
+
+    Raises:
+        RerouteError: one of them is something else; says what to pass.
+    """
+    if not isinstance(config, RoutingConfig | None):
+        raise RerouteError(
+            f"config must be a reroute.RoutingConfig, not {shown(config)}: pass RoutingConfig(keep=0.33), of a dict "
+            "RoutingConfig(**settings), of JSON RoutingConfig.from_json(text)."
+        )
+    if not isinstance(pool, PagedPool | None):
+        raise RerouteError(
+            f"pool must be a reroute_kernels.PagedPool, not {shown(pool)}: to bound its memory pass "
+            "PagedPool(4096, torch.float16, 'cuda', max_bytes=256 << 20), with the model's width and dtype."
+        )
 
 
 def _unreadable(error: Exception) -> RerouteError:

@@ -67,6 +67,7 @@ def _no_flops(*_: object, **__: object) -> int:
 
 
 def _fake_admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor]) -> list[Tensor]:
+    _rows.check_admit(pages)
     hidden = pages.new_empty(*rows.shape, pages.shape[2])
     return [hidden, *(tensor.new_empty(*rows.shape, tensor.shape[1]) for tensor in aux)]
 
@@ -74,7 +75,7 @@ def _fake_admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor
 defer = _register(
     "defer(Tensor(a!) pages, Tensor table, Tensor rows, Tensor hidden) -> ()",
     _rows.defer,
-    lambda pages, table, rows, hidden: None,
+    lambda pages, table, rows, hidden: _rows.check_defer(pages, rows, hidden),
     _no_flops,
 )
 _admit = _register(
@@ -96,6 +97,7 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Ten
 def _fake_defer_rmsnorm(
     pages: Tensor, table: Tensor, inverse_index: Tensor, hidden: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
+    _defer_rmsnorm.check_inputs(pages, table, inverse_index, hidden, weight)
     dtype = torch.promote_types(pages.dtype, weight.dtype)
     return pages.new_empty(table.shape[0] * pages.shape[1], pages.shape[2], dtype=dtype)
 
@@ -147,12 +149,20 @@ def _run_select(*arguments: Any) -> Selection:
     )
 
 
+def _fake_score_topk(*arguments: Any) -> Selection:
+    query, keys, *tables, candidates, _, positions, _, host_counts = arguments[:10]
+    _score.check_inputs(query, keys, RopeTables(*tables), _attention_spec(*arguments[10:]))
+    return _fake_selection(candidates, positions, host_counts)
+
+
 def _run_score_topk(*arguments: Any) -> Selection:
-    query, keys, cos, sin, query_rows, candidates, texts, positions, counts, host_counts, *rest = arguments
-    scale, rope, weight, eps = rest
+    query, keys, cos, sin, query_rows, candidates, texts, positions, counts, host_counts, *spec = arguments
     rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts)))
-    spec = AttentionSpec(scale, rope, None if weight is None else RMSNorm(weight, eps))
-    return _score.score_topk(query, keys, RopeTables(cos, sin, query_rows), rows, spec, counts=counts)
+    return _score.score_topk(query, keys, RopeTables(cos, sin, query_rows), rows, _attention_spec(*spec), counts=counts)
+
+
+def _attention_spec(scale: float, rope: Any, weight: Tensor | None, eps: float) -> AttentionSpec:
+    return AttentionSpec(scale, rope, None if weight is None else RMSNorm(weight, eps))
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
@@ -172,7 +182,7 @@ _score_op = _register(
     f"Tensor text_rows, Tensor positions, {_COUNTS}, float scale, str rope, Tensor? norm_weight, float norm_eps) "
     f"-> {_SELECTION}",
     _run_score_topk,
-    lambda *arguments: _fake_selection(arguments[5], arguments[7], arguments[9]),
+    _fake_score_topk,
     _score_flops,
 )
 

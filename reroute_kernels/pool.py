@@ -7,6 +7,7 @@ share one buffer. Everything here is decided on the host from integer counts.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +18,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .streams import Mark, is_capturing, mark, queue_behind, stream_of, stream_on
+from .slabs import Holding, Slab, span
+from .streams import is_capturing, mark, queue_behind, stream_of, stream_on
 from .upload import upload
 
 _WAYS_OUT = "use a smaller batch or shorter prompts, or wait for running prefills to end"
@@ -40,52 +42,14 @@ class PoolStats:
     leases: int
 
 
-@dataclass(eq=False)
-class _Slab:
-    """One tensor of pages, its free page ids (ascending), and for each page the mark of its last use."""
-
-    memory: Tensor
-    free: list[int]
-    marks: list[Mark | None]
-
-    @property
-    def pages(self) -> int:
-        return self.memory.shape[0]
-
-    def run(self, count: int) -> int | None:
-        """Where in ``free`` the first run of ``count`` consecutive pages begins."""
-        free = self.free
-        starts = range(len(free) - count + 1 if count else 0)
-        return next((i for i in starts if free[i + count - 1] - free[i] == count - 1), None)
-
-    def take(self, count: int) -> list[int]:
-        first = self.run(count) or 0
-        taken = self.free[first : first + count]
-        del self.free[first : first + count]
-        return taken
-
-    def give_back(self, pages: Sequence[int]) -> None:
-        self.free.extend(pages)
-        self.free.sort()
-
-    def marks_of(self, pages: Sequence[int]) -> set[Mark | None]:
-        span = _span(pages)
-        return set(map(self.marks.__getitem__, pages) if span is None else self.marks[span])
-
-    def mark(self, pages: Sequence[int], mark: Mark) -> None:
-        span = _span(pages)
-        if span is not None:
-            self.marks[span] = [mark] * len(pages)
-        else:
-            for page in pages:
-                self.marks[page] = mark
-
-
 class Lease:
     """Pages for one prefill; a context manager, released on exit.
 
     ``pages``, ``table`` and ``rows()`` raise RuntimeError once the lease is released. The CUDA stream that was current
     when the lease was taken may use it. Before another one does, call ``begin_use`` there.
+
+    A lease that nobody holds any more gives its pages back too, so hold it for as long as its rows are used: after an
+    interrupt, or in a thread that has ended, nobody is left to release it.
 
     Attributes:
         starts: first pool row of each sample, a multiple of the page size.
@@ -93,25 +57,30 @@ class Lease:
         num_rows: R, rows of all pages; the rows after a sample's last one, its page tail, are zero.
     """
 
+    _holding: Holding | None = None
+
     def __init__(
-        self, pool: PagedPool, slab: _Slab, page_ids: Sequence[int], starts: tuple[int, ...], lengths: tuple[int, ...]
+        self, pool: PagedPool, slab: Slab, page_ids: Sequence[int], starts: tuple[int, ...], lengths: tuple[int, ...]
     ) -> None:
         """Made by ``PagedPool.lease``, which has taken the pages."""
         self._pool = pool
-        self._slab: _Slab | None = slab
-        self._page_ids = page_ids
-        span = _span(page_ids)
-        self._view = None if span is None else slab.memory[span].view(-1, pool.width)
+        self._holding = Holding(slab, page_ids)
+        ids = span(page_ids)
+        self._view = None if ids is None else slab.memory[ids].view(-1, pool.width)
         self._table: Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None  # that uses the lease now
         self.starts = starts
         self.lengths = lengths
         self.num_rows = len(page_ids) * pool.page_size
 
+    def __del__(self) -> None:
+        """Leave the pages to the pool. It may be inside of its lock right now, in this very thread."""
+        if self._holding is not None:
+            self._pool._leave(self._holding)
+
     @property
     def pages(self) -> Tensor:
         """The slab that holds the lease: (P, page_size, C)."""
-        return self._alive()[0].memory
+        return self._alive()[0].slab.memory
 
     @property
     def table(self) -> Tensor:
@@ -123,8 +92,9 @@ class Lease:
 
         Elsewhere a gathered copy; so read from it, and write with ``defer``.
         """
-        slab, table = self._alive()
-        return slab.memory[table].view(-1, slab.memory.shape[-1]) if self._view is None else self._view
+        holding, table = self._alive()
+        memory = holding.slab.memory
+        return memory[table].view(-1, memory.shape[-1]) if self._view is None else self._view
 
     def begin_use(self) -> None:
         """Hand the lease over to the current CUDA stream, whose later work waits for the uses before.
@@ -138,9 +108,8 @@ class Lease:
 
         Without this call it waits for all that was queued until it begins.
         """
-        slab, stream, self._stream = self._slab, self._stream, None
-        if slab is not None and (end := mark(stream)) is not None:
-            slab.mark(self._page_ids, end)
+        if self._holding is not None:
+            self._holding.end_use()
 
     def release(self) -> None:
         """Return the pages to the pool; a second call does nothing.
@@ -148,45 +117,48 @@ class Lease:
         The current CUDA stream counts as their last user, behind the uses before. If graphs with this lease were
         replayed, release on a stream that has waited for the replays.
         """
-        with self._pool._lock:
-            if self._slab is not None:
-                self._return_pages(self._slab)
-                self._pool._leases -= 1
+        holding, self._holding = self._holding, None
+        if holding is None:
+            return
+        try:
+            self._begin_use(holding)
+            holding.end_use()
+        finally:
+            self._table = self._view = None
+            self._pool._leave(holding)
 
-    def _prepare(self, slab: _Slab) -> None:
+    def _prepare(self) -> None:
         """Wait for the former holders of the pages, clear the page tails and upload the page table."""
-        self._begin_use(slab)
+        holding = self._holding
+        assert holding is not None
+        self._begin_use(holding)
+        memory, page_ids = holding.slab.memory, holding.page_ids
         # Projections read whole pages. A tail left as found could hold another prefill's NaN, or
         # shift the scale of a quantised projection: a result would depend on the pool's past.
         for start, length in zip(self.starts, self.lengths, strict=True):
             page, used = divmod(start + length, self._pool.page_size)
             if used:
-                slab.memory[self._page_ids[page], used:].zero_()
-        self._table = upload(self._page_ids, slab.memory.device)
+                memory[page_ids[page], used:].zero_()
+        self._table = upload(page_ids, memory.device)
 
-    def _begin_use(self, slab: _Slab) -> None:
+    def _begin_use(self, holding: Holding) -> None:
+        slab = holding.slab
         stream = stream_of(slab.memory)
-        if stream is None or stream == self._stream:
+        if stream is None or stream == holding.stream:
             return
-        self.end_use()
-        queue_behind(slab.marks_of(self._page_ids), stream)
+        holding.end_use()
+        queue_behind(slab.marks_of(holding.page_ids), stream)
         # The allocator knows only of the stream on which a tensor was made, and would hand its memory on too early.
         for tensor in (slab.memory, self._table):
             if tensor is not None:
                 tensor.record_stream(stream)
-        self._stream = stream
+        holding.stream = stream
 
-    def _return_pages(self, slab: _Slab) -> None:
-        self._begin_use(slab)
-        self.end_use()
-        self._slab = self._table = self._view = None
-        slab.give_back(self._page_ids)
-
-    def _alive(self) -> tuple[_Slab, Tensor]:
-        slab, table = self._slab, self._table
-        if slab is None or table is None:
+    def _alive(self) -> tuple[Holding, Tensor]:
+        holding, table = self._holding, self._table
+        if holding is None or table is None:
             raise RuntimeError("this lease was released; take a new one with PagedPool.lease()")
-        return slab, table
+        return holding, table
 
     def __enter__(self) -> Lease:
         """Return the lease itself."""
@@ -223,7 +195,18 @@ class PagedPool:
         page_size: int = 64,
         max_bytes: int | None = None,
     ) -> None:
-        """Make an empty pool; ValueError if ``max_bytes`` is below one page or a size below 1."""
+        """Make an empty pool.
+
+        Raises:
+            ValueError: ``max_bytes`` is below one page, a size is below 1, or something is of another type.
+        """
+        whole = width, page_size, 1 if max_bytes is None else max_bytes
+        if not all(isinstance(size, int) for size in whole) or not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                "a pool takes whole numbers and a torch.dtype, such as PagedPool(4096, torch.float16, 'cuda', "
+                f"max_bytes=256 << 20): got width={width!r}, dtype={dtype!r}, page_size={page_size!r}, "
+                f"max_bytes={max_bytes!r}"
+            )
         if width < 1 or page_size < 1:
             raise ValueError(f"width and page_size must be at least 1: got {width}, {page_size}")
         self.width, self.dtype, self.page_size, self.max_bytes = width, dtype, page_size, max_bytes
@@ -232,9 +215,10 @@ class PagedPool:
         if max_bytes is not None and max_bytes < self._page_bytes:
             raise ValueError(f"max_bytes={max_bytes} is below one page of {self._page_bytes} bytes")
         self._lock = threading.Lock()
-        self._slabs: list[_Slab] = []
+        self._slabs: list[Slab] = []
         self._leases = 0
         self._peak_pages = 0
+        self._left: deque[Holding] = deque()
 
     @classmethod
     def shared(cls, width: int, dtype: torch.dtype, device: torch.device | str) -> PagedPool:
@@ -268,25 +252,28 @@ class PagedPool:
         starts = tuple(first * self.page_size for first in firsts)
         # A slab born in inference mode could not be written outside it later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._take_back()
             slab = self._find(total)
             lease = Lease(self, slab, slab.take(total), starts, tuple(lengths))
-            try:
-                lease._prepare(slab)
-            except BaseException:
-                lease._return_pages(slab)
-                raise
             self._leases += 1
+            try:
+                lease._prepare()
+            except BaseException:
+                lease.release()
+                raise
             self._peak_pages = max(self._peak_pages, self._pages_in_use())
         return lease
 
     def trim(self) -> None:
         """Drop the slabs that hold no lease."""
         with self._lock:
+            self._take_back()
             self._trim()
 
     def stats(self) -> PoolStats:
         """Pages and bytes, reserved and in use."""
         with self._lock:
+            self._take_back()
             pages, in_use = self._pages(), self._pages_in_use()
             return PoolStats(
                 pages=pages,
@@ -298,7 +285,27 @@ class PagedPool:
                 leases=self._leases,
             )
 
-    def _find(self, count: int) -> _Slab:
+    def _leave(self, holding: Holding) -> None:
+        """Take note of pages that are given back, by a lease or by the garbage collector.
+
+        The collector may run anywhere, also inside of the lock or of a CUDA graph capture: so nothing is done here.
+        """
+        self._left.append(holding)
+
+    def _take_back(self) -> None:
+        """Give the pages that were left to their slabs; the lock is held."""
+        for _ in range(len(self._left)):
+            holding = self._left.popleft()
+            if holding.is_returned:
+                continue
+            if is_capturing(holding.stream):  # the work of a lease that nobody released cannot be marked now
+                self._left.append(holding)
+                continue
+            holding.end_use()
+            holding.give_back()
+            self._leases -= 1
+
+    def _find(self, count: int) -> Slab:
         if count == 0:
             return self._new_slab(0)  # outside the list: nothing to share, nothing to return
         fitting = [slab for slab in self._slabs if len(slab.free) >= count]
@@ -306,7 +313,7 @@ class PagedPool:
             return next((slab for slab in fitting if slab.run(count) is not None), fitting[0])
         return self._grow(count)
 
-    def _grow(self, count: int) -> _Slab:
+    def _grow(self, count: int) -> Slab:
         size = max(count, 2 * self._slabs[-1].pages if self._slabs else 0)
         if self.max_bytes is not None:
             limit = self.max_bytes // self._page_bytes
@@ -324,7 +331,7 @@ class PagedPool:
         self._slabs.append(slab)
         return slab
 
-    def _least_slab(self, count: int) -> _Slab:
+    def _least_slab(self, count: int) -> Slab:
         """What a lease needs and no more, with the memory of idle slabs, each of which is too small for it."""
         self._trim()
         try:
@@ -343,10 +350,10 @@ class PagedPool:
             f"leases hold {reserved}, and {reserved - in_use} of them are free)"
         )
 
-    def _new_slab(self, pages: int) -> _Slab:
+    def _new_slab(self, pages: int) -> Slab:
         memory = torch.empty((pages, self.page_size, self.width), dtype=self.dtype, device=self.device)
         # Its stream may have been asked for work with what was there before: others wait for that too.
-        return _Slab(memory, list(range(pages)), [mark(stream_of(memory))] * pages)
+        return Slab(memory, list(range(pages)), [mark(stream_of(memory))] * pages)
 
     def _trim(self) -> None:
         self._slabs = [slab for slab in self._slabs if len(slab.free) < slab.pages]
@@ -356,13 +363,6 @@ class PagedPool:
 
     def _pages_in_use(self) -> int:
         return self._pages() - sum(len(slab.free) for slab in self._slabs)
-
-
-def _span(ids: Sequence[int]) -> slice | None:
-    """Ascending ``ids`` as a slice, or None if they do not follow one another."""
-    if not ids:
-        return slice(0, 0)
-    return slice(ids[0], ids[-1] + 1) if ids[-1] - ids[0] == len(ids) - 1 else None
 
 
 def _probe(device: torch.device | str) -> Tensor:

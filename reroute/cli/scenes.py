@@ -11,9 +11,10 @@ from ..demo.tinyvlm.boxes import Box, answer_box
 from ..demo.tinyvlm.evaluation import score
 from ..demo.tinyvlm.examples import Example
 from ..demo.tinyvlm.scenes import SIDE
+from ..errors import RerouteError
 from ..report import Answer, Results, Routed, Scene, Setup
 from ..report.scene import stages_of
-from ..transformers import adapter_of
+from ..transformers import ModelAdapter, adapter_of
 from .loading import Loaded, Prompt
 from .measure import routed
 
@@ -37,9 +38,13 @@ def make_scene(
     read: Reader,
     max_new_tokens: int | None = None,
 ) -> Scene:
-    """Answer one prompt in every setup. ``read`` turns what the model says into an answer."""
+    """Answer one prompt in every setup. ``read`` turns what the model says into an answer.
+
+    Raises:
+        RerouteError: which patch each visual token shows is not known; nothing is run then.
+    """
     adapter = adapter_of(loaded.model)
-    layers = len(adapter.layers)
+    layers, grid = len(adapter.layers), _grid(adapter, prompt)
     dense, runs = None, []
     for setup in setups:
         with routed(loaded.model, setup, backend, trace=True) as handle:
@@ -49,8 +54,19 @@ def make_scene(
             else:
                 assert handle.trace is not None
                 runs.append(Routed(setup, answer, stages_of(handle.trace, layers)))
-    grid = adapter.image_grids(prompt.inputs)[0][0]
     return Scene(prompt.image, grid, layers, loaded.name, prompt.question, runs, dense)
+
+
+def _grid(adapter: ModelAdapter, prompt: Prompt) -> tuple[int, int]:
+    """Rows and columns of the visual tokens of the picture.
+
+    Raises:
+        RerouteError: there is not exactly one, or its grid is not known.
+    """
+    (grids,) = adapter.image_grids(prompt.inputs)
+    if len(grids) != 1:
+        raise RerouteError(f"A page shows one picture, and the prompt has {len(grids)}. Ask about one at a time.")
+    return grids[0]
 
 
 def _generate(loaded: Loaded, prompt: Prompt, max_new_tokens: int | None) -> str:

@@ -7,10 +7,10 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import floor
-from operator import index
 from typing import Literal, get_args
 
-from ..errors import RerouteError, unknown
+from ..checks import check_name, items, number, whole
+from ..errors import RerouteError
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
@@ -57,9 +57,9 @@ class Schedule:
     def __post_init__(self) -> None:
         """Turn sequences into tuples and check them."""
         try:
-            object.__setattr__(self, "layers", tuple(map(index, self.layers)))
-            object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
-        except (TypeError, ValueError):
+            object.__setattr__(self, "layers", tuple(map(whole, items(self.layers))))
+            object.__setattr__(self, "ratios", tuple(map(number, items(self.ratios))))
+        except (TypeError, ValueError, OverflowError):
             raise RerouteError(
                 "A schedule needs a sequence of layer numbers and a sequence of ratios, such as "
                 f"layers=(3, 7), ratios=(0.5, 0.5); got layers={self.layers!r}, ratios={self.ratios!r}."
@@ -70,11 +70,7 @@ class Schedule:
             raise RerouteError(
                 f"Give one ratio per routing layer: got ratios {self.ratios} for the layers {self.layers}."
             )
-        if self.score_layer_offset not in (0, -1):
-            raise RerouteError(
-                "score_layer_offset must be 0 (score with the routing layer) or -1 (with the layer "
-                f"before it), not {self.score_layer_offset!r}."
-            )
+        object.__setattr__(self, "score_layer_offset", _checked_offset(self.score_layer_offset))
         if any(a >= b for a, b in pairwise(self.layers)):
             raise RerouteError(f"Routing layers must be strictly increasing, not {self.layers}.")
         if self.layers[0] < (lowest := -self.score_layer_offset):
@@ -84,10 +80,8 @@ class Schedule:
             )
         if any(not 0 < ratio <= 1 for ratio in self.ratios):
             raise RerouteError(f"Ratios must be above 0 and at most 1, not {self.ratios}.")
-        if self.rounding not in get_args(Rounding):
-            raise unknown("rounding", self.rounding, get_args(Rounding))
-        if self.position_mode not in get_args(PositionMode):
-            raise unknown("position mode", self.position_mode, get_args(PositionMode))
+        check_name("rounding", self.rounding, get_args(Rounding))
+        check_name("position mode", self.position_mode, get_args(PositionMode))
 
     def validate(self, num_layers: int, action: Action) -> None:
         """Check the schedule against a model of ``num_layers`` decoder layers and an action.
@@ -95,8 +89,7 @@ class Schedule:
         Raises:
             RerouteError: it does not fit; says what would.
         """
-        if action not in get_args(Action):
-            raise unknown("action", action, get_args(Action))
+        check_name("action", action, get_args(Action))
         if self.layers[-1] >= num_layers:
             raise RerouteError(
                 f"Routing layer {self.layers[-1]} does not exist: the model has {num_layers} layers, "
@@ -141,8 +134,23 @@ class Schedule:
         """
         try:
             return cls(**json.loads(text))
-        except (TypeError, json.JSONDecodeError) as error:
+        except RerouteError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
             raise RerouteError(
                 f"Not a schedule: {error}. Pass what Schedule.to_json wrote, such as "
                 '{"layers": [3], "ratios": [0.25]}.'
             ) from None
+
+
+def _checked_offset(offset: int) -> int:
+    try:
+        checked = whole(offset)
+    except TypeError:
+        checked = 1
+    if checked not in (0, -1):
+        raise RerouteError(
+            "score_layer_offset must be 0 (score with the routing layer) or -1 (with the layer "
+            f"before it), not {offset!r}."
+        )
+    return checked

@@ -7,7 +7,8 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
-from ..errors import RerouteError, unknown
+from ..checks import check_name, number, shown
+from ..errors import RerouteError
 from .schedule import Schedule
 
 __all__ = ["RatioFamily", "check_keep", "scale_layers", "solve"]
@@ -37,10 +38,17 @@ def scale_layers(layers_of_32: Sequence[int], num_layers: int) -> tuple[int, ...
     return tuple(sorted({first, *(layer for layer in later if layer > first)}))
 
 
-def check_keep(keep: float) -> None:
-    """RerouteError for a budget ``keep`` = avg_T / N that no model can have."""
-    if not 0 < keep <= 1:
-        raise RerouteError(f"keep = avg_T / N must be above 0 and at most 1, not {keep}.")
+def check_keep(keep: float) -> float:
+    """The budget ``keep`` = avg_T / N as a float; RerouteError if it is none that a model can have."""
+    try:
+        share = number(keep)
+    except (TypeError, ValueError, OverflowError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise RerouteError(
+            f"keep = avg_T / N must be a number above 0 and at most 1, such as keep=0.33, not {shown(keep)}."
+        )
+    return share
 
 
 def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
@@ -52,10 +60,9 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
     Raises:
         RerouteError: unknown family, layers that do not fit, or a budget that no ratios reach.
     """
-    if family not in _RATIO:
-        raise unknown("ratio family", family, _RATIO)
+    check_name("ratio family", family, _RATIO)
     Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
-    check_keep(keep)
+    keep = check_keep(keep)
     if keep == 1:
         return (1.0,) * len(layers)
     target = keep * num_layers - layers[0]

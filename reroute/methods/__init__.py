@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..checks import shown
+from ..core.ranking import Ranker
 from ..errors import RerouteError, unknown
 from .base import Method
 from .fastv import FastV
@@ -18,14 +20,19 @@ def get(method: str | Method) -> Method:
     """The method itself, or the one of this name with its default settings.
 
     Raises:
-        RerouteError: no such method; lists the known ones.
+        RerouteError: no such method, which lists the known ones; or one whose ranker is none.
     """
     if isinstance(method, Method):
+        if not isinstance(method.ranker, Ranker):
+            raise RerouteError(
+                f"The ranker of {type(method).__name__} must be a Ranker such as RandomScores(), not "
+                f"{shown(method.ranker)}."
+            )
         return method
     if not isinstance(method, str):
         raise RerouteError(
             f"method must be one of the names {', '.join(sorted(METHODS))} or a Method such as "
-            f"FastV(ratio=0.25), not {method!r}."
+            f"FastV(ratio=0.25), not {shown(method)}."
         )
     if method not in METHODS:
         raise unknown("method", method, METHODS)

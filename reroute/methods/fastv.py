@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..checks import number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
 from ..core.solver import scale_layers, solve
+from ..errors import RerouteError
 from .base import Method
 
 if TYPE_CHECKING:
@@ -32,6 +34,17 @@ class FastV(Method):
     ratio: float = 0.2644
     score_layer_offset: int = 0
     rounding: Rounding = "floor"
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        try:
+            object.__setattr__(self, "layer", None if self.layer is None else whole(self.layer))
+            object.__setattr__(self, "ratio", number(self.ratio))
+        except (TypeError, ValueError, OverflowError):
+            raise RerouteError(
+                f"{type(self).__name__} takes the number of a layer and a ratio, such as layer=3, ratio=0.25; got "
+                f"layer={shown(self.layer)}, ratio={shown(self.ratio)}."
+            ) from None
 
     @classmethod
     def official(cls) -> Self:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import TYPE_CHECKING
 
+from ..checks import finite, items, shown
 from ..core.schedule import Action, PositionMode, Rounding, Schedule
 from ..core.solver import RatioFamily, scale_layers, solve
+from ..errors import RerouteError
 from .base import Method
 
 if TYPE_CHECKING:
@@ -34,6 +36,18 @@ class PDrop(Method):
     ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
     position_mode: PositionMode = "preserved"
+
+    def __post_init__(self) -> None:
+        """Turn sequences into tuples and check their types."""
+        try:
+            for name in ("layers", "ratios"):
+                if (given := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, tuple(map(finite, items(given))))
+        except (TypeError, ValueError, OverflowError):
+            raise RerouteError(
+                "PDrop takes a sequence of layers and a sequence of ratios, such as layers=(2, 7), ratios=(0.5, 0.25); "
+                f"got layers={shown(self.layers)}, ratios={shown(self.ratios)}."
+            ) from None
 
     @classmethod
     def official(cls) -> Self:

@@ -51,10 +51,14 @@ class RoutedModel(Intercepted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         router, proceed = _active(self), super().__call__  # type: ignore[misc]
-        return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
+        if router is None:
+            return proceed(*args, **kwargs)
+        # Hooks run before ``forward``, and what they call has no labels; one that others put there may not come by it.
+        has_labels = "forward" in vars(self)
+        return _run_model(router, proceed, args, kwargs, has_labels=has_labels)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model: wrappers do so directly. ``__call__`` does not come here if others replaced ``forward``."""
+        """Call the model, as wrappers do directly."""
         router, proceed = _active(self), super().forward  # type: ignore[misc]
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
@@ -126,10 +130,12 @@ def _eager_throughout(function: Function) -> Function:
 
 
 @_eager
-def _run_model(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def _run_model(
+    router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs, *, has_labels: bool = True
+) -> Any:
     if not router.enter():
         return proceed(*args, **kwargs)
-    token = _labels.set((router, router.labels_of(args, kwargs)))
+    token = _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
     try:
         return proceed(*args, **kwargs)
     finally:
@@ -142,11 +148,11 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
     end = kwargs.pop(PROMPT_END, None)
     if not router.enter():
         return proceed(*args, **kwargs)
-    outer_labels, outer_forward, forward = _labels.get(), _forward.get(), None
-    labels = None if outer_labels is None or outer_labels[0] is not router else outer_labels[1]
+    given, outer_forward, forward = _labels.get(), _forward.get(), None
+    labels = None if given is None or given[0] is not router else given[1]
     try:
+        _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, kwargs, labels, end)
-        _labels.set(None)
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:
@@ -155,7 +161,6 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
         return output
     finally:
         _forward.set(outer_forward)
-        _labels.set(outer_labels)
         if forward is not None:
             forward.close()
         router.leave()

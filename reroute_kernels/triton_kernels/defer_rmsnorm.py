@@ -36,7 +36,7 @@ def _defer_rmsnorm_kernel(
     """A program takes whole rows, every ``num_programs``-th."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < HIDDEN_SIZE
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(normed_ptr.dtype.element_ty)  # [BLOCK_C]
     for pool_row in range(tl.program_id(0), count, tl.num_programs(0)):
         slot = tl.load(table_ptr + pool_row // PAGE_SIZE) * PAGE_SIZE + pool_row % PAGE_SIZE
         page_ptr = pages_ptr + slot * HIDDEN_SIZE
@@ -46,8 +46,8 @@ def _defer_rmsnorm_kernel(
         tl.store(page_ptr + offs_c, x, mask=offs_c < tl.where(compact_index < 0, 0, HIDDEN_SIZE))
         x_fp32 = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, 0) / HIDDEN_SIZE + eps)
-        # Rounded before the weight, as models do it.
-        y = (x_fp32 * rstd).to(x.dtype) * weight  # [BLOCK_C]
+        # Rounded before the weight, as models do it; of two dtypes as PyTorch promotes them.
+        y = (x_fp32 * rstd).to(x.dtype).to(normed_ptr.dtype.element_ty) * weight  # [BLOCK_C]
         tl.store(normed_ptr + tl.cast(pool_row, tl.int64) * HIDDEN_SIZE + offs_c, y, mask=mask_c)
 
 
@@ -56,7 +56,24 @@ def defer_rmsnorm(
 ) -> Tensor:
     """``reroute_kernels.reference.defer_rmsnorm`` to the lease with these pages and this table, in one launch.
 
-    ValueError if shapes or dtypes disagree, or the pages are not contiguous.
+    The weight may have another dtype than the rows, as the result then has. Raises what ``check_inputs`` raises.
+    """
+    check_inputs(pages, table, inverse_index, hidden, weight)
+    _, page, features = pages.shape
+    count = table.numel() * page
+    normed = pages.new_empty(count, features, dtype=torch.promote_types(pages.dtype, weight.dtype))
+    if normed.numel():
+        grid = min(count, PROGRAMS_PER_SM * num_sms(pages.device)), 1, 1
+        tensors = table.contiguous(), inverse_index.contiguous(), hidden.contiguous(), weight.contiguous(), normed
+        _specialized(page, features, pages.element_size())(grid, pages, *tensors, count, eps)
+    return normed
+
+
+def check_inputs(pages: Tensor, table: Tensor, inverse_index: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Check what ``defer_rmsnorm`` gets, also where it is only traced.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or the pages are not contiguous.
     """
     _, page, features = pages.shape
     count = table.numel() * page
@@ -71,12 +88,6 @@ def defer_rmsnorm(
             f"{pages.dtype}: got an inverse_index of {tuple(inverse_index.shape)}, hidden of {tuple(hidden.shape)} and "
             f"{hidden.dtype}"
         )
-    normed = pages.new_empty(count, features, dtype=torch.promote_types(pages.dtype, weight.dtype))
-    if normed.numel():
-        grid = min(count, PROGRAMS_PER_SM * num_sms(pages.device)), 1, 1
-        tensors = table.contiguous(), inverse_index.contiguous(), hidden.contiguous(), weight.contiguous(), normed
-        _specialized(page, features, pages.element_size())(grid, pages, *tensors, count, eps)
-    return normed
 
 
 @lru_cache(maxsize=256)

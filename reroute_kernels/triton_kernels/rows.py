@@ -151,13 +151,9 @@ def _gather(
 
 
 def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
-    """``reroute_kernels.reference.defer`` in one launch. ValueError if shapes or dtypes disagree."""
+    """``reroute_kernels.reference.defer`` in one launch. Raises what ``check_defer`` raises."""
+    check_defer(pages, rows, hidden)
     features, count = pages.shape[2], rows.numel()
-    if hidden.shape != (*rows.shape, features) or hidden.dtype != pages.dtype or not pages.is_contiguous():
-        raise ValueError(
-            f"defer wants hidden of {(*rows.shape, features)} and {pages.dtype} for contiguous pages: got hidden of "
-            f"{tuple(hidden.shape)} and {hidden.dtype}, pages of strides {pages.stride()}"
-        )
     if count == 0 or features == 0 or table.numel() == 0:
         return
     hidden = hidden.contiguous()
@@ -167,10 +163,19 @@ def defer(pages: Tensor, table: Tensor, rows: Tensor, hidden: Tensor) -> None:
     _specialized_defer(pages.shape[1], row_units, unit)(grid, *tensors, count)
 
 
+def check_defer(pages: Tensor, rows: Tensor, hidden: Tensor) -> None:
+    """Check what ``defer`` gets, also where it is only traced. ValueError if shapes or dtypes disagree."""
+    features = pages.shape[2]
+    if hidden.shape != (*rows.shape, features) or hidden.dtype != pages.dtype or not pages.is_contiguous():
+        raise ValueError(
+            f"defer wants hidden of {(*rows.shape, features)} and {pages.dtype} for contiguous pages: got hidden of "
+            f"{tuple(hidden.shape)} and {hidden.dtype}, pages of strides {pages.stride()}"
+        )
+
+
 def admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor]) -> list[Tensor]:
-    """``reroute_kernels.reference.admit`` in one launch. ValueError for pages that are not contiguous."""
-    if not pages.is_contiguous():
-        raise ValueError(f"admit wants contiguous pages: got strides {pages.stride()}")
+    """``reroute_kernels.reference.admit`` in one launch, of any dtypes. Raises what ``check_admit`` raises."""
+    check_admit(pages)
     (batch, length), features = rows.shape, pages.shape[2]
     hidden = pages.new_empty(batch, length, features)
     aux_out = [c.new_empty(batch, length, c.shape[1]) for c in aux]
@@ -185,6 +190,12 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, aux: Sequence[Tensor]) -> 
     grid = -(-count // BLOCK_ROWS), -(-row_units // BLOCK_UNITS) + bool(pairs), 1
     _specialized_admit(pages.shape[1], row_units, unit, shapes)(grid, *tensors, sources, targets, count)
     return [hidden, *aux_out]
+
+
+def check_admit(pages: Tensor) -> None:
+    """Check what ``admit`` gets, also where it is only traced. ValueError for pages that are not contiguous."""
+    if not pages.is_contiguous():
+        raise ValueError(f"admit wants contiguous pages: got strides {pages.stride()}")
 
 
 @lru_cache(maxsize=256)

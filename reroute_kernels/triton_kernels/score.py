@@ -21,6 +21,7 @@ from .select import Logits, launch_select
 from .topk.row_state import clear_counters, num_counters
 
 LOGIT_ALIGNMENT = 16  # logits of a head begin at multiples of it
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class Tiling(NamedTuple):
@@ -86,6 +87,17 @@ def _load_features(ptrs, mask, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
 
 
 @triton.jit
+def _promoted(a, b):
+    """Of one dtype, as PyTorch's arithmetic makes them: fp32 if they differ, or fp64."""
+    if a.dtype != b.dtype:
+        if a.dtype == tl.float64 or b.dtype == tl.float64:
+            a, b = a.to(tl.float64), b.to(tl.float64)
+        else:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def _square(part):
     """Sum of squares over features, fp32."""
     return tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)  # [a, b]
@@ -101,7 +113,8 @@ def _normalise(parts, weights, eps, HEAD_DIM: tl.constexpr):
     normed = ()
     for i in tl.static_range(len(parts)):  # in fp32 and rounded before the weight, as models do it
         scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]
-        normed = normed + (scaled * weights[i].to(scaled.dtype),)  # type: ignore[assignment]  # noqa: RUF005
+        scaled, weight = _promoted(scaled, weights[i])
+        normed = normed + (scaled * weight,)  # type: ignore[assignment]  # noqa: RUF005
     return normed
 
 
@@ -118,10 +131,15 @@ def _rotate(parts, cos_ptrs, sin_ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAV
 
 @triton.jit
 def _add_products(logit, q, k):
-    """``logit`` [warps, heads, rows] plus q [warps, heads, features] times k, whose leading axes are warps and rows."""
+    """``logit`` [warps, heads, rows] plus q [warps, heads, features] times k, whose leading axes are warps and rows.
+
+    Both have been rotated in their own dtypes. Where these differ, or are wider, the products are those of fp32.
+    """
     for i in tl.static_range(len(q)):
-        rows = k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])  # [warps, rows, features]
-        logit = tl.dot(q[i], rows.permute(0, 2, 1), logit, input_precision="ieee")  # [warps, heads, rows]
+        queries, rows = q[i], k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])  # [warps, rows, features]
+        if queries.dtype != rows.dtype or rows.dtype == tl.float64:
+            queries, rows = queries.to(tl.float32), rows.to(tl.float32)
+        logit = tl.dot(queries, rows.permute(0, 2, 1), logit, input_precision="ieee")  # [warps, heads, rows]
     return logit
 
 
@@ -240,23 +258,24 @@ def score_topk(
     """``reroute_kernels.reference.score_topk`` in two launches, without a device synchronisation.
 
     16-byte loads need contiguous features, and strides and a head_dim that are multiples of 16 elements, as
-    projections make them; all else is right but slower.
+    projections make them; all else is right but slower. So are query, keys and norm of different dtypes, which have no
+    tensor cores: each is rounded in its own, as by the reference, and none is copied.
 
     Args:
         counts: those of ``rows.metadata`` on the device, if they are there.
+
+    Raises:
+        ValueError: see ``check_inputs``.
     """
+    check_inputs(query, keys, tables, spec)
     (scale, rope, key_norm), metadata = spec, rows.metadata
     (batch, num_qo_heads, head_dim), num_kv_heads = query.shape, keys.shape[1]
-    if num_qo_heads % num_kv_heads:
-        raise ValueError(f"{num_qo_heads} query heads cannot share {num_kv_heads} key heads")
-    if rope not in ("half", "interleaved"):
-        raise ValueError(f"unknown rope layout {rope!r}; known: 'half', 'interleaved'")
     query, keys, cos, sin, query_rows = map(last_dim_contiguous, (query, keys, *tables))
-    if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
-        raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {head_dim}")
     norm_weight, norm_eps = key_norm or (None, 0.0)
     device, length = query.device, max(metadata.kv_lens)
-    tile = tiling(num_qo_heads, num_kv_heads, head_dim, keys.element_size(), key_norm is not None)
+    is_mixed = query.dtype != keys.dtype or (norm_weight is not None and norm_weight.dtype != keys.dtype)
+    itemsize = 4 if is_mixed else keys.element_size()
+    tile = tiling(num_qo_heads, num_kv_heads, head_dim, itemsize, key_norm is not None)
     max_splits = most_splits(tile)
     stride_logits = -(-length // LOGIT_ALIGNMENT) * LOGIT_ALIGNMENT
     stats_offset = batch * num_qo_heads * stride_logits
@@ -299,6 +318,29 @@ def score_topk(
     )
     source = Logits(logits, stride_logits, stats_offset, num_qo_heads, max_splits, tile.block_n)
     return launch_select(source, rows, counts, counters)
+
+
+def check_inputs(query: Tensor, keys: Tensor, tables: RopeTables, spec: AttentionSpec) -> None:
+    """Check what ``score_topk`` gets, also where it is only traced.
+
+    Raises:
+        ValueError: head counts, the rope layout, the norm or a dtype that it cannot have.
+    """
+    num_qo_heads, num_kv_heads, head_dim = query.shape[1], keys.shape[1], keys.shape[2]
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(f"{num_qo_heads} query heads cannot share {num_kv_heads} key heads")
+    if spec.rope not in ("half", "interleaved"):
+        raise ValueError(f"unknown rope layout {spec.rope!r}; known: 'half', 'interleaved'")
+    if spec.key_norm is not None and spec.key_norm.weight.shape != keys.shape[2:]:
+        raise ValueError(f"a key norm of {tuple(spec.key_norm.weight.shape)} features is not one of {head_dim}")
+    dtypes = {query.dtype, keys.dtype, tables.cos.dtype, tables.sin.dtype}
+    if spec.key_norm is not None:
+        dtypes.add(spec.key_norm.weight.dtype)
+    if not dtypes <= FLOATS:
+        known, other = (", ".join(sorted(map(str, some))) for some in (FLOATS, dtypes - FLOATS))
+        raise ValueError(
+            f"score_topk takes a query, keys, cos, sin and key norm of {known}, not of {other}: convert them before"
+        )
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from reroute_kernels import Lease, PagedPool, RMSNorm, reference
 
 KERNEL = "defer_rmsnorm"
 pytestmark = pytest.mark.usefixtures("seeded")
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @dataclass
@@ -111,9 +111,18 @@ def test_it_is_what_llama_computes(ops: Any, device: torch.device) -> None:
     assert torch.equal(case.through(reference, norm), expected)
 
 
-def test_a_weight_of_another_dtype_widens(ops: Any, device: torch.device) -> None:
-    """As it does in the model, where norms were cast to fp32 for training."""
-    check(ops, scattered(9, 48, BF16, device), norm_of(48, FP32, device))
+@pytest.mark.parametrize(
+    ("dtype", "weight"), [(BF16, FP32), (FP16, FP32), (BF16, FP16), (FP16, BF16), (FP32, BF16), (BF16, FP64)]
+)
+def test_a_weight_of_another_dtype_widens(
+    ops: Any, device: torch.device, dtype: torch.dtype, weight: torch.dtype
+) -> None:
+    """As it does in the model, where norms were cast to fp32 for training. Both are exact in the wider one."""
+    case, norm = scattered(9, 48, dtype, device), norm_of(48, weight, device)
+    check(ops, case, norm)
+    got, wanted = case.through(ops, norm), norm(case.deferred())
+    # A last bit of the factor hardly shows.
+    assert torch.isclose(got, wanted, rtol=1e-6, atol=0).double().mean() > 0.9
 
 
 def test_more_rows_than_programs(ops: Any, kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

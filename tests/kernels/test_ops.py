@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import StageBoundary
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reroute_kernels import AttentionSpec, PagedPool, RMSNorm, Selection, reference
@@ -82,8 +83,6 @@ def test_flops(ops: Any, device: torch.device) -> None:
 
 
 def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     if executor.kind != "interpreter":
         pytest.skip("fakes are the same everywhere")
     with FakeTensorMode():
@@ -97,6 +96,33 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
     assert normed.shape == (lease.num_rows, 16)
     assert (kept.shape, active.shape, positions.shape, scores.shape) == ((2, 3), (2, 7), (2, 7), (2, 10))
     assert inverse.shape == (24,)
+
+
+def test_fake_tensors_are_refused_like_real_ones(ops: Any, executor: Any) -> None:
+    """So that what is wrong shows where it is traced."""
+    if executor.kind != "interpreter":
+        pytest.skip("fakes are the same everywhere")
+    for mode in (nullcontext(), FakeTensorMode()):
+        with mode:
+            p = StageBoundary(torch.device("cpu"))
+            index, inverse, norm = (p.table, p.rows), p.rows.new_zeros(24), torch.ones(16)
+            lists = p.flat_rows
+            wrong: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+                (ops.defer, (p.pages, *index, p.hidden.half())),
+                (ops.defer, (p.pages.half(), *index, p.hidden)),
+                (ops._admit, (p.pages.transpose(0, 1), *index, [])),
+                (ops._defer_rmsnorm_op, (p.pages, p.table, inverse, p.hidden.half(), norm, 1e-6)),
+                (ops._defer_rmsnorm_op, (p.pages, p.table, inverse, p.hidden, norm[:3], 1e-6)),
+                (ops._score_op, (p.query, p.keys.int(), *p.tables, *lists, 0.25, "half", None, 0.0)),
+                (ops._score_op, (p.query[:, :3], p.keys, *p.tables, *lists, 0.25, "half", None, 0.0)),
+                (ops._score_op, (p.query, p.keys, *p.tables, *lists, 0.25, "half", norm.int(), 1e-6)),
+                (ops._score_op, (p.query, p.keys, *p.tables, *lists, 0.25, "halves", None, 0.0)),
+            )
+            for operation, arguments in wrong:
+                with pytest.raises(ValueError, match=r"wants|takes|cannot share|unknown rope layout"):
+                    operation(*arguments)
+            mixed = ops._score_op(p.query, p.keys.half(), *p.tables, *lists, 0.25, "half", None, 0.0)
+            assert mixed[0].shape == (2, 3)
 
 
 def test_cuda_graph(ops: Any, executor: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

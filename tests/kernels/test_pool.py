@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reroute_kernels import PagedPool, PoolLimitError
-from reroute_kernels.pool import _Slab
+from reroute_kernels import Lease, PagedPool, PoolLimitError
+from reroute_kernels.slabs import Slab
 
 PAGE = 4
 WIDTH = 8
@@ -128,9 +129,14 @@ def test_a_lease_ends_with_its_block_and_only_once() -> None:
         ({"width": 0}, "at least 1"),
         ({"page_size": 0}, "at least 1"),
         ({"max_bytes": 64 * 8 * 4 - 1}, "below one page of 2048 bytes"),
+        ({"max_bytes": "256MiB"}, r"such as .* max_bytes=256 << 20\): got .* max_bytes='256MiB'"),
+        ({"max_bytes": 2.56e8}, "whole numbers"),
+        ({"width": "8"}, "whole numbers .* got width='8'"),
+        ({"page_size": None}, "whole numbers"),
+        ({"dtype": "float16"}, "torch.dtype, .* dtype='float16'"),
     ],
 )
-def test_bad_pools_are_refused(arguments: dict[str, int], match: str) -> None:
+def test_bad_pools_are_refused(arguments: dict[str, Any], match: str) -> None:
     usual: dict[str, Any] = {"width": 8, "dtype": torch.float32, "device": "cpu"}
     with pytest.raises(ValueError, match=match):
         PagedPool(**usual | arguments)
@@ -139,6 +145,147 @@ def test_bad_pools_are_refused(arguments: dict[str, int], match: str) -> None:
 def test_bad_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"negative: got \[3, -1\]"):
         make().lease([3, -1])
+
+
+# --- leases that nobody releases --------------------------------------------------------------------------------------
+
+
+class TimeIsUp(BaseException):
+    """As raised into a worker thread."""
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage collection: what is in no cycle goes at once."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def die_with_a_lease(pool: PagedPool, pages: int) -> None:
+    """A thread that takes a lease and ends without a word to the pool."""
+
+    def work() -> None:
+        lease = pool.lease([pages * PAGE])
+        lease.rows().fill_(1.0)
+        raise TimeIsUp
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.fixture
+def silent_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_lease_that_nobody_holds_gives_its_pages_back() -> None:
+    pool = make(max_pages=3)
+    forgotten, kept = pool.lease([PAGE]), pool.lease([2 * PAGE])
+    kept.rows().fill_(1.0)
+    reference = weakref.ref(forgotten)
+    del forgotten
+    assert reference() is None
+    assert (pool.stats().leases, pool.stats().pages_in_use) == (1, 2)
+    with pool.lease([PAGE]) as lease:
+        lease.rows().fill_(2.0)
+    assert torch.equal(kept.rows(), torch.ones(2 * PAGE, WIDTH))
+    del kept
+    pool.trim()
+    assert (pool.stats().leases, pool.stats().pages) == (0, 0)
+
+
+@pytest.mark.usefixtures("uncollected", "silent_threads")
+def test_threads_that_die_give_their_pages_back() -> None:
+    pool = make(max_pages=3)
+    for pages in (1, 3, 2, 3):
+        die_with_a_lease(pool, pages)
+    assert (pool.stats().leases, pool.stats().pages_in_use) == (0, 0)
+    with pool.lease([3 * PAGE]) as lease:
+        assert len(set(lease.table.tolist())) == 3
+
+
+def test_a_lease_in_a_cycle_comes_back_when_it_is_collected() -> None:
+    pool = make(max_pages=1)
+    lease: Any = pool.lease([1])
+    lease.itself = lease
+    del lease
+    gc.collect()
+    with pool.lease([1]):
+        assert pool.stats().leases == 1
+
+
+def test_a_lease_and_its_pool_in_one_cycle() -> None:
+    pool: Any = make()
+    pool.lease_of_mine = pool.lease([1])
+    reference = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("operation", ["lease", "stats", "trim"])
+def test_a_lease_may_be_collected_inside_the_lock(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """In the thread that has it: any allocation there may start the garbage collector."""
+    pool = make(max_pages=4)
+    pool.lease([4 * PAGE]).release()
+    held: list[Any] = [pool.lease([PAGE]), pool.lease([PAGE])]
+    held[0].itself = held[0]
+
+    def collecting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def collect_first(*arguments: Any) -> Any:
+            assert pool._lock.locked()
+            held.clear()
+            gc.collect()
+            return method(*arguments)
+
+        return collect_first
+
+    inside = {"lease": "_find", "stats": "_pages_in_use", "trim": "_trim"}[operation]
+    monkeypatch.setattr(PagedPool, inside, collecting(getattr(PagedPool, inside)))
+    work = threading.Thread(target=getattr(pool, operation), args=([[PAGE]] if operation == "lease" else []))
+    work.daemon = True
+    work.start()
+    work.join(timeout=20)
+    assert not work.is_alive()
+    monkeypatch.undo()
+    assert (pool.stats().leases, pool.stats().pages_in_use) == (0, 0)
+    with pool.lease([4 * PAGE]) as lease:
+        assert sorted(lease.table.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_pages_come_back_only_once() -> None:
+    """Whether a lease is released, forgotten afterwards, or released in two places at once."""
+    pool = make(max_pages=2)
+    pool.lease([2 * PAGE]).release()
+    lease = pool.lease([PAGE])
+    twin = copy.copy(lease)
+    lease.release()
+    twin.release()
+    first = pool.lease([PAGE])
+    del lease, twin
+    second = pool.lease([PAGE])
+    assert first.table.tolist() != second.table.tolist()
+    assert (pool.stats().leases, pool.stats().pages_in_use) == (2, 2)
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_lease_that_could_not_be_made_ready_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make(max_pages=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("reroute_kernels.pool.upload", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.lease([1])
+    assert (pool.stats().leases, pool.stats().pages_in_use) == (0, 0)
+    pool.lease([1]).release()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_shared_is_one_per_key_and_dies_with_its_last_user() -> None:
@@ -185,20 +332,21 @@ def test_a_slab_born_in_inference_mode_can_be_written_outside() -> None:
 @given(st.data())
 def test_accounting_under_any_sequence(data: st.DataObject) -> None:
     pool = make(max_pages=12)
-    held = []
+    held: list[tuple[Lease, list[int], float]] = []
     peak = 0
     for mark in range(data.draw(st.integers(1, 12))):
-        action = data.draw(st.sampled_from(["lease", "lease", "release", "trim"]))
+        action = data.draw(st.sampled_from(["lease", "lease", "release", "forget", "trim"]))
         if action == "lease":
             lengths = data.draw(st.lists(st.integers(0, 17), min_size=1, max_size=3))
             try:
-                lease = pool.lease(lengths)
+                held.append((filled(pool, lengths, float(mark)), lengths, float(mark)))
             except PoolLimitError:
                 continue
-            lease.pages[lease.table] = float(mark)
-            held.append((lease, lengths, float(mark)))
-        elif action == "release" and held:
-            held.pop(data.draw(st.integers(0, len(held) - 1)))[0].release()
+        elif action in ("release", "forget") and held:
+            place = data.draw(st.integers(0, len(held) - 1))
+            if action == "release":
+                held[place][0].release()
+            del held[place]
         else:
             pool.trim()
         used = sum(-(-n // PAGE) for _, lengths, _ in held for n in lengths)
@@ -209,12 +357,17 @@ def test_accounting_under_any_sequence(data: st.DataObject) -> None:
         assert stats.bytes_in_use == used * PAGE_BYTES
         assert stats.bytes_reserved == stats.pages * PAGE_BYTES
         assert stats.peak_bytes_in_use == peak * PAGE_BYTES
-        for lease, _, value in held:  # nobody else wrote there
-            assert torch.equal(lease.rows(), torch.full((lease.num_rows, WIDTH), value))
-    for lease, _, _ in held:
-        lease.release()
+        # Nobody else wrote there.
+        assert all(torch.equal(lease.rows(), torch.full((lease.num_rows, WIDTH), value)) for lease, _, value in held)
+    held.clear()
     pool.trim()
     assert pool.stats().pages == 0
+
+
+def filled(pool: PagedPool, lengths: list[int], value: float) -> Lease:
+    lease = pool.lease(lengths)
+    lease.pages[lease.table] = value
+    return lease
 
 
 def test_threads_never_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +386,7 @@ def test_threads_never_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
         return alone
 
     for name in ("take", "give_back"):
-        monkeypatch.setattr(_Slab, name, slowly(getattr(_Slab, name)))
+        monkeypatch.setattr(Slab, name, slowly(getattr(Slab, name)))
 
     def work(value: float) -> None:
         try:

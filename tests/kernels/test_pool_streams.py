@@ -91,9 +91,8 @@ def test_a_lease_waits_for_its_own_pages_only(pool: PagedPool, streams: list[Str
 def test_new_pages_may_lie_where_another_stream_still_works(pool: PagedPool, streams: list[Stream]) -> None:
     """A slab is memory of the stream that needed it; others get what that one left."""
     a, b, _ = streams
-    for pages in (1, 1):
-        take(pool, pages, a)
-    assert pool.stats().pages == 3
+    held = [take(pool, 1, a) for _ in range(2)]
+    assert (pool.stats().pages, len(held)) == (3, 2)
     take(pool, 1, b)
     assert pool.stats().pages == 3
 
@@ -170,6 +169,68 @@ def test_a_lease_that_fails_leaves_its_pages_in_order(
     assert (pool.stats().pages_in_use, pool.stats().leases) == (0, 0)
     take(pool, 2, a)
     assert (a.waits, b.waits) == (1, 1)
+
+
+# --- leases that nobody releases --------------------------------------------------------------------------------------
+
+
+def test_pages_of_a_forgotten_lease_wait_for_its_stream(pool: PagedPool, streams: list[Stream]) -> None:
+    """The collector asks no stream for anything: the one that gets the pages does."""
+    a, b, c = streams
+    lease = take(pool, 2, a)
+    use(lease, a)
+    until = a.now
+    with c.gpu.stream(c):  # that is where it is collected
+        del lease
+    assert (a.now, b.waits, c.waits) == (until, 0, 0)
+    again = take(pool, 2, b)
+    assert (b.waits, c.waits, b.knows(a.cuda_stream)) == (1, 0, until)
+    assert pool.stats().leases == 1
+    give(again, c)
+
+
+def test_a_forgotten_lease_whose_use_has_ended(pool: PagedPool, streams: list[Stream]) -> None:
+    a, b, _ = streams
+    lease = take(pool, 1, a)
+    lease.end_use()
+    end = a.now
+    other = take(pool, 1, a)
+    del lease
+    again = take(pool, 1, b)
+    assert b.knows(a.cuda_stream) == end
+    for held, stream in ((other, a), (again, b)):
+        give(held, stream)
+
+
+def test_a_forgotten_lease_that_changed_streams(pool: PagedPool, streams: list[Stream]) -> None:
+    a, b, c = streams
+    lease = take(pool, 1, a)
+    hand_over(lease, b)
+    del lease
+    give(take(pool, 1, c), c)
+    assert c.waits == 1
+
+
+def test_memory_of_forgotten_leases_outlives_its_streams(pool: PagedPool, streams: list[Stream]) -> None:
+    a, b, _ = streams
+    give(take(pool, 2, a), a)
+    lease = take(pool, 2, b)
+    del lease
+    pool.trim()
+    assert pool.stats().pages == 0
+
+
+def test_a_lease_forgotten_while_its_stream_is_captured(gpu: Gpu, pool: PagedPool, streams: list[Stream]) -> None:
+    """What the stream was asked for before the capture has no mark yet, and can have none before its end."""
+    a, b, _ = streams
+    lease = take(pool, 2, a)
+    with gpu.capture(a):
+        del lease
+        other = take(pool, 2, b)
+        assert pool.stats().leases == 2
+    give(other, b)
+    assert pool.stats().leases == 0
+    give(take(pool, 4, b), b)
 
 
 # --- captures ---------------------------------------------------------------------------------------------------------
@@ -271,7 +332,7 @@ def sequence(data: st.DataObject, streams: list[Stream]) -> None:
     pool = PagedPool(WIDTH, torch.float32, "cpu", page_size=PAGE)
     held: list[list[Any]] = []
     for _ in range(data.draw(st.integers(1, 20))):
-        action = data.draw(st.sampled_from(["lease", "lease", "use", "hand over", "end", "release", "trim"]))
+        action = data.draw(st.sampled_from(["lease", "lease", "use", "hand over", "end", "release", "forget", "trim"]))
         stream = data.draw(st.sampled_from(streams))
         if action == "lease":
             held.append([take(pool, data.draw(st.integers(1, 5)), stream), stream])
@@ -289,5 +350,6 @@ def sequence(data: st.DataObject, streams: list[Stream]) -> None:
                 lease.end_use()
                 hand_over(lease, owner)
             else:
-                held.pop(place)
-                give(lease, stream)
+                if action == "release":
+                    give(lease, stream)
+                del held[place], lease  # now, and not when there is another

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KERNELS = Path("reroute_kernels/triton_kernels")
 SCORE = "tests/kernels/test_score_topk.py"
+DTYPES = "tests/kernels/test_score_dtypes.py"
 SELECT = "tests/kernels/test_select.py"
 ROWS = "tests/kernels/test_rows.py"
 NORM = "tests/kernels/test_defer_rmsnorm.py"

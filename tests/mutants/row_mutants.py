@@ -156,9 +156,16 @@ MUTANTS = (
     Mutant(
         "norm-rounded-once",
         "defer_rmsnorm.py",
-        "y = (x_fp32 * rstd).to(x.dtype) * weight",
+        "y = (x_fp32 * rstd).to(x.dtype).to(normed_ptr.dtype.element_ty) * weight",
         "y = (x_fp32 * rstd * weight.to(tl.float32)).to(x.dtype)",
         f"{NORM} -k any_width",
+    ),
+    Mutant(
+        "norm-promoted-by-triton",
+        "defer_rmsnorm.py",
+        "other=0.0).to(normed_ptr.dtype.element_ty)",
+        "other=0.0).to(pages_ptr.dtype.element_ty)",
+        f"{NORM} -k another_dtype",
     ),
     Mutant(
         "norm-of-the-next-row",

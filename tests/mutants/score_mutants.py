@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import COMPILED, INTERPRETED, LAUNCHES, MACHINE_CODE, NO_EXECUTOR, ROWS, SCORE, SELECT, Mutant
+from mutation import COMPILED, DTYPES, INTERPRETED, LAUNCHES, MACHINE_CODE, NO_EXECUTOR, ROWS, SCORE, SELECT, Mutant
 
 MUTANTS = (
     # --- addresses -------------------------------------------------------------------------------
@@ -150,9 +150,23 @@ MUTANTS = (
     Mutant(
         "score-norm-rounded-once",
         "score.py",
-        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]\n        normed = normed + (scaled * weights[i].to(scaled.dtype),)",
-        "scaled = parts[i].to(tl.float32) * factor\n        normed = normed + ((scaled * weights[i].to(scaled.dtype)).to(parts[i].dtype),)",
+        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]\n        scaled, weight = _promoted(scaled, weights[i])\n        normed = normed + (scaled * weight,)",
+        "scaled, weight = _promoted(parts[i].to(tl.float32) * factor, weights[i])\n        normed = normed + ((scaled * weight).to(parts[i].dtype),)",
         f"{SCORE} -k key_norms",
+    ),
+    Mutant(
+        "score-norm-weight-rounded",
+        "score.py",
+        "scaled, weight = _promoted(scaled, weights[i])",
+        "weight = weights[i].to(scaled.dtype)",
+        DTYPES,
+    ),
+    Mutant(
+        "score-products-of-the-keys-dtype",
+        "score.py",
+        "queries, rows = queries.to(tl.float32), rows.to(tl.float32)",
+        "queries = queries.to(rows.dtype)",
+        DTYPES,
     ),
     Mutant(
         "score-rotation-rounded-once",

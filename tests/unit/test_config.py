@@ -12,7 +12,7 @@ import reroute
 from reroute import RoutingConfig, Schedule
 from reroute.errors import RerouteError
 from reroute.methods import METHODS, FastV, PDrop, Random
-from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
+from reroute.rankers import RANKERS, LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ def test_json_there_and_back(config: RoutingConfig) -> None:
     ("text", "message"),
     [
         ("", "Not a routing configuration"),
+        pytest.param("[" * 100_000, "Not a routing configuration: .*recursion", id="deep"),
+        ('{"version": 1, "keep": "0.5"}', "must be a number .* not '0.5'"),
+        ('{"version": 1, "schedule": {"layers": "2", "ratios": [0.5]}}', "sequence of layer numbers"),
+        ('{"version": 1, "schedule": "uniform"}', "Not a routing configuration"),
         ("[1]", "Not a routing configuration"),
         ('{"keep": 0.5}', "version None cannot be read"),
         ('{"version": 2}', "version 2 cannot be read; this release knows version 1"),
@@ -57,11 +61,17 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         RoutingConfig.from_json(text)
 
 
-def test_what_cannot_be_written() -> None:
+@dataclass(frozen=True)
+class Weighted(Unknown):
+    weight: complex = 1j
+
+
+def test_what_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RerouteError, match=r"Unknown cannot be stored: .* a name in reroute\.rankers\.RANKERS"):
         RoutingConfig(FastV(ranker=Unknown())).to_json()
-    with pytest.raises(RerouteError, match=r"'random' cannot be stored: .* not JSON serializable"):
-        RoutingConfig(Random(ranker=RandomScores(seed=1j))).to_json()  # type: ignore[arg-type]
+    monkeypatch.setitem(RANKERS, "weighted", Weighted)
+    with pytest.raises(RerouteError, match=r"'fastv' cannot be stored: .* not JSON serializable"):
+        RoutingConfig(FastV(ranker=Weighted())).to_json()
 
 
 @pytest.mark.parametrize(
@@ -96,3 +106,29 @@ def test_what_settings_mean_for_a_model() -> None:
 def test_a_config_or_single_settings() -> None:
     with pytest.raises(RerouteError, match="not both"):
         reroute.enable(config=RoutingConfig(keep=0.5), keep=0.5)
+
+
+SCHEDULE = Schedule((2, 7), (0.5, 0.25))
+REMOVING = RoutingConfig(action="remove", schedule=SCHEDULE, trace=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "expected"),
+    [
+        (RoutingConfig(keep=0.3), {"keep": 0.2}, RoutingConfig(keep=0.2)),
+        (RoutingConfig("fastv", keep=0.3), {"method": "pdrop"}, RoutingConfig("pdrop", keep=0.3)),
+        (RoutingConfig("random", keep=0.3), {"schedule": SCHEDULE}, RoutingConfig("random", schedule=SCHEDULE)),
+        (RoutingConfig(schedule=SCHEDULE), {"keep": 0.2}, RoutingConfig(keep=0.2)),
+        (RoutingConfig(schedule=SCHEDULE), {"method": "fastv"}, RoutingConfig("fastv")),
+        (RoutingConfig(schedule=SCHEDULE, trace=True), {"action": "remove"}, REMOVING),
+        (RoutingConfig("fastv", keep=0.3, backend="torch"), {}, RoutingConfig("fastv", keep=0.3, backend="torch")),
+    ],
+)
+def test_changes(config: RoutingConfig, changes: dict[str, Any], expected: RoutingConfig) -> None:
+    """Ratios come from one place: a schedule ends a budget, and a budget or a method ends a schedule."""
+    assert config.changed(**changes) == expected
+
+
+def test_changes_that_cannot_be() -> None:
+    with pytest.raises(RerouteError, match="not both"):
+        RoutingConfig().changed(keep=0.2, schedule=SCHEDULE)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,11 +94,22 @@ def test_json_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
-def test_lists_become_tuples() -> None:
-    sequences: Any = [2, 7], [1, 0.5]
-    schedule = Schedule(*sequences)
-    assert schedule == Schedule((2, 7), (1.0, 0.5))
-    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5)))
+@pytest.mark.parametrize(
+    ("layers", "ratios"),
+    [
+        ([2, 7], [1, 0.5]),
+        (np.array([2, 7]), np.array([1, 0.5])),
+        (torch.tensor([2, 7]), torch.tensor([1, 0.5])),
+        (range(2, 8, 5), (Fraction(1), Fraction(1, 2))),
+        (iter([2, 7]), (share for share in (1, 0.5))),
+    ],
+)
+def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
+    offset: Any = np.int64(-1)
+    schedule = Schedule(layers, ratios, score_layer_offset=offset)
+    assert schedule == Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1)
+    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1))
+    assert Schedule.from_json(schedule.to_json()) == schedule
 
 
 @pytest.mark.parametrize(
@@ -104,6 +118,17 @@ def test_lists_become_tuples() -> None:
         ({"layers": 3, "ratios": 0.5}, r"sequence of layer numbers .* got layers=3, ratios=0.5"),
         ({"layers": (2.5,), "ratios": (0.5,)}, r"sequence of layer numbers"),
         ({"layers": (2,), "ratios": ("half",)}, r"sequence of ratios"),
+        ({"layers": "2", "ratios": (0.5,)}, r"sequence of layer numbers .* got layers='2'"),
+        ({"layers": (2,), "ratios": "1"}, r"sequence of ratios.* ratios='1'"),
+        ({"layers": ("2",), "ratios": (0.5,)}, r"sequence of layer numbers"),
+        ({"layers": (2,), "ratios": ("0.5",)}, r"sequence of ratios"),
+        ({"layers": (True,), "ratios": (0.5,)}, r"sequence of layer numbers"),
+        ({"layers": (2,), "ratios": (True,)}, r"sequence of ratios"),
+        ({"layers": {2: 0.5, 4: 0.25}, "ratios": (0.5, 0.25)}, r"sequence of layer numbers"),
+        ({"layers": (2, 4), "ratios": {0.5, 0.25}}, r"sequence of ratios"),
+        ({"layers": (2,), "ratios": (10**400,)}, r"sequence of ratios"),
+        ({"layers": (2,), "ratios": (0.5j,)}, r"sequence of ratios"),
+        ({"layers": None, "ratios": (0.5,)}, r"sequence of layer numbers"),
         ({"layers": (), "ratios": ()}, r"at least one routing layer; to run the plain model, disable"),
         ({"layers": (2, 7), "ratios": (0.5,)}, r"one ratio per routing layer: got ratios \(0.5,\)"),
         ({"layers": (7, 2), "ratios": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
@@ -114,6 +139,12 @@ def test_lists_become_tuples() -> None:
         ({"layers": (2,), "ratios": (1.01,)}, r"above 0 and at most 1"),
         ({"layers": (2,), "ratios": (float("nan"),)}, r"above 0 and at most 1"),
         ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
+        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": "-1"}, r"must be 0 .* not '-1'"),
+        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": -1.0}, r"must be 0 .* not -1\.0"),
+        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": False}, r"must be 0 .* not False"),
+        ({"layers": (2,), "ratios": (0.5,), "rounding": None}, r"Unknown rounding None; known: floor"),
+        ({"layers": (2,), "ratios": (0.5,), "rounding": ["floor"]}, r"Unknown rounding \['floor'\]; known: floor"),
+        ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),
         (
             {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
             r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
@@ -145,8 +176,11 @@ def test_validate_against_the_model() -> None:
         growing.validate(8, action)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"layers": [3]}', '{"layers": [3], "ratios": [1], "x": 1}', "null"])
-def test_bad_json(text: str) -> None:
+BAD_JSON = ["", b"\xff", {"layers": [3]}, "[1, 2]", '{"layers": [3]}', '{"layers": [3], "ratios": [1], "x": 1}', "null"]
+
+
+@pytest.mark.parametrize("text", [*BAD_JSON, pytest.param("[" * 100_000, id="deep")])
+def test_bad_json(text: Any) -> None:
     with pytest.raises(RerouteError, match=r"Not a schedule: .* such as \{"):
         Schedule.from_json(text)
 
