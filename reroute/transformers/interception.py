@@ -55,7 +55,8 @@ class Intercepted:
 def role_of(module: nn.Module) -> Role | None:
     """What ``module`` is while it is intercepted, else None."""
     role: Role | None = getattr(module, "_reroute", None)
-    return role
+    # Shallow copies keep the role of what was released since.
+    return role if role is not None and role.router.is_attached else None
 
 
 def own_method(kind: type[Intercepted], module: Any, name: str) -> Callable[..., Any]:
