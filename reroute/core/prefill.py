@@ -60,7 +60,8 @@ class Prefill:
     ) -> None:
         """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into pool order.
 
-        A ``workspace`` of ``plan`` that is passed stays the caller's to release.
+        A ``workspace`` of ``plan`` that is passed stays the caller's to release. While another prefill uses it, this
+        one has a place of its own.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
@@ -72,10 +73,10 @@ class Prefill:
         self._positions: torch.Tensor | None = None
         self._is_home = False
         self._trace: list[StageTrace] | None = [] if trace else None
-        self._is_reserved = workspace is not None
-        self._workspace = workspace or Workspace(plan)
-        self._lease, self._tensors = self._workspace.take(pool)
+        self._workspace = workspace if workspace is not None and workspace.claim(self) else Workspace(plan)
+        self._is_reserved = self._workspace is workspace
         try:
+            self._lease, self._tensors = self._workspace.take(pool)
             self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
             self._rows, self._inverse_index = self._tensors.rows, self._tensors.inverse_index
             visual_indices = self._tensors.visual_indices.expand_as(self._tensors.candidates)
@@ -87,7 +88,7 @@ class Prefill:
     def close(self) -> None:
         """Give the pool rows back, unless they are reserved. Idempotent."""
         if self._is_reserved:
-            self._lease.end_use()
+            self._workspace.leave(self)
         else:
             self._workspace.release()
 
