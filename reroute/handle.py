@@ -208,8 +208,9 @@ class Handle:
         """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
 
         They share one place in the pool, which is held until the block ends: after one forward the next may be captured
-        in a CUDA graph, which must not be replayed once the block has ended. Single decoding steps go on as they do
-        outside; a call of any other shape than the plan's raises RerouteError.
+        in a CUDA graph, which must not be replayed once the block has ended. One that runs while another does, in a
+        hook or a thread, has a place of its own. Single decoding steps go on as they do outside; a call of any other
+        shape than the plan's raises RerouteError.
         """
         return self._router.using(plan)
 
