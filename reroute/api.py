@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from typing import TYPE_CHECKING, overload
 
@@ -22,6 +23,8 @@ __all__ = ["disable", "enable", "handle_of"]
 
 logger = logging.getLogger("reroute")
 
+_lock = threading.RLock()
+"""Held while models are given handles, or lose them."""
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
@@ -102,18 +105,27 @@ def enable(
 
 
 def disable(model: nn.Module | None = None) -> None:
-    """Undo ``enable`` for ``model``, or for every model of the process."""
-    if model is not None:
-        handle = _handles.pop(_unwrapped(model), None)
-        if handle is not None:
-            handle.disable()
-        return
-    from .transformers import process_wide
+    """Undo ``enable`` for ``model``, or for every model of the process.
 
-    process_wide.stop()
-    for handle in list(_handles.values()):
-        handle.disable()
-    _handles.clear()
+    Raises:
+        RerouteError: a call of the model, or of one of them, runs; nothing is changed then.
+    """
+    with _lock:
+        if model is not None:
+            handle = _handles.get(_unwrapped(model))
+            if handle is not None:
+                handle.disable()
+                del _handles[_unwrapped(model)]
+            return
+        from .transformers import process_wide
+
+        handles = list(_handles.values())
+        for handle in handles:
+            handle.check_idle()
+        process_wide.stop()
+        for handle in handles:
+            handle.disable()
+        _handles.clear()
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -126,12 +138,13 @@ def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None)
     from .handle import Handle
     from .transformers import adapter_of
 
-    handle = Handle(adapter_of(model), config, pool)
-    # Everything is checked: only now may what was set before be replaced.
-    disable(model)
-    handle.attach(model)
-    _handles[model] = handle
-    return handle
+    with _lock:
+        handle = Handle(adapter_of(model), config, pool)
+        replaced = handle_of(model)
+        # Everything is checked: only now may what was set before be replaced.
+        handle.attach(model, replaced)
+        _handles[model] = handle
+        return handle
 
 
 def _enable_all(config: RoutingConfig) -> None:
@@ -141,8 +154,6 @@ def _enable_all(config: RoutingConfig) -> None:
     check_backend(config.backend)
 
     def route(model: nn.Module) -> None:
-        if handle_of(model) is not None:
-            return
         try:
             _enable_one(model, config, None)
         except (RerouteError, BackendUnavailable) as error:

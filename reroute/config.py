@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS, PagedPool
@@ -16,7 +16,7 @@ from .errors import RerouteError, unknown
 from .methods import METHODS, Method, get
 from .rankers import RANKERS, LastTokenAttention
 
-__all__ = ["RoutingConfig", "check_arguments"]
+__all__ = ["RoutingConfig", "Settings", "check_arguments"]
 
 VERSION = 1
 """Of what ``to_json`` writes."""
@@ -91,6 +91,24 @@ class RoutingConfig:
             method = method.with_budget(self.keep, num_layers, self.action)
         return method.schedule(num_layers, self.action)
 
+    def changed(
+        self,
+        *,
+        method: str | Method | None = None,
+        action: Action | None = None,
+        keep: float | None = None,
+        schedule: Schedule | None = None,
+    ) -> RoutingConfig:
+        """The settings with those that are given. A ``schedule`` ends ``keep``; ``method`` or ``keep`` ends one."""
+        if schedule is None:
+            schedule = self.schedule if method is None and keep is None else None
+            keep = self.keep if keep is None else keep
+        return replace(self, method=method or self.method, action=action or self.action, keep=keep, schedule=schedule)
+
+    def for_model(self, num_layers: int) -> Settings:
+        """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""
+        return Settings(self, self.schedule_for(num_layers), self.ranker)
+
     def to_json(self) -> str:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
 
@@ -135,6 +153,20 @@ class RoutingConfig:
             raise
         except (TypeError, KeyError, ValueError) as error:
             raise _unreadable(error) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a call is routed by: a configuration, and what it means for one model."""
+
+    config: RoutingConfig
+    schedule: Schedule
+    ranker: Ranker
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no visual token is ever left out: the plain model, whatever the prompt."""
+        return min(self.schedule.ratios) == 1
 
 
 def check_arguments(config: object, pool: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -11,16 +12,18 @@ import torch
 
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 
-from .config import RoutingConfig
+from .config import RoutingConfig, Settings
 from .core.cost import ModelShape
 from .core.plan import Plan
 from .core.prefill import PositionTables, Prefill
+from .core.schedule import Action, Schedule
 from .core.workspace import Workspace
 from .errors import RerouteError
+from .methods import Method
 from .rankers import LastTokenAttention, RandomScores
 from .stats import Stats, Totals, make_stats
 from .trace import Trace
-from .transformers import ModelAdapter, RoutingHooks
+from .transformers import ModelAdapter, Prompt, Router
 from .transformers.context import DensePrefill, RoutedPrefill
 from .warm_up import ShortPrefills
 
@@ -41,7 +44,8 @@ class Handle:
             BackendUnavailable: the backend cannot run on the decoder's device.
         """
         self.config = config
-        self.schedule, self._ranker = config.schedule_for(len(adapter.layers)), config.ranker
+        settings = config.for_model(len(adapter.layers))
+        self.schedule = settings.schedule
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(adapter.text_config)
         if pool is not None and pool.width != self._shape.hidden:
@@ -51,23 +55,31 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
-        self._hooks = RoutingHooks(adapter, self.schedule, config.action, self._start, self._done)
+        self._callbacks: tuple[Callable[[Stats], None], ...] = ()
+        self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
-        self._stats = Stats(**self._names)
+        self._stats = Stats(**self._names(settings))
 
-    def attach(self, model: Any) -> None:
-        """Hook ``model``, to which the adapter is bound."""
-        self._hooks.attach(model)
+    def attach(self, model: Any, replaced: Handle | None = None) -> None:
+        """Route ``model``, to which the adapter is bound, instead of ``replaced``.
+
+        Raises:
+            RerouteError: the model is in use, or shares parts with another one that is routed; nothing is changed then.
+        """
+        self._router.check_free(model, None if replaced is None else replaced._router)
+        if replaced is not None:
+            replaced._router.detach(for_another=True)
+            replaced.disable()
+        self._router.attach(model)
 
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self.config.backend, device)
         self._device = device
 
-    @property
-    def _names(self) -> dict[str, Any]:
+    def _names(self, settings: Settings) -> dict[str, Any]:
         return {
-            "method": self.config.method_name,
-            "action": self.config.action,
+            "method": settings.config.method_name,
+            "action": settings.config.action,
             "backend": self.backend.name,
             "backend_reason": self.backend.reason,
         }
@@ -75,25 +87,79 @@ class Handle:
     @property
     def is_enabled(self) -> bool:
         """Whether the model is routed by this handle."""
-        return self._hooks.is_attached
+        return self._router.is_attached
 
     def disable(self) -> None:
         """Restore the model exactly. Idempotent.
 
-        A cache filled while routing was on needs it on to be continued. Not to be called during a forward.
+        A cache filled while routing was on needs it on to be continued.
+
+        Raises:
+            RerouteError: a call of the model runs, in whatever thread; nothing is changed then.
         """
-        self._hooks.detach()
+        self._router.detach()
         self._pool = None
 
+    def check_idle(self) -> None:
+        """RerouteError while a call of the model runs."""
+        self._router.check_idle()
+
     def __enter__(self) -> Handle:
-        """Routing is on since ``enable``."""
+        """Routing is on since ``enable``, and stays so until the block ends.
+
+        Raises:
+            RerouteError: it was disabled or replaced meanwhile.
+        """
+        self._router.begin_block()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Disable."""
+        self._router.end_block()
         self.disable()
+
+    def at(
+        self,
+        *,
+        config: RoutingConfig | None = None,
+        method: str | Method | None = None,
+        action: Action | None = None,
+        keep: float | None = None,
+        schedule: Schedule | None = None,
+    ) -> AbstractContextManager[None]:
+        """Settings for the calls that this thread (or task) makes inside ``with``, whatever other threads do::
+
+            with handle.at(keep=0.2):
+                model.generate(**inputs)
+
+        What is not given stays as it is; a ``schedule`` replaces the ratios of ``method`` and ``keep``, and either of
+        them a ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the
+        model. A thread that is started inside does not inherit them.
+
+        Raises:
+            RerouteError: the model cannot be routed by them, or routing is disabled.
+        """
+        if config is None:
+            config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
+        elif (method, action, keep, schedule) != (None,) * 4:
+            raise RerouteError("Give either config= or single settings, not both.")
+        return self._router.at(config.for_model(self._shape.num_layers))
+
+    def on_prefill(self, callback: Callable[[Stats], None]) -> Callable[[], None]:
+        """Call ``callback`` with the stats of each prefill, in the thread that ran it, when it has ended.
+
+        Returns a function that ends this. What ``callback`` raises is raised by the forward.
+        """
+        with self._recording:
+            self._callbacks = (*self._callbacks, callback)
+
+        def end() -> None:
+            with self._recording:
+                self._callbacks = tuple(other for other in self._callbacks if other is not callback)
+
+        return end
 
     def stats(self) -> Stats:
         """Budget of the last prefill with visual tokens, whether its plan deferred any of them or not."""
@@ -114,13 +180,22 @@ class Handle:
         return self._trace
 
     def plan(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Any = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        *,
+        labels: torch.Tensor | None = None,
     ) -> Plan | None:
         """Read a prompt (B, L) ahead of its prefill: the one step that waits for the device.
 
-        Returns None if there are no visual tokens. Use it with ``using``, e.g. to capture a prefill in a CUDA graph.
+        ``labels`` (B, L), if the forward will get them: the prompt ends where the answer begins. Returns None if there
+        are no visual tokens. Use it with ``using``, e.g. to capture a prefill in a CUDA graph.
+
+        Raises:
+            RerouteError: this prompt cannot be routed, or routing is disabled.
         """
-        return self._hooks.plan(input_ids, attention_mask, cache)
+        return self._router.plan(Prompt(input_ids, attention_mask, None, cache, labels))
 
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
         """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
@@ -129,7 +204,7 @@ class Handle:
         in a CUDA graph, which must not be replayed once the block has ended. Single decoding steps go on as they do
         outside; a call of any other shape than the plan's raises RerouteError.
         """
-        return self._hooks.using(plan)
+        return self._router.using(plan)
 
     @torch.no_grad()
     def warm_up(self, *, visual: int, batch: int = 1) -> WarmUp:
@@ -152,11 +227,12 @@ class Handle:
         """
         if visual < 1 or batch < 1:
             raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
-        short = ShortPrefills(self._hooks.adapter, self.schedule, self.config.action)
+        settings = self._router.settings
+        short = ShortPrefills(self._router.adapter, settings)
         pool = self._place(short.hidden, short.tables)
-        if min(self.schedule.ratios) == 1:
+        if settings.keeps_all:
             return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
-        ranker = self._ranker
+        ranker = settings.ranker
         if not isinstance(ranker, LastTokenAttention):
             ranker = RandomScores()  # one's own may not like prompts of a few tokens; any scores need the same kernels
         return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, ranker, batch))
@@ -177,25 +253,27 @@ class Handle:
         return pool
 
     def _start(
-        self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
+        self,
+        plan: Plan,
+        settings: Settings,
+        hidden: torch.Tensor,
+        tables: PositionTables,
+        workspace: Workspace | None = None,
     ) -> Prefill:
-        pool = self._place(hidden, tables)
-        return Prefill(
-            plan,
-            self.backend,
-            pool,
-            self._hooks.adapter,
-            self._ranker,
-            tables,
-            workspace=workspace,
-            trace=self.config.trace,
-        )
+        pool, trace = self._place(hidden, tables), self.config.trace
+        adapter, ranker = self._router.adapter, settings.ranker
+        return Prefill(plan, self.backend, pool, adapter, ranker, tables, workspace=workspace, trace=trace)
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
-        prefill, layers = forward.prefill, () if forward.cache is None else forward.cache.layers
-        scores = prefill is not None and self._ranker.scores_attention
+        prefill, settings = forward.prefill, forward.settings
+        layers = () if forward.cache is None else forward.cache.layers
+        scores = prefill is not None and settings.ranker.scores_attention
         with self._recording:
             count = self._totals.prefills + 1
-            stats = make_stats(forward.plan, self._shape, self._names, layers, scores=scores, prefills=count)
+            names = self._names(settings)
+            stats = make_stats(forward.plan, self._shape, names, layers, scores=scores, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
+            callbacks = self._callbacks
+        for callback in callbacks:
+            callback(stats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,9 @@ def make_stats(
     """
     layers = range(shape.num_layers)
     stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
-    active = sum(sum(plan.active_visual(s)) for s in stages) / len(layers)
-    widths = [plan.width(s) for s in stages]
+    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(layers)
+    width_of = {stage: plan.width(stage) for stage in set(stages)}
+    widths = [width_of[stage] for stage in stages]
     tensors = [t for layer in cache_layers for t in (layer.keys, layer.values)]
     stored = tuple(int(layer.keys.shape[-2]) for layer in cache_layers) or tuple(widths)
     size = tensors[0].element_size() if tensors else 0

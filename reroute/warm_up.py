@@ -7,10 +7,10 @@ import torch
 
 from reroute_kernels import Backend, PagedPool
 
+from .config import Settings
 from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
 from .core.ranking import Ranker
-from .core.schedule import Action, Schedule
 from .core.workspace import Workspace
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
@@ -28,9 +28,9 @@ class ShortPrefills:
     rotary tables, the norms and projections of every scoring layer, the pool.
     """
 
-    def __init__(self, adapter: ModelAdapter, schedule: Schedule, action: Action) -> None:
+    def __init__(self, adapter: ModelAdapter, settings: Settings) -> None:
         """Embed two prompts."""
-        self._adapter, self._schedule, self._action = adapter, schedule, action
+        self._adapter, self._settings = adapter, settings
         embedding = adapter.text.get_input_embeddings()
         device = embedding.weight.device
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
@@ -46,23 +46,27 @@ class ShortPrefills:
 
     def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, ranker: Ranker) -> None:
         def start(
-            plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
+            plan: Plan,
+            settings: Settings,
+            hidden: torch.Tensor,
+            tables: PositionTables,
+            workspace: Workspace | None = None,
         ) -> Prefill:
             return Prefill(plan, backend, pool, self._adapter, ranker, tables, workspace=workspace)
 
+        schedule, action = self._settings.schedule, self._settings.config.action
         ids = np.tile(PROMPT, (prompts, 1))
-        plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), self._schedule, self._action)
+        plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), schedule, action)
         assert plan is not None
-        kwargs = {
-            "position_embeddings": (self.tables.cos[:prompts], self.tables.sin[:prompts]),
-            "position_ids": self._positions[:prompts] if has_ids else None,
-        }
         hidden = self.hidden[:prompts]
-        forward = RoutedPrefill(plan, self._adapter, start, None, record_states=False)
+        forward = RoutedPrefill(plan, self._settings, self._adapter, start)
         try:
             for layer in range(len(self._adapter.layers)):
-                replaced = forward.before_layer(layer, hidden, kwargs)
-                hidden = (hidden if replaced is None else replaced[0]).clone()  # as if the layer had run
-            forward.after_last_layer(hidden)
+                kwargs = {
+                    "position_embeddings": (self.tables.cos[:prompts], self.tables.sin[:prompts]),
+                    "position_ids": self._positions[:prompts] if has_ids else None,
+                }
+                hidden = forward.before_layer(layer, hidden, kwargs).clone()  # as if the layer had run
+                hidden = forward.after_layer(layer, hidden)
         finally:
             forward.close()

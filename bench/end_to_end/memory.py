@@ -106,7 +106,7 @@ def _result(
     decisions, (restore,) = routed.spans["decide"], routed.spans["restore"]
     peak, width = max(live), max(map(plan.width, range(len(plan.decisions))))
     layers_own = routed.timeline(lambda a: not a.owner or (restore.contains(a.born) and a.died > restore.end))
-    in_hooks = {tick for span in routed.spans["before_layer"] for tick in range(span.start + 1, span.end + 1)}
+    in_layers = {tick for span in routed.spans["before_layer"] for tick in range(span.start + 1, span.end + 1)}
     return MemoryResult(
         model=model,
         length=size.length,
@@ -114,7 +114,7 @@ def _result(
         routed_peak=peak,
         peak_at=routed.at(live.index(peak)).where,
         extra=peak - max(layers_own),
-        held=max(total for tick, total in enumerate(routing[: restore.start + 1]) if tick not in in_hooks),
+        held=max(total for tick, total in enumerate(routing[: restore.start + 1]) if tick not in in_layers),
         pool=pool,
         compact=width * size.hidden * dtype.itemsize,
         tables=(size.length + width) * (2 * (size.hidden // size.heads) * dtype.itemsize + INTEGERS),

@@ -13,7 +13,7 @@ import torch
 import reroute
 from reroute.core.prefill import Prefill
 from reroute.handle import Handle
-from reroute.transformers import ModelAdapter, RoutingHooks, context
+from reroute.transformers import ModelAdapter, Router, context, entrances
 from reroute.transformers.planner import Planner
 from reroute_kernels import PagedPool, reference
 
@@ -22,17 +22,21 @@ from .models import SCHEDULE, Size, build, inputs_of, twin
 
 __all__ = ["PrefillResult", "RoutingShare", "measure"]
 
-HOOKS, KEYS, RESTORE, PREFILL = "hooks", "key projection", "restore", "prefill"
+ENTRANCES, KEYS, RESTORE, PREFILL = "entrances", "key projection", "restore", "prefill"
 
 # Where the parts of routing are in the code. Whatever is not listed is charged to the part that calls it.
-METHODS: tuple[tuple[type, str, str], ...] = (
+METHODS: tuple[tuple[Any, str, str], ...] = (
+    (Router, "open", ENTRANCES),
+    (Router, "finish", ENTRANCES),
+    (entrances, "_enter_layer", ENTRANCES),
+    (entrances, "_leave_layer", ENTRANCES),
     (Planner, "plan_call", "plan"),
     (Handle, "_start", "index tables"),
     (PagedPool, "lease", "lease"),
     (Prefill, "decide", "index bookkeeping"),
     (Prefill, "advance", "index bookkeeping"),
     (Prefill, "restore", RESTORE),
-    (ModelAdapter, "project", "hooks"),
+    (ModelAdapter, "project", ENTRANCES),
     (context.RoutedPrefill, "_make_stage", "stage arguments, masks"),
     (context.RoutedPrefill, "finish", "cache bookkeeping"),
     (Handle, "_done", "stats"),
@@ -117,7 +121,7 @@ def _layers_alone(model: Any, lengths: Sequence[int], rounds: int) -> Spread:
 
 def _routing_share(model: Any, inputs: dict[str, Any], rounds: int) -> RoutingShare:
     """Prefills with a clock around everything that reroute is made of."""
-    parts, whole = Parts(HOOKS, undivided=(RESTORE,)), Parts(PREFILL)
+    parts, whole = Parts(ENTRANCES, undivided=(RESTORE,)), Parts(PREFILL)
     wall: list[dict[str, float]] = []
     cpu: list[dict[str, float]] = []
     with ExitStack() as patches, torch.no_grad():
@@ -155,9 +159,8 @@ def _own(sample: dict[str, float]) -> float:
 
 
 def _put_clocks(patches: ExitStack, parts: Parts) -> None:
-    hooks = [(RoutingHooks, name, HOOKS) for name in vars(RoutingHooks) if name.startswith(("_before_", "_after_"))]
     inner = (("rotate", "RoPE"), ("select", "top-k"), ("defer", "defer"))  # what other operations call
     steps = [(reference, name, part) for name, part in inner]
-    for owner, name, part in (*hooks, *METHODS, *steps):
+    for owner, name, part in (*METHODS, *steps):
         function: Callable[..., Any] = getattr(owner, name)
         patches.enter_context(mock.patch.object(owner, name, parts.wrap(function, part)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -123,7 +124,8 @@ def prefill_cost(
         bytes_per_element: of a key or a value.
     """
     keys = tokens if keys is None else keys
-    layers = sum(layer_flops(shape, t, k, attention=attention) for t, k in zip(tokens, keys, strict=True))
+    alike = Counter(zip(tokens, keys, strict=True))
+    layers = sum(count * layer_flops(shape, t, k, attention=attention) for (t, k), count in alike.items())
     head = 2 * shape.hidden * shape.vocab * lm_head
     scoring = sum(scoring_flops(shape, rows) for rows in scored)
     stored = batch * kv_bytes(shape, keys, bytes_per_element)

@@ -36,6 +36,7 @@ class Plan:
     """Host integers of one prefill of B prompts of L logical tokens (``make_plan`` builds it).
 
     ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *sample row* of a token.
+    ``knows_labels``: whether the end of the prompt was taken from labels.
     """
 
     schedule: Schedule
@@ -46,6 +47,7 @@ class Plan:
     text_rows: tuple[Ints, ...] = field(repr=False)
     query: tuple[int, ...]
     decisions: tuple[Decision, ...]
+    knows_labels: bool = False
     _tensors: dict[tuple[Any, ...], PlanTensors] = field(default_factory=dict, repr=False)
 
     @property
@@ -90,10 +92,14 @@ class Plan:
 
     @cached_property
     def tail(self) -> int:
-        """Trailing tokens that are text in every sample: the question and what follows it. Every layer runs them."""
-        last = [rows[-1] if len(rows) else -1 for rows in self.visual]
-        after: Bools = np.all(self.order > np.asarray(last)[:, None], axis=0)
-        return int(np.cumprod(after[::-1]).sum())
+        """Trailing positions behind the visual tokens of every sample: the question and what follows, and padding."""
+        pictured = [(row, rows[-1]) for row, rows in zip(self.order, self.visual, strict=True) if len(rows)]
+        return self.length - max(int(np.flatnonzero(row == last)[0]) + 1 for row, last in pictured)
+
+    @cached_property
+    def tail_has_padding(self) -> bool:
+        """Whether some sample lacks rows in the tail."""
+        return bool((self.order[:, self.length - self.tail :] < 0).any())
 
     def active(self, stage: int) -> tuple[int, ...]:
         """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""
@@ -155,7 +161,14 @@ def make_plan(
     visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
     text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
     query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
-    for sample, (rows, last) in enumerate(zip(visual, query, strict=True)):
+    plan = Plan(schedule, action, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
+    if not plan.changes_nothing:
+        _check_questions(plan)
+    return plan
+
+
+def _check_questions(plan: Plan) -> None:
+    for sample, (rows, last) in enumerate(zip(plan.visual, plan.query, strict=True)):
         if last < 0:
             raise RerouteError(f"Sample {sample} has no prompt token: its attention_mask is all zeros.")
         if len(rows) and rows[-1] >= last:
@@ -164,11 +177,10 @@ def make_plan(
                 "rank them by. Put the question after the picture, and do not split a prompt into chunks while "
                 "routing is enabled."
             )
-    decisions = _decisions(schedule, action, tuple(len(rows) for rows in visual))
-    return Plan(schedule, action, past, order, visual, text_rows, query, decisions)
 
 
-def _decisions(schedule: Schedule, action: Action, visual_counts: tuple[int, ...]) -> tuple[Decision, ...]:
+def _decisions(schedule: Schedule, action: Action, visual: Sequence[Ints]) -> tuple[Decision, ...]:
+    visual_counts = tuple(map(len, visual))
     counts = zip(*map(schedule.counts, visual_counts), strict=True)
     decisions: list[Decision] = []
     for stage, (layer, k) in enumerate(zip(schedule.layers, counts, strict=True)):

@@ -1,4 +1,7 @@
-"""The kinds of forward that hooks follow: a routed prefill, one that runs dense, and new tokens on a routed cache."""
+"""The kinds of forward: a routed prefill, one that runs dense, and new tokens on a routed cache.
+
+A forward is one call of the base model, from the moment its ids are known. It is found by that call alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from reroute_kernels import Selection
 
+from ..config import Settings
 from ..core.decision import Decision
 from ..core.plan import Plan
 from ..core.prefill import PositionTables, Prefill
@@ -17,79 +21,133 @@ from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import decode_mask, mask_format_of, prefill_mask
-from .cache import RoutedLayer, allow_update, cache_of, guard, route_layer, routed_layer
-
-__all__ = ["NO_GRADIENTS", "DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
-
-Kwargs = dict[str, Any]
-
-NO_GRADIENTS = (
-    "Routing is for inference: it has no gradients. Run the forward under torch.no_grad() or torch.inference_mode(), "
-    "or disable routing for training."
+from .cache import (
+    GuardedLayer,
+    RoutedLayer,
+    RowPositions,
+    cache_of,
+    guard,
+    guarded_layer,
+    route_layer,
+    routed_layer,
+    stored_rows,
 )
 
+__all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
-class ForwardContext(Protocol):
-    """One forward of the decoder, seen from its layers."""
-
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
-        """Replace the input of layer ``index``, or None to leave it."""
-
-    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Replace the output of the last layer."""
+Kwargs = dict[str, Any]
 
 
 class PrefillFactory(Protocol):
     """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
 
     def __call__(
-        self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None = None
+        self,
+        plan: Plan,
+        settings: Settings,
+        hidden: torch.Tensor,
+        tables: PositionTables,
+        workspace: Workspace | None = None,
     ) -> Prefill:
         """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What the layers of one stage get and store: keyword arguments, and the logical position of every key."""
+class ForwardContext:
+    """One forward of the base model, seen from its decoder and its layers."""
 
-    kwargs: Kwargs
-    key_positions: torch.Tensor
-    has_fillers: bool
-    position_offset: torch.Tensor | None
-
-
-class RoutedPrefill:
-    """A prefill whose layers from the first decision on run compact."""
-
-    def __init__(
-        self, plan: Plan, adapter: ModelAdapter, start: PrefillFactory, cache: Cache | None, *, record_states: bool
-    ) -> None:
-        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller.
+    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
+        """``shape`` (B, L): tokens of the call.
 
         Raises:
             RerouteError: the present attention implementation cannot be routed.
         """
-        self.plan = plan
-        self.prefill: Prefill | None = None
-        self.cache = cache
-        self.states: dict[int, torch.Tensor] = {}
-        self._adapter, self._start, self._record = adapter, start, record_states
+        self._adapter, self._shape = adapter, shape
         self._mask_format = mask_format_of(adapter.text_config)
+        self._is_claimed = False
+        self._writable: GuardedLayer | None = None
+
+    def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
+        """Whether this call of ``decoder`` is the one that the base model makes; true once at most.
+
+        Other calls may come before it and inside of it: of the decoder alone, or of another model.
+        """
+        embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        is_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
+        if not is_own or self._is_claimed:
+            return False
+        self._is_claimed = True
+        return True
+
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+        """The input (B, S, C) of layer ``index`` instead of ``hidden``; its keyword arguments are changed in place."""
+        return hidden
+
+    def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
+        """What the decoder gets instead of ``output`` (B, S, C) of layer ``index``."""
+        return output
+
+    def after_decoder(self, output: Any) -> Any:
+        """What the base model gets instead of the decoder's ``output``."""
+        return output
+
+    def finish(self) -> None:
+        """The call has succeeded."""
+
+    def close(self) -> None:
+        """The call has ended, in whatever way. Idempotent."""
+        if self._writable is not None:
+            self._writable.forbid_update()  # it failed before its layer stored anything
+
+    def _allow_update(self, cache: Cache | None, index: int) -> None:
+        """Let layer ``index`` store the tokens of this forward, which is adapted to what the cache holds."""
+        self._writable = guarded_layer(cache, index)
+        if self._writable is not None:
+            self._writable.allow_update()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What layers of one stage get, if they hold the same earlier rows, and which rows they hold afterwards.
+
+    ``stored``: rows that the cache has then, of which ``rows`` need not list the last ones.
+    """
+
+    kwargs: Kwargs
+    stored: int
+    rows: RowPositions
+
+
+class RoutedPrefill(ForwardContext):
+    """A prefill whose layers from the first decision on run compact."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        adapter: ModelAdapter,
+        start: PrefillFactory,
+        workspace: Workspace | None = None,
+        *,
+        record_states: bool = False,
+    ) -> None:
+        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller."""
+        super().__init__(adapter, (plan.batch, plan.length))
+        self.plan, self.settings = plan, settings
+        self.prefill: Prefill | None = None
+        self.cache: Cache | None = None
+        self._states: dict[int, torch.Tensor] = {}
+        self._start, self._workspace, self._record = start, workspace, record_states
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: tuple[Decision, Selection] | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
-        self._stored: dict[int, tuple[_Stage, tuple[int, ...]]] = {}
-        self._earlier_turns = RoutedDecode(adapter)
+        self._running: _Stage | None = None
+        self._is_restored = False
+        self._earlier_turns = RoutedDecode(adapter, self._shape)
 
-    def close(self) -> None:
-        """Free what the prefill holds. Idempotent."""
-        if self.prefill is not None:
-            self.prefill.close()
-
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Decide and enter stages; give the layer the tables and the mask of the rows that run."""
         if self._record:
-            self.states[index] = self.after_last_layer(hidden)
+            self._states[index] = self._logical(hidden)
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
         if (decision := self._deciding.get(index)) is not None:
             if self.prefill is None:
@@ -98,31 +156,51 @@ class RoutedPrefill:
             hidden = self._enter(index, hidden)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
-        return hidden, {**kwargs, **self._stage(self.prefill, index, hidden, kwargs).kwargs}
+        kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
+        return hidden
 
-    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The decoder's output at logical length again."""
-        return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
+    def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
+        """Mark what the layer stored; after the last one, the states at logical length again."""
+        stage, self._running = self._running, None
+        # Nothing is stored while gradient checkpointing recomputes layers.
+        if stage is not None and self.cache is not None and stored_rows(self.cache, index) == stage.stored:
+            route_layer(self.cache, index, stage.rows)
+        if index < len(self._adapter.layers) - 1:
+            return output
+        self._is_restored = True
+        return self._logical(output)
+
+    def after_decoder(self, output: Any) -> Any:
+        """Hidden states at logical length, if they are asked for."""
+        if output.get("hidden_states") is not None:
+            states = enumerate(output.hidden_states)
+            output.hidden_states = tuple(None if h is None else self._states.get(i, h) for i, h in states)
+        return output
 
     def finish(self) -> None:
-        """Tell the cache which rows its layers hold; text after the visual tokens may be cropped later.
+        """Let the other layers of the cache refuse what the routed ones must.
 
         Raises:
-            RerouteError: no decision was made, as the decoder ran without its hooks.
+            RerouteError: layers were left out, or ran without routing.
         """
-        if self.prefill is None:
+        if not self._is_restored or self.prefill is None or self.prefill.stage < len(self.plan.decisions) - 1:
             raise RerouteError(
-                "The decoder's layers ran without their hooks, so nothing was routed: they were replaced after "
-                "reroute.enable, or other code runs them. Call reroute.enable again on the model as it is now."
+                "Not all of the decoder's layers ran as routing needs it: other code runs them, or leaves some out. "
+                "Call reroute.enable again on the model as it is now; with layers that are left out at random, "
+                "disable routing."
             )
-        if self.cache is None:
-            return
-        tail = self.plan.tail
-        logical = self.plan.past + self.plan.length - tail
-        for index, (stage, stage_key) in self._stored.items():
-            key_positions = stage.key_positions[:, : stage.key_positions.shape[1] - tail]
-            route_layer(self.cache, index, key_positions, logical, stage.has_fillers, stage.position_offset, stage_key)
-        guard(self.cache, logical)
+        if self.cache is not None:
+            guard(self.cache, self.plan.past + self.plan.length - self.plan.tail)
+
+    def close(self) -> None:
+        """Free what the prefill holds. Idempotent."""
+        super().close()
+        self._earlier_turns.close()
+        if self.prefill is not None:
+            self.prefill.close()
+
+    def _logical(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
 
     def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of layer ``index``: of a new stage, if one was decided that begins there."""
@@ -134,22 +212,19 @@ class RoutedPrefill:
         return self.prefill.advance(decision, selection, hidden)
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            raise RerouteError(NO_GRADIENTS)
         self.cache = cache_of(kwargs)
         cos, sin = kwargs["position_embeddings"]
-        return self._start(self.plan, hidden, PositionTables(cos, sin, kwargs.get("position_ids")))
+        tables = PositionTables(cos, sin, kwargs.get("position_ids"))
+        return self._start(self.plan, self.settings, hidden, tables, self._workspace)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        """Arguments of layer ``index``: the same for all layers of a stage that hold the same earlier rows."""
-        allow_update(self.cache, index)
+        self._allow_update(self.cache, index)
         layer = routed_layer(self.cache, index)
-        earlier = () if layer is None else layer.stage_key
+        earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
-        stage = self._stages[earlier]
-        self._stored[index] = stage, (*earlier, self.plan.decisions[prefill.stage].layer)
-        return stage
+        self._running = self._stages[earlier]
+        return self._running
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, rows = self.plan, prefill.positions
@@ -157,7 +232,7 @@ class RoutedPrefill:
         has_fillers = prefill.has_fillers
         if layer is not None:
             key_positions = torch.cat([layer.key_positions_with(0), key_positions], 1)
-            has_fillers = has_fillers or layer.has_fillers
+            has_fillers = has_fillers or layer.rows.has_fillers
         elif plan.past:
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             key_positions = torch.cat([past, key_positions], 1)
@@ -176,49 +251,52 @@ class RoutedPrefill:
             # Flash attention would take gaps in the ids for borders between packed sequences.
             "position_ids": None if self._mask_format == "padding" else prefill.tables.ids,
         }
-        return _Stage(adapted, key_positions, has_fillers, prefill.position_offset)
+        stage_key = (*(() if layer is None else layer.rows.stage_key), plan.decisions[prefill.stage].layer)
+        rows_then = self._rows(key_positions, has_fillers, prefill.position_offset, stage_key)
+        return _Stage(adapted, key_positions.shape[1], rows_then)
+
+    def _rows(
+        self, positions: torch.Tensor, has_fillers: bool, offset: torch.Tensor | None, stage_key: tuple[int, ...]
+    ) -> RowPositions:
+        """What is stored at ``positions`` (B, T); text after the visual tokens may be cropped later."""
+        plan, end = self.plan, self.plan.past + self.plan.length
+        floor = end - plan.tail
+        if not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
+            positions, end = positions[:, : positions.shape[1] - plan.tail], floor
+        return RowPositions(positions, end, floor, has_fillers, offset, stage_key)
 
 
-class RoutedDecode:
-    """New tokens on a cache with routed layers: decoding, or a later turn without pictures."""
+class RoutedDecode(ForwardContext):
+    """New tokens on a cache with routed layers: decoding, or a later turn without pictures.
 
-    def __init__(self, adapter: ModelAdapter) -> None:
-        """For one forward; stages share the mask that their first layer needed.
+    Stages share the mask that their first layer needed.
+    """
 
-        Raises:
-            RerouteError: the present attention implementation cannot be routed.
-        """
-        self._adapter, self._mask_format = adapter, mask_format_of(adapter.text_config)
+    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
+        """See ``ForwardContext``."""
+        super().__init__(adapter, shape)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         cache = cache_of(kwargs)
-        allow_update(cache, index)
+        self._allow_update(cache, index)
         layer = routed_layer(cache, index)
         if layer is None:
-            return None
+            return hidden
         mask = kwargs.get("attention_mask")
-        changed: Kwargs = {}
-        if mask is not None or layer.has_fillers:
-            changed["attention_mask"] = self._mask(layer, mask, hidden.shape[1])
-        if layer.position_offset is not None:
-            changed |= self._shifted(layer.position_offset, hidden, kwargs)
-        return (hidden, {**kwargs, **changed}) if changed else None
-
-    def after_last_layer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Nothing to do: new tokens run in every layer."""
+        if mask is not None or layer.rows.has_fillers:
+            kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1])
+        if layer.rows.position_offset is not None:
+            kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
+            kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
         return hidden
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
-        if layer.stage_key not in self._masks:
+        if layer.rows.stage_key not in self._masks:
             key_positions = layer.key_positions_with(new)
-            self._masks[layer.stage_key] = decode_mask(mask, key_positions, mask_format=self._mask_format)
-        return self._masks[layer.stage_key]
-
-    def _shifted(self, position_offset: torch.Tensor, hidden: torch.Tensor, kwargs: Kwargs) -> Kwargs:
-        ids = kwargs["position_ids"] - position_offset
-        return {"position_embeddings": self._adapter.rope_tables(hidden, ids), "position_ids": ids}
+            self._masks[layer.rows.stage_key] = decode_mask(mask, key_positions, mask_format=self._mask_format)
+        return self._masks[layer.rows.stage_key]
 
 
 class DensePrefill(RoutedDecode):
@@ -226,13 +304,13 @@ class DensePrefill(RoutedDecode):
 
     prefill = None
 
-    def __init__(self, plan: Plan, adapter: ModelAdapter) -> None:
+    def __init__(self, plan: Plan, settings: Settings, adapter: ModelAdapter) -> None:
         """The cache is known from the first layer on: the model may have made it itself."""
-        super().__init__(adapter)
-        self.plan = plan
+        super().__init__(adapter, (plan.batch, plan.length))
+        self.plan, self.settings = plan, settings
         self.cache: Cache | None = None
 
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[torch.Tensor, Kwargs] | None:
+    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
         return super().before_layer(index, hidden, kwargs)

@@ -1,8 +1,9 @@
-"""Routing without naming a model: every supported model is hooked when it is next called."""
+"""Routing without naming a model: every supported model is routed from its next call on."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .adapters import is_supported
+from .interception import Intercepted
 
 __all__ = ["start", "stop"]
 
@@ -21,27 +23,28 @@ def start(route: Callable[[nn.Module], None]) -> None:
     """Call ``route`` once for every supported model, before its first forward or generation from now on.
 
     The two methods are replaced on their classes, so that models made before and after are found alike and no other
-    module of the process pays for it.
+    module of the process pays for it. Of several threads that call a model first, all wait until it is routed.
     """
     seen: WeakSet[nn.Module] = WeakSet()
+    lock = threading.RLock()
     plain_generate = GenerationMixin.generate
 
     def is_new(model: Any) -> bool:
-        if model in seen or not is_supported(model):
+        """Whether the call has to begin anew, as that of a routed model."""
+        if isinstance(model, Intercepted) or not is_supported(model):
             return False
-        seen.add(model)
-        route(model)
-        return True
+        with lock:
+            if model not in seen:
+                seen.add(model)
+                route(model)
+        return isinstance(model, Intercepted)
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        is_new(self)
-        return nn.Module.__call__(self, *args, **kwargs)
+        return self(*args, **kwargs) if is_new(self) else nn.Module.__call__(self, *args, **kwargs)
 
     @functools.wraps(plain_generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_new(self):
-            return self.generate(*args, **kwargs)
-        return plain_generate(self, *args, **kwargs)
+        return self.generate(*args, **kwargs) if is_new(self) else plain_generate(self, *args, **kwargs)
 
     def undo() -> None:
         del PreTrainedModel.__call__
@@ -53,6 +56,6 @@ def start(route: Callable[[nn.Module], None]) -> None:
 
 
 def stop() -> None:
-    """Undo ``start``. Models that were hooked stay so until their handles are disabled."""
+    """Undo ``start``. Models that are routed stay so until their handles are disabled."""
     while _undo:
         _undo.pop()()

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import reroute
-from reroute.transformers import ModelAdapter, RoutingHooks
+from reroute.transformers import ModelAdapter
+from reroute.transformers.context import RoutedDecode, RoutedPrefill
 
 
 @pytest.mark.parametrize("rules", [*RULES, Rules((2, 4), (0.5, 0.3), "remove", score_layer_offset=-1)])
@@ -43,24 +44,25 @@ def test_fake_tensors(name: str, rules: Rules) -> None:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs every hook that routing puts on a layer under ``NoWaiting``, and lists those that ran.
+    """Runs all that routing does at a layer and at the decoder's end under ``NoWaiting``, and lists what ran.
 
     Transformers itself waits when it makes a mask, so the whole forward cannot be guarded.
     """
     ran: list[str] = []
 
-    def guard(name: str) -> Callable[..., Any]:
-        original = getattr(RoutingHooks, name)
+    def guard(owner: type, name: str) -> Callable[..., Any]:
+        original = getattr(owner, name)
 
-        def hook(*args: Any) -> Any:
+        def guarded(*args: Any) -> Any:
             ran.append(name)
             with NoWaiting():
                 return original(*args)
 
-        return hook
+        return guarded
 
-    for name in ("_before_layer", "_after_last_layer", "_after_text"):
-        monkeypatch.setattr(RoutingHooks, name, guard(name))
+    for owner in (RoutedPrefill, RoutedDecode):
+        for name in ("before_layer", "after_layer", "after_decoder"):
+            monkeypatch.setattr(owner, name, guard(owner, name))
     return ran
 
 
@@ -75,9 +77,11 @@ def test_no_operation_waits(tiny: Tiny, rules: Rules, attention: str, guarded: l
         with enable(tiny, rules) as handle:
             output = tiny.model(**given, use_cache=True, output_hidden_states=True)
             assert handle.stats().prefills == 1
-            assert guarded.count("_before_layer") == tiny.num_layers
-            assert {"_after_last_layer", "_after_text"} <= set(guarded)
+            # Layers before the first decision also ask what earlier turns left.
+            assert guarded.count("before_layer") == tiny.num_layers + rules.layers[0]
+            assert (guarded.count("after_layer"), guarded.count("after_decoder")) == (tiny.num_layers, 1)
             tiny.model(**tiny.follow(samples, [models.text(3), models.text(4)]), **{CACHE: cache_of(output)})
+            assert guarded.count("before_layer") == 2 * tiny.num_layers + rules.layers[0]
     finally:
         tiny.model.set_attn_implementation("sdpa")
 
@@ -111,11 +115,11 @@ def test_a_decision_adds_nothing_to_the_kernels(
 ) -> None:
     """A step is the kernels and the projection of the model, where no mask has to be adapted."""
     counted: dict[int, list[str]] = {}
-    before = RoutingHooks._before_layer
+    before = RoutedPrefill.before_layer
 
-    def count(controller: Any, index: int, *args: Any) -> Any:
+    def count(forward: Any, index: int, *args: Any) -> Any:
         with Counting() as counting:
-            result = before(controller, index, *args)
+            result = before(forward, index, *args)
         counted[index] = counting.names
         return result
 
@@ -126,7 +130,7 @@ def test_a_decision_adds_nothing_to_the_kernels(
 
         return run
 
-    monkeypatch.setattr(RoutingHooks, "_before_layer", count)
+    monkeypatch.setattr(RoutedPrefill, "before_layer", count)
     monkeypatch.setattr(ModelAdapter, "project", uncounted(ModelAdapter.project))
     with reroute.enable(tiny.model, schedule=schedule(RULES[0])) as handle, torch.no_grad():
         kernels = {name: uncounted(getattr(handle.backend, name)) for name in KERNELS}

@@ -99,7 +99,8 @@ def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.model.to("meta")
     with reroute.enable(tiny.model, keep=0.5) as handle:
         plan = handle.plan(ids)
-        start = lambda: handle._start(plan, hidden, PositionTables(hidden, hidden, None)).close()
+        tables, settings = PositionTables(hidden, hidden, None), handle._router.settings
+        start = lambda: handle._start(plan, settings, hidden, tables).close()
         with pytest.raises(BackendUnavailable, match="of the test"):
             start()
         for _ in range(2):  # a choice that failed was not made

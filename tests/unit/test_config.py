@@ -106,3 +106,29 @@ def test_what_settings_mean_for_a_model() -> None:
 def test_a_config_or_single_settings() -> None:
     with pytest.raises(RerouteError, match="not both"):
         reroute.enable(config=RoutingConfig(keep=0.5), keep=0.5)
+
+
+SCHEDULE = Schedule((2, 7), (0.5, 0.25))
+REMOVING = RoutingConfig(action="remove", schedule=SCHEDULE, trace=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "expected"),
+    [
+        (RoutingConfig(keep=0.3), {"keep": 0.2}, RoutingConfig(keep=0.2)),
+        (RoutingConfig("fastv", keep=0.3), {"method": "pdrop"}, RoutingConfig("pdrop", keep=0.3)),
+        (RoutingConfig("random", keep=0.3), {"schedule": SCHEDULE}, RoutingConfig("random", schedule=SCHEDULE)),
+        (RoutingConfig(schedule=SCHEDULE), {"keep": 0.2}, RoutingConfig(keep=0.2)),
+        (RoutingConfig(schedule=SCHEDULE), {"method": "fastv"}, RoutingConfig("fastv")),
+        (RoutingConfig(schedule=SCHEDULE, trace=True), {"action": "remove"}, REMOVING),
+        (RoutingConfig("fastv", keep=0.3, backend="torch"), {}, RoutingConfig("fastv", keep=0.3, backend="torch")),
+    ],
+)
+def test_changes(config: RoutingConfig, changes: dict[str, Any], expected: RoutingConfig) -> None:
+    """Ratios come from one place: a schedule ends a budget, and a budget or a method ends a schedule."""
+    assert config.changed(**changes) == expected
+
+
+def test_changes_that_cannot_be() -> None:
+    with pytest.raises(RerouteError, match="not both"):
+        RoutingConfig().changed(keep=0.2, schedule=SCHEDULE)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from operator import is_not
 from typing import Any, ClassVar
 
 import torch
 
 from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
-from ...errors import UnsupportedModelError
+from ...errors import RerouteError, UnsupportedModelError
+from .scoring_layer import check_parts, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
 
@@ -58,7 +61,38 @@ class ModelAdapter:
             )
         self.base = self._child(model, "model")
         self.text = self._child(self.base, "language_model")
-        self.layers: Sequence[Any] = list(self._child(self.text, "layers").children())
+        self._child(self.text, "layers")
+        self.layers: Sequence[Any] = self._layers_now()
+        self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
+        self._check_structure()
+
+    def check_layers(self, scoring: Sequence[int]) -> None:
+        """Check at a call that the decoder is still what it was, and that the ``scoring`` layers can be asked to score.
+
+        Raises:
+            RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
+        """
+        now = self._layers_now()
+        if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
+            raise RerouteError(
+                f"The decoder has changed since reroute.enable: it runs {len(now)} layers, and {len(self.layers)} were "
+                "there, or others. Call reroute.enable again on the model as it is now."
+            )
+        for index in scoring:
+            check_scoring_layer(self.layers[index], index)
+
+    def _layers_now(self) -> Sequence[Any]:
+        """The layers that a forward runs: as many as the configuration says."""
+        return list(self.text.layers)[: self.text_config.num_hidden_layers]
+
+    def _check_structure(self) -> None:
+        if len(set(map(id, self.layers))) < len(self.layers):
+            raise UnsupportedModelError(
+                f"The decoder of {type(self.base).__name__} lists the same layer several times. Give it a copy "
+                "(copy.deepcopy) in each place, or do not route it."
+            )
+        for index, layer in enumerate(self.layers):
+            check_parts(layer, index)
 
     @property
     def visual_ids(self) -> tuple[int, ...]:
@@ -128,3 +162,8 @@ class ModelAdapter:
                 "not one of its parts."
             )
         return child
+
+
+def _parameters(module: Any) -> tuple[str, ...]:
+    """Names of what a module can be called with, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

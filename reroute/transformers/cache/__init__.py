@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from .access import allow_update, cache_of, check_cache, guard, past_length, route_layer, routed_layer
-from .layers import GuardedLayer, RoutedLayer
+from .access import (
+    cache_of,
+    check_cache,
+    check_whole,
+    guard,
+    guarded_layer,
+    is_routed,
+    past_length,
+    route_layer,
+    routed_layer,
+    stored_rows,
+)
+from .layers import GuardedLayer, RoutedLayer, RowPositions
 
 __all__ = [
     "GuardedLayer",
     "RoutedLayer",
-    "allow_update",
+    "RowPositions",
     "cache_of",
     "check_cache",
+    "check_whole",
     "guard",
+    "guarded_layer",
+    "is_routed",
     "past_length",
     "route_layer",
     "routed_layer",
+    "stored_rows",
 ]

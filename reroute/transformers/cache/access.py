@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...errors import UnsupportedCacheError
-from .layers import GuardedLayer, RoutedLayer
+from .layers import GuardedLayer, RoutedLayer, RowPositions
 
-__all__ = ["allow_update", "cache_of", "check_cache", "guard", "past_length", "route_layer", "routed_layer"]
+__all__ = [
+    "cache_of",
+    "check_cache",
+    "check_whole",
+    "guard",
+    "guarded_layer",
+    "is_routed",
+    "past_length",
+    "route_layer",
+    "routed_layer",
+    "stored_rows",
+]
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -48,42 +58,60 @@ def check_cache(cache: Cache, layers: Iterable[int]) -> None:
     )
 
 
-def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
-    """Layer ``index`` of ``cache`` if it lacks rows, else None."""
+def check_whole(cache: Cache, num_layers: int) -> None:
+    """Refuse a routed cache whose layers do not agree on how long the sequence is.
+
+    Raises:
+        UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
+    """
+    layers: Sequence[Any] = cache.layers
+    if len(layers) != num_layers or layers[0].get_seq_length() != layers[-1].get_seq_length():
+        raise UnsupportedCacheError(
+            "This cache was left half filled by a forward that did not end: some layers have its tokens and others do "
+            "not. Start a new cache."
+        )
+
+
+def is_routed(cache: Cache | None) -> bool:
+    """Whether some layer of ``cache`` lacks rows."""
+    return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
+    """Layer ``index`` of ``cache`` if it takes tokens only when it is allowed to, else None."""
     if cache is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
+    return layer if isinstance(layer, GuardedLayer) else None
+
+
+def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
+    """Layer ``index`` of ``cache`` if it lacks rows, else None."""
+    layer = guarded_layer(cache, index)
     return layer if isinstance(layer, RoutedLayer) else None
 
 
-def allow_update(cache: Cache | None, index: int) -> None:
-    """Let layer ``index`` store the tokens of the forward that now runs, to which routing adapts it."""
-    if cache is not None and index < len(cache.layers) and isinstance(layer := cache.layers[index], GuardedLayer):
-        layer.allow_update()
+def stored_rows(cache: Cache, index: int) -> int:
+    """Rows that layer ``index`` of ``cache`` stores."""
+    layers: Sequence[Any] = cache.layers
+    keys = layers[index].keys if index < len(layers) else None
+    return 0 if keys is None else int(keys.shape[-2])
 
 
-def guard(cache: Cache, logical: int) -> None:
+def guard(cache: Cache, floor: int) -> None:
     """Make the layers of a routed ``cache`` that hold everything refuse what the others must, before any changes.
 
-    ``logical``: see ``GuardedLayer``.
+    ``floor``: see ``GuardedLayer``.
     """
     layer: Any
     for layer in cache.layers:
         if type(layer) in (DynamicLayer, GuardedLayer):
-            layer.__class__, layer.logical = GuardedLayer, logical
+            layer.__class__, layer.floor = GuardedLayer, floor
 
 
-def route_layer(
-    cache: Cache,
-    index: int,
-    key_positions: torch.Tensor,
-    logical: int,
-    has_fillers: bool,
-    position_offset: torch.Tensor | None,
-    stage_key: tuple[int, ...],
-) -> None:
-    """Mark layer ``index`` as holding just ``key_positions`` (B, T) of a logical sequence; see ``RoutedLayer``."""
+def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
+    """Mark layer ``index`` as holding just ``rows`` of a logical sequence."""
     layer: Any = cache.layers[index]
+    layer.__dict__.pop("floor", None)
     layer.__class__ = RoutedLayer
-    layer.key_positions, layer.logical, layer.has_fillers = key_positions, logical, has_fillers
-    layer.position_offset, layer.stage_key = position_offset, stage_key
+    layer.rows = rows

@@ -7,6 +7,8 @@ Transformers derives positions and mask sizes. Its class is swapped in place, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,21 +16,63 @@ from transformers.cache_utils import DynamicLayer
 
 from ...errors import UnsupportedCacheError
 
-__all__ = ["GuardedLayer", "RoutedLayer"]
+__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions"]
+
+
+@dataclass(frozen=True)
+class RowPositions:
+    """Which rows of the logical sequence a routed layer holds.
+
+    - ``key_positions`` (B, T) int64: logical position of each of the first T stored rows, ascending, -1 for fillers.
+      Rows stored later follow one by one.
+    - ``logical``: the logical length when T rows were stored.
+    - ``floor``: the logical length to which the cache may be cropped.
+    - ``has_fillers``: whether ``key_positions`` has any -1.
+    - ``position_offset`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
+    - ``stage_key``: the routing layers of the stages that stored here: layers of one key hold the same rows.
+    """
+
+    key_positions: torch.Tensor
+    logical: int
+    floor: int
+    has_fillers: bool
+    position_offset: torch.Tensor | None
+    stage_key: tuple[int, ...]
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> RowPositions:
+        """Of other samples: ``move`` picks them along dimension 0."""
+        offset = None if self.position_offset is None else move(self.position_offset)
+        return replace(self, key_positions=move(self.key_positions), position_offset=offset)
+
+    def until(self, logical: int) -> tuple[RowPositions, int]:
+        """Those before the position ``logical``, and how many columns are left out. Waits for the device.
+
+        Samples that end in padding have stored fewer rows: where another one's go on, theirs become fillers.
+        """
+        gone = self.key_positions >= logical
+        counts = gone.sum(1)
+        columns = int(counts.min())
+        kept = self.key_positions.masked_fill(gone, -1)[:, : gone.shape[1] - columns]
+        has_fillers = self.has_fillers or bool((counts > columns).any())
+        return replace(self, key_positions=kept, logical=logical, has_fillers=has_fillers), columns
 
 
 class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that.
 
-    ``logical``: logical length without the tokens after the visual ones, which alone may be cropped.
+    ``floor``: the logical length to which it may be cropped. Of what lies before, not all layers have all.
     """
 
-    logical: int
+    floor: int
     _may_update = False
 
     def allow_update(self) -> None:
         """Let the forward that now runs store its tokens here."""
         self._may_update = True
+
+    def forbid_update(self) -> None:
+        """Undo ``allow_update``: the forward has ended."""
+        self._may_update = False
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store tokens.
@@ -49,15 +93,18 @@ class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Drop the newest tokens, whose number is given with a minus sign as everywhere in Transformers.
 
         Raises:
-            UnsupportedCacheError: visual tokens or what lies before them would go, of which not all layers have all.
+            UnsupportedCacheError: visual tokens or what lies before them would go.
         """
-        newest = self.get_seq_length() - self.logical
+        newest = self.get_seq_length() - self.floor
         if not -newest <= tokens_to_remove <= 0:
             raise UnsupportedCacheError(
                 f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
                 f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
             )
-        super().crop(tokens_to_remove)
+        self._crop(-tokens_to_remove)
+
+    def _crop(self, newest: int) -> None:
+        super().crop(-newest)
 
     def reset(self) -> None:
         """Become an ordinary empty layer again."""
@@ -66,48 +113,47 @@ class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
-    """A dynamic cache layer that lacks some rows of the logical sequence.
+    """A dynamic cache layer that lacks some rows of the logical sequence; ``rows`` says which it has."""
 
-    - ``key_positions`` (B, T) int64: logical position of each of the first T stored rows, -1 for fillers. Rows stored
-      later follow one by one.
-    - ``logical``: see ``GuardedLayer``; the logical length when T rows were stored.
-    - ``has_fillers``: whether ``key_positions`` has any -1.
-    - ``position_offset`` (B, 1) int64 or None: what renumbered positions subtract from a logical position.
-    - ``stage_key``: the routing layers of the stages that stored here: layers of one key hold the same rows.
-    """
+    rows: RowPositions
 
-    key_positions: torch.Tensor
-    has_fillers: bool
-    position_offset: torch.Tensor | None
-    stage_key: tuple[int, ...]
+    @property
+    def floor(self) -> int:  # type: ignore[override]
+        """See ``GuardedLayer``."""
+        return self.rows.floor
 
     def get_seq_length(self) -> int:
         """Logical length, from which Transformers derives position ids and mask sizes."""
         if not self.is_initialized or self.keys is None:
             return 0
-        return self.logical + int(self.keys.shape[-2]) - int(self.key_positions.shape[1])
+        return self.rows.logical + int(self.keys.shape[-2]) - int(self.rows.key_positions.shape[1])
 
     def key_positions_with(self, new: int) -> torch.Tensor:
         """Logical positions (B, stored + new) once ``new`` more tokens are stored."""
-        later = torch.arange(self.logical, self.get_seq_length() + new, device=self.key_positions.device)
-        return torch.cat([self.key_positions, later.expand(self.key_positions.shape[0], -1)], dim=1)
+        known = self.rows.key_positions
+        later = torch.arange(self.rows.logical, self.get_seq_length() + new, device=known.device)
+        return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)
+
+    def _crop(self, newest: int) -> None:
+        end = self.get_seq_length() - newest
+        columns = newest
+        if end < self.rows.logical:
+            columns -= self.rows.logical - end
+            self.rows, known = self.rows.until(end)
+            columns += known
+        super()._crop(columns)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder samples, and with them the positions that they hold."""
         super().reorder_cache(beam_idx)
-        self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.rows = self.rows.moved(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat samples, and with them the positions that they hold."""
         super().batch_repeat_interleave(repeats)
-        self._move(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.rows = self.rows.moved(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select samples, and with them the positions that they hold."""
         super().batch_select_indices(indices)
-        self._move(lambda t: t[indices])
-
-    def _move(self, move: Any) -> None:
-        self.key_positions = move(self.key_positions)
-        if self.position_offset is not None:
-            self.position_offset = move(self.position_offset)
+        self.rows = self.rows.moved(lambda t: t[indices])

@@ -1,0 +1,78 @@
+"""Whether a decoder layer has what scoring calls, outside of the layer's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import UnsupportedModelError
+
+__all__ = ["check_parts", "check_scoring_layer"]
+
+NEEDED = ("input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj")
+"""Modules that scoring calls."""
+NUMBERS = ("head_dim", "scaling")
+"""What it reads off the attention."""
+PER_ROW = {"adapter_names": "an adapter for each row of the batch", "alora_offsets": "activated LoRA"}
+"""What PEFT hands to projections in hooks of one forward, and what that is."""
+
+
+def check_parts(layer: Any, index: int) -> list[Any]:
+    """The modules that scoring calls in layer ``index`` of a decoder.
+
+    Raises:
+        UnsupportedModelError: one is missing.
+    """
+    parts = [_part(layer, path, index) for path in NEEDED]
+    for name in NUMBERS:
+        if not hasattr(parts[1], name):
+            raise UnsupportedModelError(_without(f"self_attn.{name}", layer, index))
+    return parts
+
+
+def check_scoring_layer(layer: Any, index: int) -> None:
+    """Check at a call whether layer ``index`` of a decoder can be asked to score.
+
+    Raises:
+        UnsupportedModelError: a part is missing, or is not what it seems while its layer does not run.
+    """
+    for path, part in zip(NEEDED, check_parts(layer, index), strict=True):
+        if path != "self_attn":
+            _check_weights(layer, part, path, index)
+            _check_hooks(part, path)
+
+
+def _part(layer: Any, path: str, index: int) -> Any:
+    part = layer
+    for name in path.split("."):
+        part = getattr(part, name, None)
+        if part is None:
+            raise UnsupportedModelError(_without(path, layer, index))
+    return part
+
+
+def _without(path: str, layer: Any, index: int) -> str:
+    return (
+        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is "
+        "wrapped, or its projections are fused. Enable routing on the model without that."
+    )
+
+
+def _check_weights(layer: Any, part: Any, path: str, index: int) -> None:
+    """Refuse weights that accelerate loads when the *layer's* forward begins, and not when they are used."""
+    if not hasattr(layer, "_hf_hook") or any(hasattr(inner, "_hf_hook") for inner in part.modules()):
+        return
+    if any(weight.is_meta for weight in part.parameters()):
+        raise UnsupportedModelError(
+            f"The weights of {path!r} of decoder layer {index} are loaded by the layer as a whole when it runs "
+            "(accelerate's preload_module_classes), and routing ranks before that. Offload without it."
+        )
+
+
+def _check_hooks(part: Any, path: str) -> None:
+    for hook in part._forward_pre_hooks.values():
+        for name, what in PER_ROW.items():
+            if name in getattr(hook, "keywords", {}):
+                raise UnsupportedModelError(
+                    f"PEFT chooses {what} ({name}) at {path!r}, which routing calls with the rows of all prompts in "
+                    "one. Call the model once for each adapter, or disable routing."
+                )

@@ -1,0 +1,104 @@
+"""Modules whose calls pass through routing: their class becomes a subclass of itself until they are released.
+
+A subclass rather than hooks, as FSDP2 does it. It sees every way in which a call can end, KeyboardInterrupt included;
+it lies around whatever others put on the module, earlier or later (hooks, accelerate's ``forward``, gradient
+checkpointing, compiled code); methods keep their names, signatures and ``__self__``; and nothing else of it changes.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from ..errors import RerouteError
+
+__all__ = ["Intercepted", "Role", "intercept", "role_of"]
+
+
+class Role(NamedTuple):
+    """What an intercepted module is: a part of the model of ``router``; ``layer`` numbers decoder layers."""
+
+    router: Any
+    layer: int = 0
+
+
+class Intercepted:
+    """Base of the classes that are put before a module's own: their methods call ``super()``.
+
+    A method whose signature others read is named in ``signed``: it takes that of the module's own.
+    """
+
+    signed: ClassVar[tuple[str, ...]] = ()
+    # Any name of nn.Module's own namespace would do; found on the class once the module is released.
+    _reroute: Role | None = None
+    _plain_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are those of the plain module."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_reroute"}
+        # Not by __newobj__: pickle insists that it makes an object of the class of this one.
+        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
+
+    def __copy__(self) -> Any:
+        """A shallow copy shares its children, which are intercepted, and so is."""
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def role_of(module: nn.Module) -> Role | None:
+    """What ``module`` is while it is intercepted, else None."""
+    role: Role | None = getattr(module, "_reroute", None)
+    return role
+
+
+def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callable[[], None]:
+    """Put ``kind`` before the class of ``module``; what is returned undoes it.
+
+    Raises:
+        RerouteError: it is intercepted already, so it is a part of two models.
+    """
+    if role_of(module) is not None:
+        raise RerouteError(
+            f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one first, "
+            "or give each model modules of its own."
+        )
+    if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
+        module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
+    module.__dict__["_reroute"] = role
+    return functools.partial(_release, weakref.ref(module))
+
+
+def _release(reference: weakref.ref[nn.Module]) -> None:
+    module = reference()
+    if module is None:
+        return
+    module.__dict__.pop("_reroute", None)
+    # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.
+    plain = vars(type(module)).get("_plain_class")
+    if plain is not None:
+        module.__class__ = plain
+
+
+@functools.cache
+def _subclass(plain: type[Any], kind: type[Any]) -> type:
+    """One class for all modules of a class: compiled code is compiled once for them."""
+    # Its name is the plain one's: configurations, wrapping policies and recorders of outputs go by it.
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    namespace: dict[str, Any] = {**names, "_plain_class": plain}
+    for name in kind.signed:
+        namespace[name] = functools.wraps(getattr(plain, name))(_copied(getattr(kind, name)))
+    make: Any = type(plain)
+    subclass: type = make(plain.__name__, (kind, plain), namespace)
+    return subclass
+
+
+def _copied(function: types.FunctionType) -> types.FunctionType:
+    code, variables, name = function.__code__, function.__globals__, function.__name__
+    return types.FunctionType(code, variables, name, function.__defaults__, function.__closure__)

@@ -1,0 +1,68 @@
+"""What cannot be picked row by row is refused: several prompts in one row, and unknown arguments per token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..errors import RerouteError
+
+__all__ = ["check_one_prompt_per_row", "check_tokens_of_others"]
+
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+"""Arguments that tell kernels where the sequences of a packed row begin."""
+
+KINDS = ("token_type_ids", "mm_token_type_ids")
+"""Arguments per token that no layer reads."""
+
+_PACKED = (
+    "Several prompts are packed in one row. Their visual tokens would be ranked by the last one's question. Put each "
+    "prompt in a row of its own, padded, with an attention_mask; or disable routing for this call."
+)
+
+
+def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool) -> None:
+    """Refuse position ids that begin anew within a row. Waits for the device.
+
+    Args:
+        position_ids: (B, L), or (3 or 4, B, L) of M-RoPE, or None.
+        valid: (B, L) False at padding.
+        has_mask: whether there is an attention mask. Without one, Transformers takes any step back for a border.
+
+    Raises:
+        RerouteError: rows are packed.
+    """
+    if position_ids is None:
+        return
+    first = position_ids if position_ids.ndim == 2 else position_ids[0]  # M-RoPE: text, or time
+    ids = np.broadcast_to(first.cpu().numpy(), valid.shape)
+    for row, is_token in zip(ids, valid, strict=True):
+        known = row[is_token]
+        anew = np.diff(known) < 0
+        if has_mask:  # generate counts drafts behind a masked token from its filler on
+            anew &= known[1:] == known[:1]
+        if anew.any():
+            raise RerouteError(_PACKED)
+
+
+def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], batch: int, length: int) -> None:
+    """Refuse arguments beyond the ``known`` ones that layers would get at the logical length.
+
+    Raises:
+        RerouteError: names the argument.
+    """
+    for name, value in kwargs.items():
+        if name in known or name in KINDS or value is None:
+            continue
+        if name in BORDERS:
+            raise RerouteError(f"{name} was given: {_PACKED}")
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        if any(size in (length, batch * length) for tensor in tensors for size in tensor.shape):
+            raise RerouteError(
+                f"{name} has an entry for each of the {length} tokens, and it is not known how to pick those of the "
+                "tokens that run. Call the model without it, or disable routing for this call."
+            )

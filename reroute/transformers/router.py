@@ -1,0 +1,263 @@
+"""Routing of one model: puts entrances before its parts, opens the forward of each call, and takes all away again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..config import Settings
+from ..core.plan import Plan
+from ..errors import RerouteError
+from .adapters import ModelAdapter
+from .cache import cache_of, check_whole, is_routed, past_length
+from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
+from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
+from .interception import Role, intercept, role_of
+from .planner import Planner, Prompt
+from .scopes import Given, Scopes
+
+__all__ = ["Router"]
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+_DISABLED = "Routing of this model was disabled. Call reroute.enable for a new handle."
+_BUSY = (
+    "A forward or a generation of this model runs, and would go on with other settings than it began with. Wait for "
+    "it, or use handle.at(…), which gives calls settings of their own."
+)
+
+
+class Router:
+    """Routes the calls of one model between ``attach`` and ``detach``, from any thread.
+
+    ``start`` makes the prefill of a plan; ``done`` is told of every prefill with a plan that succeeded.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        settings: Settings,
+        start: PrefillFactory,
+        done: Callable[[RoutedPrefill | DensePrefill], None],
+    ) -> None:
+        """Check that ``adapter``'s model can be routed by ``settings``.
+
+        Raises:
+            RerouteError: the schedule does not fit the model, or the model's attention cannot be routed.
+        """
+        self._planner: Planner | None = Planner(adapter)
+        self._planner.check(settings)
+        self._settings = settings
+        self._start, self._done = start, done
+        self._entrances = ExitStack()
+        self._lock = threading.Lock()
+        self._scopes = Scopes()
+        self._is_attached, self._running, self._blocks = False, 0, 0
+
+    # --- the model ------------------------------------------------------------------------------------------------
+
+    def check_free(self, model: Any, replaced: Router | None) -> None:
+        """Check that no part of ``model`` is routed by another router than ``replaced``.
+
+        Raises:
+            RerouteError: two models share a part.
+        """
+        for module in (model, self.adapter.base, self.adapter.text, *self.adapter.layers):
+            role = role_of(module)
+            if role is not None and role.router is not replaced:
+                raise RerouteError(
+                    f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one "
+                    "first, or give each model modules of its own."
+                )
+
+    def attach(self, model: Any) -> None:
+        """Put entrances before the parts of ``model``: before all of them, or none."""
+        adapter, role = self.adapter, Role(self)
+        whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
+        # From the inside out: what finds one entrance finds all behind it, also in a thread that calls meanwhile.
+        parts = [
+            *((layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)),
+            (adapter.text, RoutedDecoder, role),
+            (adapter.base, RoutedBase, role),
+            (model, whole, role),
+        ]
+        _forget_compiled()
+        with ExitStack() as entrances:
+            entrances.callback(setattr, self, "_is_attached", False)
+            self._is_attached = True
+            for module, kind, its in parts:
+                entrances.callback(intercept(module, kind, its))
+            self._entrances = entrances.pop_all()
+
+    def detach(self, *, for_another: bool = False) -> None:
+        """Undo ``attach`` and let go of the model. Idempotent.
+
+        Raises:
+            RerouteError: a call of the model runs, or ``for_another`` router it shall leave a ``with`` block; nothing
+                is changed then.
+        """
+        with self._lock:
+            if self._running:
+                raise RerouteError(_BUSY)
+            if for_another and self._blocks:
+                raise RerouteError(
+                    "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
+                    "calls settings of their own, or end the block first."
+                )
+            was_attached, self._is_attached = self._is_attached, False
+        if was_attached:
+            _forget_compiled()
+            self._entrances.close()
+        self._planner = None
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model's. RerouteError once routing is disabled."""
+        return self._active_planner.adapter
+
+    @property
+    def _active_planner(self) -> Planner:
+        if self._planner is None:
+            raise RerouteError(_DISABLED)
+        return self._planner
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a model is routed."""
+        return self._is_attached
+
+    def check_idle(self) -> None:
+        """RerouteError while a call of the model runs."""
+        if self._running:
+            raise RerouteError(_BUSY)
+
+    def begin_block(self) -> None:
+        """Stay until ``end_block``, whoever else enables routing. RerouteError once routing is disabled."""
+        with self._lock:
+            if not self._is_attached:
+                raise RerouteError(_DISABLED)
+            self._blocks += 1
+
+    def end_block(self) -> None:
+        """Undo ``begin_block``."""
+        with self._lock:
+            self._blocks -= 1
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """Of a call that is made here and now."""
+        return self._scopes.settings or self._settings
+
+    def at(self, settings: Settings) -> AbstractContextManager[None]:
+        """Route the calls that this thread or task makes inside ``with`` by ``settings``.
+
+        Raises:
+            RerouteError: the model cannot be routed by them, or routing is disabled.
+        """
+        self._active_planner.check(settings)
+        return self._scopes.at(settings)
+
+    def using(self, plan: Plan | None) -> AbstractContextManager[None]:
+        """Use ``plan`` for the calls of this thread inside ``with``. RerouteError once routing is disabled."""
+        _ = self._active_planner
+        return self._scopes.using(plan)
+
+    def plan(self, prompt: Prompt) -> Plan | None:
+        """Plan a prefill ahead. RerouteError if it cannot be routed, or routing is disabled."""
+        return self._active_planner.plan(prompt, self.settings)
+
+    def enter(self) -> bool:
+        """Count a call that begins, unless routing is disabled. ``leave`` ends it."""
+        with self._lock:
+            self._running += self._is_attached
+            return self._is_attached
+
+    def leave(self) -> None:
+        """Count a call that ends."""
+        with self._lock:
+            self._running -= 1
+
+    def may_be_compiled(self) -> bool:
+        """Whether compiled code may call the parts of the model as if routing were off: every token is kept.
+
+        Raises:
+            RerouteError: the model is exported, and would lose its routing.
+        """
+        if self._settings.keeps_all and not self._scopes.any_open:
+            return True
+        if torch.compiler.is_exporting():
+            raise RerouteError(
+                "A routed model cannot be exported: its shapes depend on the prompt. Call reroute.disable(model) first."
+            )
+        return False
+
+    def labels_of(self, args: Args, kwargs: Kwargs) -> Any:
+        """The labels in a call of the whole model."""
+        return _named(self.adapter.model_parameters, args, kwargs).get("labels")
+
+    def open(self, args: Args, kwargs: Kwargs, labels: torch.Tensor | None, end: int | None) -> ForwardContext | None:
+        """The forward of a call of the base model; None where there is nothing to do for routing.
+
+        ``labels`` are those of the whole model's call; ``end`` is where the prompt of ``generate`` ends.
+
+        Raises:
+            RerouteError: the call cannot be routed; nothing is changed then.
+        """
+        named = _named(self.adapter.base_parameters, args, kwargs)
+        cache = cache_of(named)
+        tokens = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
+        if tokens is None:
+            return None  # Transformers raises
+        has_routed_cache = is_routed(cache)
+        if cache is not None and has_routed_cache:
+            check_whole(cache, len(self.adapter.layers))
+        settings = self.settings
+        plan, workspace = self._plan_of(named, settings, tokens, cache, labels, end)
+        if plan is not None and plan.changes_nothing:
+            return DensePrefill(plan, settings, self.adapter)
+        if plan is not None:
+            record = named.get("output_hidden_states")
+            record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
+            states = record is not False  # or which ones
+            return RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
+        return RoutedDecode(self.adapter, tuple(tokens.shape[:2])) if has_routed_cache else None
+
+    def finish(self, forward: ForwardContext) -> None:
+        """End a forward that succeeded."""
+        forward.finish()
+        if isinstance(forward, RoutedPrefill | DensePrefill):
+            self._done(forward)
+
+    def _plan_of(
+        self,
+        named: Kwargs,
+        settings: Settings,
+        tokens: torch.Tensor,
+        cache: Cache | None,
+        labels: torch.Tensor | None,
+        end: int | None,
+    ) -> Given:
+        given, is_step = self._scopes.given, tokens.shape[1] == 1
+        if given is None or (is_step and past_length(cache)):
+            return self._active_planner.plan_call(named, settings, labels, end), None
+        if given[0] is not None:
+            self._active_planner.check_given(given[0], named, labels)
+        return given
+
+
+def _named(parameters: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
+    """The arguments of a call by name."""
+    return {**dict(zip(parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _forget_compiled() -> None:
+    """Compiled code does not see entrances that come or go later, and whatever calls the model may be compiled."""
+    torch.compiler.reset()
