@@ -11,7 +11,7 @@ from torch import nn
 
 from reroute_kernels import BackendUnavailable, PagedPool, check_backend
 
-from .config import RoutingConfig
+from .config import RoutingConfig, check_arguments
 from .core.schedule import Action, Schedule
 from .errors import RerouteError
 from .methods import Method
@@ -92,6 +92,7 @@ def enable(
         RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
         reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
     """
+    check_arguments(config, pool)
     given = RoutingConfig(method, action, keep, schedule, backend, trace)
     if config is not None and given != RoutingConfig():
         raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
