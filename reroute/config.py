@@ -171,7 +171,7 @@ class Settings:
         return min(self.schedule.ratios) == 1
 
 
-def check_arguments(config: object, pool: object = None) -> None:
+def check_arguments(config: object, pool: object) -> None:
     """Check the types of what ``reroute.enable`` takes beside single settings.
 
     Raises:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
+from reroute_kernels.dispatch import recorded_by_autograd
 
 from .checks import is_count
 from .config import RoutingConfig, Settings, check_arguments
 from .core.cost import ModelShape
+from .core.home import Home, PooledHome, RecordedHome, is_recorded
 from .core.plan import Plan
 from .core.prefill import PositionTables, Prefill
 from .core.schedule import Action, Schedule
@@ -59,7 +61,7 @@ class Handle:
         self._callbacks: tuple[Callable[[Stats], None], ...] = ()
         self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
-        self._stats = Stats(**self._names(settings))
+        self._stats = Stats(**self._names(settings, self.backend))
 
     def attach(self, model: Any, replaced: Handle | None = None) -> None:
         """Route ``model``, to which the adapter is bound, instead of ``replaced``.
@@ -73,16 +75,20 @@ class Handle:
             replaced.disable()
         self._router.attach(model)
 
+    def _follow(self, device: torch.device) -> None:
+        if device != self._device:  # the model has moved
+            self._choose_backend(device)
+
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self.config.backend, device)
         self._device = device
 
-    def _names(self, settings: Settings) -> dict[str, Any]:
+    def _names(self, settings: Settings, backend: Backend) -> dict[str, Any]:
         return {
             "method": settings.config.method_name,
             "action": settings.config.action,
-            "backend": self.backend.name,
-            "backend_reason": self.backend.reason,
+            "backend": backend.name,
+            "backend_reason": backend.reason,
         }
 
     @property
@@ -142,7 +148,7 @@ class Handle:
         Raises:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
-        check_arguments(config)
+        check_arguments(config, None)
         if config is None:
             config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
         elif any(setting is not None for setting in (method, action, keep, schedule)):
@@ -242,8 +248,7 @@ class Handle:
     def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
         pool, device = self._pool, tables.cos.device
-        if device != self._device:  # the model has moved
-            self._choose_backend(device)
+        self._follow(device)
         fits = pool is not None and (pool.dtype, pool.device) == (hidden.dtype, device)
         if pool is None or not (fits or self._pool_is_given):
             pool = self._pool = PagedPool.shared(hidden.shape[-1], hidden.dtype, device)
@@ -262,17 +267,23 @@ class Handle:
         tables: PositionTables,
         workspace: Workspace | None = None,
     ) -> Prefill:
-        pool, trace = self._place(hidden, tables), self.config.trace
-        adapter, ranker = self._router.adapter, settings.ranker
-        return Prefill(plan, self.backend, pool, adapter, ranker, tables, workspace=workspace, trace=trace)
+        adapter, device = self._router.adapter, tables.cos.device
+        home: Home
+        if is_recorded(hidden, adapter.text.parameters()):
+            self._follow(device)
+            home = RecordedHome(plan, recorded_by_autograd(self.backend), hidden, device)
+        else:
+            pool = self._place(hidden, tables)
+            home = PooledHome(plan, self.backend, pool, workspace)
+        return Prefill(plan, home, adapter, settings.ranker, tables, trace=self.config.trace)
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings
         layers = () if forward.cache is None else forward.cache.layers
         scores = prefill is not None and settings.ranker.scores_attention
+        names = self._names(settings, self.backend if prefill is None else prefill.backend)
         with self._recording:
             count = self._totals.prefills + 1
-            names = self._names(settings)
             stats = make_stats(forward.plan, self._shape, names, layers, scores=scores, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace

@@ -160,8 +160,10 @@ def make_stats(
     active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(layers)
     width_of = {stage: plan.width(stage) for stage in set(stages)}
     widths = [width_of[stage] for stage in stages]
-    tensors = [t for layer in cache_layers for t in (layer.keys, layer.values)]
-    stored = tuple(int(layer.keys.shape[-2]) for layer in cache_layers) or tuple(widths)
+    # Layers under gradient checkpointing store nothing.
+    filled = {i: layer for i, layer in enumerate(cache_layers) if layer.keys is not None}
+    tensors = [t for layer in filled.values() for t in (layer.keys, layer.values)]
+    stored = tuple(int(filled[i].keys.shape[-2]) if i in filled else widths[i] for i in layers)
     size = tensors[0].element_size() if tensors else 0
     routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
     whole, first = [plan.length for _ in layers], plan.schedule.layers[0]

@@ -8,6 +8,7 @@ import torch
 from reroute_kernels import Backend, PagedPool
 
 from .config import Settings
+from .core.home import PooledHome
 from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
 from .core.ranking import Ranker
@@ -52,7 +53,7 @@ class ShortPrefills:
             tables: PositionTables,
             workspace: Workspace | None = None,
         ) -> Prefill:
-            return Prefill(plan, backend, pool, self._adapter, ranker, tables, workspace=workspace)
+            return Prefill(plan, PooledHome(plan, backend, pool, workspace), self._adapter, ranker, tables)
 
         schedule, action = self._settings.schedule, self._settings.config.action
         ids = np.tile(PROMPT, (prompts, 1))

@@ -109,6 +109,13 @@ def _resolve(name: str, asked: str, device: torch.device) -> Backend:
     return backend
 
 
+def recorded_by_autograd(backend: Backend) -> Backend:
+    """What runs instead of ``backend`` in a forward that autograd records: only PyTorch's operations have gradients."""
+    return (
+        backend if backend.name == "torch" else _torch(f"autograd records the forward, so {backend.name} does not run")
+    )
+
+
 def _torch(reason: str) -> Backend:
     return Backend.of("torch", reason, reference)
 

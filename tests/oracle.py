@@ -2,7 +2,8 @@
 
 No cache, no compaction, no hooks, nothing of the product. A conversation is one sequence of calls of the model: the
 first with a prompt, later ones with more turns or with single generated tokens. In layer ``l`` only active tokens are
-keys, and only their states change; everyone else keeps the state it has.
+keys, and only their states change; everyone else keeps the state it has. Where parameters or ``embeds`` require
+gradients, autograd records it, but for the scores.
 """
 
 from __future__ import annotations
@@ -76,11 +77,18 @@ class Result:
 
 
 def predict(
-    tiny: Tiny, calls: Sample | Sequence[Sample], rules: Rules, *, then: Sequence[int] = (), query: int | None = None
+    tiny: Tiny,
+    calls: Sample | Sequence[Sample],
+    rules: Rules,
+    *,
+    then: Sequence[int] = (),
+    query: int | None = None,
+    embeds: Tensor | None = None,
 ) -> Result:
     """Run a conversation: ``calls``, and ``then`` generated tokens one by one.
 
     ``query`` is the position in the first call of the token whose attention decides there (default: its last one).
+    ``embeds`` (L, C) are what the decoder starts from, instead of the embedded conversation.
     """
     calls = [calls] if isinstance(calls, Sample) else list(calls)
     calls += [text(token) for token in then]
@@ -92,7 +100,8 @@ def predict(
         turns.append(_Turn(start, start + last, [start + i for i in call.visual]))
         whole += call
     base = tiny.model.model.language_model
-    return run(base, tiny.model.lm_head, tiny.embeds(whole), tiny.positions(whole), turns, rules)
+    states = tiny.embeds(whole) if embeds is None else embeds
+    return run(base, tiny.model.lm_head, states, tiny.positions(whole), turns, rules)
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,9 @@ def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Seque
         for step in order:
             if step == "decide" and decides:
                 stage = rules.layers.index(index - rules.score_layer_offset)
-                weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
-                chosen = [_decide(rules, stage, weights, turn, active) for turn in turns]
+                with torch.no_grad():
+                    weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
+                    chosen = [_decide(rules, stage, weights, turn, active) for turn in turns]
             if step == "enter" and enters:
                 active = active.clone()
                 for turn, decision, made in zip(turns, chosen, decisions, strict=True):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reroute import Schedule
+from reroute.core.home import PooledHome
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
 from reroute.rankers import LastTokenAttention
@@ -101,7 +102,7 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        prefill = Prefill(plan, BACKEND, pool, adapter, LastTokenAttention(), tables)
+        prefill = Prefill(plan, PooledHome(plan, BACKEND, pool), adapter, LastTokenAttention(), tables)
         made = time.perf_counter()
         hidden = logical
         for decision in plan.decisions:

@@ -1,9 +1,10 @@
 """The state of one prefill: which rows run, where all others wait, what was decided. Gone when the prefill ends.
 
-The pool holds the latest hidden state of every prompt token. At a stage boundary the rows that ran are written back
-(*defer*), all candidates are ranked, and the selected rows are gathered (*admit*).
+Its home holds the latest hidden state of every prompt token. At a stage boundary the rows that ran are written back
+(*defer*), all candidates are ranked, and the selected rows are gathered (*admit*). Ranking has no gradient: which rows
+run is no function that could be differentiated. Their way home and back has one.
 
-Of a model that is spread over several GPUs the pool is where RoPE tables and masks are; layers may be elsewhere.
+Of a model that is spread over several GPUs the home is where RoPE tables and masks are; layers may be elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from reroute_kernels import Backend, PagedPool, RopeTables, Selection, SelectRows
+from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
 from ..trace import StageTrace, Trace
 from .decision import Decision
+from .home import Home
 from .plan import Plan
 from .ranking import DecoderAdapter, RankContext, Ranker
-from .workspace import Workspace
 
 __all__ = ["PositionTables", "Prefill"]
 
@@ -43,38 +44,27 @@ class _Competitors:
 
 class Prefill:
     """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
-    the end, and ``close`` in any case.
+    the end, and ``close`` in any case. The first three raise RerouteError if the home cannot take the hidden states
+    (``Home.check``).
     """
 
     def __init__(
         self,
         plan: Plan,
-        backend: Backend,
-        pool: PagedPool,
+        home: Home,
         adapter: DecoderAdapter,
         ranker: Ranker,
         tables: PositionTables,
         *,
-        workspace: Workspace | None = None,
         trace: bool = False,
     ) -> None:
-        """Take rows in ``pool`` and sort the logical ``tables`` (batch dimension B or 1) into pool order.
-
-        A ``workspace`` of ``plan`` that is passed stays the caller's to release.
-
-        Raises:
-            PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
-            torch.OutOfMemoryError: the device has no room for it; likewise.
-        """
+        """Take over ``home`` and sort the logical ``tables`` (batch dimension B or 1) into the order of its rows."""
         self.plan, self.stage, self.tables = plan, -1, tables
-        self._backend, self._adapter = backend, adapter
-        self._ranker = ranker
+        self._home, self._tensors = home, home.tensors
+        self._adapter, self._ranker = adapter, ranker
         self._positions: torch.Tensor | None = None
         self._is_home = False
         self._trace: list[StageTrace] | None = [] if trace else None
-        self._is_reserved = workspace is not None
-        self._workspace = workspace or Workspace(plan)
-        self._lease, self._tensors = self._workspace.take(pool)
         try:
             self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
             self._rows, self._inverse_index = self._tensors.rows, self._tensors.inverse_index
@@ -85,11 +75,13 @@ class Prefill:
             raise
 
     def close(self) -> None:
-        """Give the pool rows back, unless they are reserved. Idempotent."""
-        if self._is_reserved:
-            self._lease.end_use()
-        else:
-            self._workspace.release()
+        """Let go of the home. Idempotent."""
+        self._home.close()
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the operations of this prefill."""
+        return self._home.backend
 
     @property
     def positions(self) -> torch.Tensor:
@@ -119,9 +111,11 @@ class Prefill:
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
     def decide(self, decision: Decision, hidden: torch.Tensor) -> Selection:
-        """Choose the rows of a stage from the pool and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
+        """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
+        self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
-        selection = self._ranker.select(self._rank_context(decision, hidden))
+        with torch.no_grad():
+            selection = self._ranker.select(self._rank_context(decision, hidden))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)
@@ -130,13 +124,14 @@ class Prefill:
     def advance(self, decision: Decision, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
         """Enter the decided stage: ``hidden`` (B, S, C) goes home, the selected rows (B, S', C) come out."""
         if decision.score_layer != decision.layer:  # else ``decide`` has written it
+            self._home.check(hidden, f"The hidden states before layer {decision.layer}")
             self._defer(hidden)
         self._rows = self._pool_rows(decision, selection.active_rows)
         self._positions, self._inverse_index = selection.active_positions, selection.inverse_index
         if self.plan.action == "remove":
             self._competitors = self._survivors(selection.kept)
         self.stage = decision.stage
-        admitted, cos, sin, *ids = self._admit(self._rows, *self._pool_tables)
+        admitted, cos, sin, *ids = self._home.admit(self._rows, *self._pool_tables)
         self.tables = PositionTables(cos, sin, ids[0].squeeze(-1) if ids else None)
         if self.plan.schedule.position_mode == "renumbered":
             self.tables = self._renumbered(admitted)
@@ -144,32 +139,29 @@ class Prefill:
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
         """The latest state of every token at logical length (B, L, C), given the running rows; padding is zero."""
+        self._home.check(hidden, "The hidden states that the decoder's layers return")
         self._defer(hidden)
-        return self._admit(self._tensors.rows)[0].to(hidden.device)
+        return self._home.admit(self._tensors.rows)[0].to(hidden.device)
 
-    # --- the kernels ----------------------------------------------------------------------------------------------
+    # --- ranking --------------------------------------------------------------------------------------------------
 
     def _defer(self, hidden: torch.Tensor) -> None:
-        pages = self._lease.pages
-        self._backend.defer(pages, self._lease.table, self._rows, hidden.to(pages.device))
+        self._home.defer(self._rows, hidden)
         self._is_home = True
-
-    def _admit(self, rows: torch.Tensor, *aux: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._backend.admit(self._lease.pages, self._lease.table, rows, *aux)
 
     def _defer_and_normalise(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
         """Write ``hidden`` home; and what will be scored, after the input norm of ``decision.score_layer``."""
-        layer, pages = decision.score_layer, self._lease.pages
+        layer = decision.score_layer
         norm = self._adapter.input_norm(layer)
-        if norm is None or norm.weight.device != pages.device or not decision.from_pool:
+        if norm is None or norm.weight.device != self._home.device or not decision.from_pool:
             return self._adapter.normalise(layer, self._defer_and_read(decision, hidden))
         self._is_home = True
-        return self._backend.defer_rmsnorm(self._lease, self._rows, self._inverse_index, hidden.to(pages.device), norm)
+        return self._home.defer_rmsnorm(self._rows, self._inverse_index, hidden, norm)
 
     def _defer_and_read(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
         """Write ``hidden`` home; and what will be scored."""
         self._defer(hidden)
-        return self._lease.rows() if decision.from_pool else hidden.flatten(0, 1)
+        return self._home.states() if decision.from_pool else hidden.detach().flatten(0, 1)
 
     def _rank_context(self, decision: Decision, hidden: torch.Tensor) -> RankContext:
         cos, sin = self._pool_tables[:2]
@@ -177,10 +169,9 @@ class Prefill:
         if not decision.from_pool:
             cos, sin = self.tables.cos.flatten(0, 1), self.tables.sin.flatten(0, 1)
             positions = self.positions.flatten()
-        device = self._lease.pages.device
         return RankContext(
             decision,
-            self._backend,
+            self.backend,
             self._adapter,
             RopeTables(cos, sin, self._tensors.queries[decision.stage]),
             SelectRows(
@@ -189,7 +180,7 @@ class Prefill:
                 positions,
                 self._tensors.metadata[decision.stage],
             ),
-            hidden=lambda: self._defer_and_read(decision, hidden).to(device),
+            hidden=lambda: self._defer_and_read(decision, hidden).to(self._home.device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
         )
 

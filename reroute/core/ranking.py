@@ -65,5 +65,6 @@ class Ranker(ABC):
     def select(self, context: RankContext) -> Selection:
         """The ``decision.k`` best candidates of each sample. Asks for ``hidden`` or ``normed`` of ``context``, once.
 
-        Must not wait for the device, and must not let a sample depend on its batch neighbours.
+        Runs under ``torch.no_grad()``, as a selection has no gradient. Must not wait for the device, and must not let a
+        sample depend on its batch neighbours.
         """

@@ -49,7 +49,8 @@ class ScoreRanker(Ranker):
     def scores(self, inputs: RankInputs) -> Sequence[torch.Tensor]:
         """Scores (N_b,) of each sample's candidates, the highest kept first. Other shapes are refused.
 
-        Must not wait for the device, and must not let a sample depend on its batch neighbours.
+        Runs under ``torch.no_grad()``, as a selection has no gradient. Must not wait for the device, and must not let a
+        sample depend on its batch neighbours.
         """
 
     def select(self, context: RankContext) -> Selection:

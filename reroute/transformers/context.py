@@ -63,19 +63,27 @@ class ForwardContext:
         """
         self._adapter, self._shape = adapter, shape
         self._mask_format = mask_format_of(adapter.text_config)
-        self._is_claimed = False
+        self._is_claimed = self._is_running = False
         self._writable: GuardedLayer | None = None
 
     def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
-        """Whether this call of ``decoder`` is the one that the base model makes; true once at most.
+        """Whether this call of ``decoder`` is the one that the base model makes.
 
         Other calls may come before it and inside of it: of the decoder alone, or of another model.
+
+        Raises:
+            RerouteError: it might be, but so might one before that has ended.
         """
         embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        is_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
-        if not is_own or self._is_claimed:
+        may_be_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
+        if not may_be_own or self._is_running:
             return False
-        self._is_claimed = True
+        if self._is_claimed:
+            raise RerouteError(
+                "The decoder was called twice in one forward of its base model, with embeddings of one shape, and it "
+                "is not known which call is the forward's. Call it before or after the forward, or give it input_ids."
+            )
+        self._is_claimed = self._is_running = True
         return True
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
@@ -88,6 +96,7 @@ class ForwardContext:
 
     def after_decoder(self, output: Any) -> Any:
         """What the base model gets instead of the decoder's ``output``."""
+        self._is_running = False
         return output
 
     def finish(self) -> None:
@@ -172,6 +181,7 @@ class RoutedPrefill(ForwardContext):
 
     def after_decoder(self, output: Any) -> Any:
         """Hidden states at logical length, if they are asked for."""
+        output = super().after_decoder(output)
         if output.get("hidden_states") is not None:
             states = enumerate(output.hidden_states)
             output.hidden_states = tuple(None if h is None else self._states.get(i, h) for i, h in states)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from .generation import PROMPT_END, generating, prompt_end
-from .interception import Intercepted
+from .interception import Intercepted, own_method, role_of
 
 if TYPE_CHECKING:
     from .context import ForwardContext
@@ -50,12 +50,16 @@ class RoutedModel(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
-        return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
+        router, proceed = _active(self), own_method(RoutedModel, self, "__call__")
+        if router is None:
+            return proceed(*args, **kwargs)
+        # Hooks run before ``forward``, and what they call has no labels; one that others put there may not come by it.
+        has_labels = "forward" in vars(self)
+        return _run_model(router, proceed, args, kwargs, has_labels=has_labels)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model: wrappers do so directly. ``__call__`` does not come here if others replaced ``forward``."""
-        router, proceed = _active(self), super().forward  # type: ignore[misc]
+        """Call the model, as wrappers do directly."""
+        router, proceed = _active(self), own_method(RoutedModel, self, "forward")
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
 
@@ -66,7 +70,7 @@ class RoutedGenerator(RoutedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""
-        router, proceed = _active(self), super().generate  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedGenerator, self, "generate")
         if router is None or not router.enter():
             return proceed(*args, **kwargs)
         try:
@@ -77,7 +81,7 @@ class RoutedGenerator(RoutedModel):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs = own_method(RoutedGenerator, self, "prepare_inputs_for_generation")(*args, **kwargs)
         router = _active(self)
         if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
@@ -89,7 +93,7 @@ class RoutedBase(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedBase, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_base(router, proceed, args, kwargs)
 
 
@@ -98,7 +102,7 @@ class RoutedDecoder(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedDecoder, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_decoder(self, proceed, args, kwargs)
 
 
@@ -107,16 +111,16 @@ class RoutedDecoderLayer(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
-        forward = kwargs.pop(FORWARD, None)
+        forward, proceed = kwargs.pop(FORWARD, None), own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return proceed(*args, **kwargs)
         args = _enter_layer(self, forward, args, kwargs)
-        return _leave_layer(self, forward, super().__call__(*args, **kwargs))  # type: ignore[misc]
+        return _leave_layer(self, forward, proceed(*args, **kwargs))
 
 
 def _active(module: Any) -> Router | None:
     """The router of ``module``, unless compiled code may run without it."""
-    role = module._reroute
+    role = role_of(module)
     router: Router | None = None if role is None else role.router
     return None if router is None or (torch.compiler.is_compiling() and router.may_be_compiled()) else router
 
@@ -126,10 +130,12 @@ def _eager_throughout(function: Function) -> Function:
 
 
 @_eager
-def _run_model(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def _run_model(
+    router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs, *, has_labels: bool = True
+) -> Any:
     if not router.enter():
         return proceed(*args, **kwargs)
-    token = _labels.set((router, router.labels_of(args, kwargs)))
+    token = _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
     try:
         return proceed(*args, **kwargs)
     finally:
@@ -142,11 +148,11 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
     end = kwargs.pop(PROMPT_END, None)
     if not router.enter():
         return proceed(*args, **kwargs)
-    outer_labels, outer_forward, forward = _labels.get(), _forward.get(), None
-    labels = None if outer_labels is None or outer_labels[0] is not router else outer_labels[1]
+    given, outer_forward, forward = _labels.get(), _forward.get(), None
+    labels = None if given is None or given[0] is not router else given[1]
     try:
+        _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, kwargs, labels, end)
-        _labels.set(None)
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:
@@ -155,7 +161,6 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
         return output
     finally:
         _forward.set(outer_forward)
-        _labels.set(outer_labels)
         if forward is not None:
             forward.close()
         router.leave()

@@ -205,7 +205,7 @@ def _prompt_ends(prompt: Prompt, is_visual: Any, past: int) -> Sequence[int]:
         return [length] * batch
     ends = []
     for row, labels in zip(is_visual, prompt.labels.cpu().numpy(), strict=True):
-        picture = np.flatnonzero(row).max(initial=-1)
+        picture = np.flatnonzero(row).max() if row.any() else length  # without one nothing is ranked
         answer = np.flatnonzero(labels[picture + 1 :] != -100)
         # Labels from the picture on leave no question: then all of the text is the prompt.
         ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +95,14 @@ def generate(tiny: Tiny, prompts: Sequence[Sample] | dict[str, Tensor], tokens: 
     inputs = prompts if isinstance(prompts, dict) else tiny.inputs(prompts)
     given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **inputs, **settings}
     return tiny.model.generate(**given, max_new_tokens=tokens)
+
+
+def checkpointing(tiny: Tiny, *, use_reentrant: bool = False) -> Tiny:
+    """A copy that is set up for training under gradient checkpointing, which Transformers does not undo wholly."""
+    model = copy.deepcopy(tiny.model).train()
+    with warnings.catch_warnings(action="ignore"):  # the name that all releases know is deprecated
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return replace(tiny, model=model)
 
 
 def new_tokens(output: Any, prompt: int, b: int = 0) -> list[int]:

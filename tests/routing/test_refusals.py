@@ -318,19 +318,6 @@ def test_a_row_of_padding_only(tiny: Tiny) -> None:
     refuses(tiny, RerouteError, "Sample 1 has no prompt token", lambda: tiny.model(**given))
 
 
-def test_gradients(tiny: Tiny) -> None:
-    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
-    tiny.model.model.language_model.layers[0].mlp.down_proj.weight.requires_grad_(True)
-    try:
-        with enable(tiny, RULES[0]):
-            with pytest.raises(RerouteError, match=r"torch\.no_grad"):
-                tiny.model(**given)
-            with torch.no_grad():
-                tiny.model(**given)
-    finally:
-        tiny.model.requires_grad_(False)
-
-
 def test_pool_limit(tiny: Tiny) -> None:
     """25 rows of 64 floats need two pages of 16 rows; the limit is one page."""
     pool = PagedPool(64, torch.float32, "cpu", page_size=16, max_bytes=4096)

@@ -105,7 +105,7 @@ def guard(cache: Cache, floor: int) -> None:
     """
     layer: Any
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, GuardedLayer):
+        if type(layer) in (DynamicLayer, GuardedLayer) and layer.keys is not None:
             layer.__class__, layer.floor = GuardedLayer, floor
 
 
