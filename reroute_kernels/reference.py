@@ -50,7 +50,7 @@ class SelectMetadata:
     num_candidates: tuple[int, ...]
     num_texts: tuple[int, ...]
     k: tuple[int, ...]
-    on_device: Tensor | None = field(default=None, compare=False, repr=False)
+    on_device: Tensor | None = field(default=None, compare=False, repr=False, kw_only=True)
     flat: tuple[int, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,12 +125,13 @@ class Tiny:
             return torch.arange(len(sample))
         given = self.inputs([sample])
         kept = {k: given[k] for k in ("mm_token_type_ids", "image_grid_thw", "attention_mask") if k in given}
-        return self.model.model.get_rope_index(given["input_ids"], **kept)[0][:, 0]
+        positions: Tensor = self.model.model.get_rope_index(given["input_ids"], **kept)[0]
+        return positions[:, 0]
 
     def embeds(self, sample: Sample) -> Tensor:
         """What the decoder starts from, (L, C): embedded text and projected pictures."""
         ids = torch.tensor(sample.ids)
-        states = self.model.get_input_embeddings()(ids)
+        states: Tensor = self.model.get_input_embeddings()(ids)
         if sample.pixels:
             given = self.inputs([sample])
             grids = (given["image_grid_thw"],) if self.is_qwen else ()
@@ -228,7 +229,11 @@ def _special_tokens() -> dict[str, Any]:
     return {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
 
 
-BUILDERS = {"llava-mha": functools.partial(llava, kv_heads=4), "llava-gqa": llava, "qwen": qwen}
+BUILDERS: dict[str, Callable[..., Tiny]] = {
+    "llava-mha": functools.partial(llava, kv_heads=4),
+    "llava-gqa": llava,
+    "qwen": qwen,
+}
 NAMES = tuple(BUILDERS)
 
 

@@ -93,7 +93,7 @@ def predict(
     calls = [calls] if isinstance(calls, Sample) else list(calls)
     calls += [text(token) for token in then]
     whole = Sample(())
-    turns = []
+    turns: list[_Turn] = []
     for call in calls:
         start = len(whole)
         last = query if query is not None and not turns else len(call) - 1
@@ -184,7 +184,8 @@ def _block(layer: Any, states: Tensor, rope: tuple[Tensor, Tensor], allowed: Ten
     values = values.repeat_interleave(len(weights) // len(values), dim=0)
     mixed = (weights @ values).transpose(0, 1).flatten(1)
     states = states + attn.o_proj(mixed)
-    return states + layer.mlp(layer.post_attention_layernorm(states))
+    out: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return out
 
 
 def _attention(attn: Any, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
@@ -194,7 +195,7 @@ def _attention(attn: Any, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
     k = k.repeat_interleave(len(q) // len(k), dim=0)
 
     def weights(queries: list[int], keys: list[int], allowed: Tensor | None = None) -> Tensor:
-        logits = q[:, queries] @ k[:, keys].transpose(1, 2) * attn.scaling
+        logits: Tensor = q[:, queries] @ k[:, keys].transpose(1, 2) * attn.scaling
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.softmax(-1)
@@ -203,7 +204,8 @@ def _attention(attn: Any, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+    heads: Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads.transpose(0, 1)
 
 
 def _rope(decoder: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

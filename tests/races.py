@@ -167,7 +167,7 @@ class Gpu:
         return Stream(self, device)
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
-        here = vars(self._here)
+        here: dict[Any, Any] = vars(self._here)
         index: int = here.get("device", 0) if device is None or device.index is None else device.index
         stream: Stream = here.get(index, self._defaults[index])
         return stream
@@ -175,7 +175,7 @@ class Gpu:
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         """Make ``stream`` and its device the current ones."""
-        here = vars(self._here)
+        here: dict[Any, Any] = vars(self._here)
         before = dict(here)
         here.update({"device": stream.device.index, stream.device.index: stream})
         try:
@@ -248,7 +248,7 @@ class Watch(TorchDispatchMode):
     """Tells a ``Gpu`` of every operation."""
 
     def __init__(self, gpu: Gpu) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

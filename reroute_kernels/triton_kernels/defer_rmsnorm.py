@@ -36,18 +36,18 @@ def _defer_rmsnorm_kernel(
     """A program takes whole rows, every ``num_programs``-th."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < HIDDEN_SIZE
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(normed_ptr.dtype.element_ty)
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(normed_ptr.dtype.element_ty)  # [BLOCK_C]
     for pool_row in range(tl.program_id(0), count, tl.num_programs(0)):
         slot = tl.load(table_ptr + pool_row // PAGE_SIZE) * PAGE_SIZE + pool_row % PAGE_SIZE
         page_ptr = pages_ptr + slot * HIDDEN_SIZE
         compact_index = tl.load(inverse_ptr + pool_row)
         source_ptr = tl.where(compact_index < 0, page_ptr, hidden_ptr + compact_index * HIDDEN_SIZE)
-        x = tl.load(source_ptr + offs_c, mask=mask_c, other=0.0)
+        x = tl.load(source_ptr + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
         tl.store(page_ptr + offs_c, x, mask=offs_c < tl.where(compact_index < 0, 0, HIDDEN_SIZE))
         x_fp32 = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, 0) / HIDDEN_SIZE + eps)
         # Rounded before the weight, as models do it; of two dtypes as PyTorch promotes them.
-        y = (x_fp32 * rstd).to(x.dtype).to(normed_ptr.dtype.element_ty) * weight
+        y = (x_fp32 * rstd).to(x.dtype).to(normed_ptr.dtype.element_ty) * weight  # [BLOCK_C]
         tl.store(normed_ptr + tl.cast(pool_row, tl.int64) * HIDDEN_SIZE + offs_c, y, mask=mask_c)
 
 

@@ -45,9 +45,9 @@ def _row_indices(
     mask_load = (compact_index < count)[:, None] & (tl.arange(0, LANES) == 0)[None, :]
     row_ptrs = rows_ptr + compact_index[:, None] + tl.zeros([1, LANES], tl.int32)
     pool_row = tl.load(row_ptrs, mask=mask_load, other=-1).to(tl.int64)  # [BLOCK_ROWS, LANES]
-    page = tl.load(table_ptr + pool_row // PAGE_SIZE, mask=pool_row >= 0, other=0).to(tl.int64)
-    slot = tl.where(pool_row >= 0, page * PAGE_SIZE + pool_row % PAGE_SIZE, -1)
-    return compact_index, tl.max(pool_row, 1), tl.max(slot, 1)
+    page = tl.load(table_ptr + pool_row // PAGE_SIZE, mask=pool_row >= 0, other=0).to(tl.int64)  # [BLOCK_ROWS, LANES]
+    slot = tl.where(pool_row >= 0, page * PAGE_SIZE + pool_row % PAGE_SIZE, -1)  # [BLOCK_ROWS, LANES]
+    return compact_index, tl.max(pool_row, 1), tl.max(slot, 1)  # [BLOCK_ROWS] each
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _defer_kernel(
     start, mask_rows = tl.program_id(1) * BLOCK_UNITS, slot >= 0
     source_ptrs, mask = _tile(hidden_ptr, compact_index, mask_rows, start, ROW_UNITS, UNIT, BLOCK_UNITS)
     target_ptrs, _ = _tile(pages_ptr, slot, mask_rows, start, ROW_UNITS, UNIT, BLOCK_UNITS)
-    tl.store(target_ptrs, tl.load(source_ptrs, mask=mask), mask=mask)
+    tl.store(target_ptrs, tl.load(source_ptrs, mask=mask), mask=mask)  # [BLOCK_ROWS, BLOCK_UNITS]
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr", "rows_ptr"])
@@ -106,7 +106,9 @@ def _admit_kernel(
     if start < ROW_UNITS:
         source_ptrs, mask_source = _tile(pages_ptr, slot, slot >= 0, start, ROW_UNITS, UNIT, BLOCK_UNITS)
         target_ptrs, mask_target = _tile(hidden_ptr, compact_index, mask_rows, start, ROW_UNITS, UNIT, BLOCK_UNITS)
-        tl.store(target_ptrs, tl.load(source_ptrs, mask=mask_source, other=0), mask=mask_target)
+        tl.store(
+            target_ptrs, tl.load(source_ptrs, mask=mask_source, other=0), mask=mask_target
+        )  # [BLOCK_ROWS, BLOCK_UNITS]
     else:
         for block in range(NUM_AUX_BLOCKS):
             _gather(
@@ -139,7 +141,7 @@ def _gather(
     for i in tl.static_range(len(aux_ptrs)):
         source_ptrs, mask_source = _tile(
             aux_ptrs[i], pool_row, pool_row >= 0, start, AUX_ROW_UNITS[i], AUX_UNITS[i], AUX_BLOCK_UNITS
-        )
+        )  # [BLOCK_ROWS, AUX_BLOCK_UNITS]
         values = values + (tl.load(source_ptrs, mask=mask_source, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     for i in tl.static_range(len(aux_ptrs)):
         target_ptrs, mask_target = _tile(

@@ -40,7 +40,7 @@ def _load(ptrs, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.cons
     mask_d = mask[:, :, None]
     if COUNT < BLOCK_D:
         mask_d = mask_d & (offs_d < COUNT)[None, None, :]
-    return tl.load(ptrs[:, :, None] + (FIRST + offs_d)[None, None, :], mask=mask_d, other=0.0)
+    return tl.load(ptrs[:, :, None] + (FIRST + offs_d)[None, None, :], mask=mask_d, other=0.0)  # [a, b, BLOCK_D]
 
 
 @triton.jit
@@ -49,11 +49,11 @@ def _load_pairs(ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr)
     HALF: tl.constexpr = ROTARY_DIM // 2
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HALF) if HALF > 16 else 16
     if INTERLEAVED:
-        both = _load(ptrs, mask, 0, ROTARY_DIM, 2 * BLOCK_D)
+        both = _load(ptrs, mask, 0, ROTARY_DIM, 2 * BLOCK_D)  # [a, b, 2 * BLOCK_D]
         first, second = tl.split(both.reshape(both.shape[0], both.shape[1], BLOCK_D, 2))
     else:
-        first = _load(ptrs, mask, 0, HALF, BLOCK_D)
-        second = _load(ptrs, mask, HALF, HALF, BLOCK_D)
+        first = _load(ptrs, mask, 0, HALF, BLOCK_D)  # [a, b, BLOCK_D]
+        second = _load(ptrs, mask, HALF, HALF, BLOCK_D)  # [a, b, BLOCK_D]
     return first, second
 
 
@@ -61,10 +61,10 @@ def _load_pairs(ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr)
 def _load_angles(ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, dtype: tl.constexpr):
     """One number per rotary pair: the tables hold each at both places."""
     if INTERLEAVED:
-        angles, _ = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
+        angles, _ = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)  # [a, b, BLOCK_D]
     else:
         HALF: tl.constexpr = ROTARY_DIM // 2
-        angles = _load(ptrs, mask, 0, HALF, triton.next_power_of_2(HALF) if HALF > 16 else 16)
+        angles = _load(ptrs, mask, 0, HALF, triton.next_power_of_2(HALF) if HALF > 16 else 16)  # [a, b, BLOCK_D]
     return angles.to(dtype)
 
 
@@ -73,12 +73,16 @@ def _load_features(ptrs, mask, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     """Load features as (first halves, second halves, unrotated rest); a part that does not exist is left out."""
     BLOCK_REST: tl.constexpr = triton.next_power_of_2(HEAD_DIM - ROTARY_DIM) if HEAD_DIM - ROTARY_DIM > 16 else 16
     if ROTARY_DIM == HEAD_DIM:
-        parts = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
+        parts = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)  # [a, b, BLOCK_D] each
     elif ROTARY_DIM > 0:
-        first, second = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)
-        parts = (first, second, _load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST))
+        first, second = _load_pairs(ptrs, mask, ROTARY_DIM, INTERLEAVED)  # [a, b, BLOCK_D] each
+        parts = (
+            first,
+            second,
+            _load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST),  # [a, b, BLOCK_REST]
+        )
     else:
-        parts = (_load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST),)
+        parts = (_load(ptrs, mask, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, BLOCK_REST),)  # [a, b, BLOCK_REST]
     return parts
 
 
@@ -96,19 +100,19 @@ def _promoted(a, b):
 @triton.jit
 def _square(part):
     """Sum of squares over features, fp32."""
-    return tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)
+    return tl.sum(part.to(tl.float32) * part.to(tl.float32), 2)  # [a, b]
 
 
 @triton.jit
 def _normalise(parts, weights, eps, HEAD_DIM: tl.constexpr):
     """Root-mean-square norm over the D features; what pads them is zero and stays so."""
-    square = _square(parts[0])
+    square = _square(parts[0])  # [a, b]
     for i in tl.static_range(1, len(parts)):
         square += _square(parts[i])
-    factor = tl.rsqrt(square * (1 / HEAD_DIM) + eps)[:, :, None]
+    factor = tl.rsqrt(square * (1 / HEAD_DIM) + eps)[:, :, None]  # [a, b, 1]
     normed = ()
     for i in tl.static_range(len(parts)):  # in fp32 and rounded before the weight, as models do it
-        scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)
+        scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]
         scaled, weight = _promoted(scaled, weights[i])
         normed = normed + (scaled * weight,)  # type: ignore[assignment]  # noqa: RUF005
     return normed
@@ -119,8 +123,8 @@ def _rotate(parts, cos_ptrs, sin_ptrs, mask, ROTARY_DIM: tl.constexpr, INTERLEAV
     """In the dtype of the keys and rounded at every step, as the model's own rotation is."""
     if ROTARY_DIM > 0:
         first, second = parts[0], parts[1]
-        c = _load_angles(cos_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)
-        s = _load_angles(sin_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)
+        c = _load_angles(cos_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)  # [1, 1 or b, BLOCK_D]
+        s = _load_angles(sin_ptrs, mask, ROTARY_DIM, INTERLEAVED, first.dtype)  # [1, 1 or b, BLOCK_D]
         parts = (first * c - second * s, second * c + first * s) + parts[2:]  # noqa: RUF005
     return parts
 
@@ -132,10 +136,10 @@ def _add_products(logit, q, k):
     Both have been rotated in their own dtypes. Where these differ, or are wider, the products are those of fp32.
     """
     for i in tl.static_range(len(q)):
-        queries, rows = q[i], k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])
+        queries, rows = q[i], k[i].reshape(logit.shape[0], logit.shape[2], k[i].shape[2])  # [warps, rows, features]
         if queries.dtype != rows.dtype or rows.dtype == tl.float64:
             queries, rows = queries.to(tl.float32), rows.to(tl.float32)
-        logit = tl.dot(queries, rows.permute(0, 2, 1), logit, input_precision="ieee")
+        logit = tl.dot(queries, rows.permute(0, 2, 1), logit, input_precision="ieee")  # [warps, heads, rows]
     return logit
 
 
@@ -194,23 +198,25 @@ def _score_kernel(
         qo_head = (first_kv_head + tl.arange(0, NUM_WARPS) * KV_HEADS_PER_WARP)[:, None] * GROUP_SIZE + offs_h[None, :]
         mask_h = tl.broadcast_to((offs_h < KV_HEADS_PER_WARP * GROUP_SIZE)[None, :], NUM_WARPS, BLOCK_H)
         mask_one = tl.full([1, 1], 1, tl.int1)
-        query_row = tl.load(query_rows_ptr + sample) + tl.zeros([1, 1], tl.int64)
+        query_row = tl.load(query_rows_ptr + sample) + tl.zeros([1, 1], tl.int64)  # [1, 1]
         q = _load_features(
             query_ptr + sample.to(tl.int64) * stride_qb + qo_head * stride_qh, mask_h, HEAD_DIM, ROTARY_DIM, INTERLEAVED
-        )
+        )  # [NUM_WARPS, BLOCK_H, BLOCK_D] each
         q = _rotate(
             q, cos_ptr + query_row * stride_cos, sin_ptr + query_row * stride_sin, mask_one, ROTARY_DIM, INTERLEAVED
         )
         if norm_weight_ptr is not None:
             # + query_row * 0: a [1, 1] tensor of pointers, as _load_features takes rows.
-            weights = _load_features(norm_weight_ptr + query_row * 0, mask_one, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+            weights = _load_features(
+                norm_weight_ptr + query_row * 0, mask_one, HEAD_DIM, ROTARY_DIM, INTERLEAVED
+            )  # [1, 1, BLOCK_D] each
         out_ptrs = logits_ptr + (sample.to(tl.int64) * NUM_KV_HEADS * GROUP_SIZE + qo_head)[:, :, None] * stride_logits
         m_i = tl.full([NUM_WARPS, BLOCK_H], -float("inf"), tl.float32)
         l_i = tl.zeros([NUM_WARPS, BLOCK_H], tl.float32)
         for start_n in range(begin, tl.minimum(begin + step, length), BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)[None, :]
+            offs_n = start_n + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
             mask_n = offs_n < length
-            key_row = (start + offs_n).to(tl.int64)
+            key_row = (start + offs_n).to(tl.int64)  # [1, BLOCK_N]
             key_ptrs = keys_ptr + key_row * stride_kn + kv_head.to(tl.int64)[:, None] * stride_kh
             k = _load_features(
                 key_ptrs,
@@ -218,7 +224,7 @@ def _score_kernel(
                 HEAD_DIM,
                 ROTARY_DIM,
                 INTERLEAVED,
-            )
+            )  # [NUM_WARPS * KV_HEADS_PER_WARP, BLOCK_N, BLOCK_D] each
             if norm_weight_ptr is not None:
                 k = _normalise(k, weights, norm_eps, HEAD_DIM)
             k = _rotate(
@@ -229,9 +235,9 @@ def _score_kernel(
                 mask_own = (offs_h // GROUP_SIZE)[:, None] == tl.arange(0, KV_HEADS_PER_WARP)[None, :]
                 by_kv_head = logit.reshape(NUM_WARPS, BLOCK_H, KV_HEADS_PER_WARP, BLOCK_N)
                 logit = tl.sum(tl.where(mask_own[None, :, :, None], by_kv_head, 0.0), 2)
-            logit = tl.where(mask_n[:, None, :], logit * scale, -float("inf"))
+            logit = tl.where(mask_n[:, None, :], logit * scale, -float("inf"))  # [NUM_WARPS, BLOCK_H, BLOCK_N]
             tl.store(out_ptrs + offs_n[:, None, :], logit, mask=mask_h[:, :, None])  # whole tiles, for wide stores
-            m_new = tl.maximum(m_i, tl.max(logit, 2))
+            m_new = tl.maximum(m_i, tl.max(logit, 2))  # [NUM_WARPS, BLOCK_H]
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf minus -inf would be NaN
             l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(logit - m_safe[:, :, None]), 2)
             m_i = m_new

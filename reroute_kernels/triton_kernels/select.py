@@ -89,21 +89,21 @@ def _make_scores(
     """
     FUSED: tl.constexpr = NUM_SPLITS > 0
     offs_n = program * BLOCK_N - align_offset + tl.arange(0, BLOCK_N)
-    # Rows are asked for a tile ahead, and of the first tile with the statistics: one wait less.
+    # Rows [BLOCK_N] are asked for a tile ahead, and of the first tile with the statistics: one wait less.
     rows = tl.load(inputs.candidates_ptr + offs_n, mask=(offs_n >= 0) & (offs_n < inputs.n), other=0).to(tl.int32)
     if FUSED:
         m_i, weight = combine_splits(stats_ptr, stats_ptr + batch * NUM_SPLITS * NUM_QO_HEADS, num_splits, NUM_QO_HEADS)
     for _ in range(program * BLOCK_N - align_offset, inputs.n, num_score_programs * BLOCK_N):
         mask_n = (offs_n >= 0) & (offs_n < inputs.n)
         if FUSED:
-            score = head_mean(source_ptr, rows, mask_n, m_i, weight, stride_h, NUM_QO_HEADS)
+            score = head_mean(source_ptr, rows, mask_n, m_i, weight, stride_h, NUM_QO_HEADS)  # [BLOCK_N]
         else:
-            score = tl.load(source_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            score = tl.load(source_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)  # [BLOCK_N]
         key = to_ordered(score)
         tl.store(scores_ptr + offs_n, score, mask=mask_n)
         tl.store(state.keys_ptr + offs_n, key, mask=mask_n)
         offs_n += num_score_programs * BLOCK_N
-        rows = tl.load(inputs.candidates_ptr + offs_n, mask=offs_n < inputs.n, other=0).to(tl.int32)
+        rows = tl.load(inputs.candidates_ptr + offs_n, mask=offs_n < inputs.n, other=0).to(tl.int32)  # [BLOCK_N]
         histogram = tl.histogram(coarse_bucket(key, FUSED), COARSE_BUCKETS, mask=mask_n)
         tl.atomic_add(state.coarse_ptr + tl.arange(0, COARSE_BUCKETS), histogram, mask=histogram > 0, sem="relaxed")
 
@@ -114,8 +114,8 @@ def _make_scores(
 @triton.jit
 def _select_alone(inputs, outputs, state, FUSED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr):
     """Select from a row of up to CHUNK candidates whose scores are all there."""
-    rows = load_rows(inputs.candidates_ptr, 0, inputs.n, CHUNK)
-    texts = load_rows(inputs.texts_ptr, 0, inputs.m, BLOCK_T)
+    rows = load_rows(inputs.candidates_ptr, 0, inputs.n, CHUNK)  # [CHUNK]
+    texts = load_rows(inputs.texts_ptr, 0, inputs.m, BLOCK_T)  # [BLOCK_T]
     bucket_count, gt_count, min_key, max_key = collect(state, inputs.n, inputs.k, 0, FUSED, CHUNK, -1)
     tl.debug_barrier()  # the bucket keys are read by other threads
     offs = tl.arange(0, RADIX_BLOCK)
@@ -125,8 +125,8 @@ def _select_alone(inputs, outputs, state, FUSED: tl.constexpr, CHUNK: tl.constex
     )
     offs_n = tl.arange(0, CHUNK)
     # Read again, from the L1 cache: registers are short.
-    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < inputs.n, other=0)
-    mask_kept, rank = choose(key, offs_n < inputs.n, pivot, num_ties, 0, 0)
+    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < inputs.n, other=0)  # [CHUNK]
+    mask_kept, rank = choose(key, offs_n < inputs.n, pivot, num_ties, 0, 0)  # [CHUNK] each
     emit(inputs, outputs, rows, mask_kept, rank, texts, 0, CHUNK)
 
 

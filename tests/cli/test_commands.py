@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -16,7 +19,7 @@ from reroute.cli.scenes import pick
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.examples import examples
 from reroute.demo.tinyvlm.questions import KINDS
-from reroute.report.results import FAMILIES
+from reroute.report.results import FAMILIES, Results
 
 QUESTION = "Where is the leftmost digit?"
 
@@ -33,15 +36,16 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "page.html"
 
 
-def data_of(page: Path) -> list[dict]:
+def data_of(page: Path) -> list[dict[str, Any]]:
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"https?://(?!www\.w3\.org)", text)
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
-    return json.loads(found[1])["scenes"]
+    scenes: list[dict[str, Any]] = json.loads(found[1])["scenes"]
+    return scenes
 
 
-def test_help_needs_neither_torch_nor_transformers():
+def test_help_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from reroute.cli import main\n"
         "try: main(['--help'])\n"
@@ -53,7 +57,7 @@ def test_help_needs_neither_torch_nor_transformers():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_python_m_reroute_works():
+def test_python_m_reroute_works() -> None:
     done = subprocess.run([sys.executable, "-m", "reroute", "run"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "IMAGE" in done.stderr
@@ -62,7 +66,7 @@ def test_python_m_reroute_works():
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_a_healthy_machine(capsys, monkeypatch):
+def test_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REROUTE_BACKEND", raising=False)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -71,7 +75,9 @@ def test_doctor_finds_a_healthy_machine(capsys, monkeypatch):
     assert re.search(r"loads and routes: 4\d\.\d of 144", said)
 
 
-def test_doctor_says_what_to_do(capsys, monkeypatch, tmp_path):
+def test_doctor_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("REROUTE_BACKEND", "tritn")
     monkeypatch.setattr(tinyvlm, "CHECKPOINT", tmp_path)
     assert main(["doctor"]) == 1
@@ -81,8 +87,8 @@ def test_doctor_says_what_to_do(capsys, monkeypatch, tmp_path):
     assert "2 of 8 checks failed" in said
 
 
-def test_doctor_knows_old_packages(monkeypatch):
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=99", "nothing; extra == 'dev'"])
+def test_doctor_knows_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=99", "nothing; extra == 'dev'"])
     with pytest.raises(RuntimeError, match=r"torch .* too old"):
         doctor._packages()
 
@@ -90,7 +96,9 @@ def test_doctor_knows_old_packages(monkeypatch):
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def test_run_answers_three_ways_and_writes_the_page(picture, out, capsys):
+def test_run_answers_three_ways_and_writes_the_page(
+    picture: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", str(picture), QUESTION, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "where is the leftmost digit ?" in said
@@ -103,7 +111,9 @@ def test_run_answers_three_ways_and_writes_the_page(picture, out, capsys):
     assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "scene.png"]
 
 
-def test_run_can_do_one_action_of_a_model_in_a_folder(picture, out, capsys):
+def test_run_can_do_one_action_of_a_model_in_a_folder(
+    picture: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--model", str(tinyvlm.CHECKPOINT), "--method", "fastv", "--action", "route", "--keep", "0.2"]
     question = "where is the leftmost digit ?"
     assert main(["run", str(picture), question, *options, "--out", str(out)]) == 0
@@ -114,7 +124,7 @@ def test_run_can_do_one_action_of_a_model_in_a_folder(picture, out, capsys):
     assert data_of(out)[0]["dense"] is not None
 
 
-def test_run_shows_what_the_model_saw(tmp_path, out):
+def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
     wide = tmp_path / "wide.jpg"
     Image.new("RGB", (300, 100), "red").save(wide)
     assert main(["run", str(wide), "what is the red digit ?", "--out", str(out)]) == 0
@@ -135,7 +145,14 @@ def test_run_shows_what_the_model_saw(tmp_path, out):
         (["--out", "/proc/page.html"], r"Cannot write /proc/page.html"),
     ],
 )
-def test_run_refuses_in_one_sentence(options, says, picture, out, capsys, monkeypatch):
+def test_run_refuses_in_one_sentence(
+    options: list[str],
+    says: str,
+    picture: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main(["run", str(picture), QUESTION, "--out", str(out), *options]) == 2
     said = capsys.readouterr().err
@@ -153,16 +170,20 @@ def test_run_refuses_in_one_sentence(options, says, picture, out, capsys, monkey
         (".", None, "is a folder"),
     ],
 )
-def test_run_refuses_what_is_no_picture(name, content, says, picture, out, capsys):
+def test_run_refuses_what_is_no_picture(
+    name: str, content: bytes | str | None, says: str, picture: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = out.parent / name
     if content is not None:
-        path.write_bytes(picture.read_bytes()[:3000] if content == "cut" else content)
+        path.write_bytes(picture.read_bytes()[:3000] if isinstance(content, str) else content)
     assert main(["run", str(path), QUESTION, "--out", str(out)]) == 2
     assert says in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_run_refuses_models_and_questions_it_cannot_treat(picture, out, capsys):
+def test_run_refuses_models_and_questions_it_cannot_treat(
+    picture: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = out.parent / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
@@ -175,7 +196,9 @@ def test_run_refuses_models_and_questions_it_cannot_treat(picture, out, capsys):
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_prints_the_table_and_writes_the_page(out, capsys, monkeypatch):
+def test_demo_prints_the_table_and_writes_the_page(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "TIMED_PROMPTS", 1)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     assert main(["demo", "--questions", "2", "--out", str(out)]) == 0
@@ -190,19 +213,19 @@ def test_demo_prints_the_table_and_writes_the_page(out, capsys, monkeypatch):
     assert all(set(stage["back"]) <= set(stage["kept"]) for run in routes for stage in run["stages"])
 
 
-def test_demo_refuses_before_it_works(capsys, tmp_path):
+def test_demo_refuses_before_it_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "it is a folder" in capsys.readouterr().err
 
 
-def test_every_kind_gets_its_share():
-    families = Counter()
+def test_every_kind_gets_its_share() -> None:
+    families: Counter[str] = Counter()
     for kind, count in demo._counts(7).items():
         families[KINDS[kind].family] += count
     assert dict(families) == dict.fromkeys(FAMILIES, 7)
 
 
-def test_scenes_are_picked_for_and_against_routing(make_results):
+def test_scenes_are_picked_for_and_against_routing(make_results: Callable[..., Results]) -> None:
     results = make_results(lambda setup, family: 0.5)
     chosen = pick(results)
     kinds = [results.families[i] for i, _ in chosen]

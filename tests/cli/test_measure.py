@@ -9,7 +9,7 @@ from reroute.demo.tinyvlm.examples import examples
 from reroute.report import Setup
 
 
-def test_costs_are_means_over_prompts():
+def test_costs_are_means_over_prompts() -> None:
     """The dense model needs no other setup to be counted; nothing is timed less often than it."""
     model, processor = tinyvlm.load()
     single = [prompts(model, processor, [example]) for example in examples("test", {"attr": 2})]

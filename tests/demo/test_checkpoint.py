@@ -1,7 +1,10 @@
+from __future__ import annotations
+
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ COUNTS = {"attr": 3, "hop": 2, "col": 2, "riddle": 1}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained checkpoint."""
     path = tmp_path_factory.mktemp("export") / "checkpoint"
     export.write(architecture.build(architecture.config(2, 32, 1), seed=0), path)
@@ -29,12 +32,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "copy")
-    return tmp_path / "copy"
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy")
 
 
-def test_export_keeps_the_weights(folder):
+def test_export_keeps_the_weights(folder: Path) -> None:
     model = architecture.build(architecture.config(2, 32, 1), seed=0)
     loaded, _ = tinyvlm.load(checkpoint=folder)
     assert not loaded.training
@@ -44,7 +46,7 @@ def test_export_keeps_the_weights(folder):
     assert all(torch.equal(before[k].half().float(), after[k]) for k in before)
 
 
-def test_processor_makes_the_prompts_of_the_training(folder):
+def test_processor_makes_the_prompts_of_the_training(folder: Path) -> None:
     model, processor = tinyvlm.load(checkpoint=folder)
     chosen = examples("validation", COUNTS)
     inputs = prompts(model, processor, chosen)
@@ -55,25 +57,26 @@ def test_processor_makes_the_prompts_of_the_training(folder):
     assert inputs["pixel_values"].shape == (len(chosen), 3, 96, 96)
     assert float(inputs["pixel_values"].min()) >= -1
     assert float(inputs["pixel_values"].max()) <= 1
-    assert processor.decode(vocab.tokens(["<3>", "seven"])).strip() == "<3> seven"
+    text = processor.decode(vocab.tokens(["<3>", "seven"]))  # type: ignore[no-untyped-call]
+    assert text.strip() == "<3> seven"
 
 
-def test_batched_answers_equal_single_ones(folder):
+def test_batched_answers_equal_single_ones(folder: Path) -> None:
     model, processor = tinyvlm.load(checkpoint=folder)
     chosen = examples("validation", COUNTS)
-    done = []
+    done: list[int] = []
     batched = answers(model, processor, chosen, batch_size=3, progress=done.append)
     assert done == [3, 6, 8]
     assert batched == answers(model, processor, chosen, batch_size=1)
 
 
-def test_dtype_and_attention_are_passed_on(folder):
+def test_dtype_and_attention_are_passed_on(folder: Path) -> None:
     model, _ = tinyvlm.load(torch.bfloat16, "eager", checkpoint=folder)
     assert model.dtype == torch.bfloat16
-    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.get_text_config()._attn_implementation == "eager"
 
 
-def test_depth_probe(folder):
+def test_depth_probe(folder: Path) -> None:
     model, processor = tinyvlm.load(attn_implementation="eager", checkpoint=folder)
     shares = probes.depth(model, processor, examples("validation", COUNTS))
     assert set(shares) == {
@@ -84,27 +87,27 @@ def test_depth_probe(folder):
     assert all(len(v) == 2 and all(0 <= x <= 1 for x in v) for v in shares.values())
 
 
-def test_missing_checkpoint(tmp_path):
+def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train the model again"):
         tinyvlm.load(checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_missing_file_is_named(copy, name):
+def test_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         tinyvlm.load(checkpoint=copy)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_truncated_file_is_refused(copy, name):
+def test_truncated_file_is_refused(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be loaded.*Reinstall"):
         tinyvlm.load(checkpoint=copy)
 
 
-def test_weights_of_another_model_are_refused(copy):
+def test_weights_of_another_model_are_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
@@ -112,7 +115,7 @@ def test_weights_of_another_model_are_refused(copy):
         tinyvlm.load(checkpoint=copy)
 
 
-def test_import_is_cheap():
+def test_import_is_cheap() -> None:
     # The module alone: what its parent package imports is not its business.
     code = (
         "import runpy, sys; runpy.run_path(sys.argv[1]); "
@@ -122,7 +125,7 @@ def test_import_is_cheap():
 
 
 @shipped
-def test_shipped_checkpoint_is_complete_and_small():
+def test_shipped_checkpoint_is_complete_and_small() -> None:
     files = [path for path in tinyvlm.CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16 * 2**20
     config = json.loads((tinyvlm.CHECKPOINT / "config.json").read_text())
@@ -131,8 +134,8 @@ def test_shipped_checkpoint_is_complete_and_small():
 
 
 @shipped
-def test_shipped_checkpoint_answers():
+def test_shipped_checkpoint_answers() -> None:
     model, processor = tinyvlm.load()
-    assert model.config.text_config.num_hidden_layers == architecture.LAYERS
+    assert model.config.get_text_config().num_hidden_layers == architecture.LAYERS
     outcomes = evaluate(model, processor, examples("validation", {"col": 24, "cls": 24}))
     assert sum(outcome.correct for outcome in outcomes) / len(outcomes) > 0.7

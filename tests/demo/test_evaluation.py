@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,11 @@ FEW = dict.fromkeys(COUNTS, 4)
 
 
 @pytest.fixture(scope="module")
-def few():
+def few() -> list[Example]:
     return examples("validation", FEW)
 
 
-def test_examples_are_deterministic(few):
+def test_examples_are_deterministic(few: list[Example]) -> None:
     again = examples("validation", FEW)
     for a, b in zip(few, again, strict=True):
         assert (a.question, a.answer, a.box, a.digits) == (b.question, b.answer, b.box, b.digits)
@@ -24,13 +26,13 @@ def test_examples_are_deterministic(few):
     assert [e.box for e in examples("train", FEW)] != [e.box for e in few]
 
 
-def test_fewer_examples_are_the_first_ones(few):
+def test_fewer_examples_are_the_first_ones(few: list[Example]) -> None:
     hops = [e for e in few if e.kind == "hop"]
     alone = examples("validation", {"hop": 2})
     assert [(e.question, e.box) for e in alone] == [(e.question, e.box) for e in hops[:2]]
 
 
-def test_examples_say_what_they_are(few):
+def test_examples_say_what_they_are(few: list[Example]) -> None:
     assert [e.kind for e in few] == [kind for kind in FEW for _ in range(4)]
     assert {e.family for e in few} == {
         *("one-hop grounding", "two-hop grounding", "one-hop VQA", "two-hop VQA"),
@@ -41,16 +43,16 @@ def test_examples_say_what_they_are(few):
         assert e.image.mode == "RGB"
         assert (e.box is None) == (e.target is None)
         assert (e.referent is not None) == (KINDS[e.kind].hops == 2)
-        if e.box is not None:
+        if e.target is not None:
             assert e.box == tuple(e.digits[e.target].box)
 
 
-def test_unknown_kind_lists_the_known_ones():
+def test_unknown_kind_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="known kinds are attr, ext, hop"):
         examples("validation", {"nonsense": 1})
 
 
-def test_gold_answers_are_right(few):
+def test_gold_answers_are_right(few: list[Example]) -> None:
     for e in few:
         outcome = score(e, e.answer)
         assert outcome.correct
@@ -62,7 +64,7 @@ def test_gold_answers_are_right(few):
             assert outcome.iou is None
 
 
-def test_wrong_answers_are_wrong(few):
+def test_wrong_answers_are_wrong(few: list[Example]) -> None:
     for e in few:
         for text in ("", "?", "<1> <2>", "<31> <31> <31> <31>", "<9> <9> <3> <3>", "dots dots"):
             if not text.startswith(e.answer):
@@ -73,7 +75,7 @@ def test_wrong_answers_are_wrong(few):
     assert probes.pointed_at(hop, "seven") == "no object"
 
 
-def test_tally_and_summaries(few):
+def test_tally_and_summaries(few: list[Example]) -> None:
     counted = tally([Outcome(True, 0.8), Outcome(False, 0.2), Outcome(True, 0.6), Outcome(True, 1)])
     assert (counted.n, counted.accuracy) == (4, 0.75)
     assert counted.standard_error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
@@ -87,7 +89,7 @@ def test_tally_and_summaries(few):
     assert summarise_kinds(few, outcomes)["attr"].accuracy == 1
 
 
-def test_baselines(few):
+def test_baselines(few: list[Example]) -> None:
     found = probes.baselines(few)
     assert set(found) == {"attr", "ext", "hop", "hopext", "riddle"}
     attr = [e for e in few if e.kind == "attr"]
@@ -98,7 +100,7 @@ def test_baselines(few):
     assert "ignores the referent" not in found["riddle"]
 
 
-def test_tables(few):
+def test_tables(few: list[Example]) -> None:
     texts = [e.answer for e in few]
     outcomes = [score(e, text) for e, text in zip(few, texts, strict=True)]
     assert "| one-hop VQA | 20 | 100.0 ± 0.0 |  |" in probes.accuracy_table("family", summarise(few, outcomes))

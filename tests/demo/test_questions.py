@@ -1,17 +1,19 @@
 """Every question is answered again by a solver that knows only the text and the scene."""
 
+from __future__ import annotations
+
 import re
 
 import numpy as np
 import pytest
 
 from reroute.demo.tinyvlm.boxes import to_bins
-from reroute.demo.tinyvlm.questions import KINDS, MARGIN, ask
-from reroute.demo.tinyvlm.scenes import draw
+from reroute.demo.tinyvlm.questions import KINDS, MARGIN, Question, ask
+from reroute.demo.tinyvlm.scenes import Digit, Scene, draw
 from reroute.demo.tinyvlm.vocabulary import COLOURS, DIGITS, TEXTURES, TOKENS
 
 
-def find(scene, phrase):
+def find(scene: Scene, phrase: str) -> list[Digit]:
     """Digits that a phrase such as "leftmost red digit" or "two plus five" may mean."""
     words = phrase.split()
     if "like" in words:
@@ -38,7 +40,7 @@ def find(scene, phrase):
     return found
 
 
-def solve(scene, text):
+def solve(scene: Scene, text: str) -> tuple[str, ...]:
     """The answer of a question in words."""
     if match := re.fullmatch(r"where is the (.*) \?", text):
         (digit,) = find(scene, match[1])
@@ -61,9 +63,9 @@ def solve(scene, text):
     return (DIGITS[len(find(scene, match[1]))],)
 
 
-def collect(kind, count=150):
+def collect(kind: str, count: int = 150) -> list[tuple[Scene, Question]]:
     rng = np.random.default_rng(3)
-    found = []
+    found: list[tuple[Scene, Question]] = []
     for index in range(count):
         scene = draw(rng, "validation", (3, 8), paired=bool(index % 2))
         found += [(scene, question) for question in ask(scene, kind, rng)]
@@ -71,7 +73,7 @@ def collect(kind, count=150):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_answer_is_the_only_right_one(kind):
+def test_every_answer_is_the_only_right_one(kind: str) -> None:
     found = collect(kind)
     assert len(found) >= 60
     for scene, question in found:
@@ -80,13 +82,16 @@ def test_every_answer_is_the_only_right_one(kind):
         assert all(word in TOKENS for word in question.text.split())
         assert len(question.answer) == (4 if KINDS[kind].answer == "box" else 1)
         if KINDS[kind].answer == "box":
+            assert question.target is not None
             target = scene.digits[question.target]
             assert question.answer == tuple(f"<{value}>" for value in to_bins(target.box))
 
 
 @pytest.mark.parametrize("kind", [kind for kind, about in KINDS.items() if about.hops == 2])
-def test_two_hop_questions_go_through_another_digit(kind):
+def test_two_hop_questions_go_through_another_digit(kind: str) -> None:
     for scene, question in collect(kind, 40):
+        assert question.target is not None
+        assert question.referent is not None
         target, referent = scene.digits[question.target], scene.digits[question.referent]
         assert target is not referent
         assert target.colour == referent.colour
@@ -94,7 +99,7 @@ def test_two_hop_questions_go_through_another_digit(kind):
         assert not {COLOURS[target.colour], DIGITS[target.label]} & set(words)
 
 
-def test_texts_of_a_kind_are_distinct():
+def test_texts_of_a_kind_are_distinct() -> None:
     rng = np.random.default_rng(4)
     for index in range(60):
         scene = draw(rng, "train", (4, 8), paired=bool(index % 2))
@@ -103,12 +108,12 @@ def test_texts_of_a_kind_are_distinct():
             assert len(set(texts)) == len(texts)
 
 
-def test_existence_is_asked_evenly():
+def test_existence_is_asked_evenly() -> None:
     answers = [question.answer[0] for _, question in collect("exist", 300)]
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
 
 
-def test_riddles_use_both_operators_and_many_results():
+def test_riddles_use_both_operators_and_many_results() -> None:
     texts = [question.text for _, question in collect("riddle", 300)]
     plus = sum("plus" in text for text in texts) / len(texts)
     assert 0.25 < plus < 0.6

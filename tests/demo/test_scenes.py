@@ -1,14 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from reroute.demo.tinyvlm import digits
 from reroute.demo.tinyvlm.boxes import BIN, from_bins, to_bins
+from reroute.demo.tinyvlm.digits import Split
 from reroute.demo.tinyvlm.scenes import (
     GAP,
     GRID,
     PATCH,
     RGB,
     SIDE,
+    Scene,
     coverage,
     draw,
 )
@@ -16,12 +22,12 @@ from reroute.demo.tinyvlm.scenes import (
 SPLITS = tuple(digits.SPLITS)
 
 
-def scenes(count=40, split="validation", seed=0):
+def scenes(count: int = 40, split: Split = "validation", seed: int = 0) -> list[Scene]:
     rng = np.random.default_rng(seed)
     return [draw(rng, split, (4, 8), paired=bool(i % 2)) for i in range(count)]
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_are_those_of_scikit_learn() -> None:
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     source = datasets.load_digits()
     images, labels = digits.load()
@@ -30,7 +36,7 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_array_equal(labels, source.target)
 
 
-def test_written_file_is_the_shipped_one(tmp_path):
+def test_written_file_is_the_shipped_one(tmp_path: Path) -> None:
     pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     digits.write(tmp_path / "digits.npz")
     with np.load(tmp_path / "digits.npz") as fresh:
@@ -38,16 +44,16 @@ def test_written_file_is_the_shipped_one(tmp_path):
         np.testing.assert_array_equal(fresh["labels"], digits.load()[1])
 
 
-def test_splits_share_no_image_and_cover_all():
+def test_splits_share_no_image_and_cover_all() -> None:
     used = [index for split in SPLITS for k in range(10) for index in digits.indices(split, k)]
     assert sorted(used) == list(range(1797))
 
 
-def test_splits_hold_every_class():
+def test_splits_hold_every_class() -> None:
     assert all(len(digits.indices(split, k)) >= 20 for split in SPLITS for k in range(10))
 
 
-def test_no_image_of_a_split_is_a_copy_of_another_splits():
+def test_no_image_of_a_split_is_a_copy_of_another_splits() -> None:
     images = digits.load()[0].reshape(1797, -1)
     distinct = [{row.tobytes() for row in images[r.start : r.stop]} for r in digits.SPLITS.values()]
     assert not distinct[0] & distinct[1]
@@ -55,13 +61,13 @@ def test_no_image_of_a_split_is_a_copy_of_another_splits():
     assert not distinct[1] & distinct[2]
 
 
-def test_unknown_split_lists_the_known_ones():
+def test_unknown_split_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="train, validation, test"):
         digits.indices("dev", 3)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_scene_follows_from_the_seed(split):
+def test_scene_follows_from_the_seed(split: Split) -> None:
     for a, b in zip(scenes(6, split, 5), scenes(6, split, 5), strict=True):
         assert a.digits == b.digits
         assert a.texture == b.texture
@@ -69,7 +75,7 @@ def test_scene_follows_from_the_seed(split):
     assert scenes(1, split, 6)[0].digits != scenes(1, split, 5)[0].digits
 
 
-def test_scene_is_well_formed():
+def test_scene_is_well_formed() -> None:
     for scene in scenes() + scenes(split="train"):
         assert scene.pixels.shape == (SIDE, SIDE, 3)
         assert scene.pixels.dtype == np.float32
@@ -84,7 +90,7 @@ def test_scene_is_well_formed():
                 assert x0 - u1 >= GAP or u0 - x1 >= GAP or y0 - v1 >= GAP or v0 - y1 >= GAP
 
 
-def test_boxes_hold_the_ink():
+def test_boxes_hold_the_ink() -> None:
     # The pixels most like the digit's colour, in its box, against a ring around the box.
     for scene in scenes(20):
         for digit in scene.digits:
@@ -97,7 +103,7 @@ def test_boxes_hold_the_ink():
                 assert edge.min() < np.median(distance)
 
 
-def test_paired_scenes_have_distinct_classes_and_a_pair():
+def test_paired_scenes_have_distinct_classes_and_a_pair() -> None:
     rng = np.random.default_rng(1)
     with_pair = 0
     for _ in range(50):
@@ -110,7 +116,7 @@ def test_paired_scenes_have_distinct_classes_and_a_pair():
     assert with_pair >= 48  # a crowded scene may lose a digit
 
 
-def test_bins_keep_a_box_to_within_a_bin():
+def test_bins_keep_a_box_to_within_a_bin() -> None:
     for scene in scenes():
         for digit in scene.digits:
             back = from_bins(to_bins(digit.box))
@@ -118,12 +124,12 @@ def test_bins_keep_a_box_to_within_a_bin():
             assert to_bins(back) == to_bins(digit.box)
 
 
-def test_coverage_adds_up_to_the_box():
+def test_coverage_adds_up_to_the_box() -> None:
     for scene in scenes(10):
         for digit in scene.digits:
             x0, y0, x1, y1 = digit.box
             share = coverage(digit.box)
             assert share.shape == (GRID, GRID)
             assert share.sum() * PATCH**2 == pytest.approx((x1 - x0) * (y1 - y0))
-            row, column = (y0 + y1) // 2 // PATCH, (x0 + x1) // 2 // PATCH
+            row, column = (int(low + high) // 2 // PATCH for low, high in ((y0, y1), (x0, x1)))
             assert share[row, column] > 0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import reroute
+from reroute.core.schedule import Action
 
 HERE = Path(__file__).parent
 CASES = ("llava_reroute", "llava_pdrop_remove", "qwen2_5_vl_reroute")
@@ -30,7 +31,7 @@ class Case:
     inputs: dict[str, Tensor]
     layers: tuple[int, ...]
     ratios: tuple[float, ...]
-    action: str
+    action: Action
     tokens: list[int]
     kv_lengths: list[int]
     kept: list[Tensor]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tensors import padded
 from torch import Tensor
 
-from reroute_kernels import AttentionSpec, RopeTables, Selection, SelectMetadata, SelectRows, reference
+from reroute_kernels import AttentionSpec, Rope, RopeTables, Selection, SelectMetadata, SelectRows, reference
 
 PAGE = 64
 
@@ -22,45 +24,75 @@ def split(length: int, candidates: int, *, gaps: int = 0) -> tuple[Tensor, Tenso
     return chosen.sort().values, texts.sort().values
 
 
-def decision(
-    lengths: list[int],
-    counts: list[int],
-    keep: list[int],
-    device: torch.device,
-    *,
-    heads: int = 4,
-    groups: int = 2,
-    features: int = 16,
-    rot: int | None = None,
-    rope: Any = "half",
-    dtype: torch.dtype = torch.float32,
-    table_dtype: torch.dtype | None = None,
-    gaps: int = 0,
-    poison: float = 0.0,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of score_topk. Samples start on pages of their own, and page tails hold ``poison``."""
-    rot = features if rot is None else rot
-    pages = [-(-length // PAGE) for length in lengths]
-    starts = [PAGE * sum(pages[:b]) for b in range(len(pages))]
-    total = max(PAGE * sum(pages), 1)
-    keys = torch.full((total, groups, features), poison)
-    angles = torch.full((total, rot // 2), poison)
-    for start, length in zip(starts, lengths, strict=True):
-        keys[start : start + length] = torch.randn(length, groups, features)
-        angles[start : start + length] = torch.randn(length, rot // 2) * 3
-    query = torch.randn(len(lengths), heads, features) * 2
-    both = angles.repeat_interleave(2, -1) if rope == "interleaved" else angles.repeat(1, 2)
-    cos, sin = (t.to(table_dtype or dtype).to(device) for t in (both.cos(), both.sin()))
-    # The query's own row is the last one in a prefill; no kernel may take that for granted.
-    last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
-    parts = [split(length, n, gaps=gaps) for length, n in zip(lengths, counts, strict=True)]
-    candidates, texts = (padded([part[i] for part in parts], device=device) for i in (0, 1))
-    metadata = SelectMetadata(
-        tuple(starts), tuple(lengths), tuple(counts), tuple(len(t) for _, t in parts), tuple(keep)
-    )
-    rows = SelectRows(candidates, texts, torch.arange(total, device=device) % 97, metadata)
-    tensors = query.to(dtype).to(device), keys.to(dtype).to(device)
-    return (*tensors, RopeTables(cos, sin, last.to(device)), rows), {"spec": AttentionSpec(features**-0.5, rope)}
+@dataclass(frozen=True)
+class ScoreShape:
+    """Of a model's attention: H query heads and G key/value heads of D features, of which the first are rotated."""
+
+    num_qo_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    rotary_dim: int | None = None  # all of them
+    rope: Rope = "half"
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        """For test ids."""
+        return "-".join(str(getattr(self, field.name)).removeprefix("torch.") for field in fields(self))
+
+
+class ScoreInputs(NamedTuple):
+    """Arguments of ``score_topk``."""
+
+    query: Tensor
+    keys: Tensor
+    tables: RopeTables
+    rows: SelectRows
+    spec: AttentionSpec
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """One decision of a ragged batch, from the attention of random queries.
+
+    lengths, num_candidates, k: of each sample. table_dtype: of cos and sin, else that of the shape. gaps: rows of each
+    sample that are neither candidate nor text. poison: what the tails of pages hold.
+    """
+
+    lengths: Sequence[int]
+    num_candidates: Sequence[int]
+    k: Sequence[int]
+    shape: ScoreShape = ScoreShape()
+    table_dtype: torch.dtype | None = None
+    gaps: int = 0
+    poison: float = 0.0
+
+    def inputs(self, device: torch.device) -> ScoreInputs:
+        """New values. Samples start on pages of their own."""
+        shape, lengths, batch = self.shape, self.lengths, len(self.lengths)
+        rotary_dim = shape.head_dim if shape.rotary_dim is None else shape.rotary_dim
+        pages = [-(-length // PAGE) for length in lengths]
+        starts = [PAGE * sum(pages[:b]) for b in range(batch)]
+        total = max(PAGE * sum(pages), 1)
+        keys = torch.full((total, shape.num_kv_heads, shape.head_dim), self.poison)
+        angles = torch.full((total, rotary_dim // 2), self.poison)
+        for start, length in zip(starts, lengths, strict=True):
+            keys[start : start + length] = torch.randn(length, shape.num_kv_heads, shape.head_dim)
+            angles[start : start + length] = torch.randn(length, rotary_dim // 2) * 3
+        query = torch.randn(batch, shape.num_qo_heads, shape.head_dim) * 2
+        both = angles.repeat_interleave(2, -1) if shape.rope == "interleaved" else angles.repeat(1, 2)
+        cos, sin = (t.to(self.table_dtype or shape.dtype).to(device) for t in (both.cos(), both.sin()))
+        # The query's own row is the last one in a prefill; no kernel may take that for granted.
+        last = torch.tensor([s + int(torch.randint(max(n, 1), ())) for s, n in zip(starts, lengths, strict=True)])
+        parts = [split(length, n, gaps=self.gaps) for length, n in zip(lengths, self.num_candidates, strict=True)]
+        candidates, texts = (padded([part[i] for part in parts], device=device) for i in (0, 1))
+        counts = starts, lengths, self.num_candidates, [len(t) for _, t in parts], self.k
+        return ScoreInputs(
+            query.to(shape.dtype).to(device),
+            keys.to(shape.dtype).to(device),
+            RopeTables(cos, sin, last.to(device)),
+            SelectRows(candidates, texts, torch.arange(total, device=device) % 97, SelectMetadata(*map(tuple, counts))),
+            AttentionSpec(shape.head_dim**-0.5, shape.rope),
+        )
 
 
 class StageBoundary:
@@ -70,8 +102,8 @@ class StageBoundary:
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
-        random = lambda *shape: torch.randn(*shape, device=device)
-        integers = lambda *values: torch.tensor(values, device=device)
+        random: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, device=device)
+        integers: Callable[..., Tensor] = lambda *values: torch.tensor(values, device=device)
         self.pages, self.table = random(5, 8, 16), integers(4, 0, 2)
         self.rows = integers([0, 1, 2, 3, 12, 13], [-1, -1, -1, 16, 17, 18])
         angles = random(24, self.head_dim // 2).repeat(1, 2)  # each at both places of its pair
@@ -144,6 +176,6 @@ def same(got: Selection, wanted: Selection) -> None:
         assert torch.equal(a, b)
 
 
-def exact(arguments: tuple[Any, ...], got: Selection) -> None:
-    """The selection is that of a stable sort of the kernel's own scores. arguments: those of score_topk."""
-    same(got, reference.select(got.scores, arguments[3]))
+def exact(rows: SelectRows, got: Selection) -> None:
+    """The selection is that of a stable sort of the kernel's own scores."""
+    same(got, reference.select(got.scores, rows))

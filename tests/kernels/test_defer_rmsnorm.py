@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class Running:
 def running(lease: Lease, active: list[Tensor], scale: float = 3.0) -> Running:
     """Rows ``active`` of each sample ran, in any order; whatever the lease holds becomes random."""
     device, dtype, features = lease.pages.device, lease.pages.dtype, lease.pages.shape[2]
-    random = lambda *shape: (torch.randn(*shape, features) * scale).to(dtype).to(device)
+    random: Callable[..., Tensor] = lambda *shape: (torch.randn(*shape, features) * scale).to(dtype).to(device)
     lease.pages[lease.table] = random(*lease.table.shape, lease.pages.shape[1])
     rows = padded([picked + start for start, picked in zip(lease.starts, active, strict=True)], align="right")
     inverse = torch.full((lease.num_rows,), -1)

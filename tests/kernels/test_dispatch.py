@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import pytest
 import torch
@@ -72,6 +72,10 @@ def all_kernels() -> list[str]:
     )
 
 
+@overload
+def pretend(monkeypatch: pytest.MonkeyPatch, gpu: str, installed: str) -> Machine: ...
+@overload
+def pretend(monkeypatch: pytest.MonkeyPatch, gpu: str | None, installed: str | None) -> Machine | None: ...
 def pretend(monkeypatch: pytest.MonkeyPatch, gpu: str | None, installed: str | None) -> Machine | None:
     """This machine has this GPU and this release of triton."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)

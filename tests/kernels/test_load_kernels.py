@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from cases import decision, same
+from cases import ScoreCase, same
 
 from reroute_kernels import Backend, LoadedKernel, WarmUp, load_kernels, reference
 from reroute_kernels.testing.compile_only import new_device
 
 CPU = torch.device("cpu")
-NEW, CACHED, OLD = "compiled", "from Triton's cache", "loaded before"
+NEW: Final = "compiled"
+CACHED: Final = "from Triton's cache"
+OLD: Final = "loaded before"
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backend:
 
 
 def select(backend: Backend, visual: int) -> None:
-    arguments, _ = decision([visual + 4], [visual], [visual // 2], CPU)
-    backend.select(torch.zeros(1, visual), arguments[3])
+    rows = ScoreCase([visual + 4], [visual], [visual // 2]).inputs(CPU).rows
+    backend.select(torch.zeros(1, visual), rows)
 
 
 def test_the_shortest_row_of_each_kernel() -> None:
@@ -62,8 +64,7 @@ def test_of_batches_only_that_of_one_prompt_is_a_class() -> None:
 
     with new_device() as compiled:
         for batch in (1, 2, 3, 16, 17, 32):
-            arguments, named = decision([9] * batch, [4] * batch, [2] * batch, CPU)
-            score.score_topk(*arguments, **named)
+            score.score_topk(*ScoreCase([9] * batch, [4] * batch, [2] * batch).inputs(CPU))
     assert sorted(c.kernel for c in compiled) == ["_score_kernel", "_score_kernel", "_select_kernel"]
 
 
@@ -162,14 +163,14 @@ def test_launches_of_a_warm_up_are_right(executor: Any, device: torch.device, mo
     if executor.kind != "cuda":
         monkeypatch.setattr(select, "MAX_ONE_PROGRAM", 1024)
     torch.manual_seed(0)
-    arguments, named = decision([40, 20], [30, 0], [9, 0], device)
+    inputs = ScoreCase([40, 20], [30, 0], [9, 0]).inputs(device)
     results = []
     report = load_kernels(
         Backend.of("triton", "asked for", ops),
         1025,
         2,
-        lambda backend: results.append(backend.score_topk(*arguments, **named)),
+        lambda backend: results.append(backend.score_topk(*inputs)),
     )
-    same(results[0], ops.score_topk(*arguments, **named))
+    same(results[0], ops.score_topk(*inputs))
     if executor.kind != "interpreter":  # which compiles nothing
         assert len(report.kernels) == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +128,7 @@ def test_fake_tensors_are_refused_like_real_ones(ops: Any, executor: Any) -> Non
 def test_cuda_graph(ops: Any, executor: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU nothing is captured, but neither is anything uploaded."""
     boundary = StageBoundary(device)
-    run = lambda: boundary.step(ops, boundary.pages, boundary.hidden)
+    run: Callable[[], Any] = lambda: boundary.step(ops, boundary.pages, boundary.hidden)
     if executor.kind == "cuda":
         run = captured(run)
     else:

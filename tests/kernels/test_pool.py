@@ -117,7 +117,8 @@ def test_a_lease_ends_with_its_block_and_only_once() -> None:
         lease.release()
         assert pool.stats().pages_in_use == 1
         assert other.num_rows == PAGE
-    for use in (lambda: lease.pages, lambda: lease.table, lease.rows):
+    uses: list[Callable[[], object]] = [lambda: lease.pages, lambda: lease.table, lease.rows]
+    for use in uses:
         with pytest.raises(RuntimeError, match="was released"):
             use()
 
@@ -136,8 +137,9 @@ def test_a_lease_ends_with_its_block_and_only_once() -> None:
     ],
 )
 def test_bad_pools_are_refused(arguments: dict[str, Any], match: str) -> None:
+    usual: dict[str, Any] = {"width": 8, "dtype": torch.float32, "device": "cpu"}
     with pytest.raises(ValueError, match=match):
-        PagedPool(**{"width": 8, "dtype": torch.float32, "device": "cpu", **arguments})
+        PagedPool(**usual | arguments)
 
 
 def test_bad_lengths_are_refused() -> None:

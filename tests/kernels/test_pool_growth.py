@@ -31,7 +31,7 @@ errors = pytest.mark.parametrize("error", FULL, ids=["GPU", "CPU"])
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it with the number of pages for which there is room, until they are given back."""
-    empty, used = torch.empty, []
+    empty, used = torch.empty, list[int]()
 
     def limit(pages: int, error: type[RuntimeError] = torch.OutOfMemoryError) -> None:
         def limited(size: Any, **options: Any) -> torch.Tensor:

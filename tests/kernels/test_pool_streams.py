@@ -289,8 +289,12 @@ def test_an_upload_to_a_gpu_never_waits(gpu: Gpu, integers: Any, monkeypatch: py
         copies.append((tensor, device.type, non_blocking))
         return tensor
 
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[0]
+
     pinned: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[0])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
     assert torch.equal(upload(integers, torch.device("cuda")), wanted)
     ((copied, device, non_blocking),) = copies

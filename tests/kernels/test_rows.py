@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_another_number_of_rows_compiles_nothing_anew(
     executor: Any, ops: Any, kernel: Any, device: torch.device
 ) -> None:
     """Nor where in one upload the index lists begin."""
-    compiled = lambda: num_compiled(executor, kernel._defer_kernel, kernel._admit_kernel)
+    compiled = partial(num_compiled, executor, kernel._defer_kernel, kernel._admit_kernel)
     pages, companion = draw((4, 8, 16), torch.float32, device), draw((32, 4), torch.float32, device)
     counts = []
     for count, moved in ((3, 0), (16, 0), (1, 0), (3, 1), (16, 1)):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
-from cases import decision, exact, gibibytes, make_rows_long, num_compiled
+from cases import ScoreCase, ScoreInputs, ScoreShape, exact, gibibytes, make_rows_long, num_compiled
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,9 +30,9 @@ def normed(keys: Tensor, norm: RMSNorm | None, dtype: torch.dtype) -> Tensor:
     return (wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).to(dtype) * norm.weight.to(dtype)
 
 
-def truth(arguments: tuple[Any, ...], spec: AttentionSpec, work: torch.dtype, rotate: torch.dtype) -> list[Tensor]:
+def truth(inputs: ScoreInputs, work: torch.dtype, rotate: torch.dtype) -> list[Tensor]:
     """Scores per sample with norms and rotations in one dtype, and logits and softmax in another."""
-    query, keys, (cos, sin, last), (candidates, _, _, metadata) = arguments
+    query, keys, (cos, sin, last), (candidates, _, _, metadata), spec = inputs
     scores = []
     for b, (start, length, n) in enumerate(
         zip(metadata.starts, metadata.kv_lens, metadata.num_candidates, strict=True)
@@ -48,21 +49,21 @@ def truth(arguments: tuple[Any, ...], spec: AttentionSpec, work: torch.dtype, ro
     return scores
 
 
-def near(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection, rtol: float = 3e-5) -> None:
+def near(inputs: ScoreInputs, got: Selection, rtol: float = 3e-5) -> None:
     """To fp64 logits after the same rotation."""
-    wanted = truth(arguments, **named, work=torch.float64, rotate=arguments[0].dtype)
+    wanted = truth(inputs, work=torch.float64, rotate=inputs.query.dtype)
     for row, right in zip(got.scores, wanted, strict=True):
         assert torch.allclose(row[: len(right)].double(), right, rtol=rtol, atol=1e-9)
 
 
-def close(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection, rtol: float = 3e-5) -> None:
+def close(inputs: ScoreInputs, got: Selection, rtol: float = 3e-5) -> None:
     """Near; and to fp64 throughout, no worse than all in the model's dtype."""
-    near(arguments, named, got, rtol)
-    dtype = arguments[0].dtype
+    near(inputs, got, rtol)
+    dtype = inputs.query.dtype
     for row, far, plain in zip(
         got.scores,
-        truth(arguments, **named, work=torch.float64, rotate=torch.float64),
-        truth(arguments, **named, work=dtype, rotate=dtype),
+        truth(inputs, work=torch.float64, rotate=torch.float64),
+        truth(inputs, work=dtype, rotate=dtype),
         strict=True,
     ):
         if len(far):
@@ -71,85 +72,52 @@ def close(arguments: tuple[Any, ...], named: dict[str, Any], got: Selection, rto
             assert error <= 1.25 * (plain - far).abs().mean() + 1e-6
 
 
-SHAPES = [
-    # heads, groups, features, rot, rope, dtype
-    (28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
-    (8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
-    (24, 8, 64, 64, "half", BF16),  # key heads in twos
-    (32, 32, 16, 16, "half", BF16),  # and in two programs
-    (16, 2, 80, 80, "half", BF16),
-    (4, 2, 96, 48, "half", FP16),  # partial
-    (12, 2, 64, 64, "interleaved", BF16),
-    (4, 1, 128, 64, "interleaved", FP16),  # partial, one key head
-    (40, 2, 16, 16, "half", BF16),  # more than a block of query heads for a key head
-    (3, 3, 256, 256, "half", BF16),
-    (6, 3, 32, 0, "half", BF16),  # no rotary embedding
-    (6, 2, 64, 32, "half", FP32),
-    (4, 2, 32, 24, "interleaved", FP32),
+MODELS = [
+    ScoreShape(28, 4, 128, 128, "half", BF16),  # Qwen2.5-VL-7B
+    ScoreShape(8, 8, 128, 128, "half", FP16),  # LLaVA: a key head per query head
+    ScoreShape(24, 8, 64, 64, "half", BF16),  # key heads in twos
+    ScoreShape(32, 32, 16, 16, "half", BF16),  # and in two programs
+    ScoreShape(16, 2, 80, 80, "half", BF16),
+    ScoreShape(4, 2, 96, 48, "half", FP16),  # partial
+    ScoreShape(12, 2, 64, 64, "interleaved", BF16),
+    ScoreShape(4, 1, 128, 64, "interleaved", FP16),  # partial, one key head
+    ScoreShape(40, 2, 16, 16, "half", BF16),  # more than a block of query heads for a key head
+    ScoreShape(3, 3, 256, 256, "half", BF16),
+    ScoreShape(6, 3, 32, 0, "half", BF16),  # no rotary embedding
+    ScoreShape(6, 2, 64, 32, "half", FP32),
+    ScoreShape(4, 2, 32, 24, "interleaved", FP32),
+]
+MODELS_WITH_KEY_NORMS = [  # which have smaller tiles
+    ScoreShape(16, 8, 128, 128, "half", BF16),  # Qwen3-VL
+    ScoreShape(4, 2, 64, 64, "half", FP16),
+    ScoreShape(4, 4, 64, 16, "interleaved", FP32),
+    ScoreShape(7, 1, 128, 64, "interleaved", BF16),
+    ScoreShape(4, 2, 256, 256, "half", BF16),
+    ScoreShape(4, 4, 256, 64, "half", FP32),
+    ScoreShape(8, 8, 80, 80, "half", FP16),  # what pads the features must not count
+    ScoreShape(6, 2, 96, 48, "half", FP32),
 ]
 
 
-@pytest.mark.parametrize(("heads", "groups", "features", "rot", "rope", "dtype"), SHAPES)
-def test_models(
-    kernel: Any, device: torch.device, heads: int, groups: int, features: int, rot: int, rope: Any, dtype: torch.dtype
-) -> None:
-    arguments, named = decision(
-        [150, 65],
-        [100, 64],
-        [33, 20],
-        device,
-        heads=heads,
-        groups=groups,
-        features=features,
-        rot=rot,
-        rope=rope,
-        dtype=dtype,
-        poison=NAN,
-    )
-    got = kernel.score_topk(*arguments, **named)
-    exact(arguments, got)
-    close(arguments, named, got)
+@pytest.mark.parametrize("shape", MODELS, ids=str)
+def test_models(kernel: Any, device: torch.device, shape: ScoreShape) -> None:
+    inputs = ScoreCase([150, 65], [100, 64], [33, 20], shape, poison=NAN).inputs(device)
+    got = kernel.score_topk(*inputs)
+    exact(inputs.rows, got)
+    close(inputs, got)
 
 
-@pytest.mark.parametrize(
-    ("heads", "groups", "features", "rot", "rope", "dtype"),
-    [
-        (16, 8, 128, 128, "half", BF16),  # Qwen3-VL
-        (4, 2, 64, 64, "half", FP16),
-        (4, 4, 64, 16, "interleaved", FP32),
-        (7, 1, 128, 64, "interleaved", BF16),
-        (4, 2, 256, 256, "half", BF16),
-        (4, 4, 256, 64, "half", FP32),
-        (8, 8, 80, 80, "half", FP16),  # what pads the features must not count
-        (6, 2, 96, 48, "half", FP32),
-    ],
-)
-def test_key_norms(
-    kernel: Any, device: torch.device, heads: int, groups: int, features: int, rot: int, rope: Any, dtype: torch.dtype
-) -> None:
-    arguments, named = decision(
-        [90, 65],
-        [80, 64],
-        [33, 20],
-        device,
-        heads=heads,
-        groups=groups,
-        features=features,
-        rot=rot,
-        rope=rope,
-        dtype=dtype,
-        poison=NAN,
-    )
-    keys = arguments[1] * torch.logspace(-3, 3, len(arguments[1]), device=device)[:, None, None].to(dtype)
-    arguments = (arguments[0], keys, *arguments[2:])
-    norm = RMSNorm((torch.rand(features, device=device) + 0.5).to(dtype), 1e-6)
-    named["spec"] = named["spec"]._replace(key_norm=norm)
-    got = kernel.score_topk(*arguments, **named)
-    exact(arguments, got)
+@pytest.mark.parametrize("shape", MODELS_WITH_KEY_NORMS, ids=str)
+def test_key_norms(kernel: Any, device: torch.device, shape: ScoreShape) -> None:
+    """Of keys that differ in size by six orders of magnitude."""
+    inputs = ScoreCase([90, 65], [80, 64], [33, 20], shape, poison=NAN).inputs(device)
+    sizes = torch.logspace(-3, 3, len(inputs.keys), device=device)[:, None, None]
+    norm = RMSNorm((torch.rand(shape.head_dim, device=device) + 0.5).to(shape.dtype), 1e-6)
+    inputs = inputs._replace(keys=inputs.keys * sizes.to(shape.dtype), spec=inputs.spec._replace(key_norm=norm))
+    got = kernel.score_topk(*inputs)
+    exact(inputs.rows, got)
     # The order of a sum of squares may turn one rounding to the model's dtype.
-    close(arguments, named, got, rtol=3e-5 if dtype == FP32 else 5e-3)
-    with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of"):
-        kernel.score_topk(*arguments, named["spec"]._replace(key_norm=RMSNorm(keys.new_ones(1), 1e-6)))
+    close(inputs, got, rtol=3e-5 if shape.dtype == FP32 else 5e-3)
 
 
 @given(st.data())
@@ -159,31 +127,30 @@ def test_any_decision(kernel: Any, device: torch.device, data: st.DataObject) ->
     gaps = data.draw(st.integers(0, 4))
     counts = [data.draw(st.integers(0, max(length - 1 - gaps, 0))) for length in lengths]
     keep = [data.draw(st.integers(0, n)) for n in counts]
-    heads, groups, rot = data.draw(st.sampled_from([(4, 2, 16), (3, 3, 8), (6, 1, 0)]))
+    heads, groups, rotary_dim = data.draw(st.sampled_from([(4, 2, 16), (3, 3, 8), (6, 1, 0)]))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
-    shape = {"heads": heads, "groups": groups, "rot": rot, "features": 16, "gaps": gaps, "poison": NAN}
-    arguments, named = decision(lengths, counts, keep, device, dtype=data.draw(st.sampled_from([BF16, FP32])), **shape)
-    got = kernel.score_topk(*arguments, **named)
-    exact(arguments, got)
-    near(arguments, named, got)
+    shape = ScoreShape(heads, groups, rotary_dim=rotary_dim, dtype=data.draw(st.sampled_from([BF16, FP32])))
+    inputs = ScoreCase(lengths, counts, keep, shape, gaps=gaps, poison=NAN).inputs(device)
+    got = kernel.score_topk(*inputs)
+    exact(inputs.rows, got)
+    near(inputs, got)
 
 
 def test_ragged_batches(kernel: Any, device: torch.device) -> None:
     """Nothing, one candidate, all and none kept, rows that are neither candidate nor text."""
     lengths, counts, keep = [0, 1, 9, 40, 300, 64], [0, 0, 1, 20, 280, 63], [0, 0, 1, 0, 280, 30]
     for gaps in (0, 1):
-        arguments, named = decision(lengths, counts, keep, device, poison=INF, gaps=gaps)
-        got = kernel.score_topk(*arguments, **named)
-        exact(arguments, got)
-        close(arguments, named, got)
+        inputs = ScoreCase(lengths, counts, keep, gaps=gaps, poison=INF).inputs(device)
+        got = kernel.score_topk(*inputs)
+        exact(inputs.rows, got)
+        close(inputs, got)
 
 
 def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> None:
     """They need no query."""
-    arguments, named = decision([5, 0], [0, 0], [0, 0], device)
-    query, keys, tables, rows = arguments
-    arguments = query, keys, tables._replace(query_rows=torch.full_like(tables.query_rows, -1)), rows
-    got = kernel.score_topk(*arguments, **named)
+    inputs = ScoreCase([5, 0], [0, 0], [0, 0]).inputs(device)
+    tables = inputs.tables._replace(query_rows=torch.full_like(inputs.tables.query_rows, -1))
+    got = kernel.score_topk(*inputs._replace(tables=tables))
     assert got.kept.shape == (2, 0)
     assert got.active_rows.tolist() == got.active_positions.tolist() == [[0, 1, 2, 3, 4], [-1] * 5]
 
@@ -191,15 +158,13 @@ def test_samples_without_candidates_only(kernel: Any, device: torch.device) -> N
 def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> None:
     """Bit for bit, whoever else is in the batch."""
     lengths, counts, keep = [130, 1100, 70], [100, 1050, 60], [30, 500, 7]
-    arguments, named = decision(lengths, counts, keep, device, heads=6, dtype=BF16)
-    together = kernel.score_topk(*arguments, **named)
-    query, keys, (cos, sin, last), (candidates, texts, positions, metadata) = arguments
+    inputs = ScoreCase(lengths, counts, keep, ScoreShape(6, dtype=BF16)).inputs(device)
+    together = kernel.score_topk(*inputs)
+    query, keys, (cos, sin, last), (candidates, texts, positions, metadata), spec = inputs
     for b, (n, m, k) in enumerate(zip(counts, metadata.num_texts, keep, strict=True)):
-        single = SelectMetadata(
-            *((getattr(metadata, f)[b],) for f in ("starts", "kv_lens", "num_candidates", "num_texts", "k"))
-        )
+        single = SelectMetadata(*(column[b : b + 1] for column in metadata.as_tuple()))
         rows = SelectRows(candidates[b : b + 1, :n].clone(), texts[b : b + 1, :m].clone(), positions, single)
-        alone = kernel.score_topk(query[b : b + 1], keys, RopeTables(cos, sin, last[b : b + 1]), rows, **named)
+        alone = kernel.score_topk(query[b : b + 1], keys, RopeTables(cos, sin, last[b : b + 1]), rows, spec)
         assert torch.equal(alone.scores[0].view(torch.int32), together.scores[b, :n].view(torch.int32))
         assert torch.equal(alone.kept[0], together.kept[b, :k])
         assert torch.equal(alone.active_rows[0], together.active_rows[b, together.active_rows.shape[1] - m - k :])
@@ -209,18 +174,18 @@ def test_many_parts_and_any_number_of_key_heads(
     kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several tiles a part, as in long prompts. The bits do not depend on how many key heads a program takes."""
-    arguments, named = decision([400], [390], [90], device, heads=8, groups=4, dtype=BF16)
-    plain = kernel.score_topk(*arguments, **named)
+    inputs = ScoreCase([400], [390], [90], ScoreShape(8, 4, dtype=BF16)).inputs(device)
+    plain = kernel.score_topk(*inputs)
     usual = kernel.tiling(8, 4, 16, 2, norm=False)
     for warps in (1, 2):
         monkeypatch.setattr(kernel, "tiling", lambda *_: usual._replace(num_warps=warps))  # noqa: B023
-        assert torch.equal(kernel.score_topk(*arguments, **named).scores, plain.scores)
+        assert torch.equal(kernel.score_topk(*inputs).scores, plain.scores)
     for joined, most in ((1, 3), (2, 40)):  # 25 parts of two tiles are enough
         monkeypatch.setattr(kernel, "tiling", lambda *_: kernel.Tiling(2, joined, 16, 8))  # noqa: B023
         monkeypatch.setattr(kernel, "most_splits", lambda _: most)  # noqa: B023
-        got = kernel.score_topk(*arguments, **named)
-        exact(arguments, got)
-        close(arguments, named, got)
+        got = kernel.score_topk(*inputs)
+        exact(inputs.rows, got)
+        close(inputs, got)
 
 
 @pytest.mark.parametrize(("heads", "groups", "dtype"), [(4, 2, FP32), (8, 8, BF16)])
@@ -228,29 +193,26 @@ def test_many_parts_and_any_number_of_key_heads(
 def test_broken_keys_show_and_corrupt_nothing(
     kernel: Any, device: torch.device, heads: int, groups: int, dtype: torch.dtype, value: float
 ) -> None:
-    arguments, named = decision([140, 100], [130, 90], [20, 20], device, heads=heads, groups=groups, dtype=dtype)
-    clean = kernel.score_topk(*arguments, **named)
-    keys = arguments[1].clone()
-    keys[7, 0, 3] = value  # of the first sample
-    broken = (arguments[0], keys, *arguments[2:])
-    got = kernel.score_topk(*broken, **named)
-    exact(broken, got)
-    wanted = reference.score_topk(*broken, **named)
+    inputs = ScoreCase([140, 100], [130, 90], [20, 20], ScoreShape(heads, groups, dtype=dtype)).inputs(device)
+    clean = kernel.score_topk(*inputs)
+    inputs.keys[7, 0, 3] = value  # of the first sample
+    got = kernel.score_topk(*inputs)
+    exact(inputs.rows, got)
+    wanted = reference.score_topk(*inputs)
     assert torch.equal(got.scores[0].isnan(), wanted.scores[0].isnan())
     assert torch.equal(got.scores[1], clean.scores[1])
 
 
 def test_logits_of_minus_infinity(kernel: Any, device: torch.device) -> None:
     """A whole tile of them counts for nothing; a head of nothing else is NaN, as softmax makes it."""
-    arguments, named = decision([200], [190], [20], device, heads=2, groups=1, rot=0)
-    query, keys = arguments[0].abs(), arguments[1]
-    keys[:128] = -3e38
-    arguments = (query * 100, keys, *arguments[2:])
+    inputs = ScoreCase([200], [190], [20], ScoreShape(2, 1, rotary_dim=0)).inputs(device)
+    inputs = inputs._replace(query=inputs.query.abs() * 100)
+    inputs.keys[:128] = -3e38
     for _ in range(2):
-        got, wanted = kernel.score_topk(*arguments, **named), reference.score_topk(*arguments, **named)
+        got, wanted = kernel.score_topk(*inputs), reference.score_topk(*inputs)
         assert torch.allclose(got.scores, wanted.scores, equal_nan=True)
-        exact(arguments, got)
-        keys[:] = -3e38
+        exact(inputs.rows, got)
+        inputs.keys[:] = -3e38
     assert wanted.scores.isnan().all()
 
 
@@ -258,32 +220,32 @@ def test_tables_of_another_dtype_and_odd_strides(kernel: Any, device: torch.devi
     """fp32 tables round to the dtype of the keys. Keys and queries may be slices of fused projections, keys transposed,
     and each table one of a wider one.
     """
-    arguments, named = decision([70, 90], [60, 80], [9, 9], device, dtype=BF16, table_dtype=FP32)
-    wanted = kernel.score_topk(*arguments, **named)
-    close(arguments, named, wanted)
-    query, keys, tables, rows = arguments
+    inputs = ScoreCase([70, 90], [60, 80], [9, 9], ScoreShape(dtype=BF16), table_dtype=FP32).inputs(device)
+    wanted = kernel.score_topk(*inputs)
+    close(inputs, wanted)
+    query, keys, tables, rows, spec = inputs
     fused = torch.cat((keys, keys + 1), dim=1)[:, : keys.shape[1]]
     transposed = keys.transpose(0, 2).contiguous().transpose(0, 2)
     for other in (fused, transposed, torch.cat((keys, keys[..., :3]), -1)[..., :-3]):
         transposed_cos = tables._replace(cos=tables.cos.t().contiguous().t())
-        got = kernel.score_topk(query, other, transposed_cos, rows, **named)
+        got = kernel.score_topk(query, other, transposed_cos, rows, spec)
         assert torch.equal(got.scores, wanted.scores)
     every_other_head = torch.stack((query, query + 1), 2).flatten(1, 2)[:, ::2]
     wide = torch.cat((tables.sin, tables.cos), 1)[:, : tables.sin.shape[1]]
-    got = kernel.score_topk(every_other_head, keys, tables._replace(sin=wide), rows, **named)
+    got = kernel.score_topk(every_other_head, keys, tables._replace(sin=wide), rows, spec)
     assert torch.equal(got.scores, wanted.scores)
 
 
 @pytest.mark.parametrize("which", ["query", "keys"])
 def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch.device, which: str) -> None:
     """No offset is counted in 32 bits."""
-    arguments, named = decision([40, 30, 9], [30, 20, 5], [9, 9, 2], device, dtype=BF16)
-    wanted = kernel.score_topk(*arguments, **named)
-    query, keys, *rest = arguments
-    near, last = (query, len(query) - 1) if which == "query" else (keys, int(rest[0].query_rows.max()))
+    inputs = ScoreCase([40, 30, 9], [30, 20, 5], [9, 9, 2], ScoreShape(dtype=BF16)).inputs(device)
+    wanted = kernel.score_topk(*inputs)
+    near = getattr(inputs, which)
+    last = len(near) - 1 if which == "query" else int(inputs.tables.query_rows.max())
     stride = -(-(2**31) // last)  # the last row that is scored is beyond
     far = gibibytes(executor, stride * len(near), BF16).as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
-    got = kernel.score_topk(*((far, keys) if which == "query" else (query, far)), *rest, **named)
+    got = kernel.score_topk(*(inputs._replace(query=far) if which == "query" else inputs._replace(keys=far)))
     assert torch.equal(got.scores, wanted.scores)
 
 
@@ -292,23 +254,23 @@ def test_a_crowd_of_a_long_row(kernel: Any, device: torch.device, monkeypatch: p
     from reroute_kernels.triton_kernels import select
 
     make_rows_long(select, monkeypatch, crowd=0)
-    arguments, named = decision([140], [130], [40], device, dtype=BF16)
-    exact(arguments, kernel.score_topk(arguments[0] * 1e-3, *arguments[1:], **named))
+    inputs = ScoreCase([140], [130], [40], ScoreShape(dtype=BF16)).inputs(device)
+    exact(inputs.rows, kernel.score_topk(*inputs._replace(query=inputs.query * 1e-3)))
 
 
 def test_two_threads_may_decide_at_once(kernel: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the two launches of one decision the other launches both of its own, on the same stream."""
-    (first, named), (second, _) = (decision([70, 60], [n, 50], [9, 20], device) for n in (60, 41))
-    wanted = [kernel.score_topk(*arguments, **named) for arguments in (first, second)]
+    first, second = (ScoreCase([70, 60], [n, 50], [9, 20]).inputs(device) for n in (60, 41))
+    wanted = [kernel.score_topk(*inputs) for inputs in (first, second)]
     select, between = kernel.launch_select, []
 
     def interrupted(*arguments: Any) -> Selection:
         monkeypatch.setattr(kernel, "launch_select", select)
-        between.append(kernel.score_topk(*second, **named))
+        between.append(kernel.score_topk(*second))
         return select(*arguments)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(kernel, "launch_select", interrupted)
-    for got, right in zip([kernel.score_topk(*first, **named), *between], wanted, strict=True):
+    for got, right in zip([kernel.score_topk(*first), *between], wanted, strict=True):
         assert all(map(torch.equal, got, right))
 
 
@@ -316,35 +278,34 @@ def test_where_the_index_lists_begin_compiles_nothing_anew(executor: Any, kernel
     """They are pieces of one upload, so any of them may begin at an odd multiple of 8 bytes."""
     from reroute_kernels.triton_kernels import select
 
-    compiled = lambda: num_compiled(executor, kernel._score_kernel, select._select_kernel)
-    arguments, named = decision([90, 70], [61, 50], [9, 20], device)
-    query, keys, (cos, sin, last), (candidates, texts, positions, metadata) = arguments
-    wanted, before = kernel.score_topk(*arguments, **named), compiled()
+    compiled = partial(num_compiled, executor, kernel._score_kernel, select._select_kernel)
+    inputs = ScoreCase([90, 70], [61, 50], [9, 20]).inputs(device)
+    metadata = inputs.rows.metadata
+    wanted, before = kernel.score_topk(*inputs), compiled()
     assert before
+    given = inputs.tables.query_rows, *inputs.rows[:3], torch.tensor(metadata.as_tuple(), device=device)
     for moved in range(5):
-        lists = [
-            arguments[2].query_rows,
-            candidates,
-            texts,
-            positions,
-            torch.tensor(metadata.as_tuple(), device=device),
-        ]
+        lists = list(given)
         lists[moved] = torch.cat((lists[moved].new_zeros(1), lists[moved].flatten()))[1:].view(lists[moved].shape)
         assert lists[moved].data_ptr() % 16 == 8
-        last, *rows, counts = lists
-        rows = SelectRows(*rows, replace(metadata, on_device=counts))
-        got = kernel.score_topk(query, keys, RopeTables(cos, sin, last), rows, **named)
+        query_rows, candidates, texts, positions, counts = lists
+        rows = SelectRows(candidates, texts, positions, replace(metadata, on_device=counts))
+        tables = inputs.tables._replace(query_rows=query_rows)
+        got = kernel.score_topk(*inputs._replace(tables=tables, rows=rows))
         assert all(map(torch.equal, got, wanted))
     assert compiled() == before
 
 
 def test_what_cannot_be_is_refused(kernel: Any, device: torch.device) -> None:
-    arguments, named = decision([9], [5], [2], device, heads=4, groups=3)
+    inputs = ScoreCase([9], [5], [2], ScoreShape(4, 3)).inputs(device)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
-        kernel.score_topk(*arguments, **named)
-    arguments, named = decision([9], [5], [2], device)
+        kernel.score_topk(*inputs)
+    inputs = ScoreCase([9], [5], [2]).inputs(device)
     with pytest.raises(ValueError, match="'half', 'interleaved'"):
-        kernel.score_topk(*arguments, AttentionSpec(1.0, "neox"))
+        kernel.score_topk(*inputs._replace(spec=AttentionSpec(1.0, cast(Any, "neox"))))
+    norm = RMSNorm(inputs.keys.new_ones(1), 1e-6)
+    with pytest.raises(ValueError, match=r"a key norm of \(1,\) features is not one of"):
+        kernel.score_topk(*inputs._replace(spec=inputs.spec._replace(key_norm=norm)))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(28, 4), (32, 32), (64, 8)])
@@ -362,9 +323,9 @@ def test_two_launches_and_the_least_bytes(
     requests. They go to caches: keys are read once at any length.
     """
     length = 768
-    arguments, named = decision([length], [740], [185], device, heads=heads, groups=groups, features=128, dtype=BF16)
+    inputs = ScoreCase([length], [740], [185], ScoreShape(heads, groups, 128, dtype=BF16)).inputs(device)
     monkeypatch.setattr(kernel, "most_splits", lambda _: 2)
-    kernel.score_topk(*arguments, **named)
+    kernel.score_topk(*inputs)
     score, select = launches
     assert score.bytes_requested <= 1.06 * score.minimal_bytes
     assert score.bytes_moved <= 1.06 * score.minimal_bytes

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_every_order_is_needed(
     module, _, name = function.rpartition(".")
     source, first = inspect.getsourcelines(getattr(import_module(f"{kernel.__package__}.{module}"), name).fn)
     (at,) = (f"{module.rpartition('.')[2]}.py:{first + i}" for i, line in enumerate(source) if call in line)
-    weakened = []
+    weakened: list[str] = []
 
     def transform(ptx: str) -> str:
         lines = [
@@ -339,7 +340,7 @@ def test_sectors(kernel: Any, device: torch.device, launches: list[Any], n: int,
 
 def test_another_prompt_compiles_nothing_anew(executor: Any, kernel: Any, device: torch.device, path: str) -> None:
     """Neither its sizes nor those of its batch are what a kernel is compiled for, nor whether 16 divides them."""
-    compiled = lambda: num_compiled(executor, kernel._select_kernel)
+    compiled = partial(num_compiled, executor, kernel._select_kernel)
     check(kernel, [torch.randn(130)], [40], device)
     before = compiled()
     for counts, keep, texts in (([160, 144], [32, 16], 16), ([129], [1], 1), ([131, 2, 0, 7], [0, 1, 0, 7], 4)):

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import decision, exact, same
+from cases import ScoreCase, ScoreShape, exact, same
 
-from reroute_kernels import Selection
+from reroute_kernels import Selection, SelectRows
 
 KERNEL = "select"
 OPERATIONS = ("score_topk", "select", "select of a crowd")
@@ -35,21 +35,20 @@ def shortest(executor: Any, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> int
 
 def decide(
     ops: Any, device: torch.device, operation: str, visual: int, batch: int, seed: int = 0
-) -> tuple[Run, tuple[Any, ...]]:
-    """A decision to make again and again, and its arguments as ``exact`` wants them. The counts are uploaded once."""
+) -> tuple[Run, SelectRows]:
+    """A decision to make again and again, and what it selects from. The counts are uploaded once."""
     torch.manual_seed(seed)
     counts = [visual, 70, visual // 2, 0, visual - 1][:batch]
     lengths, keep = [n + 60 for n in counts], [n // 3 for n in counts]
-    arguments, named = decision(lengths, counts, keep, device, dtype=torch.bfloat16)
-    rows = arguments[3]
-    metadata = replace(rows.metadata, on_device=rows.metadata.counts(device))
-    arguments = *arguments[:3], rows._replace(metadata=metadata)
+    inputs = ScoreCase(lengths, counts, keep, ScoreShape(dtype=torch.bfloat16)).inputs(device)
+    metadata = inputs.rows.metadata
+    rows = inputs.rows._replace(metadata=replace(metadata, on_device=metadata.counts(device)))
     if operation == "score_topk":
-        return partial(ops.score_topk, *arguments, **named), arguments
+        return partial(ops.score_topk, *inputs._replace(rows=rows)), rows
     scores = torch.randn(batch, visual)
     if operation == "select of a crowd":  # one coarse bin holds all
         scores = torch.rand(batch, visual) / 4 + 0.25
-    return partial(ops.select, scores.to(device), arguments[3]), arguments
+    return partial(ops.select, scores.to(device), rows), rows
 
 
 def streams_of(executor: Any, count: int) -> Streams:
@@ -82,10 +81,10 @@ def test_two_streams(
     """Rows of 4097, 16384 and 65536 candidates."""
     if executor.kind != "cuda" and times * batch > 1:
         pytest.skip("of a GPU: takes too long elsewhere")
-    run, arguments = decide(ops, device, operation, max(times * (shortest - 1), shortest), batch)
+    run, rows = decide(ops, device, operation, max(times * (shortest - 1), shortest), batch)
     results = repeated(executor, run, streams_of(executor, 2))
     first = next(results)
-    exact(arguments, first)
+    exact(rows, first)
     for other in results:
         same(other, first)
 
@@ -100,7 +99,7 @@ def test_two_threads(ops: Any, executor: Any, device: torch.device, shortest: in
     with ThreadPoolExecutor(2 if executor.kind == "cuda" else 1) as threads:
         work = lambda i: list(repeated(executor, tasks[i][0], [streams[i % len(streams)]]))
         results = list(threads.map(work, range(2)))
-    for (_, arguments), (first, *others) in zip(tasks, results, strict=True):
-        exact(arguments, first)
+    for (_, rows), (first, *others) in zip(tasks, results, strict=True):
+        exact(rows, first)
         for other in others:
             same(other, first)

@@ -40,8 +40,8 @@ MUTANTS = (
     Mutant(
         "rows-fillers-not-zero",
         "rows.py",
-        "tl.load(source_ptrs, mask=mask_source, other=0), mask=mask_target)",
-        "tl.load(source_ptrs, mask=mask_source, other=1), mask=mask_target)",
+        "tl.load(source_ptrs, mask=mask_source, other=0), mask=mask_target",
+        "tl.load(source_ptrs, mask=mask_source, other=1), mask=mask_target",
         f"{ROWS} -k inert",
     ),
     Mutant(

@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant(
         "score-norm-rounded-once",
         "score.py",
-        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)\n        scaled, weight = _promoted(scaled, weights[i])\n        normed = normed + (scaled * weight,)",
+        "scaled = (parts[i].to(tl.float32) * factor).to(parts[i].dtype)  # [a, b, BLOCK_D]\n        scaled, weight = _promoted(scaled, weights[i])\n        normed = normed + (scaled * weight,)",
         "scaled, weight = _promoted(parts[i].to(tl.float32) * factor, weights[i])\n        normed = normed + ((scaled * weight).to(parts[i].dtype),)",
         f"{SCORE} -k key_norms",
     ),
@@ -194,7 +194,7 @@ MUTANTS = (
         "score.py",
         'input_precision="ieee"',
         'input_precision="tf32"',
-        f"{SCORE} -k 'models and dtype11'",
+        f"{SCORE} -k 'models and 6-2-64-32'",
         COMPILED,
     ),
     Mutant(

@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant(
         "select-rows-of-the-first-tile",
         "select.py",
-        "rows = tl.load(inputs.candidates_ptr + offs_n, mask=offs_n < inputs.n, other=0).to(tl.int32)\n        histogram",
+        "rows = tl.load(inputs.candidates_ptr + offs_n, mask=offs_n < inputs.n, other=0).to(tl.int32)  # [BLOCK_N]\n        histogram",
         "histogram",
         f"{SELECT} -k few_programs",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,13 @@ class Judged(Tree):
     """A mutant was killed or not, by a test that passes otherwise or not."""
 
     def __init__(self, killed: bool, passes: bool) -> None:
-        self.killer = lambda _: ("a.py::test", "simt:90") if killed else ("", "")  # type: ignore[method-assign]
-        self.failure = lambda *_: "" if passes else "a.py::test"  # type: ignore[method-assign]
+        self._killed, self._passes = killed, passes
+
+    def killer(self, mutant: Mutant) -> tuple[str, str]:
+        return ("a.py::test", "simt:90") if self._killed else ("", "")
+
+    def failure(self, tests: Sequence[str], executor: str) -> str:
+        return "" if self._passes else "a.py::test"
 
 
 @pytest.mark.parametrize(

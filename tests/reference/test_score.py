@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from tensors import padded
+from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -15,6 +17,7 @@ from reroute_kernels import AttentionSpec, RMSNorm, RopeTables, Selection, Selec
 from reroute_kernels.reference import score_topk
 
 INF, NAN = math.inf, math.nan
+T = TypeVar("T")
 
 
 def from_logits(logits: list[list[float]], candidates: list[int], keep: int) -> Selection:
@@ -101,12 +104,12 @@ class RaggedBatch:
     heads, groups, dim = 6, 2, 8
     lengths = (13, 9, 5)  # up to and including the query
     totals = (15, 9, 5)  # with the rows behind it
-    candidates = ([2, 3, 4, 5, 7, 8, 9, 10], [1, 2, 3], [])
+    candidates: tuple[list[int], ...] = ([2, 3, 4, 5, 7, 8, 9, 10], [1, 2, 3], [])
     keep = (3, 3, 0)
 
     def __init__(self, layout: Any, rot: int, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
-        random = lambda *shape: torch.randn(*shape, generator=generator)
+        random: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, generator=generator)
         counts = [-(-total // self.page) for total in self.totals]
         self.starts = tuple(sum(counts[:b]) * self.page for b in range(3))
         rows = sum(counts) * self.page
@@ -127,7 +130,10 @@ class RaggedBatch:
         self, samples: tuple[int, ...] = (0, 1, 2), *, shift: bool = False, key_norm: RMSNorm | None = None
     ) -> Selection:
         """The chosen samples in this order; shift: copied to the front of a lease of their own."""
-        pick = lambda values: tuple(values[b] for b in samples)
+
+        def pick(values: Sequence[T]) -> tuple[T, ...]:
+            return tuple(values[b] for b in samples)
+
         starts, keys, cos, sin, positions = pick(self.starts), self.keys, self.cos, self.sin, self.positions
         if shift:
             (start,), (total,) = starts, pick(self.totals)

@@ -1,14 +1,19 @@
+from __future__ import annotations
+
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from reroute.demo.tinyvlm import architecture
-from training.tinyvlm import phases, train
+from training.tinyvlm import initialise, phases, train
 from training.tinyvlm.muon import Muon, orthogonalise
-from training.tinyvlm.phases import generator
+from training.tinyvlm.phases import Phase, generator
 from training.tinyvlm.recipe import RECIPE, Ramp, Recipe, Stage, ramp, shortened
 from training.tinyvlm.train import CheckpointError, Run
 
@@ -25,42 +30,42 @@ MICRO = Recipe(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
+def quick() -> Iterator[None]:
     # Validating and aligning the projector at full size would take most of the time.
-    align, made = phases.initialise.align_projector, phases.phases
+    align, made = initialise.align_projector, phases.phases
 
-    def unvalidated(model, recipe):
+    def unvalidated(model: LlavaForConditionalGeneration, recipe: Recipe) -> list[Phase]:
         parts = made(model, recipe)
         for part in parts:
-            part.validate = lambda batches=6: {}
+            patch.setattr(part, "validate", lambda batches=6: {})
         return parts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases.initialise, "align_projector", partial(align, batches=4))
+        patch.setattr(initialise, "align_projector", partial(align, batches=4))
         patch.setattr(train, "phases", unvalidated)
         yield
 
 
-def start(folder, recipe=MICRO):
+def start(folder: Path, recipe: Recipe = MICRO) -> Run:
     return Run(folder, recipe, architecture.config(2, 32, 1))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("whole")
     run = start(folder)
     assert run.train()
     return run
 
 
-def assert_equal(a, b):
-    a, b = a.model.state_dict(), b.model.state_dict()
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def assert_equal(a: Run, b: Run) -> None:
+    one, other = a.model.state_dict(), b.model.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("stops", [(1, 2), (3,), (4, 1)])
-def test_interrupted_run_equals_uninterrupted_one(tmp_path, finished, stops):
+def test_interrupted_run_equals_uninterrupted_one(tmp_path: Path, finished: Run, stops: tuple[int, ...]) -> None:
     for stop in stops:
         assert not start(tmp_path).train(stop_after=stop)
     run = start(tmp_path)
@@ -68,14 +73,14 @@ def test_interrupted_run_equals_uninterrupted_one(tmp_path, finished, stops):
     assert_equal(run, finished)
 
 
-def test_finished_run_stays_finished(finished):
+def test_finished_run_stays_finished(finished: Run) -> None:
     again = start(finished.folder)
     assert_equal(again, finished)
     assert again.train()
     assert_equal(again, finished)
 
 
-def test_later_stage_may_be_edited(tmp_path, finished):
+def test_later_stage_may_be_edited(tmp_path: Path, finished: Run) -> None:
     edited = dataclasses.replace(MICRO.stages[1], rate=2e-3)
     recipe = dataclasses.replace(MICRO, stages=(MICRO.stages[0], edited))
     shutil.copyfile(finished.folder / "after-one.pt", tmp_path / "state.pt")
@@ -86,7 +91,7 @@ def test_later_stage_may_be_edited(tmp_path, finished):
     assert_equal(resumed, scratch)
 
 
-def test_every_part_is_trained(finished):
+def test_every_part_is_trained(finished: Run) -> None:
     fresh = architecture.build(architecture.config(2, 32, 1), MICRO.seed).state_dict()
     trained = finished.model.state_dict()
     still = {name for name in trained if torch.equal(trained[name], fresh[name])}
@@ -94,7 +99,7 @@ def test_every_part_is_trained(finished):
     assert {name.split(".")[-2] for name in still} <= {"post_layernorm"}
 
 
-def test_tower_is_frozen_after_its_phase(finished):
+def test_tower_is_frozen_after_its_phase(finished: Run) -> None:
     after = torch.load(finished.folder / "after-vision.pt", weights_only=True)["model"]
     final = finished.model.state_dict()
     tower = [name for name in final if "vision_tower" in name]
@@ -102,7 +107,7 @@ def test_tower_is_frozen_after_its_phase(finished):
     assert all(torch.equal(after[name], final[name]) for name in tower)
 
 
-def test_foreign_and_corrupt_states_are_refused(tmp_path, finished):
+def test_foreign_and_corrupt_states_are_refused(tmp_path: Path, finished: Run) -> None:
     state = tmp_path / "state.pt"
     original = (finished.folder / "state.pt").read_bytes()
     for content in (b"", b"not a checkpoint", original[:1000], original[: len(original) // 2]):
@@ -122,7 +127,7 @@ def test_foreign_and_corrupt_states_are_refused(tmp_path, finished):
         Run(tmp_path, MICRO, architecture.config(3, 32, 1))
 
 
-def test_edited_stage_does_not_go_on_midway(tmp_path):
+def test_edited_stage_does_not_go_on_midway(tmp_path: Path) -> None:
     assert not start(tmp_path).train(stop_after=3)
     edited = dataclasses.replace(MICRO.stages[0], rate=2e-3)
     run = start(tmp_path, dataclasses.replace(MICRO, stages=(edited, MICRO.stages[1])))
@@ -130,7 +135,7 @@ def test_edited_stage_does_not_go_on_midway(tmp_path):
         run.train()
 
 
-def test_command_line_names_the_problem(tmp_path, capsys):
+def test_command_line_names_the_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state.pt").write_bytes(b"broken")
     with pytest.raises(SystemExit) as exit:
         train.main(["--out", str(tmp_path)])
@@ -138,7 +143,7 @@ def test_command_line_names_the_problem(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_every_step_has_its_own_randomness():
+def test_every_step_has_its_own_randomness() -> None:
     draws = {
         generator(recipe, name, step).integers(2**62)
         for recipe in (MICRO, dataclasses.replace(MICRO, seed=4))
@@ -148,7 +153,7 @@ def test_every_step_has_its_own_randomness():
     assert len(draws) == 40
 
 
-def test_validation_names_the_kinds(finished):
+def test_validation_names_the_kinds(finished: Run) -> None:
     made = phases.phases(finished.model, MICRO)
     assert set(made[0].validate(batches=1)) == {"class", "colour"}
     shares = made[1].validate(batches=1)
@@ -156,7 +161,7 @@ def test_validation_names_the_kinds(finished):
     assert all(0 <= share <= 1 for share in shares.values())
 
 
-def test_schedules():
+def test_schedules() -> None:
     assert Ramp(((0.3, 0.7), (0.65, 0.0))).at(0.1) == 0.7
     assert Ramp(((0.3, 0.7), (0.65, 0.0))).at(0.475) == pytest.approx(0.35)
     assert ramp(1.0, 0.5).at(1.0) == 0.5
@@ -167,14 +172,14 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
-def test_orthogonalise(shape):
+def test_orthogonalise(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalise(matrices))
     assert values.min() > 0.3
     assert values.max() < 1.3
 
 
-def test_muon_equals_one_matrix_at_a_time():
+def test_muon_equals_one_matrix_at_a_time() -> None:
     random = torch.Generator().manual_seed(0)
     shapes = [(8, 8), (8, 12), (8, 8), (12, 8)]
     together = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]

@@ -25,7 +25,8 @@ def model() -> Any:
     text = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64)
     vision = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4)
     config = LlavaConfig(vision_config=vision, text_config=text)
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    model.eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.uniform_(parameter, *((0.5, 2) if name.endswith("_norm.weight") else (-0.5, 0.5)))
     return model

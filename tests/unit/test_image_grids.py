@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "patch_size": 8,
 }
-VISION = {
+VISION: dict[str, Callable[..., Any]] = {
     "clip": lambda **sizes: CLIPVisionConfig(**SIZES, **{"image_size": 32, **sizes}),
     "siglip": lambda: SiglipVisionConfig(**SIZES, image_size=48),
     "pixtral": lambda: PixtralVisionConfig(**SIZES, image_size=64),
 }
 
 
-def llava(vision: Any, strategy: str = "full") -> Any:
+def llava(vision: Any, strategy: Literal["default", "full"] = "full") -> Any:
     torch.manual_seed(0)
     text = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
@@ -45,7 +46,7 @@ def llava(vision: Any, strategy: str = "full") -> Any:
         vision_feature_layer=-1,
         vision_feature_select_strategy=strategy,
     )
-    return LlavaForConditionalGeneration(config).eval()
+    return LlavaForConditionalGeneration(config).eval()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")

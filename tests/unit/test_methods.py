@@ -143,7 +143,7 @@ def test_random_reaches_a_gpu_without_waiting() -> None:
 
     with FakeTensorMode():
         on_gpu = RankInputs([torch.empty(9, 4, device="cuda")], torch.empty(1, 4, device="cuda"), 3, 0)
-        with Recording():
+        with Recording():  # type: ignore[no-untyped-call]
             (scores,) = RandomScores().scores(on_gpu)
     assert scores.device.type == "cuda"
     assert calls["rand"]["pin_memory"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -76,10 +76,10 @@ def test_any_number_is_a_budget(keep: Any) -> None:
         ("method", 0.33, "one of the names"),
         (
             "method",
-            FastV(ranker="random_scores"),
+            FastV(ranker=cast(Any, "random_scores")),
             r"ranker of FastV must be a Ranker such as RandomScores\(\), not 'ra",
         ),
-        ("method", PDrop(ranker=RandomScores), "ranker of PDrop must be a Ranker"),
+        ("method", PDrop(ranker=cast(Any, RandomScores)), "ranker of PDrop must be a Ranker"),
         ("action", None, "Unknown action None; known: remove, route"),
         ("action", ["route"], r"Unknown action \['route'\]"),
         ("action", np.array(["route"]), "Unknown action"),
@@ -98,29 +98,29 @@ def test_settings_of_another_type(setting: str, value: Any, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("kind", "arguments", "message"),
     [
-        (lambda: FastV(layer="3"), r"number of a layer and a ratio, such as layer=3, ratio=0\.25; got layer='3'"),
-        (lambda: FastV(layer=3.5), r"got layer=3\.5"),
-        (lambda: FastV(layer=True), "got layer=True"),
-        (lambda: FastV(layer=[3]), r"got layer=\[3\]"),
-        (lambda: FastV(ratio="0.25"), r"ratio='0\.25'"),
-        (lambda: FastV(ratio=None), "ratio=None"),
-        (lambda: Random(ratio=[0.25]), r"^Random takes .* ratio=\[0\.25\]"),
-        (lambda: PDrop(layers="27"), r"sequence of layers and a sequence of ratios.* got layers='27'"),
-        (lambda: PDrop(layers=7), "got layers=7"),
-        (lambda: PDrop(layers=("2", "7")), "got layers="),
-        (lambda: PDrop(layers=(float("nan"),)), r"got layers=\(nan,\)"),
-        (lambda: PDrop(layers=(float("inf"),)), r"got layers=\(inf,\)"),
-        (lambda: PDrop(ratios=0.5), r"ratios=0\.5"),
-        (lambda: PDrop(ratios="1"), "ratios='1'"),
-        (lambda: RandomScores(seed="1"), "whole number, such as seed=1, not '1'"),
-        (lambda: RandomScores(seed=1.5), r"whole number, such as seed=1, not 1\.5"),
+        (FastV, {"layer": "3"}, r"number of a layer and a ratio, such as layer=3, ratio=0\.25; got layer='3'"),
+        (FastV, {"layer": 3.5}, r"got layer=3\.5"),
+        (FastV, {"layer": True}, "got layer=True"),
+        (FastV, {"layer": [3]}, r"got layer=\[3\]"),
+        (FastV, {"ratio": "0.25"}, r"ratio='0\.25'"),
+        (FastV, {"ratio": None}, "ratio=None"),
+        (Random, {"ratio": [0.25]}, r"^Random takes .* ratio=\[0\.25\]"),
+        (PDrop, {"layers": "27"}, r"sequence of layers and a sequence of ratios.* got layers='27'"),
+        (PDrop, {"layers": 7}, "got layers=7"),
+        (PDrop, {"layers": ("2", "7")}, "got layers="),
+        (PDrop, {"layers": (float("nan"),)}, r"got layers=\(nan,\)"),
+        (PDrop, {"layers": (float("inf"),)}, r"got layers=\(inf,\)"),
+        (PDrop, {"ratios": 0.5}, r"ratios=0\.5"),
+        (PDrop, {"ratios": "1"}, "ratios='1'"),
+        (RandomScores, {"seed": "1"}, "whole number, such as seed=1, not '1'"),
+        (RandomScores, {"seed": 1.5}, r"whole number, such as seed=1, not 1\.5"),
     ],
 )
-def test_methods_and_rankers_of_other_types(make: Callable[[], Any], message: str) -> None:
+def test_methods_and_rankers_of_other_types(kind: type, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RerouteError, match=message):
-        make()
+        kind(**arguments)
 
 
 def test_lists_are_as_good_as_tuples() -> None:

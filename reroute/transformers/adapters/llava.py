@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import RerouteError
 from .base import ModelAdapter
@@ -17,7 +17,7 @@ class Llava(ModelAdapter):
     """``LlavaForConditionalGeneration``: every patch of an image is one visual token."""
 
     model_types = ("llava",)
-    text_model_types = ("llama", "mistral", "qwen2")
+    text_model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[Grid]]:
         """See ``ModelAdapter``. Images that follow one another without text between them form one run of placeholders.

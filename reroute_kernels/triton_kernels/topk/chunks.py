@@ -37,7 +37,7 @@ def store_chunk_stats(chunk_stats_ptr, num_chunks, chunk, bucket_count, gt_count
 def load_chunk_stats(chunk_stats_ptr, num_chunks, MAX_CHUNKS: tl.constexpr):
     """Read the counts of all chunks [MAX_CHUNKS], and the least and the greatest key in the bucket."""
     offs_c = tl.arange(0, MAX_CHUNKS)
-    mask_c = offs_c < num_chunks
+    mask_c = offs_c < num_chunks  # [MAX_CHUNKS], as all that is loaded here
     bucket_count = tl.load(chunk_stats_ptr + offs_c, mask=mask_c, other=0)
     gt_count = tl.load(chunk_stats_ptr + num_chunks + offs_c, mask=mask_c, other=0)
     min_keys = tl.load(chunk_stats_ptr + 2 * num_chunks + offs_c, mask=mask_c, other=-1).to(tl.uint32, bitcast=True)
@@ -77,10 +77,13 @@ def refine_chunk(
     bucket_count, gt_count, min_key, max_key = load_chunk_stats(state.chunk_stats_ptr, num_chunks, MAX_CHUNKS)
     if needs_refine(bucket_count, min_key, max_key, FUSED, MAX_BUCKET_KEYS):
         remaining_k = tl.maximum(k - tl.sum(gt_count, 0), 1)
-        bucket, _ = find_bucket(tl.load(state.fine_ptr + tl.arange(0, FINE_BUCKETS)), remaining_k - 1)
+        bucket, _ = find_bucket(
+            tl.load(state.fine_ptr + tl.arange(0, FINE_BUCKETS)),  # [FINE_BUCKETS]
+            remaining_k - 1,
+        )
         offs, own_keys_ptr = tl.arange(0, CHUNK), state.bucket_keys_ptr + chunk * CHUNK
         own_count = tl.load(state.chunk_stats_ptr + chunk)
-        key = tl.load(own_keys_ptr + offs, mask=offs < own_count, other=0)
+        key = tl.load(own_keys_ptr + offs, mask=offs < own_count, other=0)  # [CHUNK]
         tl.debug_barrier()  # all have read before one writes
         key_bucket = fine_bucket(key, FUSED)
         mask_bucket, mask_gt = (offs < own_count) & (key_bucket == bucket), (offs < own_count) & (key_bucket < bucket)
@@ -115,7 +118,7 @@ def find_pivot(
         bucket_count, gt_count, min_key, max_key = load_chunk_stats(chunk_stats_ptr, num_chunks, MAX_CHUNKS)
     offs = tl.arange(0, MAX_CHUNKS * BLOCK)
     owner, column = offs // BLOCK, offs % BLOCK
-    counts = tl.load(chunk_stats_ptr + owner, mask=owner < num_chunks, other=0)
+    counts = tl.load(chunk_stats_ptr + owner, mask=owner < num_chunks, other=0)  # [MAX_CHUNKS * BLOCK]
     end = tl.max(bucket_count, 0)
     bucket_keys_ptr = state.bucket_keys_ptr + owner * CHUNK + column
     pivot, num_ties = radix_select(
@@ -124,7 +127,7 @@ def find_pivot(
     gt_earlier, eq_earlier = tl.zeros(offs.shape, tl.int32), tl.zeros(offs.shape, tl.int32)
     for first in range(0, end, BLOCK):
         mask_earlier = (column + first < counts) & (owner < chunk)
-        key = tl.load(bucket_keys_ptr + first, mask=mask_earlier, other=0)
+        key = tl.load(bucket_keys_ptr + first, mask=mask_earlier, other=0)  # [MAX_CHUNKS * BLOCK]
         gt_earlier += (mask_earlier & (key < pivot)).to(tl.int32)
         eq_earlier += (mask_earlier & (key == pivot)).to(tl.int32)
     gt_before = tl.sum(tl.where(tl.arange(0, MAX_CHUNKS) < chunk, gt_count, 0), 0) + tl.sum(gt_earlier, 0)
@@ -146,13 +149,13 @@ def emit_chunk(
 ):
     """Once all chunks are collected: write what is kept of this one."""
     base = chunk * CHUNK
-    rows = load_rows(inputs.candidates_ptr, base, inputs.n, CHUNK)
-    texts = load_rows(inputs.texts_ptr, 0, inputs.m, BLOCK_T)
+    rows = load_rows(inputs.candidates_ptr, base, inputs.n, CHUNK)  # [CHUNK]
+    texts = load_rows(inputs.texts_ptr, 0, inputs.m, BLOCK_T)  # [BLOCK_T]
     wait(state.collected_ptr, num_chunks)
     offs_n = base + tl.arange(0, CHUNK)
-    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < inputs.n, other=0)
+    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < inputs.n, other=0)  # [CHUNK]
     pivot, num_ties, gt_before, eq_before = find_pivot(
         state, num_chunks, inputs.k, chunk, FUSED, CHUNK, MAX_BUCKET_KEYS, MAX_CHUNKS
     )
-    mask_kept, rank = choose(key, offs_n < inputs.n, pivot, num_ties, gt_before, eq_before)
+    mask_kept, rank = choose(key, offs_n < inputs.n, pivot, num_ties, gt_before, eq_before)  # [CHUNK] each
     emit(inputs, outputs, rows, mask_kept, rank, texts, base, CHUNK)

@@ -65,7 +65,7 @@ def make_row_outputs(
 def load_rows(rows_ptr, base, n, BLOCK: tl.constexpr):
     """Rows base..base+BLOCK of a list of n, int32."""
     offs_n = base + tl.arange(0, BLOCK)
-    return tl.load(rows_ptr + offs_n, mask=offs_n < n, other=0).to(tl.int32)
+    return tl.load(rows_ptr + offs_n, mask=offs_n < n, other=0).to(tl.int32)  # [BLOCK]
 
 
 @triton.jit
@@ -105,9 +105,9 @@ def emit(inputs, outputs, rows, mask_kept, rank, texts, base, CHUNK: tl.constexp
     """
     offs_n = base + tl.arange(0, CHUNK)
     if inputs.dense:
-        texts_below = rows - offs_n
+        texts_below = rows - offs_n  # [CHUNK]
     else:
-        texts_below = lower_bound(rows, mask_kept, inputs.texts_ptr, inputs.m)
+        texts_below = lower_bound(rows, mask_kept, inputs.texts_ptr, inputs.m)  # [CHUNK]
     tl.store(outputs.kept_ptr + rank - 1, offs_n.to(tl.int64), mask=mask_kept)
     mask_n = offs_n < inputs.n
     _store_rows(inputs, outputs, outputs.first + rank - 1 + texts_below, rows, mask_n, mask_kept, mask_n)
@@ -116,15 +116,15 @@ def emit(inputs, outputs, rows, mask_kept, rank, texts, base, CHUNK: tl.constexp
         offs_t = start_t + tl.arange(0, BLOCK_T)
         mask_t = offs_t < inputs.m
         if inputs.dense:
-            below = texts - offs_t
+            below = texts - offs_t  # [BLOCK_T]
         else:
-            below = lower_bound(texts, mask_t, inputs.candidates_ptr, inputs.n)
+            below = lower_bound(texts, mask_t, inputs.candidates_ptr, inputs.n)  # [BLOCK_T]
         # Text rows before all candidates go with the first chunk.
         mask_here = mask_t & (below > base - 1 + tl.minimum(base, 1)) & (below <= base + CHUNK)
         mask_behind = mask_here & (below > 0)
         kept_below = tl.where(mask_behind, tl.gather(rank, tl.where(mask_behind, below - 1 - base, 0), 0), 0)
         _store_rows(inputs, outputs, outputs.first + offs_t + kept_below, texts, mask_t, mask_here, mask_here)
-        texts = load_rows(inputs.texts_ptr, start_t + BLOCK_T, inputs.m, BLOCK_T)
+        texts = load_rows(inputs.texts_ptr, start_t + BLOCK_T, inputs.m, BLOCK_T)  # [BLOCK_T]
 
 
 @triton.jit
@@ -134,5 +134,5 @@ def _store_rows(inputs, outputs, compact_index, rows, mask, mask_active, mask_ow
     tl.store(outputs.inverse_ptr + row, tl.where(mask_active, compact_index, -1), mask=mask_own)
     tl.store(outputs.active_rows_ptr + compact_index, row.to(tl.int64), mask=mask_active)
     # Read for all rows: whole sectors, and hardly more of them than for the active rows.
-    position = tl.load(inputs.positions_ptr + row, mask=mask)
+    position = tl.load(inputs.positions_ptr + row, mask=mask)  # [CHUNK] or [BLOCK_T], as rows
     tl.store(outputs.active_positions_ptr + compact_index, position, mask=mask_active)

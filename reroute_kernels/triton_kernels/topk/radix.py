@@ -74,12 +74,11 @@ def radix_select(keys_ptr, offs, limit, end, remaining_k, min_key, max_key, BLOC
     rank = tl.maximum(remaining_k - 1, 0)
     while shift > 0:
         shift -= 5
-        counts = tl.zeros(
-            [32], tl.int32
-        )  # five bits at a time: each warp has all buckets, so find_bucket needs no barrier
+        # Five bits at a time: each warp has all buckets, so find_bucket needs no barrier.
+        counts = tl.zeros([32], tl.int32)
         for first in range(0, end, BLOCK):
             mask = offs + first < limit
-            digit = (tl.load(keys_ptr + first, mask=mask, other=0) >> shift) ^ (prefix << 5)
+            digit = (tl.load(keys_ptr + first, mask=mask, other=0) >> shift) ^ (prefix << 5)  # shape of offs
             counts += tl.histogram((digit & 31).to(tl.int32), 32, mask=mask & (digit < 32))
         digit, rank = find_bucket(counts, rank)
         prefix = (prefix << 5) | digit.to(tl.uint32)
@@ -95,7 +94,7 @@ def lower_bound(values, mask, sorted_ptr, count):
     while span > 0:
         middle = (low + high) // 2
         mask_open = mask & (low < high)
-        below = mask_open & (tl.load(sorted_ptr + middle, mask=mask_open, other=0) < values)
+        below = mask_open & (tl.load(sorted_ptr + middle, mask=mask_open, other=0) < values)  # shape of values
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
         span = span // 2

@@ -76,8 +76,8 @@ def collect(state, n, k, base, FUSED: tl.constexpr, CHUNK: tl.constexpr, MAX_BUC
     holds more than MAX_BUCKET_KEYS keys of all chunks, they are counted in fine buckets; -1 switches that off.
     """
     offs_n = base + tl.arange(0, CHUNK)
-    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < n, other=0)
-    counts = tl.load(state.coarse_ptr + tl.arange(0, COARSE_BUCKETS))
+    key = tl.load(state.keys_ptr + offs_n, mask=offs_n < n, other=0)  # [CHUNK]
+    counts = tl.load(state.coarse_ptr + tl.arange(0, COARSE_BUCKETS))  # [COARSE_BUCKETS]
     bucket, _ = find_bucket(counts, tl.maximum(k - 1, 0))
     key_bucket = coarse_bucket(key, FUSED)
     mask_bucket, mask_gt = (offs_n < n) & (key_bucket == bucket), (offs_n < n) & (key_bucket < bucket)

@@ -19,7 +19,7 @@ def combine_splits(m_ptr, l_ptr, num_splits, NUM_QO_HEADS: tl.constexpr):
         offs = offs_s[:, None] * NUM_QO_HEADS + offs_h[None, :]
         mask = (offs_s < num_splits)[:, None] & (offs_h < NUM_QO_HEADS)[None, :]
         m_s = tl.load(m_ptr + offs, mask=mask, other=-float("inf"))  # [BLOCK_S, BLOCK_H]
-        l_s = tl.load(l_ptr + offs, mask=mask, other=0.0)
+        l_s = tl.load(l_ptr + offs, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_H]
         m_new = tl.maximum(m_i, tl.max(m_s, 0))
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # -inf minus -inf would be NaN
         l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(l_s * tl.exp2(m_s - m_safe[None, :]), 0)

@@ -24,8 +24,9 @@ from bench.gpu_check.checks import CheckFailed
 from bench.gpu_check.day import FAILED, NO_START, NOTHING_RUN, PASSED, UNFINISHED, WRONG
 from bench.gpu_check.plan import ROOT
 from bench.gpu_check.record import read_lines
+from bench.kernels.roofline import kernel_time
 from reroute_kernels import Backend, resolve
-from reroute_kernels.testing.cases import KernelCase
+from reroute_kernels.testing.cases import OPERATIONS, KernelCase
 from reroute_kernels.testing.find_simt import import_simt, simt_path
 
 CPU = torch.device("cpu")
@@ -75,7 +76,8 @@ def test_smoke_finds_wrong_results(fault: str, reference: Backend, capsys: pytes
         spoil(arguments, result)
         return result
 
-    status = smoke.check_all(replace(reference, **{operation: wrong}), reference, CPU, torch.float32)
+    faults: dict[str, Any] = {operation: wrong}
+    status = smoke.check_all(replace(reference, **faults), reference, CPU, torch.float32)
     *lines, last = capsys.readouterr().out.splitlines()
     assert status == WRONG
     assert sum("right" not in line for line in lines) == 1
@@ -165,7 +167,7 @@ def test_operations(file: Path) -> None:
     step = next(line for line in lines if line["operation"] == "step")
     identity = {"kind": "operation", "operation": "step", "problem": "Qwen2.5-VL-7B N=40 B=1"}
     assert step.items() >= {**identity, "backend": "torch", "mode": "eager"}.items()
-    assert step["floor_us"] == 1e6 * micro.kernel_time("step", KernelCase("Qwen2.5-VL-7B", 40)).floor
+    assert step["floor_us"] == 1e6 * kernel_time("step", KernelCase("Qwen2.5-VL-7B", 40)).floor
     before = file.read_text()
     assert measure(file) == PASSED
     assert file.read_text() == before
@@ -174,7 +176,7 @@ def test_operations(file: Path) -> None:
 def test_operations_go_on_where_time_ran_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 2.0, 2.0 + 1e-6])
     with monkeypatch.context() as patch:
-        patch.setattr(micro.time, "monotonic", lambda: next(now))
+        patch.setattr(time, "monotonic", lambda: next(now))
         assert micro.measure("cpu", file, 2.0 + micro.ROOM) == UNFINISHED
     assert len(list(read_lines(file))) == 3
     assert measure(file) == PASSED
@@ -187,7 +189,7 @@ def test_what_could_not_be_measured_is_tried_again_at_the_end(file: Path, monkey
         raise RuntimeError("illegal address")
 
     with monkeypatch.context() as patch:
-        patch.setitem(micro.OPERATIONS, "step", broken)
+        patch.setitem(OPERATIONS, "step", broken)
         assert measure(file) == FAILED
     errors = [line for line in read_lines(file) if "error" in line]
     assert [(line["operation"], line["error"]) for line in errors] == [("step", "RuntimeError: illegal address")]
@@ -208,7 +210,7 @@ def test_operations_of_a_gpu() -> None:
     """Both backends as graphs and eagerly, the step first; 72B and long prompts come late."""
     every = micro.keys(torch.device("cuda"))
     assert len(every) == len(set(every)) == 4 + len(micro.CASES) * (4 * len(micro.ORDER) + 4)
-    assert {key.operation for key in every} >= {*micro.OPERATIONS}
+    assert {key.operation for key in every} >= {*OPERATIONS}
     first = [(key.operation, key.backend, key.mode) for key in every[4:8]]
     assert first == [("step", backend, mode) for backend in ("triton", "torch") for mode in ("graph", "eager")]
     visual = [problem.visual for problem in micro.CASES]
@@ -258,7 +260,8 @@ def test_checks_print_what_they_found(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_checks_choose_their_backend(is_cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prefills: Any = SimpleNamespace(model=None, ids=SimpleNamespace(is_cuda=is_cuda))
     monkeypatch.setattr(reroute, "enable", lambda model, **given: given["backend"])
-    assert checks.Prefills.routing(prefills) == backend
+    chosen: Any = checks.Prefills.routing(prefills)
+    assert chosen == backend
 
 
 def test_graph_step() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from unittest import mock
 import pytest
 import torch
 
+import reroute
 from bench.gpu_check import measure, prefill
 from bench.gpu_check.lines import Deadline, Key, Lines, OutOfTime, keys
 from bench.gpu_check.measure import Session, Wrong
 from bench.gpu_check.record import read_lines
 from bench.gpu_check.shapes import SHAPES
 from bench.kernels.prefill_roofline import schedule_of
-from reroute.core.cost import estimate_cost, prefill_cost
+from reroute.core.cost import Attention, estimate_cost, prefill_cost
 from reroute.core.prefill import Prefill
 from reroute_kernels.testing.cases import TEXT
 
@@ -97,7 +99,8 @@ def test_flop_ratios(tiny: Session) -> None:
     values, shape = tiny.measure(ROUTE), SHAPES["tiny-llava"]
     schedule = schedule_of(12, "route", 1 / 3)
     assert (schedule.layers, schedule.counts(36)) == ((1, 2, 5, 8), (16, 16, 8, 4))
-    for name, attention in (("flop_ratio", "dense"), ("flop_ratio_causal", "causal")):
+    ratios: dict[str, Attention] = {"flop_ratio": "dense", "flop_ratio_causal": "causal"}
+    for name, attention in ratios.items():
         ours = estimate_cost(shape, schedule, "route", 36, TEXT, attention=attention)
         dense = prefill_cost(shape, [36 + TEXT] * 12, attention=attention)
         assert values[name] == round(ours.prefill_flops / dense.prefill_flops, 4) < 1
@@ -163,8 +166,8 @@ def test_a_later_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def test_no_round_begins_that_would_end_late(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def rounds(seconds: float, *takes: float) -> int:
         """Of a run that takes so long at first, and 0.1 s from then on."""
@@ -221,12 +224,10 @@ def test_the_most_telling_come_first() -> None:
     modes = ("eager", "graph")
     assert first == [(v, b, m) for v, b in (("dense", ""), ("route", "triton"), ("remove", "triton")) for m in modes]
 
-    def of(visual: int, batch: int, variant: str, backend: str = "triton", **more: str) -> int:
-        of_variant = {"backend": "" if variant.startswith("dense") else backend, "variant": variant}
-        return wanted.index(Key(**{"kind": "prefill", "mode": "eager", **of_variant, **more}, **problem(visual, batch)))
-
-    def problem(visual: int, batch: int) -> dict[str, Any]:
-        return {"model": "llava-7b", "visual": visual, "batch": batch}
+    def of(visual: int, batch: int, variant: str, backend: str = "triton", **more: Any) -> int:
+        backend = "" if variant.startswith("dense") else backend
+        usual = Key("prefill", "llava-7b", visual, batch, variant, backend, "eager")
+        return wanted.index(replace(usual, **more))
 
     assert of(576, 1, "dense again", mode="graph") < of(2880, 1, "dense") < of(16384, 1, "dense")
     assert of(16384, 1, "dense again") < of(576, 1, "route", kind="kernels") < of(16384, 1, "route", kind="kernels")
@@ -244,7 +245,8 @@ def test_the_most_telling_come_first() -> None:
 
 def test_an_error_in_one_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The others are measured; a later call measures only what failed."""
-    file, enable = tmp_path / "measured.jsonl", measure.reroute.enable
+    file = tmp_path / "measured.jsonl"
+    enable: Any = reroute.enable
 
     def planted(*args: Any, action: str, **given: Any) -> Any:
         if action == "remove":
@@ -252,7 +254,7 @@ def test_an_error_in_one_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return enable(*args, action=action, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure.reroute, "enable", planted)
+        patch.setattr(reroute, "enable", planted)
         assert call(file) == 1
     assert "planted" in capsys.readouterr().err
     lines, wanted = list(read_lines(file)), keys("tiny-llava", cuda=False)

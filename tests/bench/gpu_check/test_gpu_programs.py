@@ -113,7 +113,8 @@ def test_what_runs_is_killed_when_the_time_is_over() -> None:
 
 
 def test_what_runs_is_killed_if_the_iteration_is_broken_off() -> None:
-    children = lambda: {*map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())}
+    file = Path(f"/proc/self/task/{os.getpid()}/children")
+    children: Callable[[], set[int]] = lambda: {*map(int, file.read_text().split())}
     others = children()  # of the test session
     programs = side_by_side([step(python("print(1)")), step(("sleep", "1000"))], 2, lambda: 60.0, Path())
     next(programs)

@@ -26,7 +26,7 @@ STEPS = [
     {"step": "smoke", "status": "passed", "seconds": 20.0, "detail": "fine"},
     {"step": "memcheck", "status": "skipped", "seconds": 0.0, "detail": "not installed\nmore"},
 ]
-ROUTE = {"flop_ratio": 0.4, "flop_ratio_causal": 0.4031, "avg_tokens": 191.4688}
+ROUTE: dict[str, Any] = {"flop_ratio": 0.4, "flop_ratio_causal": 0.4031, "avg_tokens": 191.4688}
 
 
 def line(variant: str, mode: str, kind: str = "prefill", **values: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import import_utils
 
@@ -79,7 +80,7 @@ def test_a_capture_makes_no_mask_of_its_own(model: str) -> None:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def event(name: str, microseconds: float, device: Any = torch.autograd.DeviceType.CUDA) -> Any:
+def event(name: str, microseconds: float, device: Any = DeviceType.CUDA) -> Any:
     return SimpleNamespace(name=name, device_type=device, time_range=mock.Mock(elapsed_us=lambda: microseconds))
 
 
@@ -90,7 +91,7 @@ def test_kernel_times() -> None:
         event("_defer_kernel", 2.0),
         event("_defer_rmsnorm_kernel", 6.0),
         event("gemm<" + 200 * "x", 60.0),
-        event("aten::mm", 999.0, torch.autograd.DeviceType.CPU),
+        event("aten::mm", 999.0, DeviceType.CPU),
     ]
     times = kernel_times(events)
     assert (times["device_us"], times["launches"], times["share"]) == (80.0, 5, 0.25)
@@ -101,7 +102,7 @@ def test_kernel_times() -> None:
     }
     (name, largest), *rest = times["largest"].items()
     assert (len(name), largest["sum_us"], rest) == (80, 60.0, [])
-    assert "saw nothing" in kernel_times([event("aten::mm", 999.0, torch.autograd.DeviceType.CPU)])["skipped"]
+    assert "saw nothing" in kernel_times([event("aten::mm", 999.0, DeviceType.CPU)])["skipped"]
 
 
 def test_our_kernels_have_these_names() -> None:

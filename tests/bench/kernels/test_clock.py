@@ -42,7 +42,7 @@ def test_device_clock(mode: Any, waits: list[str]) -> None:
         mock.patch.object(torch.cuda, "synchronize", side_effect=lambda device: did.append("wait")),
     ):
         clock = DeviceClock(torch.device("cpu"))
-        with Log():
+        with Log():  # type: ignore[no-untyped-call]
             clock.run(lambda: did.append("run"), mode)
     assert did == ["aten.zero_ of 128", "aten.sum of 128", *waits, "record", "run", "record"]
     assert clock() == 0.002

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 
@@ -20,8 +21,13 @@ def test_host_time_of_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     pytest.importorskip("triton")
     from bench.kernels import overhead
 
-    ran = []
-    monkeypatch.setattr(overhead, "best", lambda call: float(ran.append(call()) is None))
+    ran: list[object] = []
+
+    def best(call: Callable[[], object]) -> float:
+        ran.append(call())
+        return 1.0
+
+    monkeypatch.setattr(overhead, "best", best)
     monkeypatch.setattr(overhead, "prefill_step", functools.partial(overhead.prefill_step, rounds=1))
     overhead.main()
     lines = capsys.readouterr().out.splitlines()

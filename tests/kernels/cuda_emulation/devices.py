@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import on_gpu
 import pytest
@@ -87,7 +88,7 @@ def test_operators_launch_where_their_tensors_are(gpu: Emulation, backend: Backe
     assert backend.name == "triton"
     gpu.use(current)
     boundary = StageBoundary(torch.device("cuda", device))
-    lease = SimpleNamespace(pages=boundary.pages, table=boundary.table)
+    lease: Any = SimpleNamespace(pages=boundary.pages, table=boundary.table)
     norm = RMSNorm(torch.ones(16, device=boundary.pages.device), 1e-6)
     with checked(gpu) as launches:
         boundary.step(backend, boundary.pages, boundary.hidden)

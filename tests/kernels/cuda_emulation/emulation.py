@@ -12,10 +12,8 @@ import ctypes
 import hashlib
 import os
 import re
-import shutil
-import sys
-import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,6 @@ import torch
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 SIZES = {"u64": 8, "f64": 8, "u32": 4, "f32": 4, "u16": 2, "b16": 2, "u8": 1, "b8": 1}  # of PTX types, in bytes
-
-
-def unavailable() -> str | None:
-    """Why Triton cannot build its driver here."""
-    if not sys.platform.startswith("linux"):
-        return "Triton's CUDA driver is for Linux"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "there is no C compiler"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "there are no headers of Python"
-    return None
 
 
 @dataclass(frozen=True)
@@ -61,13 +48,20 @@ class Kernel:
     def read(cls, name: str, files: dict[str, Any]) -> Kernel:
         """From the files of one compilation."""
         texts = {path.suffix: path.read_text() for path in map(Path, files.values()) if path.suffix != ".cubin"}
-        named = _named(re.search(r"tt\.func public @.*", texts[".ttir"])[0])
-        entry = re.search(r"\.entry .*?\{", texts[".ptx"], re.DOTALL)[0]
+        named = _named(_found(r"(tt\.func public @.*)", texts[".ttir"]))
+        entry = _found(r"(?s)(\.entry .*?\{)", texts[".ptx"])
         sizes = [SIZES[kind] for kind in re.findall(r"\.param \.(\w+)", entry)]
         parameters = tuple(Parameter(*one, size) for one, size in zip(named, sizes, strict=False))
-        shared = re.search(r'"shared": (\d+)', texts[".json"])[1]
-        threads = re.search(r"\.reqntid (\d+)", entry)[1]
+        shared = _found(r'"shared": (\d+)', texts[".json"])
+        threads = _found(r"\.reqntid (\d+)", entry)
         return cls(name, parameters, len(sizes) - len(named), int(threads), int(shared))
+
+
+def _found(pattern: str, text: str) -> str:
+    """The first group of the pattern, which the text must have."""
+    found = re.search(pattern, text)
+    assert found, f"no {pattern}"
+    return found[1]
 
 
 def _named(signature: str) -> list[tuple[str, str, bool]]:
@@ -151,12 +145,15 @@ class Emulation:
 
     def _answer_for_torch(self) -> None:
         torch._C._cuda_getCurrentRawStream = lambda device: self.streams[device]
-        torch.cuda.is_available = lambda: True
-        torch.cuda.device_count = lambda: len(self.streams)
-        torch.cuda.current_device = lambda: self.device
-        torch.cuda.set_device = self.use
-        torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = self.use
-        torch.cuda.get_device_capability = lambda device=None: self.capability
+        answers: dict[str, Callable[..., object]] = {
+            "is_available": lambda: True,
+            "device_count": lambda: len(self.streams),
+            "current_device": lambda: self.device,
+            "get_device_capability": lambda device=None: self.capability,
+            **dict.fromkeys(("set_device", "_exchange_device", "_maybe_exchange_device"), self.use),
+        }
+        for name, answer in answers.items():
+            setattr(torch.cuda, name, answer)
 
     def _loaded(self, module: int, function: int, name: str, files: dict[str, Any], digest: str) -> None:
         self._kernels[function] = Kernel.read(name, files)

@@ -181,7 +181,7 @@ def blind(kind: type, look: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda argument: look(argument) if isinstance(argument, kind) else real(argument)
 
 
-BLIND = {
+BLIND: dict[str, tuple[Callable[[Any], Any], dict[str, Any], dict[str, Any]]] = {
     "alignment": (blind(Tensor, lambda a: a.dtype), {}, {"first": misaligned(A)}),
     "dtype": (blind(Tensor, lambda a: a.data_ptr() % 16), {}, {"first": A.bfloat16()}),
     "divisibility": (blind(int, lambda a: (a == 1, a >> 31)), {}, {"number": 17}),

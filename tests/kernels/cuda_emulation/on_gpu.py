@@ -15,13 +15,15 @@ FACTORIES = "arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros
 class OnGPU(Tensor):
     """What is made of such a tensor is on its GPU too."""
 
+    place: torch.device
+
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.place
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = super().__torch_function__(func, types, args, kwargs or {})
+        made = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         places: list[torch.device] = []
         tree_map_only(OnGPU, lambda tensor: places.append(tensor.place), (args, kwargs))
         return tree_map_only(Tensor, lambda tensor: on_gpu(tensor, places[0]), made)

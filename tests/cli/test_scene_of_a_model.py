@@ -36,7 +36,8 @@ def loaded() -> Loaded:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    return Loaded("pixtral", LlavaForConditionalGeneration(config).eval(), Words, False)
+    model = LlavaForConditionalGeneration(config).eval()  # type: ignore[no-untyped-call]
+    return Loaded("pixtral", model, Words, False)
 
 
 def prompt(rows: int, columns: int, *, pictures: int = 1) -> Prompt:
