@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import unknown
 
-__all__ = ["check_name", "finite", "items", "number", "shown", "whole"]
+__all__ = ["check_name", "finite", "is_count", "items", "number", "shown", "whole"]
 
 
 def check_name(kind: str, value: object, known: Collection[str]) -> None:
@@ -51,6 +51,14 @@ def whole(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{value} is no number")
     return index(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number of at least 1."""
+    try:
+        return whole(value) >= 1
+    except TypeError:
+        return False
 
 
 def items(values: Any) -> list[Any]:

@@ -103,7 +103,9 @@ class RoutingConfig:
         if schedule is None:
             schedule = self.schedule if method is None and keep is None else None
             keep = self.keep if keep is None else keep
-        return replace(self, method=method or self.method, action=action or self.action, keep=keep, schedule=schedule)
+        method = self.method if method is None else method
+        action = self.action if action is None else action
+        return replace(self, method=method, action=action, keep=keep, schedule=schedule)
 
     def for_model(self, num_layers: int) -> Settings:
         """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""

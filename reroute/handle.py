@@ -13,6 +13,7 @@ import torch
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 from reroute_kernels.dispatch import recorded_by_autograd
 
+from .checks import is_count
 from .config import RoutingConfig, Settings, check_arguments
 from .core.cost import ModelShape
 from .core.home import Home, PooledHome, RecordedHome, is_recorded
@@ -150,7 +151,7 @@ class Handle:
         check_arguments(config, None)
         if config is None:
             config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
-        elif (method, action, keep, schedule) != (None,) * 4:
+        elif any(setting is not None for setting in (method, action, keep, schedule)):
             raise RerouteError("Give either config= or single settings, not both.")
         return self._router.at(config.for_model(self._shape.num_layers))
 
@@ -208,8 +209,9 @@ class Handle:
         """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
 
         They share one place in the pool, which is held until the block ends: after one forward the next may be captured
-        in a CUDA graph, which must not be replayed once the block has ended. Single decoding steps go on as they do
-        outside; a call of any other shape than the plan's raises RerouteError.
+        in a CUDA graph, which must not be replayed once the block has ended. One that runs while another does, in a
+        hook or a thread, has a place of its own. Single decoding steps go on as they do outside; a call of any other
+        shape than the plan's raises RerouteError.
         """
         return self._router.using(plan)
 
@@ -232,7 +234,7 @@ class Handle:
         Raises:
             RerouteError: routing was disabled, or a size is below 1.
         """
-        if visual < 1 or batch < 1:
+        if not (is_count(visual) and is_count(batch)):
             raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
         settings = self._router.settings
         short = ShortPrefills(self._router.adapter, settings)

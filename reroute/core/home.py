@@ -92,15 +92,22 @@ class PooledHome(Home):
     is_recorded = False
 
     def __init__(self, plan: Plan, backend: Backend, pool: PagedPool, workspace: Workspace | None = None) -> None:
-        """Take rows in ``pool``. A ``workspace`` of ``plan`` that is passed stays the caller's to release.
+        """Take rows in ``pool``.
+
+        A ``workspace`` of ``plan`` that is passed stays the caller's to release. While another prefill uses it, this
+        one has a place of its own.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
             torch.OutOfMemoryError: the device has no room for it; likewise.
         """
-        self._is_reserved = workspace is not None
-        self._workspace = workspace or Workspace(plan)
-        self._lease, tensors = self._workspace.take(pool)
+        self._workspace = workspace if workspace is not None and workspace.claim(self) else Workspace(plan)
+        self._is_reserved = self._workspace is workspace
+        try:
+            self._lease, tensors = self._workspace.take(pool)
+        except BaseException:
+            self.close()
+            raise
         super().__init__(backend, tensors, pool.dtype, pool.device)
 
     def defer(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -124,7 +131,7 @@ class PooledHome(Home):
     def close(self) -> None:
         """Give the pool rows back, unless they are reserved."""
         if self._is_reserved:
-            self._lease.end_use()
+            self._workspace.leave(self)
         else:
             self._workspace.release()
 

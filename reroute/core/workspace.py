@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 from reroute_kernels import Lease, PagedPool
 
 from .plan import Plan
@@ -21,9 +24,31 @@ class Workspace:
         """Nothing is held yet."""
         self._plan = plan
         self._held: tuple[PagedPool, Lease, PlanTensors] | None = None
+        self._lock = threading.Lock()
+        self._user: weakref.ref[object] | None = None
+        self._is_over = False
+
+    def claim(self, user: object) -> bool:
+        """Whether ``user`` has the place for itself until ``leave``: not while another one lives that has it."""
+        with self._lock:
+            if self._is_over or self._is_used:
+                return False
+            self._user = weakref.ref(user)
+            return True
+
+    def leave(self, user: object) -> None:
+        """Undo ``claim``. Idempotent."""
+        with self._lock:
+            if self._user is None or self._user() is not user:
+                return
+            if self._held is not None:
+                self._held[1].end_use()
+            self._user = None
+            if self._is_over:
+                self._give_back()
 
     def take(self, pool: PagedPool) -> tuple[Lease, PlanTensors]:
-        """The lease and the index tables, for the current CUDA stream. ``Lease.end_use`` ends the prefill.
+        """The lease and the index tables, for the current CUDA stream.
 
         Raises:
             PoolLimitError: the pool may not grow to hold the prompt; nothing is held then.
@@ -34,7 +59,7 @@ class Workspace:
             lease.begin_use()
             tensors.join()
             return lease, tensors
-        self.release()
+        self._give_back()
         lease = pool.lease(self._plan.lengths)
         try:
             tensors = self._plan.tensors(lease.starts, lease.num_rows, pool.device)
@@ -45,7 +70,17 @@ class Workspace:
         return lease, tensors
 
     def release(self) -> None:
-        """Give the rows back. Idempotent."""
+        """Give the rows back, at once or when their user leaves. Idempotent."""
+        with self._lock:
+            self._is_over = True
+            if not self._is_used:
+                self._give_back()
+
+    @property
+    def _is_used(self) -> bool:
+        return self._user is not None and self._user() is not None
+
+    def _give_back(self) -> None:
         held, self._held = self._held, None
         if held is not None:
             _, lease, tensors = held

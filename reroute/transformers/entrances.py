@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from .generation import PROMPT_END, generating, prompt_end
-from .interception import Intercepted
+from .interception import Intercepted, own_method, role_of
 
 if TYPE_CHECKING:
     from .context import ForwardContext
@@ -50,7 +50,7 @@ class RoutedModel(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedModel, self, "__call__")
         if router is None:
             return proceed(*args, **kwargs)
         # Hooks run before ``forward``, and what they call has no labels; one that others put there may not come by it.
@@ -59,7 +59,7 @@ class RoutedModel(Intercepted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, as wrappers do directly."""
-        router, proceed = _active(self), super().forward  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedModel, self, "forward")
         return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
 
 
@@ -70,7 +70,7 @@ class RoutedGenerator(RoutedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""
-        router, proceed = _active(self), super().generate  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedGenerator, self, "generate")
         if router is None or not router.enter():
             return proceed(*args, **kwargs)
         try:
@@ -81,7 +81,7 @@ class RoutedGenerator(RoutedModel):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs = own_method(RoutedGenerator, self, "prepare_inputs_for_generation")(*args, **kwargs)
         router = _active(self)
         if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
@@ -93,7 +93,7 @@ class RoutedBase(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedBase, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_base(router, proceed, args, kwargs)
 
 
@@ -102,7 +102,7 @@ class RoutedDecoder(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
-        router, proceed = _active(self), super().__call__  # type: ignore[misc]
+        router, proceed = _active(self), own_method(RoutedDecoder, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_decoder(self, proceed, args, kwargs)
 
 
@@ -111,16 +111,16 @@ class RoutedDecoderLayer(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
-        forward = kwargs.pop(FORWARD, None)
+        forward, proceed = kwargs.pop(FORWARD, None), own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return proceed(*args, **kwargs)
         args = _enter_layer(self, forward, args, kwargs)
-        return _leave_layer(self, forward, super().__call__(*args, **kwargs))  # type: ignore[misc]
+        return _leave_layer(self, forward, proceed(*args, **kwargs))
 
 
 def _active(module: Any) -> Router | None:
     """The router of ``module``, unless compiled code may run without it."""
-    role = module._reroute
+    role = role_of(module)
     router: Router | None = None if role is None else role.router
     return None if router is None or (torch.compiler.is_compiling() and router.may_be_compiled()) else router
 

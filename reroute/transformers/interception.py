@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import RerouteError
 
-__all__ = ["Intercepted", "Role", "intercept", "role_of"]
+__all__ = ["Intercepted", "Role", "intercept", "own_method", "role_of"]
 
 
 class Role(NamedTuple):
@@ -55,7 +55,20 @@ class Intercepted:
 def role_of(module: nn.Module) -> Role | None:
     """What ``module`` is while it is intercepted, else None."""
     role: Role | None = getattr(module, "_reroute", None)
-    return role
+    # Shallow copies keep the role of what was released since.
+    return role if role is not None and role.router.is_attached else None
+
+
+def own_method(kind: type[Intercepted], module: Any, name: str) -> Callable[..., Any]:
+    """The method of ``module``'s own class before which ``kind`` lies, also once that is released.
+
+    Bound methods may be kept for longer: ``model.generate`` by a pipeline, ``forward`` by what accelerate or Dynamo put
+    around it.
+    """
+    if isinstance(module, kind):
+        method: Callable[..., Any] = getattr(super(kind, module), name)
+        return method
+    return functools.partial(getattr(type(module), name), module)
 
 
 def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .adapters import is_supported
-from .interception import Intercepted
+from .interception import role_of
 
 __all__ = ["start", "stop"]
 
@@ -31,13 +31,13 @@ def start(route: Callable[[nn.Module], None]) -> None:
 
     def is_new(model: Any) -> bool:
         """Whether the call has to begin anew, as that of a routed model."""
-        if isinstance(model, Intercepted) or not is_supported(model):
+        if role_of(model) is not None or not is_supported(model):
             return False
         with lock:
             if model not in seen:
                 seen.add(model)
                 route(model)
-        return isinstance(model, Intercepted)
+        return role_of(model) is not None
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs) if is_new(self) else nn.Module.__call__(self, *args, **kwargs)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from models import CACHE, LAYERS, Sample, Tiny, tiny
+from models import CACHE, LAYERS, Sample, Tiny, llava, qwen, tiny
 from oracle import MARGIN, Decision, Result, Rules
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
@@ -183,3 +185,56 @@ def any_prompt(draw: st.DrawFn, name: str, *, pictures: tuple[int, int] = (0, 3)
         size = draw(st.tuples(st.integers(1, 4), st.integers(1, 5))) if model.is_qwen else model.grid
         parts += [size, draw(st.integers(int(model.is_qwen), 3))]
     return model.prompt(draw(st.integers(0, 10**6)), *parts, draw(st.integers(1, 5)))
+
+
+# --- calls inside of calls, and calls that are cut short ------------------------------------------------------------
+
+FAMILIES = ("llava", "qwen")
+FEW = Rules((1, 3), (0.5, 0.25))
+"""For models of five layers: one dense, one that is routed, and two decisions."""
+
+
+@functools.cache
+def small(family: str) -> Tiny:
+    """A shared model of five layers, for tests that call it often."""
+    return llava(layers=5) if family == "llava" else qwen(layers=5)
+
+
+PLACES: dict[str, Callable[[Any], nn.Module]] = {
+    "the model": lambda model: model,
+    "the base model": lambda model: model.model,
+    "the vision tower": lambda model: next(c for n, c in model.model.named_children() if n.startswith("vis")),
+    "the embeddings": lambda model: model.get_input_embeddings(),
+    "the decoder": lambda model: model.model.language_model,
+    "a dense layer": lambda model: model.model.language_model.layers[0],
+    "a norm that scores": lambda model: model.model.language_model.layers[1].input_layernorm,
+    "a projection that scores": lambda model: model.model.language_model.layers[3].self_attn.k_proj,
+    "a routed layer": lambda model: model.model.language_model.layers[2],
+    "a layer that decides": lambda model: model.model.language_model.layers[3],
+    "attention of the last layer": lambda model: model.model.language_model.layers[4].self_attn,
+    "the final norm": lambda model: model.model.language_model.norm,
+    "the head": lambda model: model.lm_head,
+}
+"""Where something may happen in a forward."""
+
+
+@contextmanager
+def inside(module: nn.Module, act: Callable[[], Any], *, after: bool = False) -> Iterator[None]:
+    """Do ``act`` once, in the first call of ``module``: before it runs, or ``after``."""
+    pending = [act]
+
+    def hook(*_: Any) -> None:
+        if pending:
+            pending.pop()()
+
+    handle = module.register_forward_hook(hook) if after else module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not pending, "it was never called"
+
+
+def labels_after(sample: Sample, prompt: int) -> Tensor:
+    """(1, L): what comes after ``prompt`` tokens of ``sample`` is the answer."""
+    return torch.tensor([[-100] * prompt + list(sample.ids[prompt:])])

@@ -34,6 +34,8 @@ class ModelAdapter:
     """Whether position ids are one number per token, so that kept tokens may be renumbered."""
     may_lack_position_ids: ClassVar[bool] = False
     """Whether layers get position ids in some calls (``generate``) and none in others (a plain forward)."""
+    may_stop_early: ClassVar[bool] = True
+    """Whether the decoder runs no more layers than ``num_hidden_layers`` says, however many it has."""
 
     def __init__(self, model: Any) -> None:
         """Bind to ``model``.
@@ -72,27 +74,43 @@ class ModelAdapter:
         Raises:
             RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
         """
-        now = self._layers_now()
+        now = self._layers_now() if _holds(self.base.language_model, self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
             raise RerouteError(
-                f"The decoder has changed since reroute.enable: it runs {len(now)} layers, and {len(self.layers)} were "
-                "there, or others. Call reroute.enable again on the model as it is now."
+                "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
+                "reroute.enable again on the model as it is now."
             )
         for index in scoring:
             check_scoring_layer(self.layers[index], index)
 
     def _layers_now(self) -> Sequence[Any]:
-        """The layers that a forward runs: as many as the configuration says."""
-        return list(self.text.layers)[: self.text_config.num_hidden_layers]
+        """The layers that a forward runs.
+
+        Raises:
+            UnsupportedModelError: they are not as many as the configuration says, by which caches are made.
+        """
+        layers, said = list(self.text.layers), self.text_config.num_hidden_layers
+        if len(layers) < said or (len(layers) > said and not self.may_stop_early):
+            raise UnsupportedModelError(
+                f"The decoder of {type(self.base).__name__} runs {len(layers)} layers, and its configuration says "
+                f"num_hidden_layers={said}. Change one of them until they agree."
+            )
+        return layers[:said]
 
     def _check_structure(self) -> None:
         if len(set(map(id, self.layers))) < len(self.layers):
             raise UnsupportedModelError(
                 f"The decoder of {type(self.base).__name__} lists the same layer several times. Give it a copy "
-                "(copy.deepcopy) in each place, or do not route it."
+                "(copy.deepcopy) with a self_attn.layer_idx of its own in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
             check_parts(layer, index)
+            place = getattr(layer.self_attn, "layer_idx", index)
+            if place != index:
+                raise UnsupportedModelError(
+                    f"Decoder layer {index} uses place {place} of the cache, and routing would look for it in place "
+                    f"{index}. Set self_attn.layer_idx of layers that were moved or copied to where they are now."
+                )
 
     @property
     def visual_ids(self) -> tuple[int, ...]:
@@ -166,4 +184,10 @@ class ModelAdapter:
 
 def _parameters(module: Any) -> tuple[str, ...]:
     """Names of what a module can be called with, in order."""
+    module = getattr(module, "_orig_mod", module)  # what torch.compile returns takes anything
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _holds(module: Any, part: Any) -> bool:
+    """Whether ``module`` is ``part``, or was put around it."""
+    return module is part or any(inner is part for inner in module.modules())

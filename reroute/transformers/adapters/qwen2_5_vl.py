@@ -17,6 +17,7 @@ class Qwen25VL(ModelAdapter):
     text_model_types = ("qwen2_5_vl_text",)
     renumbers = False
     may_lack_position_ids = True
+    may_stop_early = False
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``ModelAdapter``. A video counts as its frames, one grid each."""

@@ -12,8 +12,8 @@ NEEDED = ("input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj"
 """Modules that scoring calls."""
 NUMBERS = ("head_dim", "scaling")
 """What it reads off the attention."""
-PER_ROW = {"adapter_names": "an adapter for each row of the batch", "alora_offsets": "activated LoRA"}
-"""What PEFT hands to projections in hooks of one forward, and what that is."""
+ADAPTERS, ACTIVATION = "adapter_names", "alora_offsets"
+"""What PEFT hands to projections in hooks of one forward: an adapter for each row, and where activated LoRA begins."""
 
 
 def check_parts(layer: Any, index: int) -> list[Any]:
@@ -38,7 +38,16 @@ def check_scoring_layer(layer: Any, index: int) -> None:
     for path, part in zip(NEEDED, check_parts(layer, index), strict=True):
         if path != "self_attn":
             _check_weights(layer, part, path, index)
-            _check_hooks(part, path)
+            if _is_handed(part, ADAPTERS):
+                raise UnsupportedModelError(
+                    f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
+                    "with the rows of all prompts in one. Call the model once for each adapter, or disable routing."
+                )
+    if any(_is_handed(part, ACTIVATION) for block in layer.children() for part in block.children()):
+        raise UnsupportedModelError(
+            f"Activated LoRA counts its tokens from the end of each row ({ACTIVATION}), and routing leaves tokens out. "
+            "Use another adapter, or disable routing."
+        )
 
 
 def _part(layer: Any, path: str, index: int) -> Any:
@@ -68,11 +77,5 @@ def _check_weights(layer: Any, part: Any, path: str, index: int) -> None:
         )
 
 
-def _check_hooks(part: Any, path: str) -> None:
-    for hook in part._forward_pre_hooks.values():
-        for name, what in PER_ROW.items():
-            if name in getattr(hook, "keywords", {}):
-                raise UnsupportedModelError(
-                    f"PEFT chooses {what} ({name}) at {path!r}, which routing calls with the rows of all prompts in "
-                    "one. Call the model once for each adapter, or disable routing."
-                )
+def _is_handed(part: Any, name: str) -> bool:
+    return any(name in getattr(hook, "keywords", ()) for hook in part._forward_pre_hooks.values())
