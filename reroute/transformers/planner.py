@@ -146,7 +146,7 @@ class Planner:
         if plan is None:
             self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
         elif not plan.changes_nothing:
-            check_tokens_of_others(kwargs, self.adapter.base_parameters, plan.batch, plan.length)
+            self._check_others(kwargs, plan)
         return plan
 
     def check_given(self, plan: Plan, kwargs: Kwargs, labels: torch.Tensor | None) -> None:
@@ -171,7 +171,22 @@ class Planner:
             )
         if not plan.changes_nothing:
             self.check_call(plan, cache)
-            check_tokens_of_others(kwargs, self.adapter.base_parameters, batch, length)
+            self._check_others(kwargs, plan)
+
+    def check_follower(self, kwargs: Kwargs, cache: Cache, tokens: torch.Tensor) -> None:
+        """Check a call of the base model with ``tokens`` (B, L, …) after a routed ``cache``, with a plan or without.
+
+        Raises:
+            RerouteError: the cache is not whole, or an argument has an entry for each of its tokens.
+        """
+        check_whole(cache, len(self.adapter.layers))
+        keys = past_length(cache) + tokens.shape[1]
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
+
+    def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
+        keys = plan.past + plan.length
+        counts = (plan.length, keys, plan.batch * plan.length, plan.batch * keys, sum(plan.lengths))
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:
