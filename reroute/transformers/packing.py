@@ -16,8 +16,8 @@ __all__ = ["check_one_prompt_per_row", "check_tokens_of_others"]
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that tell kernels where the sequences of a packed row begin."""
 
-KINDS = ("token_type_ids", "mm_token_type_ids")
-"""Arguments per token that no layer reads."""
+UNREAD = ("token_type_ids", "mm_token_type_ids", "shift_labels")
+"""Arguments per token that no layer reads: kinds of tokens, and what only the loss needs."""
 
 _PACKED = (
     "Several prompts are packed in one row. Their visual tokens would be ranked by the last one's question. Put each "
@@ -61,7 +61,7 @@ def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], co
         RerouteError: names the argument.
     """
     for name, value in kwargs.items():
-        if name in known or name in KINDS or value is None:
+        if name in known or name in UNREAD or value is None:
             continue
         if name in BORDERS:
             raise RerouteError(f"{name} was given: {_PACKED}")
