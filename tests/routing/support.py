@@ -35,7 +35,7 @@ class NoWaiting(TorchDispatchMode):
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
 
     def __init__(self, *also: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._refused = {*self.WAITING, *also}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,8 @@ def schedule(rules: Rules) -> reroute.Schedule:
 
 
 def enable(tiny: Tiny, rules: Rules, **settings: Any) -> Any:
-    return reroute.enable(tiny.model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
+    model: torch.nn.Module = tiny.model
+    return reroute.enable(model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -109,7 +110,8 @@ def checkpointing(tiny: Tiny, *, use_reentrant: bool = False) -> Tiny:
 
 def new_tokens(output: Any, prompt: int, b: int = 0) -> list[int]:
     """What was generated after a prompt of ``prompt`` tokens, padding included."""
-    return output.sequences[b, prompt:].tolist()
+    tokens: list[int] = output.sequences[b, prompt:].tolist()
+    return tokens
 
 
 def snapshot(model: Any) -> Any:
@@ -164,7 +166,7 @@ def fixed(stages: Any, table: Any, survivors: Any = ()) -> Fixed:
 @st.composite
 def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
     """Every action, rounding and score layer; ratios may grow under ``route`` only."""
-    action = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
+    action: Any = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
     offset = draw(st.sampled_from([0, 0, -1]))
     layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
     ratio = st.one_of(st.sampled_from([0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
