@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from models import CACHE, LAYERS, Sample, Tiny, llava, qwen, tiny
@@ -240,3 +241,27 @@ def inside(module: nn.Module, act: Callable[[], Any], *, after: bool = False) ->
 def labels_after(sample: Sample, prompt: int) -> Tensor:
     """(1, L): what comes after ``prompt`` tokens of ``sample`` is the answer."""
     return torch.tensor([[-100] * prompt + list(sample.ids[prompt:])])
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def refuses(
+    tiny: Tiny,
+    kind: type[Exception],
+    message: str,
+    call: Callable[[], Any],
+    rules: Rules = RULES[0],
+    **settings: Any,
+) -> None:
+    """``call`` raises; the model, its pool and the next forward are as if it had not been made."""
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    with enable(tiny, rules, **settings) as handle:
+        expected = tiny.model(**tiny.inputs([sample])).logits if "pool" not in settings else None
+        count, before = handle.stats().prefills, snapshot(tiny.model)
+        with pytest.raises(kind, match=message):
+            call()
+        assert handle.stats().prefills == count
+        assert snapshot(tiny.model) == before
+        if expected is not None:
+            assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
