@@ -28,7 +28,7 @@ test: $(VENV)/.dev ## Run all tests
 lint: $(VENV)/.dev ## Check style, types and which part imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 	find tests -mindepth 2 -name conftest.py | xargs -n 1 $(BIN)/mypy  # one at a time: all of them are called conftest
 	$(BIN)/lint-imports
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from models import Sample, Tiny, text
@@ -28,7 +28,7 @@ class Rules:
 
     layers: tuple[int, ...]
     ratios: tuple[float, ...]
-    action: str = "route"
+    action: Literal["route", "remove"] = "route"
     rounding: str = "floor"
     position_mode: str = "preserved"
     score_layer_offset: int = 0

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reroute
 from reroute.core.plan import Plan, make_plan
 from reroute.core.prefill import Prefill
+from reroute.transformers import entrances
 from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import PagedPool
 
@@ -22,6 +23,8 @@ from .models import IMAGE_ID, SCHEDULE, Size, build, inputs_of
 __all__ = ["MemoryResult", "Scratch", "count"]
 
 PACKAGES = ("reroute", "reroute_kernels")
+AROUND = (entrances.__name__,)
+"""Modules of theirs that call the model's own code."""
 INTEGERS = 8 * 8
 """Bytes per row for position ids, indices and the like: eight int64."""
 
@@ -77,7 +80,7 @@ def count(model: str, size: Size, dtype: torch.dtype = torch.float32, *, fake: b
     with FakeTensorMode() if fake else nullcontext(), torch.no_grad():
         network = build(size, dtype)
         inputs = {"inputs_embeds": torch.zeros(1, size.length, size.hidden, dtype=dtype)}
-        dense, routed = LiveBytes(), LiveBytes(PACKAGES)
+        dense, routed = LiveBytes(), LiveBytes(PACKAGES, AROUND)
         with dense:
             network(**inputs, use_cache=True, logits_to_keep=1)
         pool = PagedPool(size.hidden, dtype, "cpu")  # of its own: born and counted in this prefill

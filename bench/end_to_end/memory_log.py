@@ -52,12 +52,12 @@ class LiveBytes(TorchDispatchMode):
     Storages are seen as tensors that operations return: scratch that lives inside one ATen kernel is not seen.
     """
 
-    def __init__(self, watched: Sequence[str] = ()) -> None:
-        """``watched``: packages whose allocations are to be told apart."""
+    def __init__(self, watched: Sequence[str] = (), around: Sequence[str] = ()) -> None:
+        """``watched``: packages whose allocations are told apart, but for modules that lie ``around`` other code."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.log: list[Allocation] = []
         self.spans: dict[str, list[Span]] = {}
-        self._watched = frozenset(watched)
+        self._watched, self._around = frozenset(watched), frozenset(around)
         self._known: dict[weakref.ref[Any], Allocation] = {}
         self._now = 0
 
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
             module = frame.f_globals.get("__name__", "")
             package, code = module.partition(".")[0], frame.f_code
             where = f"{module.rpartition('.')[2]}.{getattr(code, 'co_qualname', code.co_name)}"
-            if package in self._watched:
+            if package in self._watched and module not in self._around:
                 return package, where
             if package == "transformers":
                 fallback = fallback or where

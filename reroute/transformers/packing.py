@@ -16,8 +16,8 @@ __all__ = ["check_one_prompt_per_row", "check_tokens_of_others"]
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that tell kernels where the sequences of a packed row begin."""
 
-KINDS = ("token_type_ids", "mm_token_type_ids")
-"""Arguments per token that no layer reads."""
+UNREAD = ("token_type_ids", "mm_token_type_ids", "shift_labels")
+"""Arguments per token that no layer reads: kinds of tokens, and what only the loss needs."""
 
 _PACKED = (
     "Several prompts are packed in one row. Their visual tokens would be ranked by the last one's question. Put each "
@@ -31,38 +31,42 @@ def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, h
     Args:
         position_ids: (B, L), or (3 or 4, B, L) of M-RoPE, or None.
         valid: (B, L) False at padding.
-        has_mask: whether there is an attention mask. Without one, Transformers takes any step back for a border.
+        has_mask: whether there is an attention mask. Without one, Transformers takes any step but 1 for a border,
+            unless it has the three positions of M-RoPE only.
 
     Raises:
         RerouteError: rows are packed.
     """
     if position_ids is None:
         return
-    first = position_ids if position_ids.ndim == 2 else position_ids[0]  # M-RoPE: text, or time
+    counts_tokens = position_ids.ndim == 2 or len(position_ids) == 4
+    first = position_ids if position_ids.ndim == 2 else position_ids[0]  # of M-RoPE: of text, or time
     ids = np.broadcast_to(first.cpu().numpy(), valid.shape)
     for row, is_token in zip(ids, valid, strict=True):
-        known = row[is_token]
-        anew = np.diff(known) < 0
+        known, columns = row[is_token], np.flatnonzero(is_token)
+        steps = np.diff(known)
+        anew = steps != 1 if counts_tokens and not has_mask else steps < 0
         if has_mask:  # generate counts drafts behind a masked token from its filler on
-            anew &= known[1:] == known[:1]
+            anew &= (np.diff(columns) == 1) | (known[1:] == known[:1])
         if anew.any():
             raise RerouteError(_PACKED)
 
 
-def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], batch: int, length: int) -> None:
+def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], counts: Collection[int]) -> None:
     """Refuse arguments beyond the ``known`` ones that layers would get at the logical length.
+
+    ``counts``: how many entries an argument with one for each token may have.
 
     Raises:
         RerouteError: names the argument.
     """
     for name, value in kwargs.items():
-        if name in known or name in KINDS or value is None:
+        if name in known or name in UNREAD or value is None:
             continue
         if name in BORDERS:
             raise RerouteError(f"{name} was given: {_PACKED}")
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        if any(size in (length, batch * length) for tensor in tensors for size in tensor.shape):
+        if any(size in counts for leaf in tree_leaves(value) for size in getattr(leaf, "shape", ())):
             raise RerouteError(
-                f"{name} has an entry for each of the {length} tokens, and it is not known how to pick those of the "
-                "tokens that run. Call the model without it, or disable routing for this call."
+                f"{name} has an entry for each token, and it is not known how to pick those of the tokens that run. "
+                "Call the model without it, or disable routing for this call."
             )

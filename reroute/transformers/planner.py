@@ -89,9 +89,10 @@ class Planner:
         if not is_visual.any():
             return None
         past, schedule = past_length(prompt.cache), settings.schedule
+        valid = _valid(prompt)
         plan = make_plan(
             ids,
-            _valid(prompt, settings),
+            np.ones_like(ids, dtype=bool) if valid is None else valid,
             self.adapter.visual_ids,
             schedule,
             settings.config.action,
@@ -102,6 +103,11 @@ class Planner:
             if prompt.labels is not None:
                 plan = replace(plan, knows_labels=True)
             self.check_call(plan, prompt.cache)
+            if valid is None:  # asked last: for a cache that cannot be used, generate itself prepares such masks
+                raise RerouteError(
+                    "Routing needs to know which tokens are padding: pass a 2-D attention_mask (batch, length) instead "
+                    "of a prepared 4-D mask or a dict of masks."
+                )
             check_one_prompt_per_row(prompt.positions, plan.order >= 0, has_mask=prompt.mask is not None)
         return plan
 
@@ -146,7 +152,7 @@ class Planner:
         if plan is None:
             self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
         elif not plan.changes_nothing:
-            check_tokens_of_others(kwargs, self.adapter.base_parameters, plan.batch, plan.length)
+            self._check_others(kwargs, plan)
         return plan
 
     def check_given(self, plan: Plan, kwargs: Kwargs, labels: torch.Tensor | None) -> None:
@@ -171,7 +177,22 @@ class Planner:
             )
         if not plan.changes_nothing:
             self.check_call(plan, cache)
-            check_tokens_of_others(kwargs, self.adapter.base_parameters, batch, length)
+            self._check_others(kwargs, plan)
+
+    def check_follower(self, kwargs: Kwargs, cache: Cache, tokens: torch.Tensor) -> None:
+        """Check a call of the base model with ``tokens`` (B, L, …) after a routed ``cache``, with a plan or without.
+
+        Raises:
+            RerouteError: the cache is not whole, or an argument has an entry for each of its tokens.
+        """
+        check_whole(cache, len(self.adapter.layers))
+        keys = past_length(cache) + tokens.shape[1]
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
+
+    def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
+        keys = plan.past + plan.length
+        counts = (plan.length, keys, plan.batch * plan.length, plan.batch * keys, sum(plan.lengths))
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:
@@ -183,17 +204,14 @@ def _is_given(pictures: Any) -> bool:
     return pictures is not None and (not isinstance(pictures, Mapping) or bool(pictures))
 
 
-def _valid(prompt: Prompt, settings: Settings) -> Any:
-    """(B, L) False at padding."""
-    mask, length = prompt.mask, prompt.ids.shape[1]
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return mask[:, -length:].cpu().numpy().astype(bool)
-    if mask is None or settings.keeps_all:
+def _valid(prompt: Prompt) -> Any:
+    """(B, L) False at padding; None if the mask does not say."""
+    mask = prompt.mask
+    if mask is None:
         return np.ones(prompt.ids.shape, dtype=bool)
-    raise RerouteError(
-        "Routing needs to know which tokens are padding: pass a 2-D attention_mask (batch, length) instead of a "
-        "prepared 4-D mask or a dict of masks."
-    )
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    return mask[:, -prompt.ids.shape[1] :].cpu().numpy().astype(bool)
 
 
 def _prompt_ends(prompt: Prompt, is_visual: Any, past: int) -> Sequence[int]:

@@ -15,7 +15,7 @@ from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .cache import cache_of, check_whole, is_routed, past_length
+from .cache import cache_of, is_routed, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
 from .entrances import Call, RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
@@ -221,7 +221,7 @@ class Router:
             return None  # Transformers raises
         has_routed_cache = is_routed(cache)
         if cache is not None and has_routed_cache:
-            check_whole(cache, len(self.adapter.layers))
+            self._active_planner.check_follower(named, cache, tokens)
         settings = self.settings
         plan, workspace = self._plan_of(named, settings, tokens, cache, labels, end)
         if plan is not None and plan.changes_nothing:

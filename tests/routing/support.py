@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from models import CACHE, LAYERS, Sample, Tiny, llava, qwen, tiny
@@ -35,7 +36,7 @@ class NoWaiting(TorchDispatchMode):
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
 
     def __init__(self, *also: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._refused = {*self.WAITING, *also}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +55,8 @@ def schedule(rules: Rules) -> reroute.Schedule:
 
 
 def enable(tiny: Tiny, rules: Rules, **settings: Any) -> Any:
-    return reroute.enable(tiny.model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
+    model: torch.nn.Module = tiny.model
+    return reroute.enable(model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -109,7 +111,8 @@ def checkpointing(tiny: Tiny, *, use_reentrant: bool = False) -> Tiny:
 
 def new_tokens(output: Any, prompt: int, b: int = 0) -> list[int]:
     """What was generated after a prompt of ``prompt`` tokens, padding included."""
-    return output.sequences[b, prompt:].tolist()
+    tokens: list[int] = output.sequences[b, prompt:].tolist()
+    return tokens
 
 
 def snapshot(model: Any) -> Any:
@@ -164,7 +167,7 @@ def fixed(stages: Any, table: Any, survivors: Any = ()) -> Fixed:
 @st.composite
 def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
     """Every action, rounding and score layer; ratios may grow under ``route`` only."""
-    action = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
+    action: Any = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
     offset = draw(st.sampled_from([0, 0, -1]))
     layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
     ratio = st.one_of(st.sampled_from([0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
@@ -238,3 +241,27 @@ def inside(module: nn.Module, act: Callable[[], Any], *, after: bool = False) ->
 def labels_after(sample: Sample, prompt: int) -> Tensor:
     """(1, L): what comes after ``prompt`` tokens of ``sample`` is the answer."""
     return torch.tensor([[-100] * prompt + list(sample.ids[prompt:])])
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def refuses(
+    tiny: Tiny,
+    kind: type[Exception],
+    message: str,
+    call: Callable[[], Any],
+    rules: Rules = RULES[0],
+    **settings: Any,
+) -> None:
+    """``call`` raises; the model, its pool and the next forward are as if it had not been made."""
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    with enable(tiny, rules, **settings) as handle:
+        expected = tiny.model(**tiny.inputs([sample])).logits if "pool" not in settings else None
+        count, before = handle.stats().prefills, snapshot(tiny.model)
+        with pytest.raises(kind, match=message):
+            call()
+        assert handle.stats().prefills == count
+        assert snapshot(tiny.model) == before
+        if expected is not None:
+            assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)

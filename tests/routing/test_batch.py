@@ -6,16 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attentions import FLASH, HUB, attention_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import NAMES, Sample, Tiny
 from models import tiny as shared
 from oracle import MARGIN, Rules, predict
 from support import RULES, any_prompt, any_rules, cache_of, close, enable, generate, kv_lengths, rows, same_decisions
-from torch import Tensor
-
-FLASH, HUB = "flash_attention_2", "kernels-community/flash-attn2"
 
 
 def mixture(tiny: Tiny) -> list[Sample]:
@@ -46,14 +43,9 @@ def check_rows(tiny: Tiny, samples: Sequence[Sample], rules: Rules, side: str, *
 
 
 @pytest.fixture(params=["sdpa", "eager", FLASH, HUB])
-def attention(request: pytest.FixtureRequest, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param in (FLASH, HUB):
-        flash_on_cpu(monkeypatch)
-    text = tiny.model.config.get_text_config()
-    before = text._attn_implementation
-    text._attn_implementation = request.param
-    yield request.param
-    text._attn_implementation = before
+def attention(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[str]:
+    with attention_of(tiny, request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -147,50 +139,3 @@ def test_any_batch(data: st.DataObject) -> None:
     side = data.draw(st.sampled_from(["left", "right"]))
     assume(all(predict(tiny, sample, rules).margin > MARGIN for sample in samples))
     check_rows(tiny, samples, rules, side)
-
-
-# --- flash attention without its kernels --------------------------------------------------------------------------
-
-
-def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give Transformers' flash path (2-D masks, unpadding, packing by position ids) kernels that run here.
-
-    Both are causal with the last query on the last key, as flash attention is. They go by two names: the usual one,
-    and the one that Transformers registers for kernels from the hub.
-    """
-    from transformers import modeling_flash_attention_utils as flash
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
-
-    for functions in (MASKS, FUNCTIONS):
-        monkeypatch.setitem(functions._global_mapping, HUB, functions[FLASH])
-
-    def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        new, old = q.shape[2], k.shape[2] - q.shape[2]
-        visible = torch.ones(new, old + new, dtype=torch.bool).tril(old) if causal else None
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=softmax_scale).transpose(1, 2)
-
-    def varlen(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        causal: bool = False,
-        softmax_scale: float | None = None,
-    ) -> Tensor:
-        ends = zip(cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist()[1:], strict=True)
-        done, out = (0, 0), []
-        for end in ends:
-            mine, theirs = slice(done[0], end[0]), slice(done[1], end[1])
-            out.append(dense(q[None, mine], k[None, theirs], v[None, theirs], causal, softmax_scale)[0])
-            done = end
-        return torch.cat(out)
-
-    kernels = (dense, varlen, None, flash._pad_input, flash._unpad_input)
-    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: kernels)
-    monkeypatch.setattr(flash, "_loaded_implementation", None)

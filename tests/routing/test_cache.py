@@ -27,8 +27,8 @@ def prefilled(tiny: Tiny, samples: list[Sample]) -> Any:
 def test_layers_hold_text_and_what_was_kept(tiny: Tiny, rules: Rules) -> None:
     sample = tiny.prompt(0, 5, tiny.grid, 4)
     n, m = len(sample.visual), sample.texts
-    stage = lambda layer: max((i for i, first in enumerate(rules.layers) if first <= layer), default=None)
-    kept = [n if stage(i) is None else max(1, int(n * rules.ratios[stage(i)])) for i in range(tiny.num_layers)]
+    stages = [sum(first <= layer for first in rules.layers) - 1 for layer in range(tiny.num_layers)]
+    kept = [n if stage < 0 else max(1, int(n * rules.ratios[stage])) for stage in stages]
     with enable(tiny, rules):
         cache = prefilled(tiny, [sample])
     assert kv_lengths(cache) == [m + k for k in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,7 +75,7 @@ def test_a_padded_batch_too(rules: Rules) -> None:
     samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
     given = tiny.inputs(samples)
     padded = [torch.nn.functional.pad(e, (0, 0, len(samples[1]) - len(e), 0)) for e in map(tiny.embeds, samples)]
-    run = lambda: tiny.model(inputs_embeds=torch.stack(padded), attention_mask=given["attention_mask"])
+    run = functools.partial(tiny.model, inputs_embeds=torch.stack(padded), attention_mask=given["attention_mask"])
     with enable(tiny, rules) as handle, handle.using(handle.plan(given["input_ids"], given["attention_mask"])):
         expected = run()
         with mock.patch("transformers.masking_utils.is_tracing", return_value=True), capturing():

@@ -137,6 +137,7 @@ def test_selection_by_hand(tiny: Tiny) -> None:
         "route": [[0, 1, 3, 4], [2, 3, 5, 6], [0, 5]],
         "remove": [[0, 1, 3, 4], [0, 1, 3, 4], [0, 4]],
     }
+    action: Any
     for action, kept in expected.items():
         survivors = ((0, 1, 3, 4), (0, 1, 3, 4)) if action == "remove" else ()
         method = fixed(stages=stages, table=(s1, s2, s3), survivors=survivors)

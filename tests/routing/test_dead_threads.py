@@ -63,7 +63,7 @@ def test_rows_of_threads_that_end_in_a_forward_come_back(tiny: Tiny, where: Any,
     with enable(tiny, RULES[0], pool=pool) as handle:
         hook = (text.norm if where == "norm" else text.layers[where]).register_forward_pre_hook(stop)
         for call in (tiny.model, generate, tiny.model):
-            die(lambda call=call: call(**inputs))
+            die(functools.partial(call, **inputs))
             assert (pool.stats().leases, pool.stats().pages_in_use) == (0, 0)
         hook.remove()
         expected = predict(tiny, sample, RULES[0])

@@ -150,7 +150,8 @@ def test_assistant_model(tiny: Tiny) -> None:
         num_attention_heads=2,
         eos_token_id=None,
     )
-    assistant = LlamaForCausalLM(config).eval().requires_grad_(False)
+    assistant: Any = LlamaForCausalLM(config)
+    assistant.eval().requires_grad_(False)
     assistant.generation_config.update(pad_token_id=PAD, eos_token_id=None, num_assistant_tokens=3)
     sample = prompts(tiny)[0]
     with enable(tiny, RULES[0]) as handle:

@@ -16,7 +16,7 @@ import torch
 from models import CACHE
 from oracle import Rules
 from support import enable, generate
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from reroute.core.prefill import PositionTables
 from reroute.methods import FastV, Method
 from reroute.rankers import RankInputs, ScoreRanker
-from reroute_kernels import resolve
+from reroute_kernels import Backend, resolve
 
 LAYERS = 6
 
@@ -65,12 +65,16 @@ def moving(forward: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
     """Make ``module`` and its parts fake ones on ``device``, each of which brings its arguments there."""
-    fake = lambda value: mode.from_tensor(value.detach()).to(device)
+
+    def fake(value: Tensor) -> Tensor:
+        moved: Tensor = mode.from_tensor(value.detach()).to(device)
+        return moved
+
     for part in module.modules():
         for name, value in part._parameters.items():
             part._parameters[name] = None if value is None else nn.Parameter(fake(value), requires_grad=False)
-        for name, value in part._buffers.items():
-            part._buffers[name] = None if value is None else fake(value)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else fake(buffer)
         if part is module or part._parameters or part._buffers:
             part.forward = moving(part.forward, device)
 
@@ -129,7 +133,12 @@ def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.Monke
     """Also of the same kind: one of two GPUs may be too old for the kernels."""
     asked: list[torch.device] = []
     plain = resolve("torch", torch.device("cpu"))
-    monkeypatch.setattr("reroute.handle.resolve", lambda name, device: asked.append(device) or plain)
+
+    def resolved(name: str, device: torch.device) -> Backend:
+        asked.append(device)
+        return plain
+
+    monkeypatch.setattr("reroute.handle.resolve", resolved)
     places = [torch.device("pair", index) for index in (0, 1, 1, 0)]
     with enable(models.llava(layers=LAYERS), Rules((1,), (0.5,))) as handle, FakeTensorMode():
         for place in places:

@@ -70,7 +70,7 @@ def same(actual: Gradients, expected: Gradients) -> None:
     assert any(value.any() for value in expected.values())
     for name, value in expected.items():
         tolerance = 1e-5 + 1e-4 * value.abs().max().item()
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
 
 
 def differs(actual: Gradients, other: Gradients) -> bool:

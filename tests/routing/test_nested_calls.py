@@ -163,12 +163,13 @@ def test_a_plan_with_labels(few: Tiny, labelled: Any) -> None:
     question = predict(few, sample, FEW, query=PROMPT - 1)
     with enable(few, FEW) as handle:
         plan = handle.plan(given["input_ids"], given["attention_mask"], labels=labels)
-        for call in (
+        calls: tuple[Callable[[], Tensor], ...] = (
             lambda: few.model(**given, labels=labels).logits[0],
             lambda: few.model.forward(**given, labels=labels).logits[0],
             lambda: few.model(**given).logits[0],
             lambda: few.model.lm_head(few.model.model(**given).last_hidden_state)[0],
-        ):
+        )
+        for call in calls:
             with handle.using(plan):
                 close(call(), question.logits)
             same_decisions(handle.trace, [question])
@@ -247,11 +248,13 @@ class Asked:
 
     def planned(self, given: dict[str, Tensor]) -> Tensor:
         with self.handle.using(self.handle.plan(given["input_ids"], given["attention_mask"])):
-            return self.few.model(**given).logits
+            logits: Tensor = self.few.model(**given).logits
+        return logits
 
     def unrouted(self, given: dict[str, Tensor]) -> Tensor:
         with self.handle.using(None):
-            return self.few.model(**given).logits
+            logits: Tensor = self.few.model(**given).logits
+        return logits
 
     def counted(self, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
         """What ``call`` gives, and how many prefills it records. What Transformers keeps on the model stays."""
@@ -404,7 +407,8 @@ class Ask:
     """A logits processor that asks the model something in each step, and does not change the scores."""
 
     def __init__(self, call: Callable[[], Tensor]) -> None:
-        self.call, self.answers = call, []
+        self.call = call
+        self.answers: list[Any] = []
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.answers.append(self.call())

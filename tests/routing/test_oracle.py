@@ -22,7 +22,7 @@ def toy() -> Any:
     return SimpleNamespace(layers=[layer] * 3, norm=same, rotary_emb=no_turn)
 
 
-def trace(action: str) -> Result:
+def trace(action: Any) -> Result:
     states = torch.tensor([-0.7, 0.2, 0.4, -0.9, -0.1, 0.6])[:, None]
     rules = Rules((1, 2), (0.5, 0.5), action)
     return run(toy(), nn.Identity(), states, torch.arange(6), [_Turn(0, 5, [1, 2, 3, 4])], rules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from typing import Any
 
 import models
 import pytest
@@ -63,7 +64,8 @@ def test_settings_of_one_model_come_first(tiny: Tiny) -> None:
 
 def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     expected = model(torch.tensor([[1, 2]])).logits
     small = models.llava(layers=2)
     reroute.enable(schedule=reroute.Schedule((3,), (0.5,)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +86,8 @@ def test_route_equals_remove_when_nobody_returns(tiny: Tiny) -> None:
     routed = fixed(stages=stages, table=(first, second))
     removed = fixed(stages=stages, table=(first, second), survivors=(survivors,))
     outputs = []
-    for action, method in (("route", routed), ("remove", removed)):
+    cases: tuple[tuple[Any, Any], ...] = (("route", routed), ("remove", removed))
+    for action, method in cases:
         with reroute.enable(tiny.model, method=method, action=action, trace=True) as handle:
             outputs.append(torch.stack(generate(tiny, samples, 5).logits))
             assert [s.kept[0].tolist() for s in handle.trace] == [list(survivors), [4, 9, 15]]

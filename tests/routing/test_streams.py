@@ -118,7 +118,8 @@ def test_two_threads_make_the_tables_of_a_plan_at_once(
     gpu: Gpu, streams: list[Stream], tiny: Tiny, ids: Tensor, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both use the same ones, whichever stream they came from."""
-    both, tables = threading.Barrier(2), {}
+    both = threading.Barrier(2)
+    tables: dict[int, PlanTensors] = {}
     upload, tensors_of = PlanTensors.of, Plan.tensors
 
     def together(*args: Any) -> PlanTensors:
