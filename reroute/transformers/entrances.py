@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .context import ForwardContext
     from .router import Router
 
-__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
+__all__ = ["Call", "RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -41,6 +41,12 @@ def _eager(function: Function, *, recursive: bool = False) -> Function:
     reason = "reroute plans and routes between compiled parts"
     eager: Function = torch.compiler.disable(function, recursive=recursive, reason=reason)
     return eager
+
+
+class Call:
+    """A call that runs. It is over once nobody holds it, even if an interrupt has kept it from saying so."""
+
+    __slots__ = ("__weakref__",)
 
 
 class RoutedModel(Intercepted):
@@ -71,13 +77,16 @@ class RoutedGenerator(RoutedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""
         router, proceed = _active(self), own_method(RoutedGenerator, self, "generate")
-        if router is None or not router.enter():
+        if router is None:
             return proceed(*args, **kwargs)
+        call = Call()
         try:
+            if not router.enter(call):
+                return proceed(*args, **kwargs)
             with generating(router, self, args, kwargs):
                 return proceed(*args, **kwargs)
         finally:
-            router.leave()
+            router.leave(call)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
@@ -133,24 +142,24 @@ def _eager_throughout(function: Function) -> Function:
 def _run_model(
     router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs, *, has_labels: bool = True
 ) -> Any:
-    if not router.enter():
-        return proceed(*args, **kwargs)
-    token = _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
+    outer, call = _labels.get(), Call()
     try:
+        if router.enter(call):
+            _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
         return proceed(*args, **kwargs)
     finally:
-        _labels.reset(token)
-        router.leave()
+        _labels.set(outer)
+        router.leave(call)
 
 
 @_eager
 def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    end = kwargs.pop(PROMPT_END, None)
-    if not router.enter():
-        return proceed(*args, **kwargs)
-    given, outer_forward, forward = _labels.get(), _forward.get(), None
+    end, given = kwargs.pop(PROMPT_END, None), _labels.get()
     labels = None if given is None or given[0] is not router else given[1]
+    outer, forward, call = _forward.get(), None, Call()
     try:
+        if not router.enter(call):
+            return proceed(*args, **kwargs)
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, kwargs, labels, end)
         _forward.set(forward)
@@ -160,10 +169,10 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
             router.finish(forward)
         return output
     finally:
-        _forward.set(outer_forward)
+        _forward.set(outer)
         if forward is not None:
             forward.close()
-        router.leave()
+        router.leave(call)
 
 
 @_eager

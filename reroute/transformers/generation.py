@@ -35,11 +35,12 @@ def generating(router: Router, model: Any, args: tuple[Any, ...], kwargs: Mappin
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     _refuse_chunks(router, (config, model.generation_config), kwargs, ids)
     end = None if ids is None else _prompt_end(ids, kwargs)
-    token = _generations.set((*_generations.get(), (router, end)))
+    outer = _generations.get()
     try:
+        _generations.set((*outer, (router, end)))
         yield
     finally:
-        _generations.reset(token)
+        _generations.set(outer)
 
 
 def prompt_end(router: Router) -> int | None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import Cache
@@ -16,7 +17,7 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
-from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
+from .entrances import Call, RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
 from .scopes import Given, Scopes
@@ -58,7 +59,8 @@ class Router:
         self._entrances = ExitStack()
         self._lock = threading.Lock()
         self._scopes = Scopes()
-        self._is_attached, self._running, self._blocks = False, 0, 0
+        self._is_attached, self._blocks = False, 0
+        self._running: WeakSet[Call] = WeakSet()
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -174,16 +176,17 @@ class Router:
         """Plan a prefill ahead. RerouteError if it cannot be routed, or routing is disabled."""
         return self._active_planner.plan(prompt, self.settings)
 
-    def enter(self) -> bool:
-        """Count a call that begins, unless routing is disabled. ``leave`` ends it."""
+    def enter(self, call: Call) -> bool:
+        """Take note of a call that begins, unless routing is disabled. ``leave`` ends it."""
         with self._lock:
-            self._running += self._is_attached
+            if self._is_attached:
+                self._running.add(call)
             return self._is_attached
 
-    def leave(self) -> None:
-        """Count a call that ends."""
+    def leave(self, call: Call) -> None:
+        """Take note of a call that ends."""
         with self._lock:
-            self._running -= 1
+            self._running.discard(call)
 
     def may_be_compiled(self) -> bool:
         """Whether compiled code may call the parts of the model as if routing were off: every token is kept.
