@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
 
@@ -54,7 +54,7 @@ def _refuse_chunks(router: Router, configs: Any, kwargs: Mapping[str, Any], ids:
     size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
     if not size or ids is None or router.settings.keeps_all:
         return
-    if bool(np.isin(ids.cpu().numpy(), router.adapter.visual_ids).any()):
+    if bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
         raise RerouteError(
             "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
             "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..config import Settings
-from ..core.plan import Plan, make_plan
+from ..core.plan import Plan, make_plan, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
@@ -85,7 +85,7 @@ class Planner:
             RerouteError: this prompt cannot be routed.
         """
         ids = prompt.ids.cpu().numpy()
-        is_visual = np.isin(ids, self.adapter.visual_ids)
+        is_visual = visual_mask(ids, self.adapter.visual_ids)
         if not is_visual.any():
             return None
         past, schedule = past_length(prompt.cache), settings.schedule
