@@ -168,6 +168,10 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
             forward.close()
             router.finish(forward)
         return output
+    except BaseException:
+        if forward is not None:
+            forward.abandon()
+        raise
     finally:
         _forward.set(outer)
         if forward is not None:

@@ -15,7 +15,7 @@ from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .cache import cache_of, is_routed, past_length
+from .cache import cache_of, is_routed, is_torn, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
 from .entrances import Call, RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
@@ -220,18 +220,25 @@ class Router:
         if tokens is None:
             return None  # Transformers raises
         has_routed_cache = is_routed(cache)
-        if cache is not None and has_routed_cache:
+        if cache is not None and (has_routed_cache or is_torn(cache)):
             self._active_planner.check_follower(named, cache, tokens)
         settings = self.settings
         plan, workspace = self._plan_of(named, settings, tokens, cache, labels, end)
-        if plan is not None and plan.changes_nothing:
-            return DensePrefill(plan, settings, self.adapter)
-        if plan is not None:
+        forward: ForwardContext | None = None
+        if plan is not None and not plan.changes_nothing:
             record = named.get("output_hidden_states")
             record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
             states = record is not False  # or which ones
-            return RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
-        return RoutedDecode(self.adapter, tuple(tokens.shape[:2])) if has_routed_cache else None
+            forward = RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
+            forward.keep(cache)
+            return forward
+        if plan is not None:
+            forward = DensePrefill(plan, settings, self.adapter)
+        elif has_routed_cache:
+            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]))
+        if forward is not None and has_routed_cache:
+            forward.keep(cache)
+        return forward
 
     def finish(self, forward: ForwardContext) -> None:
         """End a forward that succeeded."""
