@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +16,6 @@ from support import (
     cache_of,
     close,
     enable,
-    generate,
     inside,
     kv_lengths,
     labels_after,
@@ -31,8 +25,7 @@ from support import (
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-import reroute
-from reroute.errors import RerouteError, UnsupportedCacheError
+from reroute.errors import UnsupportedCacheError
 from reroute_kernels import PagedPool
 
 
