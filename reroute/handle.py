@@ -58,7 +58,7 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
-        self._callbacks: tuple[Callable[[Stats], None], ...] = ()
+        self._callbacks: tuple[tuple[Callable[[Stats], None]], ...] = ()
         self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names(settings, self.backend))
@@ -160,12 +160,13 @@ class Handle:
 
         Returns a function that ends this. What ``callback`` raises is raised by the forward.
         """
+        entry = (callback,)  # of this call alone: the same function may be given twice
         with self._recording:
-            self._callbacks = (*self._callbacks, callback)
+            self._callbacks = (*self._callbacks, entry)
 
         def end() -> None:
             with self._recording:
-                self._callbacks = tuple(other for other in self._callbacks if other is not callback)
+                self._callbacks = tuple(other for other in self._callbacks if other is not entry)
 
         return end
 
@@ -289,5 +290,5 @@ class Handle:
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks
-        for callback in callbacks:
+        for (callback,) in callbacks:
             callback(stats)
