@@ -12,6 +12,7 @@ import torch
 from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
+from .planner import has_picture
 
 if TYPE_CHECKING:
     from .router import Router
@@ -52,7 +53,7 @@ def _refuse_chunks(router: Router, configs: Any, kwargs: Mapping[str, Any], ids:
     sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
     # As in Transformers: a keyword wins, None included; then whatever is set first.
     size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
-    if not size or ids is None or router.settings.keeps_all:
+    if not size or ids is None or not has_picture(kwargs) or router.settings.keeps_all:
         return
     if bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
         raise RerouteError(

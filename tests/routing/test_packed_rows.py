@@ -12,7 +12,7 @@ import torch
 from attentions import FLASH, attention_of
 from models import CACHE, Sample, Tiny, tiny
 from oracle import Rules, predict
-from support import FAMILIES, FEW, cache_of, close, enable, generate, refuses, rows, same_decisions, small
+from support import FEW, cache_of, close, enable, generate, refuses, rows, same_decisions, small
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,12 +22,6 @@ PACKED = "Several prompts are packed in one row"
 ACTIONS = (FEW, Rules(FEW.layers, FEW.ratios, "remove"))
 FORMS = [("llava", "text"), ("qwen", "text"), ("qwen", "three"), ("qwen", "four")]
 """Position ids of each family: (B, L), or (3, B, L) of M-RoPE, or these behind those of the text."""
-
-
-@pytest.fixture(params=FAMILIES)
-def few(request: pytest.FixtureRequest) -> Tiny:
-    """A model of five layers of each family."""
-    return small(request.param)
 
 
 def prompts(tiny: Tiny) -> list[Sample]:
