@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import models
@@ -17,6 +22,7 @@ from support import (
     cache_of,
     close,
     enable,
+    generate,
     inside,
     kv_lengths,
     labels_after,
@@ -26,7 +32,8 @@ from support import (
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from reroute.errors import UnsupportedCacheError
+import reroute
+from reroute.errors import RerouteError, UnsupportedCacheError
 from reroute_kernels import PagedPool
 
 
