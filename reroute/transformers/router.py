@@ -107,7 +107,7 @@ class Router:
         with self._lock:
             if self._running:
                 raise RerouteError(_BUSY)
-            if for_another and self._blocks:
+            if for_another and (self._blocks or self._scopes.any_open):
                 raise RerouteError(
                     "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
                     "calls settings of their own, or end the block first."
