@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import sys
 import threading
 from collections import Counter
@@ -15,13 +16,14 @@ import pytest
 import torch
 from models import Tiny
 from oracle import predict
-from support import FAMILIES, FEW, PLACES, close, enable, generate, inside, schedule, small, snapshot
+from support import FAMILIES, FEW, PLACES, close, enable, generate, inside, labels_after, schedule, small, snapshot
 from torch import Tensor
 
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import FastV
 from reroute.stats import Stats
+from reroute.transformers import interception, process_wide, router
 
 
 @pytest.fixture(params=FAMILIES)
@@ -378,14 +380,17 @@ def test_changes_between_the_steps_of_a_generation(few: Tiny) -> None:
 
 
 class Held:
-    """A call that stands still in a thread of its own, at ``place``, until ``go``."""
+    """A call that stands still in a thread of its own, at ``place``, until ``go``.
 
-    def __init__(self, tiny: Tiny, place: str, call: Callable[[], Tensor]) -> None:
+    ``patience``: seconds until it must be there, if that is less than a minute only if it comes there at all.
+    """
+
+    def __init__(self, tiny: Tiny, place: str, call: Callable[[], Tensor], patience: float = 60) -> None:
         self._there, self._may_go = threading.Event(), threading.Event()
         self._results: list[Any] = []
         self._thread = threading.Thread(target=self._run, args=(PLACES[place](tiny.model), call))
         self._thread.start()
-        assert self._there.wait(60)
+        assert self._there.wait(patience) or patience < 60
 
     def _run(self, module: Any, call: Callable[[], Tensor]) -> None:
         def stand() -> None:
@@ -552,3 +557,69 @@ def test_routing_comes_and_goes_while_others_call(few: Tiny) -> None:
     reroute.disable(few.model)
     assert snapshot(few.model) == before
     assert torch.equal(few.model(**given).logits, plain)
+
+
+CALLS: dict[str, Callable[[Tiny, dict[str, Tensor]], Tensor]] = {
+    "model": lambda few, given: few.model(**given).logits,
+    "forward": lambda few, given: few.model.forward(**given).logits,
+    "labels": lambda few, given: few.model(**given, labels=labels_after(LABELLED, 22)).logits,
+    "base": lambda few, given: few.model.model(**given).last_hidden_state,
+    "generate": lambda few, given: torch.stack(generate(few, given, 2, use_cache=False).logits),
+}
+LABELLED = small("llava").prompt(3, 5, (4, 4), 5)
+
+
+@pytest.mark.parametrize("way", CALLS)
+def test_calls_while_settings_are_replaced(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for the later settings, wherever the change is just then: none runs dense meanwhile."""
+    few, call = small("llava"), CALLS[way]
+    given = few.inputs([LABELLED])
+    later = {"schedule": reroute.Schedule((2,), (0.2,))}
+    with reroute.enable(few.model, **later):
+        expected = call(few, given)
+    enable(few, FEW)
+    threads: list[threading.Thread] = []
+    results: list[Tensor] = []
+    plain = router.intercept, interception._release, router._forget_compiled
+
+    def begin(number: int, *args: Any) -> Any:
+        """As the plain function does; before, somebody calls, and comes as far as he can."""
+        thread = threading.Thread(target=lambda: results.append(call(few, given)))
+        thread.start()
+        thread.join(0.05)
+        threads.append(thread)
+        return plain[number](*args)
+
+    monkeypatch.setattr(router, "intercept", functools.partial(begin, 0))
+    monkeypatch.setattr(interception, "_release", functools.partial(begin, 1))
+    monkeypatch.setattr(router, "_forget_compiled", functools.partial(begin, 2))
+    reroute.enable(few.model, **later)
+    monkeypatch.undo()
+    for thread in threads:
+        thread.join()
+    assert len(threads) > 10
+    assert len(results) == len(threads)
+    all_equal(results, expected)
+
+
+def test_a_call_that_begins_while_all_models_are_disabled(few: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is plain, or nothing is disabled: what is asked for is done for all models or for none."""
+    other = small("qwen" if few is small("llava") else "llava")
+    given = few.inputs([few.prompt(3, 5, few.grid, 5)])
+    handles = [enable(other, FEW), enable(few, FEW)]
+    expected, helds = few.model(**given).logits, list[Held]()
+    stop = process_wide.stop
+
+    def late() -> None:
+        helds.append(Held(few, "a routed layer", lambda: few.model(**given).logits, 0.3))
+        stop()
+
+    monkeypatch.setattr(process_wide, "stop", late)
+    try:
+        reroute.disable()
+        left = False
+    except RerouteError:
+        left = True
+    assert [handle.is_enabled for handle in handles] == [left, left]
+    logits = helds[0].go()
+    assert torch.equal(logits, expected) == left
