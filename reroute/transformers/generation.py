@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
+from .planner import has_picture
 
 if TYPE_CHECKING:
     from .router import Router
@@ -52,9 +53,9 @@ def _refuse_chunks(router: Router, configs: Any, kwargs: Mapping[str, Any], ids:
     sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
     # As in Transformers: a keyword wins, None included; then whatever is set first.
     size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
-    if not size or ids is None or router.settings.keeps_all:
+    if not size or ids is None or not has_picture(kwargs) or router.settings.keeps_all:
         return
-    if bool(np.isin(ids.cpu().numpy(), router.adapter.visual_ids).any()):
+    if bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
         raise RerouteError(
             "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
             "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "

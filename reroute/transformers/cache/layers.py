@@ -19,8 +19,8 @@ from ...errors import UnsupportedCacheError
 __all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer"]
 
 HALF_FILLED = (
-    "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. Start "
-    "a new cache."
+    "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. "
+    "Start a new cache."
 )
 
 
