@@ -33,6 +33,12 @@ class Rules:
     position_mode: str = "preserved"
     score_layer_offset: int = 0
 
+    def steps(self, layer: int) -> list[str]:
+        """What happens before ``layer``, in this order."""
+        names = {"decide": layer - self.score_layer_offset, "enter": layer}
+        order = reversed(names) if self.score_layer_offset else names
+        return [name for name in order if names[name] in self.layers]
+
     def count(self, n: int, stage: int) -> int:
         """How many of ``n`` visual tokens stay."""
         exact = n * self.ratios[stage]
@@ -109,17 +115,30 @@ def predict(
 
 @dataclass(frozen=True)
 class _Turn:
-    """One call: its first position, its query's, and those of its visual tokens."""
+    """One call: its first position, its query's, and those of its visual tokens; ``rules`` of its own, if any."""
 
     start: int
     query: int
     visual: list[int]
+    rules: Rules | None = None
 
 
-def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Sequence[_Turn], rules: Rules) -> Result:
-    """``states`` (L, C) at ``positions`` (L,) or (3, L) through ``decoder`` and ``head``."""
+def run(
+    decoder: Any,
+    head: Any,
+    states: Tensor,
+    positions: Tensor,
+    turns: Sequence[_Turn],
+    rules: Rules,
+    *,
+    visible: Tensor | None = None,
+) -> Result:
+    """``states`` (L, C) at ``positions`` (L,) or (3, L) through ``decoder`` and ``head``.
+
+    ``visible`` (L, L): who may see whom, itself included; by default all that came before.
+    """
     length, depth = len(states), len(decoder.layers)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible
     active = torch.ones(length, dtype=torch.bool)
     rope = _rope(decoder, states, positions)
     decisions: list[list[Decision]] = [[] for _ in turns]
@@ -127,23 +146,21 @@ def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Seque
     hidden, history = [], []
     for index, layer in enumerate(decoder.layers):
         hidden.append(states)
-        enters, decides = index in rules.layers, index - rules.score_layer_offset in rules.layers
-        order = ("decide", "enter") if rules.score_layer_offset == 0 else ("enter", "decide")
-        for step in order:
-            if step == "decide" and decides:
-                stage = rules.layers.index(index - rules.score_layer_offset)
-                with torch.no_grad():
-                    weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
-                    chosen = [_decide(rules, stage, weights, turn, active) for turn in turns]
-            if step == "enter" and enters:
-                active = active.clone()
-                for turn, decision, made in zip(turns, chosen, decisions, strict=True):
-                    if decision is not None:
-                        active[turn.visual] = False
-                        active[[turn.visual[i] for i in decision.kept]] = True
-                        made.append(decision)
-                if rules.position_mode == "renumbered":
-                    rope = _rope(decoder, states, (active.cumsum(0) - 1).clamp(min=0))
+        active = active.clone()
+        for i, turn in enumerate(turns):
+            its = turn.rules or rules
+            for step in its.steps(index) if turn.visual else ():
+                if step == "decide":
+                    stage = its.layers.index(index - its.score_layer_offset)
+                    with torch.no_grad():
+                        weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
+                        chosen[i] = _decide(its, stage, weights, turn, active)
+                elif (decision := chosen[i]) is not None:
+                    active[turn.visual] = False
+                    active[[turn.visual[k] for k in decision.kept]] = True
+                    decisions[i].append(decision)
+                    if its.position_mode == "renumbered":
+                        rope = _rope(decoder, states, ((causal & active).sum(1) - 1).clamp(min=0))
         new = _block(layer, states, rope, causal & active)
         states = torch.where(active[:, None], new, states)
         history.append(active)
@@ -152,9 +169,7 @@ def run(decoder: Any, head: Any, states: Tensor, positions: Tensor, turns: Seque
     return Result(head(hidden[-1]), hidden, decisions, torch.stack(history))
 
 
-def _decide(rules: Rules, stage: int, weights: Any, turn: _Turn, active: Tensor) -> Decision | None:
-    if not turn.visual:
-        return None
+def _decide(rules: Rules, stage: int, weights: Any, turn: _Turn, active: Tensor) -> Decision:
     pool = list(range(turn.start, turn.query + 1))
     candidates = list(range(len(turn.visual)))
     if rules.action == "remove":

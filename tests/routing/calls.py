@@ -1,0 +1,419 @@
+"""Calls of a model in a world: what each must give, or why it must be refused, and what it leaves behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conversations import NEW, Conversation, Row, Say, expected, sample_of
+from lanes import Frame, Happening, Interrupt, Lane
+from models import CACHE, Sample
+from oracle import Rules
+from support import PLACES, cache_of, close, generate, kv_lengths
+from torch import Tensor, nn
+from transformers import DynamicCache
+from world import REFUSALS, SETTINGS, Plans, Running, World, rules_of
+
+from reroute.errors import RerouteError
+
+__all__ = ["ALL_PLACES", "Act", "Call", "perform", "plan_ahead"]
+
+LAST = "the MLP of the last layer"
+ALL_PLACES: dict[str, Callable[[Any], nn.Module]] = {
+    **PLACES,
+    LAST: lambda model: model.model.language_model.layers[4].mlp,
+}
+TOKENS, ANSWER, LONGEST = 3, 2, 110
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something happens at a place: pause, interrupt, enable, disable, or a call."""
+
+    place: str
+    what: Any
+    nth: int = 0
+    after: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """``names``: the kind of the sample of each row. ``follows``: which conversation goes on, None for a new one.
+
+    - ``way``: model, forward, base, decoder, generate.
+    - ``answer``: whether there are labels, for the last tokens.
+    - ``cache``: own (the model makes one), given (an empty one), none.
+    - ``at``: settings for this call alone.
+    - ``listener``: whether what is told of the prefill raises.
+    """
+
+    way: str
+    names: tuple[str, ...]
+    subject: int = 0
+    follows: int | None = None
+    side: str = "left"
+    answer: bool = False
+    cache: str = "own"
+    positions: bool = True
+    spelling: str = "all"
+    at: str | None = None
+    listener: bool = False
+    acts: tuple[Act, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``refusal``: a name in REFUSALS. ``rules``: None for a plain call. ``is_recorded``: in stats, once it succeeds."""
+
+    refusal: str | None = None
+    rules: Rules | None = None
+    queries: tuple[int | None, ...] = ()
+    is_recorded: bool = False
+
+
+def changes_nothing(rules: Rules | None) -> bool:
+    return rules is None or set(rules.ratios) == {1.0}
+
+
+def samples_of(world: World, names: Sequence[str], rows: int) -> tuple[list[str], list[Sample]]:
+    numbered = [f"{names[b % len(names)]}{b}" for b in range(rows)]
+    return numbered, [sample_of(world.family, name) for name in numbered]
+
+
+def labels_of(given: dict[str, Tensor]) -> Tensor:
+    """The last tokens of each row are its answer."""
+    ids = given["input_ids"]
+    mask = given["attention_mask"][:, -ids.shape[1] :]
+    later = mask.flip(1).cumsum(1).flip(1)  # how many tokens from here on
+    return ids.masked_fill((mask == 0) | (later > ANSWER), -100)
+
+
+def shape_of(samples: Sequence[Sample], side: str) -> tuple[Any, ...]:
+    shapes = [(len(sample), sample.visual) for sample in samples]
+    return (*shapes, side if len({length for length, _ in shapes}) > 1 else "")
+
+
+def plan_ahead(world: World, lane: Lane, call: Call) -> Plans:
+    """A plan of a prompt, by the settings that count in ``lane``."""
+    subject = world.subject(call.subject)
+    _, samples = samples_of(world, call.names, len(call.names))
+    given = subject.tiny.inputs(samples, call.side)
+    labels = labels_of(given) if call.answer else None
+    plan = subject.handle.plan(given["input_ids"], given["attention_mask"], labels=labels)
+    rules = rules_of(world.settings(lane, subject), world.family)
+    if not any(sample.visual for sample in samples):
+        rules = None
+    assert (plan is None) == (rules is None)
+    queries = tuple(len(sample) - 1 - ANSWER * call.answer for sample in samples)
+    return Plans(plan, shape_of(samples, call.side), rules, queries, call.answer)
+
+
+class _Performance:
+    """One call."""
+
+    def __init__(self, world: World, lane: Lane, call: Call) -> None:
+        self.world, self.lane, self.call = world, lane, call
+        self.subject = world.subject(call.subject)
+        self.tiny = self.subject.tiny
+        self.conversation = None if call.follows is None else world.conversation(call.follows)
+        rows = len(call.names) if self.conversation is None else len(self.conversation.rows)
+        self.names, self.samples = samples_of(world, call.names, rows)
+        self.frame = Frame(lane)
+        self.was_interrupted, self.was_told, self.heads = False, False, 0
+        self.is_labelled = call.answer and call.way in ("model", "forward") and min(map(len, self.samples)) > ANSWER
+
+    # --- what must come of it -------------------------------------------------------------------------------------
+
+    @property
+    def past(self) -> int:
+        return 0 if self.conversation is None else self.conversation.length
+
+    def is_possible(self) -> bool:
+        """Whether it is a call that the plain model could take."""
+        call, talk = self.call, self.conversation
+        follows = all(name in NEW for name in call.names)
+        if (talk is not None) != follows or self.past > LONGEST:
+            return False
+        if call.way == "decoder":
+            has_routed = talk is not None and talk.is_routed and not talk.is_broken
+            return not any(sample.visual for sample in self.samples) and (talk is None or has_routed)
+        if talk is not None and talk.is_broken:
+            return call.way != "generate" and self.subject.is_enabled
+        if call.way == "generate" and talk is not None and call.cache == "none":
+            return False
+        return True
+
+    def verdict(self) -> Verdict | None:
+        """None if what is asked for is an error of the test's own."""
+        subject, talk = self.subject, self.conversation
+        is_routed = talk is not None and talk.is_routed
+        if not subject.is_enabled or self.call.way == "decoder":
+            return Verdict("without routing" if is_routed else None)
+        if talk is not None and talk.is_broken:
+            return Verdict("half filled")
+        length = max(map(len, self.samples))
+        plans = self.world.innermost(self.lane, subject, "using")
+        has_pictures = any(sample.visual for sample in self.samples)
+        queries = tuple(len(sample) - 1 - ANSWER * self.is_labelled for sample in self.samples)
+        rules = rules_of(self.world.settings(self.lane, subject), self.world.family) if has_pictures else None
+        if plans is not None and not (length == 1 and self.past):
+            rules, queries = plans.rules, plans.queries
+            shape = shape_of(self.samples, self.call.side)
+            if plans.plan is not None:
+                if (len(self.samples), length, self.past) != (plans.plan.batch, plans.plan.length, 0):
+                    return Verdict("shape")
+                if shape != plans.shape:
+                    return None
+                if self.is_labelled and not plans.knows_labels and not changes_nothing(rules):
+                    return Verdict("labels")
+        if rules is not None and not changes_nothing(rules) and self.past:
+            if rules.position_mode == "renumbered" or (talk is not None and talk.is_renumbered):
+                return Verdict("renumbered")
+        return Verdict(None, rules, queries, rules is not None)
+
+    def rows(self, verdict: Verdict) -> list[Row]:
+        """What each row has been told once the call has succeeded."""
+        before: list[Row] = [()] * len(self.samples) if self.conversation is None else self.conversation.rows
+        rules = None if changes_nothing(verdict.rules) else verdict.rules
+        queries = verdict.queries or (None,) * len(before)
+        said = [
+            Say(name, rules, query) if sample.visual and rules else Say(name)
+            for name, sample, query in zip(self.names, self.samples, queries, strict=True)
+        ]
+        return [(*row, say) for row, say in zip(before, said, strict=True)]
+
+    # --- the call -------------------------------------------------------------------------------------------------
+
+    def given(self) -> dict[str, Any]:
+        call, talk = self.call, self.conversation
+        if talk is None:
+            positions = call.positions or call.cache != "none"  # those of later turns go on from these
+            given: dict[str, Any] = self.tiny.inputs(self.samples, call.side, positions=positions)
+            if call.way == "generate":
+                given = self.tiny.inputs(self.samples)
+        else:
+            given = talk.follow(self.tiny, self.samples)
+            if call.way == "generate" and call.spelling == "all":
+                given["input_ids"] = torch.cat([talk.ids(), given["input_ids"]], dim=1)
+                if "mm_token_type_ids" in given:
+                    kinds = torch.isin(talk.ids(), torch.tensor([self.tiny.model.config.image_token_id]))
+                    given["mm_token_type_ids"] = torch.cat([kinds.long(), given["mm_token_type_ids"]], dim=1)
+        return given
+
+    def run(self, given: dict[str, Any], cache: Any) -> Any:
+        model, way = self.tiny.model, self.call.way
+        if way == "decoder":
+            kept = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
+            return model.model.language_model(**kept, **({CACHE: cache} if cache is not None else {}))
+        if cache is not None:
+            given = {**given, CACHE: cache}
+        given["use_cache"] = self.call.cache != "none"
+        if way == "generate":
+            return generate(self.tiny, given, TOKENS)
+        if self.is_labelled:
+            given["labels"] = labels_of(given)
+        functions = {"model": model, "forward": model.forward, "base": model.model}
+        return functions[way](**given)
+
+    def perform(self) -> None:
+        world, call, talk = self.world, self.call, self.conversation
+        if not self.is_possible() or (call.way in ("model", "generate") and not world.meet(self.subject)):
+            world.outcomes["impossible"] += 1
+            return
+        verdict = self.verdict()
+        if verdict is None:
+            world.outcomes["impossible"] += 1
+            return
+        running = Running(self.lane, self.subject, call.way == "generate", not self.subject.is_enabled)
+        given = self.given()
+        cache = DynamicCache() if talk is None and call.cache == "given" else None if talk is None else talk.cache
+        before = stored(cache)
+        output, refusal = None, None
+        if talk is not None:
+            talk.is_busy = True
+        world.running.append(running)
+        try:
+            with self.listening(running), self.frame.watching(self.happenings(running)):
+                output = self.run(dict(given), cache)
+        except Interrupt:
+            pass
+        except RerouteError as error:
+            refusal = str(error)
+        finally:
+            world.running.remove(running)
+            if talk is not None:
+                talk.is_busy = False
+        self.record(verdict, running, has_ended=output is not None)
+        if refusal is not None:
+            self.was_refused(verdict, refusal)
+            assert stored(cache) == before or call.way == "generate" or (talk is not None and talk.is_broken)
+        elif output is None:
+            self.was_cut_short(verdict, cache, before)
+        else:
+            self.has_succeeded(verdict, output, given)
+
+    @contextmanager
+    def listening(self, running: Running) -> Iterator[None]:
+        """What is told of the prefill of this call raises, if it shall."""
+
+        def listener(_: Any) -> None:
+            if threading.get_ident() == self.lane.ident and self.lane.frames[-1] is self.frame:
+                self.was_told = True
+                raise Interrupt
+
+        with ExitStack() as stack:
+            if self.call.listener and running.handle is not None:
+                stack.callback(running.handle.on_prefill(listener))
+            yield
+
+    def happenings(self, running: Running) -> list[Happening]:
+        def count() -> None:
+            self.heads += 1
+
+        model = self.tiny.model
+        acts = [
+            Happening(ALL_PLACES[act.place](model), lambda act=act: self.act(act, running), act.nth, act.after)
+            for act in self.call.acts
+        ]
+        return [Happening(model.lm_head, count, nth=None), *acts]
+
+    def act(self, act: Act, running: Running) -> None:
+        world, subject = self.world, self.subject
+        if act.what == "interrupt":
+            self.was_interrupted = True
+            raise Interrupt
+        with world.keeping_deltas():
+            if act.what == "pause":
+                running.place = act.place
+                self.lane.pause()
+                running.place = None
+            elif isinstance(act.what, Call):
+                perform(world, self.lane, act.what)
+            elif running.handle is not None:  # a plain call may become a routed one
+                if act.what == "enable":
+                    world.enable(subject, SETTINGS["half"])
+                else:
+                    world.disable(subject)
+
+    # --- what came of it ------------------------------------------------------------------------------------------
+
+    def record(self, verdict: Verdict, running: Running, *, has_ended: bool) -> None:
+        """How many prefills must be in the handle's totals now."""
+        if self.was_told:
+            count = 1
+        elif self.call.way == "base":
+            count = int(has_ended)
+        elif self.call.way == "generate" and self.call.cache != "none":
+            count = min(1, self.heads)
+        else:
+            count = self.heads
+        if verdict.is_recorded and count:
+            self.world.recorded[id(running.handle), self.lane.ident] += count
+
+    def was_refused(self, verdict: Verdict, sentence: str) -> None:
+        reason = verdict.refusal
+        plans = self.world.innermost(self.lane, self.subject, "using")
+        if reason is None and self.call.way == "generate" and plans is not None and plans.plan is not None:
+            reason = "shape" if self.call.cache == "none" else None  # the second forward has one more token
+        assert reason is not None, f"refused without need: {sentence}"
+        assert REFUSALS[reason] in sentence
+        self.world.outcomes[f"refused: {reason}"] += 1
+
+    def was_cut_short(self, verdict: Verdict, cache: Any, before: list[int]) -> None:
+        assert self.was_interrupted or self.was_told
+        self.world.outcomes["interrupted"] += 1
+        talk, after = self.conversation, stored(cache)
+        if self.call.way in ("generate", "decoder"):
+            self.forget()
+            return
+        if cache is None or after == before:
+            return
+        has_routed = "RoutedLayer" in {type(layer).__name__ for layer in cache.layers}
+        grown = [new != old for new, old in zip(after, before or [0] * len(after), strict=True)]
+        is_routed = not changes_nothing(verdict.rules)
+        is_marked = not is_routed or not any(act.place == LAST and act.what == "interrupt" for act in self.call.acts)
+        if len(after) == self.tiny.num_layers and all(grown) and is_marked:
+            self.remember(verdict, cache, self.rows(verdict))
+        elif not has_routed:
+            self.forget()
+        elif talk is None:
+            self.remember(verdict, cache, self.rows(verdict))
+            self.world.conversations[-1].is_broken = True
+        else:
+            talk.is_broken = True
+
+    def has_succeeded(self, verdict: Verdict, output: Any, given: dict[str, Any]) -> None:
+        assert verdict.refusal is None, f"not refused: {verdict.refusal}"
+        assert not self.was_interrupted
+        family, way = self.world.family, self.call.way
+        self.world.outcomes["routed" if not changes_nothing(verdict.rules) else "plain"] += 1
+        rows = self.rows(verdict)
+        steps: list[list[int]] = [[] for _ in rows]
+        if way == "generate":
+            steps = output.sequences[:, -TOKENS:].tolist()
+            rows = [(*row, *(Say((t,)) for t in tokens[:-1])) for row, tokens in zip(rows, steps, strict=True)]
+        results = [expected(family, row) for row in rows]
+        if not all(result.is_defined for result in results):
+            self.world.outcomes["undefined"] += 1
+            self.forget()
+            return
+        if way in ("base", "decoder"):
+            logits = nn.functional.linear(output.last_hidden_state, self.tiny.model.lm_head.weight)
+        else:
+            logits = torch.stack(output.logits, 1) if way == "generate" else output.logits
+        mask = given["attention_mask"][:, -logits.shape[1] :].bool()
+        for b, result in enumerate(results):
+            row = logits[b] if way == "generate" else logits[b][mask[b]]
+            close(row, result.logits[-len(row) :])
+        if self.call.cache == "none" or way == "decoder":
+            return
+        cache = cache_of(output)
+        self.remember(verdict, cache, rows, steps)
+        talk = self.conversation or self.world.conversations[-1]
+        assert cache.get_seq_length() == talk.length
+        if len(rows) == 1:
+            assert kv_lengths(cache) == results[0].kept
+
+    def remember(self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()) -> None:
+        """The cache has taken the tokens of the call."""
+        talk, length = self.conversation, max(map(len, self.samples))
+        side = "left" if self.call.way == "generate" else self.call.side
+        if talk is None:
+            talk = Conversation(self.world.family, cache, [], [[] for _ in rows])
+            self.world.add(talk)
+        talk.rows, talk.columns = rows, list(talk.columns)  # copies share them
+        tail = [length]
+        for b, sample in enumerate(self.samples):
+            padding: list[int | None] = [None] * (length - len(sample))
+            ids = [*padding, *sample.ids] if side == "left" else [*sample.ids, *padding]
+            talk.columns[b] = [*talk.columns[b], *ids, *(steps[b][:-1] if steps else ())]
+            if sample.visual:
+                tail.append(length - 1 - sample.visual[-1] - (len(padding) if side == "left" else 0))
+        more = len(steps[0]) - 1 if steps and steps[0] else 0
+        talk.tail = (talk.tail + length if min(tail) == length else min(tail)) + more
+        if not changes_nothing(verdict.rules):
+            talk.is_routed, talk.floor = True, talk.length - more - min(tail)
+            talk.is_renumbered = verdict.rules is not None and verdict.rules.position_mode == "renumbered"
+
+    def forget(self) -> None:
+        if self.conversation is not None:
+            self.world.conversations.remove(self.conversation)
+
+
+def perform(world: World, lane: Lane, call: Call) -> None:
+    """Make ``call`` in ``lane``, whose thread this is, and check what comes of it."""
+    subject = world.subject(call.subject)
+    if call.at is None or subject.handle is None:
+        _Performance(world, lane, call).perform()
+    elif world.open_at(lane, subject, SETTINGS[call.at]):
+        _Performance(world, lane, call).perform()
+        world.close_block(lane)
+
+
+def stored(cache: Any) -> list[int]:
+    layers = [] if cache is None else cache.layers
+    return [0 if layer.keys is None else int(layer.keys.shape[-2]) for layer in layers]
