@@ -70,10 +70,9 @@ class Handle:
             RerouteError: the model is in use, or shares parts with another one that is routed; nothing is changed then.
         """
         self._router.check_free(model, None if replaced is None else replaced._router)
+        self._router.attach(model, None if replaced is None else replaced._router)
         if replaced is not None:
-            replaced._router.detach(for_another=True)
             replaced.disable()
-        self._router.attach(model)
 
     def _follow(self, device: torch.device) -> None:
         if device != self._device:  # the model has moved
@@ -107,9 +106,9 @@ class Handle:
         self._router.detach()
         self._pool = None
 
-    def check_idle(self) -> None:
-        """RerouteError while a call of the model runs."""
-        self._router.check_idle()
+    def idle(self) -> AbstractContextManager[None]:
+        """No call of the model runs inside; those that begin meanwhile wait. RerouteError if one runs."""
+        return self._router.idle()
 
     def __enter__(self) -> Handle:
         """Routing is on since ``enable``, and stays so until the block ends.
