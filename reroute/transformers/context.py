@@ -20,7 +20,7 @@ from ..core.prefill import PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .attention import decode_mask, mask_format_of, prefill_mask
+from .attention import MaskFormat, decode_mask, mask_format_of, prefill_mask
 from .cache import (
     GuardedLayer,
     RoutedLayer,
@@ -58,16 +58,16 @@ class ForwardContext:
     """One forward of the base model, seen from its decoder and its layers."""
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
-        """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one.
-
-        Raises:
-            RerouteError: the present attention implementation cannot be routed.
-        """
+        """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
         self._adapter, self._shape = adapter, shape
-        self._mask_format = mask_format_of(adapter.text_config)
         self._is_claimed = self._is_running = False
         self._writable: GuardedLayer | None = None
         self._kept: tuple[Cache, int] | None = None
+
+    @property
+    def _mask_format(self) -> MaskFormat:
+        """Of the present attention, which the planner has checked; a dense prefill may have any."""
+        return mask_format_of(self._adapter.text_config)
 
     def keep(self, cache: Cache | None) -> None:
         """The caller has ``cache``, whatever becomes of the call."""
