@@ -185,6 +185,7 @@ class Planner:
         Raises:
             RerouteError: the cache is not whole, or an argument has an entry for each of its tokens.
         """
+        mask_format_of(self.adapter.text_config)
         check_whole(cache, len(self.adapter.layers))
         keys = past_length(cache) + tokens.shape[1]
         check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from changes import check, prompt
-from models import CACHE, PICTURE, Sample, Tiny
+from models import CACHE, PICTURE, TRANSFORMERS, Sample, Tiny
 from oracle import predict
 from support import FEW, cache_of, close, enable, generate, same_decisions
 from torch import Tensor
@@ -26,6 +26,8 @@ def quoted(tiny: Tiny, seed: int = 7) -> Sample:
 
 def everything(tiny: Tiny, given: dict[str, Any]) -> list[Tensor]:
     """What the model makes of ``given``, in whatever way it is called."""
+    if tiny.is_qwen and TRANSFORMERS < (5, 18):
+        pytest.skip("generate of this release itself looks for the pictures of placeholders")
     labels = given["input_ids"].clone()
     output = tiny.model(**given, labels=labels, output_hidden_states=True)
     ways: tuple[dict[str, Any], ...] = ({}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 4})
