@@ -28,6 +28,8 @@ from support import (
     labels_after,
     small,
     snapshot,
+    state_of,
+    unchanged,
 )
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -151,27 +153,6 @@ def moments(few: Tiny, layer: int) -> dict[str, tuple[nn.Module, bool]]:
         "after it has stored": (module.self_attn, True),
         "at its end": (module, True),
     }
-
-
-def state_of(cache: Any) -> list[Any]:
-    """All that its layers hold."""
-    return [
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in public(layer).items()}
-        for layer in cache.layers
-    ]
-
-
-def public(layer: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-
-
-def unchanged(cache: Any, before: list[Any]) -> None:
-    """Nothing was stored, and nothing taken away."""
-    assert len(cache.layers) == len(before)
-    for layer, held in zip(cache.layers, before, strict=True):
-        assert public(layer).keys() == held.keys()
-        for name, value in public(layer).items():
-            assert torch.equal(value, held[name]) if isinstance(value, Tensor) else value == held[name]
 
 
 def refused(few: Tiny, cache: Any, before: Sample, message: str = "half filled") -> None:

@@ -31,13 +31,6 @@ from torch import Tensor, nn
 import reroute
 from reroute.errors import RerouteError
 
-
-@pytest.fixture(params=FAMILIES)
-def few(request: pytest.FixtureRequest) -> Tiny:
-    """A model of five layers of each family."""
-    return small(request.param)
-
-
 # --- labels -------------------------------------------------------------------------------------------------------
 
 PROMPT, ANSWER = 26, 4

@@ -27,12 +27,6 @@ from reroute.transformers import process_wide, router
 from reroute.transformers.interception import intercept
 
 
-@pytest.fixture(params=FAMILIES)
-def few(request: pytest.FixtureRequest) -> Tiny:
-    """A model of five layers of each family."""
-    return small(request.param)
-
-
 @pytest.fixture
 def _hasty() -> Iterator[None]:
     """Threads change places as often as they can."""
