@@ -110,6 +110,19 @@ def test_labels_end_the_prompt(few: Tiny, labelled: Any, way: str) -> None:
         close(states[0], answer.hidden[-1])
 
 
+def test_labels_of_a_forward_that_was_replaced_before(few: Tiny, labelled: Any) -> None:
+    """As accelerate's ``dispatch_model`` does it: the forward that it calls knows nothing of routing."""
+    sample, given, labels = labelled
+    question, plain = predict(few, sample, FEW, query=PROMPT - 1), few.model.forward
+    few.model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    try:
+        with enable(few, FEW) as handle:
+            close(few.model(**given, labels=labels).logits[0], question.logits)
+            same_decisions(handle.trace, [question])
+    finally:
+        del few.model.forward
+
+
 def test_labels_of_a_batch(few: Tiny) -> None:
     """Each sample's own; one without a picture, and one whose labels leave no question."""
     samples = [few.prompt(3, 5, few.grid, 5, ANSWER), few.prompt(4, 9), few.prompt(5, 2, few.grid, 8)]
