@@ -58,8 +58,8 @@ PHRASES = [re.sub(r"\s+", " ", phrase) for phrase in re.findall(r"“([^”]+)�
 def test_each_refusal_is_on_the_page(where: str) -> None:
     sentence = SENTENCES[where]
     assert any(phrase in sentence for phrase in PHRASES), (
-        f"{where} refuses something that docs/reference/limits.md does not have. Give it a row there that quotes a part "
-        f"of its sentence between “ and ”: {sentence}"
+        f"{where} refuses something that docs/reference/limits.md does not have. Give it a row there that quotes a "
+        f"part of its sentence between “ and ”: {sentence}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A routed model looks like what it is: to people who print it, and to tools that go by names, classes and signatures."""
+"""A routed model looks as it did: to who prints it, and to tools that go by names, classes and signatures."""
 
 from __future__ import annotations
 
@@ -44,8 +44,6 @@ def test_signatures(few: Tiny, name: str) -> None:
     assert routed == plain
     plain, routed = seen(few, lambda model: inspect.signature(getattr(type(model), name)))
     assert routed == plain
-    plain, routed = seen(few, lambda model: inspect.getfullargspec(getattr(model, name)).args)
-    assert routed == plain
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,9 +77,9 @@ def test_unbound_methods(few: Tiny) -> None:
     """``type(model).generate(model, …)``, as decorators and tests call it, is routed too."""
     given = {**few.inputs([prompt(few)]), "max_new_tokens": 3, "do_sample": False}
     with enable(few, FEW) as handle:
-        tokens = few.model.generate(**given)
+        tokens, logits = few.model.generate(**given), few.model(**few.inputs([prompt(few)])).logits
         assert torch.equal(type(few.model).generate(few.model, **given), tokens)
-        close(type(few.model).forward(few.model, **few.inputs([prompt(few)])).logits, few.model(**few.inputs([prompt(few)])).logits)
+        assert torch.equal(type(few.model).forward(few.model, **few.inputs([prompt(few)])).logits, logits)
         assert handle.totals().prefills == 4
 
 
@@ -222,7 +220,9 @@ def test_applying_a_function_to_all_modules(own: Tiny) -> None:
     with enable(own, FEW) as handle:
         own.model.apply(lambda module: names.append(type(module).__name__))
         own.model.double()
-        output = own.model(**{k: v.double() if v.is_floating_point() else v for k, v in own.inputs([prompt(own)]).items()})
+        output = own.model(
+            **{k: v.double() if v.is_floating_point() else v for k, v in own.inputs([prompt(own)]).items()}
+        )
         assert output.logits.dtype == torch.float64
         assert handle.totals().prefills == 1
     assert names == [type(module).__name__ for module in _depth_first(own.model)]
