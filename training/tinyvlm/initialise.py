@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from reroute.demo.tinyvlm import vocabulary as vocab
-from reroute.demo.tinyvlm.scenes import PATCHES
-
-from .packing import NO_CLASS, Batch
+from reroute.demo.tinyvlm.scenes import GRID
 
 # The rotary frequencies that turn slowly over a prompt, so that equal query and key weights mean
 # attention to equal content at any distance. The first few of a head's frequencies turn fast.
@@ -23,6 +22,50 @@ FAST_FREQUENCIES: Final = 6
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     orthogonal: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
     return orthogonal
+
+
+# A patch's row and column are cosines and sines of these frequencies, as far as the width has room for them.
+POSITIONS: Final = tuple(math.pi / 2 * 0.75**i for i in range(8))
+# Where the heads of the tower's layers look first, in (rows, columns); the next two layers begin anew.
+NEIGHBOURS: Final = (((0, 1), (0, -1), (1, 0), (-1, 0)), ((1, 1), (1, -1), (-1, 1), (-1, -1)))
+
+
+@torch.no_grad()
+def local(model: LlavaForConditionalGeneration) -> None:
+    """Initialise the vision tower so that each head attends to one neighbour of a patch, as a convolution would.
+
+    Positions fill the first dimensions. Keys copy them, queries copy them turned by the way to the neighbour, both on
+    top of a part of their random weights. Text about a whole image teaches only slowly what lies side by side.
+    """
+    tower: Any = model.model.vision_tower  # not annotated
+    width, head = tower.config.hidden_size, tower.config.hidden_size // tower.config.num_attention_heads
+    embeddings = tower.embeddings
+    frequencies = torch.tensor(POSITIONS[: head // 4])
+    count = 4 * len(frequencies)
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    angles = torch.stack([rows.flatten(), columns.flatten()], 1)[:, :, None] * frequencies  # (PATCHES, 2, F)
+    waves = torch.cat([angles.cos(), angles.sin()], 2).flatten(1)  # (PATCHES, 4 F): row cos, sin; column cos, sin
+    embeddings.position_embedding.weight.zero_()
+    embeddings.position_embedding.weight[1:, :count] = waves
+    embeddings.patch_embedding.weight.mul_(3.0)  # as large as the positions
+    for index, layer in enumerate(tower.encoder.layers):
+        attention = layer.self_attn
+        for start, shift in zip(range(0, width, head), NEIGHBOURS[index % 2], strict=True):
+            query, key = (part.weight[start : start + head] for part in (attention.q_proj, attention.k_proj))
+            query.mul_(0.3)
+            key.mul_(0.3)
+            query[:count, :count] += 0.8 * _turn(frequencies, shift)
+            key[:count, :count] += 0.8 * torch.eye(count)
+
+
+def _turn(frequencies: Tensor, shift: tuple[int, int]) -> Tensor:
+    """The matrix (4 F, 4 F) that moves positions by (rows, columns)."""
+    blocks = []
+    for distance in shift:
+        cos, sin = (frequencies * distance).cos().diag(), (frequencies * distance).sin().diag()
+        blocks.append(torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)]))
+    turned: Tensor = torch.block_diag(*blocks)
+    return turned
 
 
 @torch.no_grad()
@@ -52,25 +95,47 @@ def mimetic(model: LlavaForConditionalGeneration, generator: torch.Generator) ->
         attention.o_proj.weight.copy_(0.1 * value.T)
 
 
+class WordSpace:
+    """Sums of word embeddings that describe what an image shows, and where."""
+
+    def __init__(self, embedding: Tensor, generator: torch.Generator) -> None:
+        """`embedding` (V, C) of the language model. The four sides of a box are rotated, so that they stay apart."""
+        self.embedding = embedding
+        self.rotations = [_orthogonal(embedding.shape[1], generator) for _ in range(4)]
+
+    def words(self, names: Sequence[str], indices: Tensor) -> Tensor:
+        """Embeddings (n, C) of the words that indices (n,) pick out of names; one past the end is no word of them."""
+        return self.embedding[torch.tensor([*vocab.tokens(names), vocab.PAD])[indices]]
+
+    def placed(self, described: Tensor, bins: Tensor) -> Tensor:
+        """Descriptions (n, C) with those of boxes added, given as location bins (n, 4)."""
+        for side, rotation in enumerate(self.rotations):
+            described = described + 0.7 * self.embedding[vocab.FIRST_LOCATION + bins[:, side]] @ rotation
+        return described
+
+
+# Features (n, C) of the tower, descriptions (n, C) that the projector should make of them, weights (n, 1).
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
 @torch.no_grad()
 def align_projector(
     model: LlavaForConditionalGeneration,
-    draw: Callable[[int], Batch],
+    pairs: Callable[[int, WordSpace], Pairs],
     generator: torch.Generator,
     batches: int = 24,
 ) -> float:
     """Set the projector by ridge regression; returns the error on two batches left out, 0 to 1.
 
-    Patch features map to the sum of the embeddings of the words that describe the patch: class,
-    colour and (rotated, so that they stay apart) the four location bins; for background, the
-    texture. In closed form, what LLaVA's first training stage does by gradient descent.
-    `draw(i)` makes batch i.
+    Features of the tower map to the sum of the embeddings of the words that describe them: class, colour, the four
+    location bins; for background, the texture. In closed form, what LLaVA's first training stage does by gradient
+    descent. `pairs(i, space)` makes batch i.
     """
-    embedding = model.model.language_model.embed_tokens.weight
-    rotations = [_orthogonal(embedding.shape[1], generator) for _ in range(4)]
+    space = WordSpace(model.model.language_model.embed_tokens.weight, generator)
     squares: Tensor | None = None
     for index in range(batches):
-        features, target, weight = _regression(model, draw(index), embedding, rotations)
+        features, target, weight = (part.double() for part in pairs(index, space))
+        features = torch.cat([features, torch.ones_like(weight)], 1)
         if index < batches - 2:
             products = (weight * features).T @ torch.cat([features, target], 1)
             squares = products if squares is None else squares + products
@@ -82,31 +147,6 @@ def align_projector(
     _set_linear(model.model.multi_modal_projector, solution)
     error = (weight * (features @ solution - target) ** 2).sum() / (weight * target**2).sum()
     return float(error)
-
-
-def _regression(
-    model: LlavaForConditionalGeneration, batch: Batch, embedding: Tensor, rotations: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all patches: float64 features and a one (n, C + 1), targets (n, C), weights (n, 1)."""
-    hidden = model.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-1]
-    features = hidden[:, 1:].flatten(0, 1)
-    features = torch.cat([features, torch.ones(len(features), 1)], 1)
-    label, colour = batch.patch_class.flatten(), batch.patch_colour.flatten()
-    bins = batch.patch_bins.flatten(0, 1)
-    described = _words(embedding, vocab.DIGITS, label) + _words(embedding, vocab.COLOURS, colour)
-    for axis, rotation in enumerate(rotations):
-        described = described + 0.7 * embedding[vocab.FIRST_LOCATION + bins[:, axis]] @ rotation
-    texture = _words(embedding, vocab.TEXTURES, batch.texture.repeat_interleave(PATCHES))
-    on_digit = (label < NO_CLASS)[:, None]
-    target = torch.where(on_digit, described, texture)
-    weight = torch.where(on_digit, 10.0, 1.0)
-    return features.double(), target.double(), weight.double()
-
-
-def _words(embedding: Tensor, names: Sequence[str], indices: Tensor) -> Tensor:
-    """Embeddings (n, C) of the words that indices (n,) pick out of names."""
-    # The background's class and colour are one past the end: any word does, it is masked later.
-    return embedding[torch.tensor([*vocab.tokens(names), vocab.PAD])[indices]]
 
 
 def _set_linear(projector: torch.nn.Module, solution: Tensor) -> None:

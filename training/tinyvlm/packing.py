@@ -7,6 +7,7 @@ processed exactly as if it were alone: many answers for the price of one image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,17 +18,14 @@ from torch import Tensor
 
 from reroute.demo.tinyvlm import questions, scenes
 from reroute.demo.tinyvlm import vocabulary as vocab
-from reroute.demo.tinyvlm.boxes import to_bins
 from reroute.demo.tinyvlm.digits import Split
 from reroute.demo.tinyvlm.questions import Question
-from reroute.demo.tinyvlm.scenes import GRID, PATCHES, VISIBLE, Scene, coverage
+from reroute.demo.tinyvlm.scenes import PATCHES, Scene
 
 Ints = npt.NDArray[np.int64]
 
 IMAGE_END: Final = len(vocab.PREFIX) + PATCHES
 NO_LABEL: Final = -100
-NO_CLASS: Final = len(vocab.DIGITS)  # patch labels of the background
-NO_COLOUR: Final = len(vocab.COLOURS)
 
 # What each label is for: an index into KIND_NAMES. "word" labels are explained in `word_label`.
 KIND_NAMES: Final = (*questions.KINDS, "word")
@@ -59,7 +57,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed batch of B rows of S tokens, and the patch labels of its scenes."""
+    """A packed batch of B rows of S tokens."""
 
     pixels: Tensor  # float32 (B, 3, 96, 96), normalised to [-1, 1]
     ids: Tensor  # int64 (B, S)
@@ -68,10 +66,6 @@ class Batch:
     labels: Tensor  # int64 (B, S): the next token, or NO_LABEL
     kinds: Tensor  # int64 (B, S): index into KIND_NAMES, -1 without label
     slots: Tensor  # int64 (B, S): which token of the answer a label is
-    patch_class: Tensor  # int64 (B, PATCHES)
-    patch_colour: Tensor  # int64 (B, PATCHES)
-    patch_bins: Tensor  # int64 (B, PATCHES, 4)
-    texture: Tensor  # int64 (B,)
 
 
 def attention_mask(segments: Tensor) -> Tensor:
@@ -85,20 +79,6 @@ def attention_mask(segments: Tensor) -> Tensor:
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     seen = causal & ((query == key) | ((key == 0) & (query >= 0)))
     return (seen | torch.eye(size, dtype=torch.bool))[:, None]
-
-
-def patch_labels(scene: Scene) -> tuple[Ints, Ints, Ints]:
-    """Class (PATCHES,), colour (PATCHES,) and box bins (PATCHES, 4) of the digit on each patch."""
-    label = np.full((GRID, GRID), NO_CLASS)
-    colour = np.full((GRID, GRID), NO_COLOUR)
-    bins = np.zeros((GRID, GRID, 4), np.int64)
-    best = np.full((GRID, GRID), VISIBLE, np.float32)
-    for digit in scene.digits:
-        share = coverage(digit.box)
-        wins = share > best
-        best[wins], label[wins], colour[wins] = share[wins], digit.label, digit.colour
-        bins[wins] = to_bins(digit.box)
-    return label.ravel(), colour.ravel(), bins.reshape(PATCHES, 4)
 
 
 def word_label(question: Question, scene: Scene) -> tuple[int, int] | None:
@@ -180,27 +160,24 @@ def make_batch(rng: np.random.Generator, size: int, split: Split, mix: Mix) -> B
     arrays = {name: np.full(shape, value, np.int64) for name, value in empty.items()}
     drawn: list[Scene] = []
     for index in range(size):
-        paired = bool(rng.random() < mix.paired)
-        scene = scenes.draw(rng, split, mix.digits, paired)
+        scene, paired = draw_scene(rng, split, mix)
         drawn.append(scene)
         row = _Row(arrays, index)
-        for question in choose(rng, scene, paired, mix) if mix.room else ():
+        for question in choose(rng, scene, paired, mix):
             last = bool(rng.random() < mix.query_last)
             prompt = (vocab.prompt_query_last if last else vocab.prompt)(question.text)
             row.add(question, prompt, None if last else word_label(question, scene))
     packed = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    patches = [patch_labels(scene) for scene in drawn]
-    label, colour, bins = (torch.from_numpy(np.stack(p)) for p in zip(*patches, strict=True))
-    return Batch(
-        pixels=normalise(np.stack([scene.pixels for scene in drawn])),
-        **packed,
-        patch_class=label,
-        patch_colour=colour,
-        patch_bins=bins,
-        texture=torch.tensor([scene.texture for scene in drawn]),
-    )
+    return Batch(pixels=pixels_of(drawn), **packed)
 
 
-def normalise(pixels: scenes.Floats) -> Tensor:
-    """float32 (B, 96, 96, 3) in [0, 1] to float32 (B, 3, 96, 96) in [-1, 1]."""
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2) - 0.5) / 0.5
+def draw_scene(rng: np.random.Generator, split: Split, mix: Mix) -> tuple[Scene, bool]:
+    """A scene, and whether it is a paired one."""
+    paired = bool(rng.random() < mix.paired)
+    return scenes.draw(rng, split, mix.digits, paired), paired
+
+
+def pixels_of(drawn: Sequence[Scene]) -> Tensor:
+    """Pixels of scenes, normalised to [-1, 1], float32 (B, 3, 96, 96)."""
+    pixels = torch.from_numpy(np.stack([scene.pixels for scene in drawn]))
+    return (pixels.permute(0, 3, 1, 2) - 0.5) / 0.5

@@ -27,6 +27,15 @@ def ramp(start: float, end: float) -> Ramp:
     return Ramp(((0.0, start), (1.0, end)))
 
 
+# Least and most digits of a scene, from a share of the steps on.
+Digits = tuple[tuple[float, tuple[int, int]], ...]
+
+
+def digits_at(digits: Digits, done: float) -> tuple[int, int]:
+    """Least and most digits when the share `done` of the steps is done."""
+    return [count for start, count in digits if done >= start][-1]
+
+
 OFF: Final = ramp(0.0, 0.0)
 FULL: Final = ramp(1.0, 1.0)
 
@@ -38,7 +47,7 @@ class Stage:
     name: str
     steps: int
     rate: float  # Muon's peak learning rate; AdamW's is half of it
-    digits: tuple[tuple[float, tuple[int, int]], ...]  # (from this share on, least and most)
+    digits: Digits
     paired: float
     batch: int = 16
     decay_from: float = 1.0  # share of the stage after which the rate falls along a cosine
@@ -49,9 +58,8 @@ class Stage:
 
     def mix(self, done: float) -> Mix:
         """The mixture when the share `done` of the stage is done."""
-        digits = [count for start, count in self.digits if done >= start][-1]
         return Mix(
-            digits=digits,
+            digits=digits_at(self.digits, done),
             paired=self.paired,
             query_last=self.query_last.at(done),
             hints=self.hints.at(done),
@@ -61,21 +69,37 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class PatchLabels:
+    """The tower learns from the class, colour and box of what lies in each patch."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class TextSupervision:
+    """The tower learns from captions of images and from answers to questions; no loss knows what lies in a patch."""
+
+    steps: int
+    batch: int
+    rate: float
+    digits: Digits
+    decay_from: float  # share of the steps after which the rate falls linearly
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of the training. Every step's data follow from (seed, stage name, step)."""
 
     seed: int
-    vision_steps: int
-    vision_batch: int
-    vision_rate: float
+    vision: PatchLabels | TextSupervision
     stages: tuple[Stage, ...]
 
 
-RECIPE: Final = Recipe(
+LABELS: Final = Recipe(
     seed=0,
-    vision_steps=1000,
-    vision_batch=48,
-    vision_rate=4e-3,
+    vision=PatchLabels(steps=1000, batch=48, rate=4e-3),
     stages=(
         # One-hop questions. Query words last first: then the token that answers is the one that
         # names the digit. Riddles join once the easy questions begin to work.
@@ -141,8 +165,23 @@ RECIPE: Final = Recipe(
     ),
 )
 
+# The same stages from another seed, with a tower that is taught by text alone.
+TEXT: Final = replace(
+    LABELS,
+    seed=1,
+    vision=TextSupervision(
+        steps=4000,
+        batch=48,
+        rate=4e-3,
+        digits=((0.0, (1, 1)), (0.05, (3, 6)), (0.2, (4, 8))),
+        decay_from=0.5,
+    ),
+)
+
+RECIPES: Final = {"labels": LABELS, "text": TEXT}
+
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with `steps` steps in every stage: for smoke tests."""
     stages = tuple(replace(stage, steps=steps) for stage in recipe.stages)
-    return replace(recipe, vision_steps=steps, stages=stages)
+    return replace(recipe, vision=replace(recipe.vision, steps=steps), stages=stages)

@@ -25,8 +25,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from reroute.demo.tinyvlm import architecture
 
 from . import export
-from .phases import Phase, generator, phases
-from .recipe import RECIPE, Recipe, shortened
+from .phase import Phase, generator
+from .phases import phases
+from .recipe import RECIPES, Recipe, shortened
 
 FORMAT: Final = "reroute-embedded-run-1"  # of state.pt; runs that have begun carry it
 LOG_EVERY: Final = 20
@@ -75,6 +76,8 @@ class Run:
         self.model.train()
         optimisers = phase.optimisers()
         peaks = [[group["lr"] for group in o.param_groups] for o in optimisers]
+        if self.partial is None:
+            phase.begin()
         start, averages = self._restore(phase, optimisers)
         clock = time.monotonic()
         for step in range(start, phase.steps):
@@ -226,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.tinyvlm.train", description=(__doc__ or "").split("\n\n")[0]
     )
+    parser.add_argument("--model", choices=RECIPES, default="labels", help="which recipe (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; resumes it")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--export", type=Path, help="copy the finished checkpoint folder here")
@@ -233,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe = shortened(RECIPE, options.smoke) if options.smoke else RECIPE
+    recipe = RECIPES[options.model]
+    if options.smoke:
+        recipe = shortened(recipe, options.smoke)
     try:
         run = Run(options.out, recipe, architecture.config())
         run.log(f"recipe {json.dumps(asdict(recipe))} threads {torch.get_num_threads()}", {})
