@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example = examples("validation", {"hopcls": 1})[0]
         image, question = example.image, example.question
 
-    name = str(tinyvlm.CHECKPOINT) if options.tiny else options.model
+    name = str(tinyvlm.CHECKPOINTS["labels"]) if options.tiny else options.model
     model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
     model = model.to("cuda")
     processor: Any = AutoProcessor.from_pretrained(name)

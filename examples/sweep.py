@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         parser.error("give --data, or --tiny")
 
-    name = str(tinyvlm.CHECKPOINT) if options.tiny else options.model
+    name = str(tinyvlm.CHECKPOINTS["labels"]) if options.tiny else options.model
     model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor: Any = AutoProcessor.from_pretrained(name)

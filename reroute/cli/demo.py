@@ -1,6 +1,6 @@
 """Answer held-out questions densely, with visual tokens removed, and with them rerouted.
 
-Needs nothing but this package: the model ships with it. Prints one table and writes one HTML page.
+Needs nothing but this package: two models ship with it. Prints one table and writes one HTML page.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ..demo.tinyvlm import CHECKPOINTS
 from ..report import Page, Results, Row, Setup, charts, check_writable, findings, html_table, text_table, write
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, written
 
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``reroute demo``."""
     add = parser.add_argument
     add("--out", type=Path, default=Path("report.html"), metavar="HTML", help="default: %(default)s")
+    add("--model", choices=CHECKPOINTS, default="labels", help="what taught its vision tower (default: %(default)s)")
     add("--questions", type=positive, default=100, metavar="N", help="of each of six kinds (default: %(default)s)")
     add("--seed", type=int, default=777, help="of the scenes (default: %(default)s)")
     add_device_arguments(parser)
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     with quiet():
         results, scenes = _measure(options, device)
     sentences = findings(results)
-    about = f"{_machine(device)}; backend {backend.name} ({backend.reason})"
+    about = f"demo model {options.model!r}; {_machine(device)}; backend {backend.name} ({backend.reason})"
     write(_page(results, scenes, sentences, about), options.out)
     print(f"\n{text_table(results)}\n\nn = {options.questions} questions per column; {about}.", *NOTES, sep="\n")
     print("", *sentences, "", written(options.out), sep="\n")
@@ -101,11 +103,11 @@ def _measure(options: argparse.Namespace, device: torch.device) -> tuple[Results
 
     from ..demo.tinyvlm.evaluation import prompts, summarise
     from ..demo.tinyvlm.examples import examples
-    from .loading import load_model
+    from .loading import load_tinyvlm
     from .measure import costs
     from .scenes import demo_scenes
 
-    loaded = load_model(None, "auto", device)
+    loaded = load_tinyvlm(options.model, "auto", device)
     chosen = examples("test", _counts(options.questions), options.seed)
     single = [loaded.prompt(e.image, e.question).inputs for e in _spread(chosen, TIMED_PROMPTS)]
     batch = [prompts(loaded.model, loaded.processor, _spread(chosen, TIMED_BATCH))]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Loaded", "Prompt", "load_model", "open_image"]
+__all__ = ["Loaded", "Prompt", "load_model", "load_tinyvlm", "open_image"]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -49,7 +49,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its processor. ``is_tinyvlm``: it is the one that ships with this package."""
+    """A model with its processor. ``is_tinyvlm``: it is one that ships with this package."""
 
     name: str
     model: Any
@@ -89,19 +89,26 @@ class Loaded:
 
 
 def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:
-    """The model in a folder or on the Hub; None is tinyvlm.
+    """The model in a folder or on the Hub; None is the first of those that ship with the package.
 
     Raises:
         RerouteError: it cannot be found, loaded or routed; says which.
     """
+    return load_tinyvlm("labels", dtype, device) if name is None else _from_transformers(name, dtype, device)
+
+
+def load_tinyvlm(name: str, dtype: str, device: torch.device) -> Loaded:
+    """A model that ships with the package, by name.
+
+    Raises:
+        RerouteError: it cannot be loaded.
+    """
     import torch
 
-    if name is not None:
-        return _from_transformers(name, dtype, device)
     from ..demo import tinyvlm
 
     with refusals(FileNotFoundError, ValueError):
-        model, processor = tinyvlm.load(None if dtype == "auto" else getattr(torch, dtype))
+        model, processor = tinyvlm.load(name, None if dtype == "auto" else getattr(torch, dtype))
     return Loaded("the demo model", model.to(device), processor, is_tinyvlm=True)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ def test_doctor_says_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REROUTE_BACKEND", "tritn")
-    monkeypatch.setattr(tinyvlm, "CHECKPOINT", tmp_path)
+    monkeypatch.setitem(tinyvlm.CHECKPOINTS, "labels", tmp_path)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "Unset REROUTE_BACKEND" in said
@@ -114,7 +114,7 @@ def test_run_answers_three_ways_and_writes_the_page(
 def test_run_can_do_one_action_of_a_model_in_a_folder(
     picture: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", str(tinyvlm.CHECKPOINT), "--method", "fastv", "--action", "route", "--keep", "0.2"]
+    options = ["--model", str(tinyvlm.CHECKPOINTS["labels"]), "--method", "fastv", "--action", "route", "--keep", "0.2"]
     question = "where is the leftmost digit ?"
     assert main(["run", str(picture), question, *options, "--out", str(out)]) == 0
     (scene,) = data_of(out)

@@ -16,10 +16,7 @@ from reroute.demo.tinyvlm.evaluation import answers, evaluate, prompts
 from reroute.demo.tinyvlm.examples import examples
 from training.tinyvlm import export
 
-shipped = pytest.mark.skipif(
-    not (tinyvlm.CHECKPOINT / "model.safetensors").exists(),
-    reason="reroute/demo/tinyvlm/checkpoint is missing; python -m training.tinyvlm.train makes it",
-)
+shipped = pytest.mark.parametrize("name", tinyvlm.CHECKPOINTS)
 COUNTS = {"attr": 3, "hop": 2, "col": 2, "riddle": 1}
 
 
@@ -38,7 +35,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 def test_export_keeps_the_weights(folder: Path) -> None:
     model = architecture.build(architecture.config(2, 32, 1), seed=0)
-    loaded, _ = tinyvlm.load(checkpoint=folder)
+    loaded, _ = tinyvlm.load(folder)
     assert not loaded.training
     assert loaded.dtype == torch.float32
     before, after = model.state_dict(), loaded.state_dict()
@@ -47,7 +44,7 @@ def test_export_keeps_the_weights(folder: Path) -> None:
 
 
 def test_processor_makes_the_prompts_of_the_training(folder: Path) -> None:
-    model, processor = tinyvlm.load(checkpoint=folder)
+    model, processor = tinyvlm.load(folder)
     chosen = examples("validation", COUNTS)
     inputs = prompts(model, processor, chosen)
     for row, example in enumerate(chosen):
@@ -62,7 +59,7 @@ def test_processor_makes_the_prompts_of_the_training(folder: Path) -> None:
 
 
 def test_batched_answers_equal_single_ones(folder: Path) -> None:
-    model, processor = tinyvlm.load(checkpoint=folder)
+    model, processor = tinyvlm.load(folder)
     chosen = examples("validation", COUNTS)
     done: list[int] = []
     batched = answers(model, processor, chosen, batch_size=3, progress=done.append)
@@ -71,13 +68,13 @@ def test_batched_answers_equal_single_ones(folder: Path) -> None:
 
 
 def test_dtype_and_attention_are_passed_on(folder: Path) -> None:
-    model, _ = tinyvlm.load(torch.bfloat16, "eager", checkpoint=folder)
+    model, _ = tinyvlm.load(folder, torch.bfloat16, "eager")
     assert model.dtype == torch.bfloat16
     assert model.config.get_text_config()._attn_implementation == "eager"
 
 
 def test_depth_probe(folder: Path) -> None:
-    model, processor = tinyvlm.load(attn_implementation="eager", checkpoint=folder)
+    model, processor = tinyvlm.load(folder, attn_implementation="eager")
     shares = probes.depth(model, processor, examples("validation", COUNTS))
     assert set(shares) == {
         *(("one-hop grounding", "target"), ("one-hop VQA", "target")),
@@ -89,14 +86,14 @@ def test_depth_probe(folder: Path) -> None:
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train the model again"):
-        tinyvlm.load(checkpoint=tmp_path)
+        tinyvlm.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        tinyvlm.load(checkpoint=copy)
+        tinyvlm.load(copy)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -104,7 +101,7 @@ def test_truncated_file_is_refused(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be loaded.*Reinstall"):
-        tinyvlm.load(checkpoint=copy)
+        tinyvlm.load(copy)
 
 
 def test_weights_of_another_model_are_refused(copy: Path) -> None:
@@ -112,7 +109,7 @@ def test_weights_of_another_model_are_refused(copy: Path) -> None:
     config["text_config"]["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="do not fit"):
-        tinyvlm.load(checkpoint=copy)
+        tinyvlm.load(copy)
 
 
 def test_import_is_cheap() -> None:
@@ -124,18 +121,31 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code, tinyvlm.__file__]).returncode == 0
 
 
+def test_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'tiny'; known models are labels, text"):
+        tinyvlm.load("tiny")
+
+
 @shipped
-def test_shipped_checkpoint_is_complete_and_small() -> None:
-    files = [path for path in tinyvlm.CHECKPOINT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 16 * 2**20
-    config = json.loads((tinyvlm.CHECKPOINT / "config.json").read_text())
+def test_shipped_checkpoint_is_complete_and_small(name: str) -> None:
+    folder = tinyvlm.CHECKPOINTS[name]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8 * 2**20
+    config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float16"
-    assert "/" not in (tinyvlm.CHECKPOINT / "tokenizer_config.json").read_text().replace("</s>", "")
+    assert "/" not in (folder / "tokenizer_config.json").read_text().replace("</s>", "")
 
 
 @shipped
-def test_shipped_checkpoint_answers() -> None:
-    model, processor = tinyvlm.load()
+def test_shipped_checkpoint_answers(name: str) -> None:
+    model, processor = tinyvlm.load(name)
     assert model.config.get_text_config().num_hidden_layers == architecture.LAYERS
     outcomes = evaluate(model, processor, examples("validation", {"col": 24, "cls": 24}))
     assert sum(outcome.correct for outcome in outcomes) / len(outcomes) > 0.7
+
+
+def test_shipped_checkpoints_differ_in_their_weights_alone() -> None:
+    one, other = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in tinyvlm.CHECKPOINTS.values()
+    )
+    assert {name for name in one | other if one.get(name) != other.get(name)} == {"model.safetensors"}

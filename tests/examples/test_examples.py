@@ -73,7 +73,10 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quickstart_on_a_model_in_a_folder(picture: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     file, question = picture
-    assert main_of("quickstart")([str(file), question, "--model", str(tinyvlm.CHECKPOINT), "--keep", "0.2"]) == 0
+    assert (
+        main_of("quickstart")([str(file), question, "--model", str(tinyvlm.CHECKPOINTS["labels"]), "--keep", "0.2"])
+        == 0
+    )
     assert f"question  {question}\n" in capsys.readouterr().out
 
 
@@ -100,7 +103,7 @@ def test_sweep_over_a_file_of_questions(
     data = tmp_path / "questions.jsonl"
     lines = [{"image": file.name, "question": question, "answer": answer} for answer in ("Red", "nothing")]
     data.write_text("\n".join(map(json.dumps, lines)))
-    assert main_of("sweep")(["--data", str(data), "--model", str(tinyvlm.CHECKPOINT), "--keep", "0.5"]) == 0
+    assert main_of("sweep")(["--data", str(data), "--model", str(tinyvlm.CHECKPOINTS["labels"]), "--keep", "0.5"]) == 0
     assert capsys.readouterr().out.startswith("2 questions\n")
 
 
@@ -133,7 +136,7 @@ def test_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_captured_is_the_prefill_of_the_prompt() -> None:
     """On any device: the prefill that begins with the decoder gives the logits of the whole model."""
     loaders: Any = AutoModelForImageTextToText, AutoProcessor
-    model, processor = (loader.from_pretrained(tinyvlm.CHECKPOINT) for loader in loaders)
+    model, processor = (loader.from_pretrained(tinyvlm.CHECKPOINTS["labels"]) for loader in loaders)
     inputs = prompts(model, processor, examples("validation", {"hopcls": 1}))
     given = load("cuda_graph").decoder_inputs(model, inputs)
     with reroute.enable(model, keep=1 / 3) as handle:

@@ -9,7 +9,6 @@ from transformers import LlavaForConditionalGeneration
 
 from reroute.demo.tinyvlm import architecture, questions, scenes
 from reroute.demo.tinyvlm import vocabulary as vocab
-from reroute.demo.tinyvlm.boxes import to_bins
 from reroute.demo.tinyvlm.scenes import PATCHES
 from training.tinyvlm import packing
 from training.tinyvlm.packing import KIND_NAMES, NO_LABEL, WORD, Batch, Mix, make_batch
@@ -128,22 +127,9 @@ def test_mix_controls_what_is_asked() -> None:
     assert "hint" not in kinds(hints=0.0)
     assert kinds(paired=1.0, hints=1.0) >= {"hint", "hop", "hopcls", "hopext"}
     assert not kinds(paired=0.0) & {"hint", "hop", "hopcls", "hopext"}
-    assert batch(7, 2, Mix(room=0)).ids.shape == (2, packing.IMAGE_END)
 
 
 def test_query_words_move_to_the_end() -> None:
     moved = vocab.text(vocab.prompt_query_last("where is the two plus five ?"))
     assert moved == "where is the ? assistant : two plus five"
     assert vocab.text(vocab.prompt("where is the red digit ?")).endswith("? assistant :")
-
-
-def test_patch_labels_mark_the_digits() -> None:
-    scene = scenes.draw(np.random.default_rng(2), "train", (6, 8), paired=False)
-    label, colour, bins = packing.patch_labels(scene)
-    marked = {
-        (int(k), int(c), tuple(b))
-        for k, c, b in zip(label, colour, bins.tolist(), strict=True)
-        if k != packing.NO_CLASS
-    }
-    truth = {(d.label, d.colour, to_bins(d.box)) for d in scene.digits}
-    assert marked == truth

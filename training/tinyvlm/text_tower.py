@@ -130,7 +130,7 @@ class TextHead(nn.Module):
         """Logits (n, SLOTS, vocabulary) of the answers to questions (n, LENGTH) on features (n, PATCHES, C)."""
         found = torch.einsum("np,npc->nc", self.attention(features, ids), self.value(features))
         logits: Tensor = self.readout(found + self.asked(self.text(ids)))
-        return logits.unflatten(1, (SLOTS, -1))
+        return logits.view(len(ids), SLOTS, -1)
 
 
 class TextTower(Phase):

@@ -1,7 +1,7 @@
-"""A small vision-language model that ships with the package, to see and test routing on.
+"""Two small vision-language models that ship with the package, to see and test routing on.
 
-It answers questions about synthetic scenes of handwritten digits: see the README.md beside this
-file for what it can do and how it was trained.
+They answer questions about synthetic scenes of handwritten digits: see the README.md beside this file for what they
+can do and how they were trained.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["CHECKPOINT", "load"]
+__all__ = ["CHECKPOINTS", "load"]
 
-CHECKPOINT: Final = Path(__file__).with_name("checkpoint")
+# By what taught the vision tower: labels of patches, or text about whole images.
+CHECKPOINTS: Final = {name: Path(__file__).with_name("checkpoints") / name for name in ("labels", "text")}
 _FILES: Final = (
     "config.json",
     "generation_config.json",
@@ -28,16 +29,24 @@ _FILES: Final = (
 
 
 def load(
+    model: str | Path = "labels",
     dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
-    checkpoint: Path | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model, in eval mode on the CPU, and its processor.
+    """A model, in eval mode on the CPU, and its processor.
 
-    `dtype` defaults to float32; `checkpoint` to the folder that ships with the package. Raises
-    FileNotFoundError when the folder or a file of it is missing, ValueError when it is damaged.
+    Args:
+        model: a name in ``CHECKPOINTS``, or the path of a checkpoint folder.
+        dtype: float32 by default.
+        attn_implementation: as Transformers names it.
+
+    Raises:
+        FileNotFoundError: the folder or a file of it is missing.
+        ValueError: the name is unknown, or the folder is damaged.
     """
-    folder = CHECKPOINT if checkpoint is None else checkpoint
+    if isinstance(model, str) and model not in CHECKPOINTS:
+        raise ValueError(f"unknown model {model!r}; known models are {', '.join(CHECKPOINTS)}; a folder is a Path")
+    folder = CHECKPOINTS[model] if isinstance(model, str) else model
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"tinyvlm is incomplete: {folder} lacks {', '.join(missing)}. {_remedy(folder)}")
@@ -47,7 +56,7 @@ def load(
     # Transformers annotates its loaders only in part.
     loaders: Any = transformers
     try:
-        model, report = loaders.LlavaForConditionalGeneration.from_pretrained(
+        loaded, report = loaders.LlavaForConditionalGeneration.from_pretrained(
             folder,
             dtype=torch.float32 if dtype is None else dtype,
             attn_implementation=attn_implementation,
@@ -58,7 +67,7 @@ def load(
         raise ValueError(_damaged(folder, str(error))) from error
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         raise ValueError(_damaged(folder, "its weights do not fit its configuration"))
-    return model.eval(), processor
+    return loaded.eval(), processor
 
 
 def _damaged(folder: Path, why: str) -> str:
@@ -66,7 +75,8 @@ def _damaged(folder: Path, why: str) -> str:
 
 
 def _remedy(folder: Path) -> str:
+    name = next((name for name, path in CHECKPOINTS.items() if path == folder), "labels")
     return (
         "Reinstall the package, or train the model again in a clone of the repository: "
-        f"python -m training.tinyvlm.train --out runs/tinyvlm --export {folder}"
+        f"python -m training.tinyvlm.train --model {name} --out runs/{name} --export {folder}"
     )

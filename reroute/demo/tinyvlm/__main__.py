@@ -1,4 +1,4 @@
-"""Measures the model that ships with the package: accuracy, baselines and the depth probe, as Markdown tables.
+"""Measures a model that ships with the package: accuracy, baselines and the depth probe, as Markdown tables.
 
 python -m reroute.demo.tinyvlm --split validation
 """
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import load, probes
+from . import CHECKPOINTS, load, probes
 from .evaluation import answers, score, summarise, summarise_kinds
 from .examples import COUNTS, examples
 
@@ -23,14 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", help="comma-separated kinds instead of the default ones")
     parser.add_argument("--count", type=int, help="examples of every kind (default: see COUNTS)")
     parser.add_argument("--seed", type=int, default=777)
-    parser.add_argument("--checkpoint", type=Path, help="another checkpoint folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=CHECKPOINTS, default="labels", help="default: %(default)s")
+    which.add_argument("--checkpoint", type=Path, help="another checkpoint folder")
     parser.add_argument("--no-probe", action="store_true", help="leave the depth probe out")
     options = parser.parse_args(arguments)
     kinds = options.kinds.split(",") if options.kinds else list(COUNTS)
     counts = {kind: options.count or COUNTS.get(kind, 100) for kind in kinds}
     try:
         chosen = examples(options.split, counts, options.seed)
-        model, processor = load(checkpoint=options.checkpoint)
+        model, processor = load(options.checkpoint or options.model)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{error}\n")
     texts = answers(model, processor, chosen)
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(probes.baseline_table(chosen))
     print(probes.confusion_table(chosen, texts))
     if not options.no_probe:
-        eager, _ = load(attn_implementation="eager", checkpoint=options.checkpoint)
+        eager, _ = load(options.checkpoint or options.model, attn_implementation="eager")
         print(probes.depth_table(probes.depth(eager, processor, chosen)))
 
 
