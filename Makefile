@@ -1,5 +1,6 @@
 # Everything is set up from Python and make alone; a second run installs nothing.
 PYTHON ?= python3
+MODEL ?= labels
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
@@ -58,8 +59,8 @@ test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interprete
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants
 
-train: $(VENV)/.dev ## Train the demo model from scratch (about an hour on two cores)
-	$(BIN)/python -m training.tinyvlm.train --out runs/tinyvlm
+train: $(VENV)/.dev ## Train a demo model from scratch, MODEL=labels or MODEL=text (an hour or two on two cores)
+	$(BIN)/python -m training.tinyvlm.train --model $(MODEL) --out runs/$(MODEL)
 
 clean: ## Remove the environments and all caches
 	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -44,17 +44,17 @@ def test_text_batch_holds_questions_and_their_answers() -> None:
     batch = make_text_batch(rng(1), 3, "train", (3, 6))
     assert batch.pixels.shape == (3, 3, 96, 96)
     assert batch.holds.shape == (3, len(CAPTIONS))
-    random, asked = rng(1), []
+    random = rng(1)
     drawn = [packing.draw_scene(random, "train", packing.Mix(digits=(3, 6), paired=0.0))[0] for _ in range(3)]
-    for index, scene in enumerate(drawn):
-        asked += [(index, q) for kind in text_tower.ASKED for q in questions.ask(scene, kind, random)]
-    assert len(asked) == len(batch.scenes) > 20
-    for row, (index, question) in enumerate(asked):
-        assert int(batch.scenes[row]) == index
-        said = [token for token in batch.questions[row].tolist() if token != vocab.PAD]
-        assert vocab.text(said) == question.text
-        answer = [token for token in batch.answers[row].tolist() if token != packing.NO_LABEL]
-        assert vocab.text(answer).split() == list(question.answer)
+    for row, scene in enumerate(drawn):
+        asked = [q for kind in text_tower.ASKED for q in questions.ask(scene, kind, random)]
+        assert len(asked) > 5
+        for column, question in enumerate(asked):
+            said = [token for token in batch.questions[row, column].tolist() if token != vocab.PAD]
+            assert vocab.text(said) == question.text
+            answer = [token for token in batch.answers[row, column].tolist() if token != packing.NO_LABEL]
+            assert vocab.text(answer).split() == list(question.answer)
+        assert bool((batch.answers[row, len(asked) :] == packing.NO_LABEL).all())
 
 
 def test_all_texts_fit() -> None:
@@ -65,19 +65,21 @@ def test_all_texts_fit() -> None:
 
 
 @torch.no_grad()
-def test_head_answers_each_question_by_its_own_image() -> None:
+def test_head_reads_each_question_and_image_alone() -> None:
     torch.manual_seed(0)
     head = TextHead(32)
-    features, ids = torch.randn(3, 144, 32), encode(["where is the red seven ?", "what is the blue digit ?", "a zero"])
-    together = head.answer(features, ids)
-    assert together.shape == (3, text_tower.SLOTS, len(vocab.WORDS))
-    for row in range(3):
-        torch.testing.assert_close(head.answer(features[row : row + 1], ids[row : row + 1])[0], together[row])
+    ids = encode(["where is the red seven ?", "what is the blue digit ?", "a zero"])
+    features, asked = torch.randn(2, 144, 32), torch.stack([ids, ids.flip(0)])
+    logits = head.answer(features, asked)
+    assert logits.shape == (2, 3, text_tower.SLOTS, len(vocab.WORDS))
     scores = head.match(features, ids)
-    assert scores.shape == (3, 3)
-    torch.testing.assert_close(scores[1], head.match(features[1:2], ids)[0])
-    padded = torch.nn.functional.pad(ids, (0, 5), value=vocab.PAD)
-    torch.testing.assert_close(head.match(features, padded), scores)
+    assert scores.shape == (2, 3)
+    for image in range(2):
+        alone = features[image : image + 1]
+        for question in range(3):
+            mine = asked[image, question]
+            torch.testing.assert_close(head.answer(alone, mine[None, None])[0, 0], logits[image, question])
+            torch.testing.assert_close(head.match(alone, ids[question : question + 1])[0, 0], scores[image, question])
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def test_a_patch_that_fits_raises_the_score_of_a_caption() -> None:
     before = head.match(features, ids)
     features[0, 17] = head.text(ids)[0]
     assert head.match(features, ids) > before + 1
-    assert int(head.attention(features, ids).argmax()) == 17
+    assert int(head.attention(features, ids[None]).argmax()) == 17
 
 
 @pytest.mark.parametrize(("layer", "shifts"), [(0, initialise.NEIGHBOURS[0]), (1, initialise.NEIGHBOURS[1])])

@@ -9,6 +9,7 @@ thrown away afterwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,16 +48,15 @@ LENGTH: Final = 8  # tokens of the longest text
 
 @dataclass(frozen=True)
 class TextBatch:
-    """B scenes, which of all C captions hold, and Q questions about them."""
+    """B scenes, which of all C captions hold, and up to Q questions about each."""
 
     pixels: Tensor  # float32 (B, 3, 96, 96), normalised to [-1, 1]
     holds: Tensor  # float32 (B, C)
-    scenes: Tensor  # int64 (Q,): which scene a question is about
-    questions: Tensor  # int64 (Q, LENGTH), padded at the end
-    answers: Tensor  # int64 (Q, SLOTS): tokens, or NO_LABEL
+    questions: Tensor  # int64 (B, Q, LENGTH), padded at the end
+    answers: Tensor  # int64 (B, Q, SLOTS): tokens, or NO_LABEL
 
 
-def encode(texts: list[str] | tuple[str, ...]) -> Tensor:
+def encode(texts: Sequence[str]) -> Tensor:
     """Token ids of texts, int64 (n, LENGTH)."""
     ids = torch.full((len(texts), LENGTH), vocab.PAD)
     for row, text in enumerate(texts):
@@ -75,18 +75,16 @@ def captions(scene: Scene) -> set[str]:
 def make_text_batch(rng: np.random.Generator, size: int, split: Split, count: tuple[int, int]) -> TextBatch:
     """Draw scenes of `count` (least, most) digits; everything follows from the generator's state."""
     drawn = [draw_scene(rng, split, Mix(digits=count, paired=0.0))[0] for _ in range(size)]
-    asked = [(index, q) for index, s in enumerate(drawn) for kind in ASKED for q in questions.ask(s, kind, rng)]
-    answers = torch.full((len(asked), SLOTS), NO_LABEL)
-    for row, (_, question) in enumerate(asked):
-        answers[row, : len(question.answer)] = torch.tensor(vocab.tokens(question.answer))
+    asked = [[q for kind in ASKED for q in questions.ask(scene, kind, rng)] for scene in drawn]
+    shape = (size, max(map(len, asked)))
+    texts, answers = torch.full((*shape, LENGTH), vocab.PAD), torch.full((*shape, SLOTS), NO_LABEL)
+    for row, about in enumerate(asked):
+        texts[row, : len(about)] = encode([question.text for question in about])
+        for column, question in enumerate(about):
+            answers[row, column, : len(question.answer)] = torch.tensor(vocab.tokens(question.answer))
     true = [captions(scene) for scene in drawn]
-    return TextBatch(
-        pixels=pixels_of(drawn),
-        holds=torch.tensor([[float(caption in held) for caption in CAPTIONS] for held in true]),
-        scenes=torch.tensor([index for index, _ in asked]),
-        questions=encode([question.text for _, question in asked]),
-        answers=answers,
-    )
+    holds = torch.tensor([[float(caption in held) for caption in CAPTIONS] for held in true])
+    return TextBatch(pixels_of(drawn), holds, texts, answers)
 
 
 class TextHead(nn.Module):
@@ -107,30 +105,32 @@ class TextHead(nn.Module):
         nn.init.zeros_(self.asked.weight)
 
     def text(self, ids: Tensor) -> Tensor:
-        """Unit vectors (n, C) of texts (n, LENGTH)."""
-        words = F.normalize(self.embed(ids), dim=-1)
+        """Unit vectors (..., C) of texts (..., LENGTH)."""
+        words = F.normalize(self.embed(ids.view(-1, LENGTH)), dim=-1)
         unit: Tensor = F.normalize(words + self.down(F.gelu(self.up(words))), dim=-1)
-        return unit
+        return unit.view(*ids.shape[:-1], -1)
+
+    def similarity(self, features: Tensor, ids: Tensor) -> Tensor:
+        """Cosines (B, n, PATCHES) of texts, (n, LENGTH) or (B, n, LENGTH), and patches (B, PATCHES, C)."""
+        keys = F.normalize(self.key(features), dim=-1)
+        cosines: Tensor = self.text(ids) @ keys.transpose(1, 2)
+        return cosines
 
     def match(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Scores (B, n) of texts (n, LENGTH) for the images of patch features (B, PATCHES, C)."""
-        keys = F.normalize(self.key(features), dim=-1)
-        similar = torch.einsum("nc,bpc->bnp", self.text(ids), keys) * self.caption_scale.exp()
-        scores: Tensor = similar.logsumexp(2) - math.log(PATCHES) + self.bias
-        return scores
+        """Scores (B, n) of texts for images, shapes as for `similarity`."""
+        scores: Tensor = (self.similarity(features, ids) * self.caption_scale.exp()).logsumexp(2)
+        return scores - math.log(PATCHES) + self.bias
 
     def attention(self, features: Tensor, ids: Tensor) -> Tensor:
-        """How texts (n, LENGTH) weigh the patches of their images, features (n, PATCHES, C): (n, PATCHES)."""
-        keys = F.normalize(self.key(features), dim=-1)
-        similar = torch.einsum("nc,npc->np", self.text(ids), keys) * self.question_scale.exp()
-        weights: Tensor = similar.softmax(1)
+        """How texts weigh the patches of images (B, n, PATCHES), shapes as for `similarity`."""
+        weights: Tensor = (self.similarity(features, ids) * self.question_scale.exp()).softmax(2)
         return weights
 
     def answer(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Logits (n, SLOTS, vocabulary) of the answers to questions (n, LENGTH) on features (n, PATCHES, C)."""
-        found = torch.einsum("np,npc->nc", self.attention(features, ids), self.value(features))
+        """Logits (B, Q, SLOTS, vocabulary) of the answers to questions (B, Q, LENGTH) on features (B, PATCHES, C)."""
+        found = self.attention(features, ids) @ self.value(features)
         logits: Tensor = self.readout(found + self.asked(self.text(ids)))
-        return logits.view(len(ids), SLOTS, -1)
+        return logits.view(*logits.shape[:2], SLOTS, -1)
 
 
 class TextTower(Phase):
@@ -167,10 +167,10 @@ class TextTower(Phase):
         features = patch_features(self.model, batch.pixels)
         scores = self.head.match(features, self.captions)
         matching = F.binary_cross_entropy_with_logits(scores, batch.holds, reduction="none").sum(1).mean()
-        logits = self.head.answer(features[batch.scenes], batch.questions)
-        labelled = batch.answers != NO_LABEL
-        each = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=NO_LABEL, reduction="none")
-        answering = (each.view_as(labelled).sum(1) / labelled.sum(1)).mean()
+        logits = self.head.answer(features, batch.questions)
+        each = F.cross_entropy(logits.flatten(0, 2), batch.answers.flatten(), ignore_index=NO_LABEL, reduction="none")
+        length = (batch.answers != NO_LABEL).sum(2)  # of each answer; 0 where there is no question
+        answering = (each.view_as(batch.answers).sum(2) / length.clamp(min=1)).sum() / (length > 0).sum()
         loss = CAPTION_WEIGHT * matching + ANSWER_WEIGHT * answering
         return loss, {"captions": float(matching.detach()), "answers": float(answering.detach())}
 
@@ -182,10 +182,10 @@ class TextTower(Phase):
             rng = generator(self.recipe, "validation", index)
             batch = make_text_batch(rng, self.vision.batch, "validation", (5, 8))
             features = patch_features(self.model, batch.pixels)
-            distance = self.head.answer(features[batch.scenes], batch.questions).argmax(2) - batch.answers
-            is_box = batch.answers[:, -1] != NO_LABEL
-            boxes.append((distance[is_box].abs() <= 1).all(1))
-            words.append(distance[~is_box, 0] == 0)
+            distance = self.head.answer(features, batch.questions).argmax(3) - batch.answers
+            first, last = (batch.answers[:, :, slot] != NO_LABEL for slot in (0, -1))
+            boxes.append((distance[last].abs() <= 1).all(1))
+            words.append(distance[first & ~last][:, 0] == 0)
             found.append(self.head.match(features, self.captions)[batch.holds > 0] > 0)
         shares = {"box": boxes, "word": words, "caption": found}
         return {name: float(torch.cat(right).float().mean()) for name, right in shares.items()}
@@ -201,17 +201,13 @@ class TextTower(Phase):
         rng = generator(self.recipe, "projector", index)
         batch = make_text_batch(rng, self.vision.batch, "train", (5, 8))
         features = patch_features(self.model, batch.pixels)
-        named = torch.isin(batch.questions, torch.tensor(vocab.tokens(sorted(QUERY_WORDS))))
-        whole = (named.sum(1) == 2) & (batch.answers[:, -1] != NO_LABEL)  # class and colour are named, a box is asked
-        ids, words = batch.questions[whole], batch.questions[whole][named[whole]].view(-1, 2)
-        digits = self._found(features[batch.scenes[whole]], ids)
-        bins = batch.answers[whole] - vocab.FIRST_LOCATION
-        of_digits = space.placed(space.embedding[words].sum(1), bins)
+        words = torch.isin(batch.questions, torch.tensor(vocab.tokens(sorted(QUERY_WORDS))))
+        # Questions that name class and colour, and are answered by a box.
+        whole = (words.sum(2) == 2) & (batch.answers[:, :, -1] != NO_LABEL)
+        named = batch.questions[whole][words[whole]].view(-1, 2)
+        digits = space.placed(space.embedding[named].sum(1), batch.answers[whole] - vocab.FIRST_LOCATION)
         texture = batch.holds[:, -len(TEXTURES) :].argmax(1)
-        backgrounds = self._found(features, encode(BACKGROUNDS)[texture])
-        target = torch.cat([of_digits, space.words(TEXTURES, texture)])
-        return torch.cat([digits, backgrounds]), target, torch.ones(len(target), 1)
-
-    def _found(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Patch features (n, PATCHES, C), weighed by texts (n, LENGTH): (n, C)."""
-        return torch.einsum("np,npc->nc", self.head.attention(features, ids), features)
+        on_digits = self.head.attention(features, batch.questions) @ features
+        on_backgrounds = self.head.attention(features, encode(BACKGROUNDS)[texture][:, None]) @ features
+        target = torch.cat([digits, space.words(TEXTURES, texture)])
+        return torch.cat([on_digits[whole], on_backgrounds[:, 0]]), target, torch.ones(len(target), 1)
