@@ -12,7 +12,6 @@ from .access import (
     is_torn,
     past_length,
     route_layer,
-    routed_layer,
     stored_rows,
     tear,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "is_torn",
     "past_length",
     "route_layer",
-    "routed_layer",
     "stored_rows",
     "tear",
 ]
