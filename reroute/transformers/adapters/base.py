@@ -17,8 +17,8 @@ from .scoring_layer import check_parts, check_scoring_layer
 __all__ = ["ModelAdapter"]
 
 _CHANGED = (
-    "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call reroute.enable again on "
-    "the model as it is now."
+    "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
+    "reroute.enable again on the model as it is now."
 )
 
 
