@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .core.schedule import Schedule
 
 if TYPE_CHECKING:
     from . import methods, rankers
     from .api import disable, enable, handle_of
     from .config import RoutingConfig
+    from .core.schedule import Schedule
     from .handle import Handle
 
 __all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors", "handle_of", "methods", "rankers"]
@@ -22,7 +22,14 @@ __all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors",
 __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
-_LAZY = {"Handle": ".handle", "RoutingConfig": ".config", "disable": ".api", "enable": ".api", "handle_of": ".api"}
+_LAZY = {
+    "Handle": ".handle",
+    "RoutingConfig": ".config",
+    "Schedule": ".core.schedule",
+    "disable": ".api",
+    "enable": ".api",
+    "handle_of": ".api",
+}
 
 
 def __getattr__(name: str) -> Any:

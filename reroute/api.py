@@ -78,7 +78,7 @@ def enable(
         action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
             ratios are solved for it. Default: the method's own ratios.
-        schedule: routing layers and ratios, instead of ``method``'s and ``keep``.
+        schedule: decisions (layers, ratios, rankers), instead of ``method`` and ``keep``.
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
             Chosen for the device of the decoder, and again if it moves to one of another type.
         trace: keep the decisions of the last prefill in ``handle.trace``.

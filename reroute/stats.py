@@ -21,8 +21,8 @@ class Stats:
     ``avg_tokens`` is a mean over the samples that have visual tokens.
 
     FLOPs count two per multiply-add and every pair of a query and a key, those of earlier turns included, over all
-    layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of attention
-    scores. They are 0 for a ranker of another kind: what that costs cannot be known and is not counted.
+    layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of ranking,
+    as each ranker counts its own; what one's own ranker does not say is not counted.
     ``prefill_flops_dense`` and ``kv_bytes_dense`` are what the plain model would have run and stored, with no earlier
     turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
 
@@ -143,7 +143,6 @@ def make_stats(
     names: dict[str, Any],
     cache_layers: Sequence[Any],
     *,
-    scores: bool,
     prefills: int,
 ) -> Stats:
     """Stats of one prefill.
@@ -153,7 +152,6 @@ def make_stats(
         shape: the decoder.
         names: the descriptive fields.
         cache_layers: the layers of the cache after the prefill, none without a cache.
-        scores: whether the decisions computed attention scores.
         prefills: how many prefills were recorded, this one included.
     """
     stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in range(shape.num_layers)]
@@ -165,7 +163,8 @@ def make_stats(
     kept = zip_longest(tensors[: len(widths)], widths)
     stored = tuple(width if pair is None else int(pair[0].shape[-2]) for pair, width in kept)
     filled = [tensor for pair in tensors if pair is not None for tensor in pair]
-    routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
+    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
+    routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing, which may be a sliding window.
     first, length = plan.schedule.layers[0], plan.length
     all_keys = [*stored[:first], *[plan.past + length] * (len(widths) - first)]
@@ -188,9 +187,11 @@ def make_stats(
     )
 
 
-def _scored(plan: Plan) -> list[int]:
-    """Rows that are scored, per decision and sample: rows of this prompt only, whatever the cache holds."""
-    rows: list[int] = []
+def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
+    """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
+    flops = 0
     for decision in plan.decisions:
-        rows += plan.lengths if decision.from_pool else [plan.width(decision.stage - 1)] * plan.batch
-    return rows
+        rows = plan.lengths if decision.from_pool else [plan.width(decision.stage - 1)] * plan.batch
+        for row_count, candidates, k in zip(rows, decision.candidates, decision.k, strict=True):
+            flops += decision.ranker.flops(shape, row_count, candidates, k)
+    return flops

@@ -22,7 +22,6 @@ from reroute import Schedule
 from reroute.core.home import PooledHome
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
-from reroute.rankers import LastTokenAttention
 from reroute_kernels import AttentionSpec, Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
@@ -102,7 +101,7 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        prefill = Prefill(plan, PooledHome(plan, BACKEND, pool), adapter, LastTokenAttention(), tables)
+        prefill = Prefill(plan, PooledHome(plan, BACKEND, pool), adapter, tables)
         made = time.perf_counter()
         hidden = logical
         for decision in plan.decisions:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..rankers import Ranker
 
 __all__ = ["Decision"]
 
@@ -13,7 +17,8 @@ class Decision:
 
     - ``stage``: its number, from 0.
     - ``layer``: the routing layer, the first one that runs on the result.
-    - ``score_layer``: the layer before which it is made, with whose query and keys candidates are ranked by attention.
+    - ``score_layer``: the layer before which it is made, on whose input.
+    - ``ranker``: what orders the candidates.
     - ``candidates``: visual tokens that compete.
     - ``k``: how many of them stay.
     - ``from_pool``: whether the rows of the whole prompt are scored, in the pool; else the compact rows of the stage
@@ -26,3 +31,4 @@ class Decision:
     candidates: tuple[int, ...]
     k: tuple[int, ...]
     from_pool: bool
+    ranker: Ranker

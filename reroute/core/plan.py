@@ -192,8 +192,8 @@ def _decisions(schedule: Schedule, action: Action, visual: Sequence[Ints]) -> tu
     visual_counts = tuple(map(len, visual))
     counts = zip(*map(schedule.counts, visual_counts), strict=True)
     decisions: list[Decision] = []
-    for stage, (layer, k) in enumerate(zip(schedule.layers, counts, strict=True)):
+    for stage, (layer, ranker, k) in enumerate(zip(schedule.layers, schedule.rankers, counts, strict=True)):
         from_pool = action == "route" or stage == 0
         candidates = visual_counts if from_pool else decisions[-1].k
-        decisions.append(Decision(stage, layer, layer + schedule.score_layer_offset, candidates, k, from_pool))
+        decisions.append(Decision(stage, layer, layer + ranker.layer_offset, candidates, k, from_pool, ranker))
     return tuple(decisions)

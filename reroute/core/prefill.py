@@ -15,11 +15,11 @@ import torch
 
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
+from ..rankers import DecoderAdapter, RankContext
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
 from .plan import Plan
-from .ranking import DecoderAdapter, RankContext, Ranker
 
 __all__ = ["PositionTables", "Prefill"]
 
@@ -53,7 +53,6 @@ class Prefill:
         plan: Plan,
         home: Home,
         adapter: DecoderAdapter,
-        ranker: Ranker,
         tables: PositionTables,
         *,
         trace: bool = False,
@@ -61,7 +60,7 @@ class Prefill:
         """Take over ``home`` and sort the logical ``tables`` (batch dimension B or 1) into the order of its rows."""
         self.plan, self.stage, self.tables = plan, -1, tables
         self._home, self._tensors = home, home.tensors
-        self._adapter, self._ranker = adapter, ranker
+        self._adapter = adapter
         self._positions: torch.Tensor | None = None
         self._is_home = False
         self._trace: list[StageTrace] | None = [] if trace else None
@@ -114,7 +113,7 @@ class Prefill:
         self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
         with torch.no_grad():
-            selection = self._ranker.select(self._rank_context(decision, hidden))
+            selection = decision.ranker.select(self._rank_context(decision, hidden))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)

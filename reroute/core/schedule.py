@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import floor
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from ..checks import check_name, items, number, whole
+from ..checks import check_name, items, number, shown, whole
 from ..errors import RerouteError
+from ..rankers import RANKERS, LastTokenAttention, Ranker
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
@@ -29,20 +31,21 @@ decision (PDrop's original, only with ``remove``)."""
 def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
     """How many of ``n`` visual tokens a ratio stands for; never more than ``n``.
 
-    The product is taken in binary floating point, as in the released code: 0.29 of 100 is 28.
+    The product is taken in binary floating point, as in the released code: 0.29 of 100 is 28. A ratio of 0 is none.
     """
+    if ratio == 0:
+        return 0
     kept = round(n * ratio) if rounding == "half_even" else floor(n * ratio)
     return min(n, max(1, kept) if rounding == "floor" else kept)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Routing layers, and per stage the share of the prompt's N visual tokens that is kept.
+    """A list of decisions, column by column: before which layer, how many stay, ranked by what.
 
     - ``layers``: a decision is made before each of these layers, which already run on the result.
-    - ``ratios``: kept share per stage, always relative to the original N.
-    - ``score_layer_offset``: 0 scores with the routing layer's own query and keys, on its input;
-      -1 with those of the layer before (FastV's original).
+    - ``ratios``: kept share per stage, always relative to the prompt's N visual tokens; 0 keeps none.
+    - ``rankers``: one per decision, or a single one for all; attention of the last prompt token if none is given.
 
     Raises:
         RerouteError: values that cannot be right whatever the model.
@@ -50,9 +53,9 @@ class Schedule:
 
     layers: tuple[int, ...]
     ratios: tuple[float, ...]
+    rankers: tuple[Ranker, ...] = (LastTokenAttention(),)
     rounding: Rounding = "floor"
     position_mode: PositionMode = "preserved"
-    score_layer_offset: int = 0
 
     def __post_init__(self) -> None:
         """Turn sequences into tuples and check them."""
@@ -70,16 +73,17 @@ class Schedule:
             raise RerouteError(
                 f"Give one ratio per routing layer: got ratios {self.ratios} for the layers {self.layers}."
             )
-        object.__setattr__(self, "score_layer_offset", _checked_offset(self.score_layer_offset))
+        object.__setattr__(self, "rankers", _one_each(self.rankers, len(self.layers)))
         if any(a >= b for a, b in pairwise(self.layers)):
             raise RerouteError(f"Routing layers must be strictly increasing, not {self.layers}.")
-        if self.layers[0] < (lowest := -self.score_layer_offset):
+        scoring = [layer + ranker.layer_offset for layer, ranker in zip(self.layers, self.rankers, strict=True)]
+        if scoring[0] < 0 or any(a >= b for a, b in pairwise(scoring)):
             raise RerouteError(
-                f"The first routing layer must be {lowest} or later with "
-                f"score_layer_offset={self.score_layer_offset}, not {self.layers[0]}."
+                f"Decisions must be made one after the other, from layer 0 on; those of the layers {self.layers} would "
+                f"be made before the layers {tuple(scoring)}: a ranker of layer_offset=-1 decides a layer earlier."
             )
-        if any(not 0 < ratio <= 1 for ratio in self.ratios):
-            raise RerouteError(f"Ratios must be above 0 and at most 1, not {self.ratios}.")
+        if any(not 0 <= ratio <= 1 for ratio in self.ratios):
+            raise RerouteError(f"Ratios must be from 0 to 1, not {self.ratios}.")
         check_name("rounding", self.rounding, get_args(Rounding))
         check_name("position mode", self.position_mode, get_args(PositionMode))
 
@@ -122,8 +126,32 @@ class Schedule:
         return [counts[self.stage_of(layer)] for layer in range(num_layers)]
 
     def to_json(self) -> str:
-        """The schedule as a JSON object; ``from_json`` gives an equal one back."""
-        return json.dumps(asdict(self))
+        """The schedule as a JSON object; ``from_json`` gives an equal one back.
+
+        Raises:
+            RerouteError: a ranker has no name in ``reroute.rankers.RANKERS``, or options that JSON cannot hold.
+        """
+        try:
+            return json.dumps(self.as_dict())
+        except TypeError as error:
+            raise RerouteError(f"The options of a ranker cannot be stored: {error}.") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``to_json`` writes. Rankers are left out where all are the default."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        if set(self.rankers) == {LastTokenAttention()}:
+            del columns["rankers"]
+        else:
+            columns["rankers"] = tuple(map(RANKERS.named, self.rankers))
+        return columns
+
+    @classmethod
+    def from_dict(cls, columns: Mapping[str, Any]) -> Schedule:
+        """The schedule of which ``as_dict`` is ``columns``. Raises what the constructor does, and TypeError."""
+        columns = dict(columns)
+        if "rankers" in columns:
+            columns["rankers"] = tuple(map(RANKERS.built, items(columns["rankers"])))
+        return cls(**columns)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -133,24 +161,30 @@ class Schedule:
             RerouteError: not such an object, or values that cannot be right.
         """
         try:
-            return cls(**json.loads(text))
+            return cls.from_dict(json.loads(text))
         except RerouteError:
             raise
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise RerouteError(
                 f"Not a schedule: {error}. Pass what Schedule.to_json wrote, such as "
                 '{"layers": [3], "ratios": [0.25]}.'
             ) from None
 
 
-def _checked_offset(offset: int) -> int:
+def _one_each(rankers: Any, count: int) -> tuple[Ranker, ...]:
+    """One ranker per decision. RerouteError if they are none, or too few."""
+    if isinstance(rankers, Ranker):
+        rankers = (rankers,)
     try:
-        checked = whole(offset)
+        each = tuple(items(rankers))
     except TypeError:
-        checked = 1
-    if checked not in (0, -1):
+        each = (rankers,)
+    each = each * count if len(each) == 1 else each
+    wrong = next((ranker for ranker in each if not isinstance(ranker, Ranker)), None)
+    if wrong is not None:
         raise RerouteError(
-            "score_layer_offset must be 0 (score with the routing layer) or -1 (with the layer "
-            f"before it), not {offset!r}."
+            f"A ranker must be a Ranker such as reroute.rankers.LastTokenAttention(), not {shown(wrong)}."
         )
-    return checked
+    if len(each) != count:
+        raise RerouteError(f"Give one ranker, or one per routing layer: got {len(each)} for {count} layers.")
+    return each

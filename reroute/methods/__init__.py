@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..checks import shown
-from ..core.ranking import Ranker
-from ..errors import RerouteError, unknown
+from ..errors import RerouteError
+from ..rankers import RANKERS, Ranker
+from ..registry import Registry
 from .base import Method
 from .fastv import FastV
 from .pdrop import PDrop
@@ -12,7 +13,9 @@ from .random import Random
 
 __all__ = ["METHODS", "FastV", "Method", "PDrop", "Random", "get"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FastV, PDrop, Random)}
+METHODS: Registry[Method] = Registry(
+    "method", "reroute.methods", {method.name: method for method in (FastV, PDrop, Random)}, RANKERS
+)
 """Every method that can be asked for by name. Register your own here."""
 
 
@@ -34,6 +37,4 @@ def get(method: str | Method) -> Method:
             f"method must be one of the names {', '.join(sorted(METHODS))} or a Method such as "
             f"FastV(ratio=0.25), not {shown(method)}."
         )
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    return METHODS[method]()
+    return METHODS.find(method)()

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.ranking import Ranker
-from ..rankers import LastTokenAttention
+from ..rankers import LastTokenAttention, Ranker
 
 if TYPE_CHECKING:
     from typing import Self

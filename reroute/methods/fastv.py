@@ -9,6 +9,7 @@ from ..checks import number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
 from ..core.solver import scale_layers, solve
 from ..errors import RerouteError
+from ..rankers import LastTokenAttention
 from .base import Method
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ class FastV(Method):
 
     layer: int | None = None
     ratio: float = 0.2644
-    score_layer_offset: int = 0
     rounding: Rounding = "floor"
 
     def __post_init__(self) -> None:
@@ -52,13 +52,12 @@ class FastV(Method):
 
         Meant for ``remove``.
         """
-        return cls(layer=2, ratio=0.5, score_layer_offset=-1, rounding="half_even")
+        return cls(layer=2, ratio=0.5, rounding="half_even", ranker=LastTokenAttention(layer_offset=-1))
 
     def schedule(self, num_layers: int, action: Action) -> Schedule:
         """See ``Method``."""
         layers = self._layers(num_layers, action)
-        ratios = (self.ratio,) * len(layers)
-        return Schedule(layers, ratios, self.rounding, score_layer_offset=self.score_layer_offset)
+        return Schedule(layers, (self.ratio,) * len(layers), (self.ranker,), self.rounding)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

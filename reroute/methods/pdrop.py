@@ -61,7 +61,7 @@ class PDrop(Method):
         """See ``Method``."""
         if self.ratios is None:
             return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
-        return Schedule(self._layers(num_layers), self.ratios, self.rounding, self.position_mode)
+        return Schedule(self._layers(num_layers), self.ratios, (self.ranker,), self.rounding, self.position_mode)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from ..core.ranking import RankContext, Ranker
+from ..registry import Registry
 from .attention import LastTokenAttention
-from .base import RankInputs, ScoreRanker
+from .base import DecoderAdapter, RankContext, Ranker
 from .random import RandomScores
+from .scores import RankInputs, ScoreRanker
 
-__all__ = ["RANKERS", "LastTokenAttention", "RandomScores", "RankContext", "RankInputs", "Ranker", "ScoreRanker"]
+__all__ = [
+    "RANKERS",
+    "DecoderAdapter",
+    "LastTokenAttention",
+    "RandomScores",
+    "RankContext",
+    "RankInputs",
+    "Ranker",
+    "ScoreRanker",
+]
 
-RANKERS: dict[str, type[Ranker]] = {"last_token_attention": LastTokenAttention, "random_scores": RandomScores}
-"""Every ranker that a stored ``RoutingConfig`` can name. Register your own here."""
+RANKERS: Registry[Ranker] = Registry(
+    "ranker", "reroute.rankers", {"last_token_attention": LastTokenAttention, "random_scores": RandomScores}
+)
+"""Every ranker that a stored ``RoutingConfig`` or ``Schedule`` can name. Register your own here."""

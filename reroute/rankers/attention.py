@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reroute_kernels import Selection
 
-from ..core.ranking import RankContext, Ranker
+from ..checks import shown, whole
+from ..errors import RerouteError
+from .base import RankContext, Ranker
+
+if TYPE_CHECKING:
+    from ..core.cost import ModelShape
 
 __all__ = ["LastTokenAttention"]
 
 
 @dataclass(frozen=True)
 class LastTokenAttention(Ranker):
-    """Score of a candidate: mean over heads of the attention that the last prompt token pays it in ``score_layer``."""
+    """Score of a candidate: mean over heads of the attention that the last prompt token pays it.
 
-    scores_attention = True
+    - ``layer_offset``: 0 scores with the routing layer's own query and keys, on its input; -1 with those of the layer
+      before (FastV's original).
+    """
+
+    layer_offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the offset."""
+        try:
+            object.__setattr__(self, "layer_offset", whole(self.layer_offset))
+        except TypeError:
+            object.__setattr__(self, "layer_offset", 1)
+        if self.layer_offset not in (0, -1):
+            raise RerouteError(
+                "layer_offset must be 0 (score with the routing layer) or -1 (with the layer before it), not "
+                f"{shown(self.layer_offset)}."
+            )
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
@@ -30,3 +52,8 @@ class LastTokenAttention(Ranker):
             context.rows,
             adapter.attention_spec(layer),
         )
+
+    def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
+        """One query row, the keys of all ``rows``, and their logits."""
+        d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        return 2 * d * q + 2 * rows * d * kv + 2 * q * rows

@@ -1,89 +1,78 @@
-"""A ranker that gives each candidate a number: the base of your own."""
+"""What a decision needs of the model, and what a ranker gets."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from reroute_kernels import Selection
-
-from ..core.ranking import RankContext, Ranker
-from ..errors import RerouteError
+from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables, Selection, SelectRows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ..core.cost import ModelShape
+    from ..core.decision import Decision
 
-__all__ = ["RankInputs", "ScoreRanker"]
+__all__ = ["DecoderAdapter", "RankContext", "Ranker"]
 
 
-@dataclass(frozen=True)
-class RankInputs:
-    """What scores are computed from.
+class DecoderAdapter(Protocol):
+    """What scoring needs from the model."""
 
-    - ``hidden[b]`` (N_b, C): latest hidden states of sample ``b``'s candidates, in prompt order.
-    - ``query`` (B, C): hidden state of each sample's last prompt token.
-    - ``layer``: the layer whose input this is. ``stage``: the stage that is decided, from 0.
+    def input_norm(self, layer: int) -> RMSNorm | None:
+        """The norm of rows before the attention of ``layer``, or None if there is more to it than its formula."""
+
+    def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (R, C) after that norm, by the model itself."""
+
+    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, D) of ``normed[query_rows]`` and keys (R, G, D) of ``normed`` (R, C), both before RoPE.
+
+        Queries come after the layer's query norm, keys before its key norm.
+        """
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """Scale, rotation and key norm of the attention of ``layer``."""
+
+    def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin (B, S, rot) at position ids (B, S)."""
+
+
+class RankContext(NamedTuple):
+    """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
+
+    - ``tables``: of the R scored rows; the last prompt token of each sample is its query.
+    - ``rows``: what competes.
+    - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
+    - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
     """
 
-    hidden: list[torch.Tensor]
-    query: torch.Tensor
-    layer: int
-    stage: int
+    decision: Decision
+    backend: Backend
+    adapter: DecoderAdapter
+    tables: RopeTables
+    rows: SelectRows
+    hidden: Callable[[], torch.Tensor]
+    normed: Callable[[], torch.Tensor]
 
 
-class ScoreRanker(Ranker):
-    """Ranks by numbers that ``scores`` returns; the selection is the exact kernel of all rankers::
+class Ranker(ABC):
+    """What orders the candidates of a decision; one object serves all decisions, samples and threads.
 
-    @dataclass(frozen=True)
-    class Norm(ScoreRanker):
-        def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
-            return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
-
-    reroute.enable(model, method=FastV(ranker=Norm()), keep=0.33)
+    ``layer_offset``: 0 decides before the routing layer, -1 before the layer that comes before it.
     """
+
+    layer_offset: int = 0
 
     @abstractmethod
-    def scores(self, inputs: RankInputs) -> Sequence[torch.Tensor]:
-        """Scores (N_b,) of each sample's candidates, the highest kept first. Other shapes are refused.
+    def select(self, context: RankContext) -> Selection:
+        """The ``decision.k`` best candidates of each sample. Asks for ``hidden`` or ``normed`` of ``context``, once.
 
         Runs under ``torch.no_grad()``, as a selection has no gradient. Must not wait for the device, and must not let a
         sample depend on its batch neighbours.
         """
 
-    def select(self, context: RankContext) -> Selection:
-        """See ``Ranker``.
-
-        Raises:
-            RerouteError: ``scores`` did not return one number for each candidate.
-        """
-        states, rows = context.hidden(), context.rows
-        counts = rows.metadata.num_candidates
-        samples = zip(rows.metadata.starts, rows.candidates, counts, strict=True)
-        hidden = [states[start + candidates[:n]] for start, candidates, n in samples]
-        query, decision = states[context.tables.query_rows], context.decision
-        inputs = RankInputs(hidden, query, decision.score_layer, decision.stage)
-        scores = torch.full_like(rows.candidates, -torch.inf, dtype=torch.float32)
-        for target, score, n in zip(scores, self._checked(inputs), counts, strict=True):
-            target[:n] = score
-        return context.backend.select(scores, rows)
-
-    def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
-        """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""
-        returned = self.scores(inputs)
-        scores = [] if returned is None else list(returned)
-        if len(scores) != len(inputs.hidden):
-            raise RerouteError(
-                f"{type(self).__name__} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one "
-                "tensor for each of inputs.hidden."
-            )
-        for sample, (score, hidden) in enumerate(zip(scores, inputs.hidden, strict=True)):
-            came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-            if came != (len(hidden),):
-                raise RerouteError(
-                    f"{type(self).__name__} scored sample {sample} with {came} instead of ({len(hidden)},). "
-                    "Return one number for each row of inputs.hidden[b]."
-                )
-        return scores
+    def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
+        """FLOPs of keeping ``k`` of a sample's ``candidates``, among ``rows`` rows. 0: not known, so not counted."""
+        return 0

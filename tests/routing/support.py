@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
 from reroute.methods import FastV
-from reroute.rankers import RankInputs, ScoreRanker
+from reroute.rankers import LastTokenAttention, Ranker, RankInputs, ScoreRanker
 
 RULES = (
     Rules((2, 4, 6), (0.5, 0.25, 0.125)),
@@ -48,15 +48,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def schedule(rules: Rules) -> reroute.Schedule:
+def schedule(rules: Rules, ranker: Ranker | None = None) -> reroute.Schedule:
     fields = asdict(rules)
     del fields["action"]
-    return reroute.Schedule(**fields)
+    ranker = LastTokenAttention(fields.pop("score_layer_offset")) if ranker is None else ranker
+    return reroute.Schedule(**fields, rankers=(ranker,))
 
 
-def enable(tiny: Tiny, rules: Rules, **settings: Any) -> Any:
+def enable(tiny: Tiny, rules: Rules, ranker: Ranker | None = None, **settings: Any) -> Any:
     model: torch.nn.Module = tiny.model
-    return reroute.enable(model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
+    return reroute.enable(model, schedule=schedule(rules, ranker), action=rules.action, trace=True, **settings)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

@@ -20,7 +20,7 @@ import reroute
 from reroute.core.prefill import PositionTables
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import FastV, PDrop
-from reroute.rankers import RankInputs, ScoreRanker
+from reroute.rankers import LastTokenAttention, RankInputs, ScoreRanker
 from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
 
 
@@ -54,12 +54,12 @@ def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     [
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
         ({"layers": (4, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, "0 or later"),
-        ({"layers": (2,), "ratios": (0.0,)}, "above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (1.01,)}, "above 0 and at most 1"),
+        ({"layers": (-1,), "ratios": (0.5,)}, "from layer 0 on"),
+        ({"layers": (2,), "ratios": (-0.1,)}, "from 0 to 1"),
+        ({"layers": (2,), "ratios": (1.01,)}, "from 0 to 1"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
         ({"layers": (2,), "ratios": (0.5,), "position_mode": "gone"}, "known: preserved, renumbered"),
-        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, "1 or later"),
+        ({"layers": (0,), "ratios": (0.5,), "rankers": LastTokenAttention(-1)}, "from layer 0 on"),
     ],
 )
 def test_schedules(fields: dict[str, Any], message: str) -> None:
@@ -258,7 +258,7 @@ def test_scores_of_another_shape(tiny: Tiny, rank: Callable[[list[Tensor]], Any]
     """They would be broadcast, and nobody would notice."""
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 9)])
     with (
-        enable(tiny, RULES[0], method=FastV(ranker=Own(rank))),
+        enable(tiny, RULES[0], ranker=Own(rank)),
         pytest.raises(RerouteError, match=f"Own {message}"),
     ):
         tiny.model(**given)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,11 @@ from reroute.core.cost import (
     kv_bytes,
     layer_flops,
     prefill_cost,
-    scoring_flops,
 )
 from reroute.core.schedule import Action, Schedule
 from reroute.core.solver import RatioFamily, scale_layers, solve
 from reroute.errors import RerouteError
+from reroute.rankers import LastTokenAttention, RandomScores
 
 LLAVA = ModelShape(32, 4096, 11008, 32, 32, 128, 32064)
 QWEN = ModelShape(28, 3584, 18944, 28, 4, 128, 152064)
@@ -96,6 +97,14 @@ def released(name: str, tier: int, shape: ModelShape) -> Schedule:
     return Schedule(LAYERS[name][shape.num_layers], ratios)
 
 
+def scoring_flops(shape: ModelShape, rows: int) -> int:
+    return LastTokenAttention().flops(shape, rows, rows, 1)
+
+
+def layers_of(cost: CostEstimate) -> int:
+    return cost.prefill_flops - cost.scoring_flops
+
+
 def cost(name: str, tier: int, shape: ModelShape, text: int = 60, **options: Any) -> CostEstimate:
     action: Action = "route" if name.startswith("ours") else "remove"
     return estimate_cost(shape, released(name, tier, shape), action, 576, text, **options)
@@ -114,11 +123,11 @@ def test_released_schedules(
     shape: ModelShape,
 ) -> None:
     schedule = Schedule(LAYERS[name][shape.num_layers], ratios)
-    result = cost(name, tier, shape, scores=False)
+    result = cost(name, tier, shape)
     assert schedule.counts(576) == counts
     assert result.avg_tokens == pytest.approx(averages[column], abs=0.005)
     assert result.keep == result.avg_tokens / 576
-    assert result.prefill_flops / 1e12 == pytest.approx(costs[column], abs=6e-5)
+    assert layers_of(result) / 1e12 == pytest.approx(costs[column], abs=6e-5)
     assert result.kv_bytes / 2**20 == pytest.approx(costs[2 + column], abs=0.051)
 
 
@@ -134,7 +143,7 @@ def test_full_model() -> None:
 
 def test_without_text() -> None:
     def teraflops(name: str, tier: int) -> float:
-        return cost(name, tier, LLAVA, text=0, scores=False).prefill_flops / 1e12
+        return layers_of(cost(name, tier, LLAVA, text=0)) / 1e12
 
     assert prefill_cost(LLAVA, [576] * 32).prefill_flops / 1e12 == pytest.approx(7.6343, abs=5e-5)
     assert teraflops("fastv", 192) == pytest.approx(2.5108, abs=5e-5)
@@ -158,9 +167,9 @@ def test_without_text() -> None:
     ],
 )
 def test_agreement_of_the_released_pairs(shape: ModelShape, text: int, tier: int, percent: float) -> None:
-    ours, theirs = (cost(name, tier, shape, text, scores=False) for name in ("ours_vs_pdrop", "pdrop"))
-    assert 100 * (ours.prefill_flops / theirs.prefill_flops - 1) == pytest.approx(percent, abs=0.05)
-    pair = [cost(name, tier, shape, text, scores=False) for name in ("ours_vs_fastv", "fastv")]
+    ours, theirs = (layers_of(cost(name, tier, shape, text)) for name in ("ours_vs_pdrop", "pdrop"))
+    assert 100 * (ours / theirs - 1) == pytest.approx(percent, abs=0.05)
+    pair = [layers_of(cost(name, tier, shape, text)) for name in ("ours_vs_fastv", "fastv")]
     assert pair[0] == pair[1]
 
 
@@ -182,7 +191,7 @@ def test_nothing_is_scored_where_nothing_is_deferred() -> None:
     text_only = estimate_cost(TOY, schedule, "route", 0, 3)
     assert text_only.scoring_flops == 0
     assert text_only.keep == 1
-    assert estimate_cost(TOY, schedule, "route", 8, 3, scores=False).scoring_flops == 0
+    assert estimate_cost(TOY, replace(schedule, rankers=(RandomScores(),)), "route", 8, 3).scoring_flops == 0
     with pytest.raises(RerouteError, match="does not exist"):
         estimate_cost(TOY, Schedule((4,), (0.5,)), "route", 8, 3)
 
@@ -209,7 +218,7 @@ def test_earlier_turns_are_keys() -> None:
     weights = layer_flops(TOY, 5) - 32 * 25
     assert layer_flops(TOY, 5, 8) == weights + 32 * 40
     assert layer_flops(TOY, 5, 8, attention="causal") == weights + 32 * 30
-    cost = prefill_cost(TOY, [5, 3, 3, 2], [8, 6, 4, 2], scored=[5, 4], batch=2)
+    cost = prefill_cost(TOY, [5, 3, 3, 2], [8, 6, 4, 2], scoring=scoring_flops(TOY, 5) + scoring_flops(TOY, 4), batch=2)
     layers = sum(layer_flops(TOY, t, k) for t, k in zip([5, 3, 3, 2], [8, 6, 4, 2], strict=True))
     assert cost.scoring_flops == scoring_flops(TOY, 5) + scoring_flops(TOY, 4)
     assert cost.prefill_flops == 2 * layers + cost.scoring_flops

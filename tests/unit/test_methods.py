@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -37,10 +37,10 @@ def test_fastv_takes_an_explicit_layer_literally() -> None:
 
 def test_official_fastv() -> None:
     schedule = FastV.official().schedule(32, "remove")
-    assert schedule == Schedule((2,), (0.5,), "half_even", score_layer_offset=-1)
+    assert schedule == Schedule((2,), (0.5,), (LastTokenAttention(-1),), "half_even")
     assert schedule.counts(5) == (2,)
     cheaper = FastV.official().with_budget(0.25, 32, "remove").schedule(32, "remove")
-    assert (cheaper.rounding, cheaper.score_layer_offset, cheaper.ratios) == ("half_even", -1, (0.2,))
+    assert (cheaper.rounding, cheaper.rankers, cheaper.ratios) == ("half_even", (LastTokenAttention(-1),), (0.2,))
 
 
 def test_pdrop_is_the_released_pair() -> None:
@@ -59,7 +59,7 @@ def test_pdrop_is_the_released_pair() -> None:
 def test_pdrop_takes_explicit_values_literally() -> None:
     explicit = PDrop(layers=(4, 8), ratios=(0.5, 0.1), rounding="half_even")
     for action in ("route", "remove"):
-        assert explicit.schedule(12, action) == Schedule((4, 8), (0.5, 0.1), "half_even")
+        assert explicit.schedule(12, action) == Schedule((4, 8), (0.5, 0.1), rounding="half_even")
     assert PDrop(ratios=(0.1, 0.2, 0.3, 0.4)).schedule(32, "route").ratios == (0.1, 0.2, 0.3, 0.4)
     assert PDrop(layers=(2, 0.5, 0.8)).schedule(12, "route").layers == (2, 6, 9)
     with pytest.raises(RerouteError, match=r"one ratio per routing layer: .* \(1, 3, 5\)"):
@@ -71,7 +71,7 @@ def test_pdrop_takes_explicit_values_literally() -> None:
 
 def test_official_pdrop() -> None:
     schedule = PDrop.official().schedule(32, "remove")
-    assert schedule == Schedule((8, 16, 24), (0.5, 0.25, 0.125), "floor0", "renumbered")
+    assert schedule == Schedule((8, 16, 24), (0.5, 0.25, 0.125), rounding="floor0", position_mode="renumbered")
     assert schedule.counts(8) == (4, 2, 1)
     assert schedule.counts(4) == (2, 1, 0)
     assert PDrop.official().schedule(28, "remove").layers == (7, 14, 21)
@@ -108,8 +108,6 @@ def test_registry() -> None:
 
 def test_methods_rank_by_attention() -> None:
     assert FastV().ranker == PDrop().ranker == LastTokenAttention()
-    assert LastTokenAttention.scores_attention
-    assert not RandomScores.scores_attention
     assert Random().ranker == RandomScores()
 
 
@@ -121,7 +119,7 @@ def test_random_ignores_neighbours_and_varies_with_seed_and_stage() -> None:
     assert len(set(batched.tolist())) == 9
     assert not torch.equal(batched, RandomScores(seed=1).scores(inputs(9))[0])
     assert not torch.equal(batched, rank.scores(inputs(9, stage=1))[0])
-    assert Random().schedule(32, "route") == FastV().schedule(32, "route")
+    assert Random().schedule(32, "route") == replace(FastV().schedule(32, "route"), rankers=(RandomScores(),) * 4)
 
 
 def test_random_leaves_the_global_generator_alone_and_needs_no_data() -> None:

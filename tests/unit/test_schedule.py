@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from reroute.core.schedule import Rounding, Schedule, count
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
+from reroute.rankers import LastTokenAttention, RandomScores
 
 ratios = st.floats(min_value=1e-6, max_value=1.0)
 ROUNDINGS: tuple[Rounding, ...] = ("floor", "floor0", "half_even")
@@ -22,8 +23,8 @@ roundings = st.sampled_from(ROUNDINGS)
 def schedules(draw: st.DrawFn) -> Schedule:
     layers = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=6)))
     keep = draw(st.lists(ratios, min_size=len(layers), max_size=len(layers)))
-    offset = draw(st.sampled_from([0, -1]))
-    return Schedule(tuple(layers), tuple(keep), draw(roundings), score_layer_offset=offset)
+    rankers = draw(st.sampled_from([(LastTokenAttention(),), (LastTokenAttention(-1),), (RandomScores(3),)]))
+    return Schedule(tuple(layers), tuple(keep), rankers, draw(roundings))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,10 @@ def test_json_round_trip(schedule: Schedule) -> None:
 )
 def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
     offset: Any = np.int64(-1)
-    schedule = Schedule(layers, ratios, score_layer_offset=offset)
-    assert schedule == Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1)
-    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1))
+    rankers: Any = [LastTokenAttention(offset), RandomScores()]
+    schedule = Schedule(layers, ratios, rankers)
+    assert schedule == Schedule((2, 7), (1.0, 0.5), (LastTokenAttention(-1), RandomScores()))
+    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5), (LastTokenAttention(-1), RandomScores())))
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
@@ -133,15 +135,22 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2, 7), "ratios": (0.5,)}, r"one ratio per routing layer: got ratios \(0.5,\)"),
         ({"layers": (7, 2), "ratios": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, r"strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, r"must be 0 or later .* not -1"),
-        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, r"must be 1 or later .* not 0"),
-        ({"layers": (2,), "ratios": (0.0,)}, r"above 0 and at most 1, not \(0.0,\)"),
-        ({"layers": (2,), "ratios": (1.01,)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (float("nan"),)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": "-1"}, r"must be 0 .* not '-1'"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": -1.0}, r"must be 0 .* not -1\.0"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": False}, r"must be 0 .* not False"),
+        ({"layers": (-1,), "ratios": (0.5,)}, r"from layer 0 on; .* before the layers \(-1,\)"),
+        ({"layers": (0,), "ratios": (0.5,), "rankers": LastTokenAttention(-1)}, r"from layer 0 on; .* layers \(-1,\)"),
+        (
+            {"layers": (2, 3), "ratios": (0.5, 0.5), "rankers": (LastTokenAttention(), LastTokenAttention(-1))},
+            r"one after the other, .* layers \(2, 3\) would be made before the layers \(2, 2\)",
+        ),
+        ({"layers": (2,), "ratios": (-0.1,)}, r"from 0 to 1, not \(-0.1,\)"),
+        ({"layers": (2,), "ratios": (1.01,)}, r"from 0 to 1"),
+        ({"layers": (2,), "ratios": (float("nan"),)}, r"from 0 to 1"),
+        (
+            {"layers": (2,), "ratios": (0.5,), "rankers": "random_scores"},
+            r"must be a Ranker such as .* not 'random_scores'",
+        ),
+        ({"layers": (2,), "ratios": (0.5,), "rankers": LastTokenAttention}, r"must be a Ranker such as .* not <class"),
+        ({"layers": (2,), "ratios": (0.5,), "rankers": ()}, r"one ranker, or one per routing layer: got 0 for 1"),
+        ({"layers": (2, 3, 4), "ratios": (1, 1, 1), "rankers": (RandomScores(),) * 2}, r"got 2 for 3 layers"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": None}, r"Unknown rounding None; known: floor"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": ["floor"]}, r"Unknown rounding \['floor'\]; known: floor"),
         ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),

@@ -19,7 +19,7 @@ from reroute.config import check_arguments
 from reroute.core.solver import solve
 from reroute.errors import RerouteError
 from reroute.methods import FastV, PDrop, Random, get
-from reroute.rankers import RandomScores, RankInputs
+from reroute.rankers import LastTokenAttention, RandomScores, RankInputs
 from reroute_kernels import PagedPool
 
 SCHEDULE = Schedule((2, 4), (0.5, 0.25))
@@ -162,10 +162,11 @@ JUNK: list[Any] = [
 ]
 MAKERS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
     (RoutingConfig, ("method", "action", "keep", "schedule", "backend", "trace")),
-    (Schedule, ("layers", "ratios", "rounding", "position_mode", "score_layer_offset")),
-    (FastV, ("layer", "ratio", "score_layer_offset", "rounding", "ranker")),
+    (Schedule, ("layers", "ratios", "rankers", "rounding", "position_mode")),
+    (FastV, ("layer", "ratio", "rounding", "ranker")),
     (PDrop, ("layers", "ratios", "rounding", "position_mode", "ranker")),
     (RandomScores, ("seed",)),
+    (LastTokenAttention, ("layer_offset",)),
     (check_arguments, ("config", "pool")),
 ]
 
