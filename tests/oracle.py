@@ -42,6 +42,8 @@ class Rules:
     def count(self, n: int, stage: int) -> int:
         """How many of ``n`` visual tokens stay."""
         exact = n * self.ratios[stage]
+        if exact == 0:
+            return 0
         if self.rounding == "half_even":
             return min(n, round(exact))
         least = 1 if self.rounding == "floor" else 0

@@ -10,9 +10,10 @@ from itertools import pairwise
 from math import floor
 from typing import Any, Literal, get_args
 
-from ..checks import check_name, items, number, shown, whole
+from ..checks import check_name, items, number, whole
 from ..errors import RerouteError
 from ..rankers import RANKERS, LastTokenAttention, Ranker
+from ..rankers.base import check_ranker
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
@@ -180,11 +181,8 @@ def _one_each(rankers: Any, count: int) -> tuple[Ranker, ...]:
     except TypeError:
         each = (rankers,)
     each = each * count if len(each) == 1 else each
-    wrong = next((ranker for ranker in each if not isinstance(ranker, Ranker)), None)
-    if wrong is not None:
-        raise RerouteError(
-            f"A ranker must be a Ranker such as reroute.rankers.LastTokenAttention(), not {shown(wrong)}."
-        )
+    for ranker in each:
+        check_ranker(ranker)
     if len(each) != count:
         raise RerouteError(f"Give one ranker, or one per routing layer: got {len(each)} for {count} layers.")
     return each

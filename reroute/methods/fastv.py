@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..checks import number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
 from ..core.solver import scale_layers, solve
 from ..errors import RerouteError
-from ..rankers import LastTokenAttention
+from ..rankers import LastTokenAttention, Ranker
+from ..rankers.base import check_ranker
 from .base import Method
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class FastV(Method):
     - ``route``: the same, and new decisions before layers 7, 15 and 23 of 32, scaled to the depth.
 
     ``layer`` is taken literally; None is layer 3, moved forward only in shallow models. ``ratio``,
-    the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers.
+    the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers. ``ranker`` may be one's own.
     """
 
     name = "fastv"
@@ -34,9 +35,11 @@ class FastV(Method):
     layer: int | None = None
     ratio: float = 0.2644
     rounding: Rounding = "floor"
+    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the types."""
+        check_ranker(self.ranker)
         try:
             object.__setattr__(self, "layer", None if self.layer is None else whole(self.layer))
             object.__setattr__(self, "ratio", number(self.ratio))

@@ -10,11 +10,14 @@ import torch
 
 from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables, Selection, SelectRows
 
+from ..checks import shown
+from ..errors import RerouteError
+
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
     from ..core.decision import Decision
 
-__all__ = ["DecoderAdapter", "RankContext", "Ranker"]
+__all__ = ["DecoderAdapter", "RankContext", "Ranker", "check_ranker"]
 
 
 class DecoderAdapter(Protocol):
@@ -76,3 +79,11 @@ class Ranker(ABC):
     def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
         """FLOPs of keeping ``k`` of a sample's ``candidates``, among ``rows`` rows. 0: not known, so not counted."""
         return 0
+
+
+def check_ranker(value: object) -> None:
+    """RerouteError unless ``value`` is a ranker."""
+    if not isinstance(value, Ranker):
+        raise RerouteError(
+            f"A ranker must be a Ranker such as reroute.rankers.LastTokenAttention(), not {shown(value)}."
+        )

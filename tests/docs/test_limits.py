@@ -19,6 +19,7 @@ SETTINGS = (
     "core/solver.py",
     "methods",
     "rankers/attention.py",
+    "rankers/base.py",
     "rankers/random.py",
     "registry.py",
 )

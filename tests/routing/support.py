@@ -51,7 +51,8 @@ class NoWaiting(TorchDispatchMode):
 def schedule(rules: Rules, ranker: Ranker | None = None) -> reroute.Schedule:
     fields = asdict(rules)
     del fields["action"]
-    ranker = LastTokenAttention(fields.pop("score_layer_offset")) if ranker is None else ranker
+    attention = LastTokenAttention(fields.pop("score_layer_offset"))
+    ranker = attention if ranker is None else ranker
     return reroute.Schedule(**fields, rankers=(ranker,))
 
 
@@ -139,7 +140,7 @@ class Fixed(FastV):
 
     def schedule(self, num_layers: int, action: Any) -> reroute.Schedule:
         layers, ratios = zip(*self.stages, strict=True)
-        return reroute.Schedule(layers, ratios)
+        return reroute.Schedule(layers, ratios, (self.ranker,))
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
     action: Any = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
     offset = draw(st.sampled_from([0, 0, -1]))
     layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
-    ratio = st.one_of(st.sampled_from([0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
+    ratio = st.one_of(st.sampled_from([0.0, 0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
     keep = draw(st.lists(ratio, min_size=len(layers), max_size=len(layers)))
     if action == "remove":
         keep.sort(reverse=True)

@@ -55,7 +55,7 @@ def test_json_there_and_back(config: RoutingConfig) -> None:
         ('{"version": 1, "method": {"ranker": {"name": "random_scores"}}}', "Not a routing configuration: 'name'"),
         (
             '{"version": 1, "method": {"name": "fastv", "ranker": "random"}}',
-            "must be a Ranker .* 'random'",
+            "'random'",
         ),
         ('{"version": 1, "schedule": {"layers": [2], "ratios": [0.5], "rankers": ["random"]}}', "Not a routing conf"),
     ],

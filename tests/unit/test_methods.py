@@ -154,13 +154,13 @@ def test_a_ranker_of_ones_own_keeps_its_place() -> None:
         def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
             return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
 
-    method = get(FastV(layer=2, ranker=Norm()).with_budget(0.25, 32, "route"))
-    assert method.ranker == Norm()
+    method = FastV(layer=2, ranker=Norm()).with_budget(0.25, 32, "route")
+    assert method.schedule(32, "route").rankers == (Norm(),) * 4
 
 
 def test_a_ranker_without_annotation_is_refused() -> None:
     """A dataclass would take it for no field and go on with attention."""
-    with pytest.raises(TypeError, match=r"write 'ranker: Ranker = …'"):
+    with pytest.raises(TypeError, match=r"write 'ranker: … = …'"):
 
         class Silent(FastV):
             ranker = RandomScores()
