@@ -105,7 +105,7 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
         made = time.perf_counter()
         hidden = logical
         for decision in plan.decisions:
-            hidden = prefill.advance(decision, prefill.decide(decision, hidden), hidden)
+            hidden = prefill.advance(prefill.decide(decision, hidden), hidden)
         steps.append((time.perf_counter() - made) / STAGES)
         starts.append(made - begin)
         prefill.close()

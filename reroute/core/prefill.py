@@ -10,18 +10,19 @@ Of a model that is spread over several GPUs the home is where RoPE tables and ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
-from ..rankers import DecoderAdapter, RankContext
+from ..rankers import DecoderAdapter, Merge, RankContext
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
 from .plan import Plan
 
-__all__ = ["PositionTables", "Prefill"]
+__all__ = ["Decided", "PositionTables", "Prefill"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class _Competitors:
     candidates: torch.Tensor
     text_rows: torch.Tensor
     visual_indices: torch.Tensor
+
+
+class Decided(NamedTuple):
+    """A decision that was made: which rows its stage runs, and how they take up others, if they do."""
+
+    decision: Decision
+    selection: Selection
+    merge: Merge | None
 
 
 class Prefill:
@@ -108,22 +117,25 @@ class Prefill:
         rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
-    def decide(self, decision: Decision, hidden: torch.Tensor) -> Selection:
+    def decide(self, decision: Decision, hidden: torch.Tensor) -> Decided:
         """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
         self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
         with torch.no_grad():
-            selection = decision.ranker.select(self._rank_context(decision, hidden))
+            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)
-        return selection
+        return Decided(decision, selection, merge)
 
-    def advance(self, decision: Decision, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+    def advance(self, decided: Decided, hidden: torch.Tensor) -> torch.Tensor:
         """Enter the decided stage: ``hidden`` (B, S, C) goes home, the selected rows (B, S', C) come out."""
+        decision, selection, merge = decided
         if decision.score_layer != decision.layer:  # else ``decide`` has written it
             self._home.check(hidden, f"The hidden states before layer {decision.layer}")
             self._defer(hidden)
+        if merge is not None:
+            self._merge(decision, selection, merge(self._ranked(decision, hidden)))
         self._rows = self._pool_rows(decision, selection.active_rows)
         self._positions, self._inverse_index = selection.active_positions, selection.inverse_index
         if self.plan.action == "remove":
@@ -159,7 +171,18 @@ class Prefill:
     def _defer_and_read(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
         """Write ``hidden`` home; and what will be scored."""
         self._defer(hidden)
-        return self._home.states() if decision.from_pool else hidden.detach().flatten(0, 1)
+        return self._ranked(decision, hidden).detach()
+
+    def _ranked(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
+        """The rows (R, C) that are ranked, once ``hidden`` is home; gradients pass where they are recorded."""
+        return self._home.states() if decision.from_pool else hidden.flatten(0, 1).to(self._home.device)
+
+    def _merge(self, decision: Decision, selection: Selection, merged: torch.Tensor) -> None:
+        """Let the kept tokens go on with ``merged`` (B, K, C)."""
+        kept = selection.kept
+        starts = self._tensors.metadata[decision.stage].counts(kept.device)[0]
+        rows = self._competitors.candidates.gather(1, kept.clamp(min=0)) + starts[:, None]
+        self._home.defer(self._pool_rows(decision, rows.masked_fill(kept < 0, -1)), merged)
 
     def _rank_context(self, decision: Decision, hidden: torch.Tensor) -> RankContext:
         cos, sin = self._pool_tables[:2]

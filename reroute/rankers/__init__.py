@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..registry import Registry
 from .attention import LastTokenAttention
-from .base import DecoderAdapter, RankContext, Ranker
+from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .random import RandomScores
 from .scores import RankInputs, ScoreRanker
 
@@ -12,6 +12,7 @@ __all__ = [
     "RANKERS",
     "DecoderAdapter",
     "LastTokenAttention",
+    "Merge",
     "RandomScores",
     "RankContext",
     "RankInputs",

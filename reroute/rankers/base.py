@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..core.cost import ModelShape
     from ..core.decision import Decision
 
-__all__ = ["DecoderAdapter", "RankContext", "Ranker", "check_ranker"]
+__all__ = ["DecoderAdapter", "Merge", "RankContext", "Ranker", "check_ranker"]
 
 
 class DecoderAdapter(Protocol):
@@ -60,6 +60,11 @@ class RankContext(NamedTuple):
     normed: Callable[[], torch.Tensor]
 
 
+Merge = Callable[[torch.Tensor], torch.Tensor]
+"""From the hidden states (R, C) of the rows that were ranked, as they are when the stage begins, to those (B, K, C)
+with which its kept tokens go on, in the order of ``Selection.kept``; what stands where that is -1 is not read."""
+
+
 class Ranker(ABC):
     """What orders the candidates of a decision; one object serves all decisions, samples and threads.
 
@@ -67,6 +72,13 @@ class Ranker(ABC):
     """
 
     layer_offset: int = 0
+
+    def decide(self, context: RankContext) -> tuple[Selection, Merge | None]:
+        """What ``select`` returns, and how the tokens that are kept take up others, if they do.
+
+        Rules are those of ``select``. Merging runs when the stage begins; gradients pass there if they are recorded.
+        """
+        return self.select(context), None
 
     @abstractmethod
     def select(self, context: RankContext) -> Selection:

@@ -12,12 +12,9 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache
 
-from reroute_kernels import Selection
-
 from ..config import Settings
-from ..core.decision import Decision
 from ..core.plan import Plan
-from ..core.prefill import PositionTables, Prefill
+from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
@@ -161,7 +158,7 @@ class RoutedPrefill(ForwardContext):
         self._states: dict[int, torch.Tensor] = {}
         self._start, self._workspace, self._record = start, workspace, record_states
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
-        self._pending: tuple[Decision, Selection] | None = None
+        self._pending: Decided | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._running: _Stage | None = None
         self._is_restored = False
@@ -175,7 +172,7 @@ class RoutedPrefill(ForwardContext):
         if (decision := self._deciding.get(index)) is not None:
             if self.prefill is None:
                 self.prefill = self._begin(hidden, kwargs)
-            self._pending = decision, self.prefill.decide(decision, hidden)
+            self._pending = self.prefill.decide(decision, hidden)
             hidden = self._enter(index, hidden)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
@@ -229,12 +226,11 @@ class RoutedPrefill(ForwardContext):
 
     def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of layer ``index``: of a new stage, if one was decided that begins there."""
-        if self.prefill is None or self._pending is None or self._pending[0].layer != index:
+        if self.prefill is None or self._pending is None or self._pending.decision.layer != index:
             return hidden
-        decision, selection = self._pending
-        self._pending = None
+        decided, self._pending = self._pending, None
         self._stages.clear()
-        return self.prefill.advance(decision, selection, hidden)
+        return self.prefill.advance(decided, hidden)
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         self.cache = cache_of(kwargs)
