@@ -201,6 +201,7 @@ class Prefill:
                 positions,
                 self._tensors.metadata[decision.stage],
             ),
+            self._competitors.visual_indices,
             hidden=lambda: self._defer_and_read(decision, hidden).to(self._home.device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
         )

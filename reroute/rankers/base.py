@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,7 @@ class RankContext(NamedTuple):
 
     - ``tables``: of the R scored rows; the last prompt token of each sample is its query.
     - ``rows``: what competes.
+    - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
     - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
     """
@@ -56,8 +57,28 @@ class RankContext(NamedTuple):
     adapter: DecoderAdapter
     tables: RopeTables
     rows: SelectRows
+    visual_indices: torch.Tensor
     hidden: Callable[[], torch.Tensor]
     normed: Callable[[], torch.Tensor]
+
+    def candidates_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that are its candidates', (N_b, …) in prompt order."""
+        return self._of(states, self.rows.candidates, self.rows.metadata.num_candidates)
+
+    def texts_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that are its text tokens', (M_b, …) in prompt order."""
+        return self._of(states, self.rows.text_rows, self.rows.metadata.num_texts)
+
+    def best(self, scores: Iterable[torch.Tensor]) -> Selection:
+        """The candidates of the highest ``scores``, (N_b,) for each sample; of equal ones the first."""
+        padded = torch.full_like(self.rows.candidates, -torch.inf, dtype=torch.float32)
+        for target, score, n in zip(padded, scores, self.rows.metadata.num_candidates, strict=True):
+            target[:n] = score
+        return self.backend.select(padded, self.rows)
+
+    def _of(self, states: torch.Tensor, rows: torch.Tensor, counts: tuple[int, ...]) -> list[torch.Tensor]:
+        starts = self.rows.metadata.starts
+        return [states[start + its[:n]] for start, its, n in zip(starts, rows, counts, strict=True)]
 
 
 Merge = Callable[[torch.Tensor], torch.Tensor]

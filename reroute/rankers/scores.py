@@ -59,16 +59,9 @@ class ScoreRanker(Ranker):
         Raises:
             RerouteError: ``scores`` did not return one number for each candidate.
         """
-        states, rows = context.hidden(), context.rows
-        counts = rows.metadata.num_candidates
-        samples = zip(rows.metadata.starts, rows.candidates, counts, strict=True)
-        hidden = [states[start + candidates[:n]] for start, candidates, n in samples]
-        query, decision = states[context.tables.query_rows], context.decision
-        inputs = RankInputs(hidden, query, decision.score_layer, decision.stage)
-        scores = torch.full_like(rows.candidates, -torch.inf, dtype=torch.float32)
-        for target, score, n in zip(scores, self._checked(inputs), counts, strict=True):
-            target[:n] = score
-        return context.backend.select(scores, rows)
+        states, decision = context.hidden(), context.decision
+        hidden, query = context.candidates_of(states), states[context.tables.query_rows]
+        return context.best(self._checked(RankInputs(hidden, query, decision.score_layer, decision.stage)))
 
     def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
         """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""
