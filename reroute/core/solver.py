@@ -51,8 +51,12 @@ def check_keep(keep: float) -> float:
     return share
 
 
-def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
+def solve(
+    family: RatioFamily | Sequence[float], layers: Sequence[int], num_layers: int, keep: float
+) -> tuple[float, ...]:
     """Ratios of a family, one per routing layer, for the budget ``keep`` = avg_T / N.
+
+    A family may be given by its proportions, one per routing layer: (40, 13, 13, 4).
 
     The average is that of the ratios themselves, clipped to 1; rounding down to counts takes less
     than one token off it. ``keep=1`` gives exactly 1.0 everywhere.
@@ -60,7 +64,7 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
     Raises:
         RerouteError: unknown family, layers that do not fit, or a budget that no ratios reach.
     """
-    check_name("ratio family", family, _RATIO)
+    ratio = _family(family, len(layers))
     Schedule(tuple(layers), (1.0,) * len(layers)).validate(num_layers, "route")
     keep = check_keep(keep)
     if keep == 1:
@@ -76,15 +80,27 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
     widths = [end - start for start, end in pairwise((*layers, num_layers))]
 
     def ratios(free: float) -> tuple[float, ...]:
-        return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(widths)))
+        return tuple(min(1.0, ratio(free, stage)) for stage in range(len(widths)))
 
-    low, high = 0.0, 2.0 ** len(widths)
+    low, high = 0.0, 1.0
+    while sum(w * r for w, r in zip(widths, ratios(high), strict=True)) < target:
+        high *= 2
     while low < (middle := (low + high) / 2) < high:
         if sum(w * r for w, r in zip(widths, ratios(middle), strict=True)) < target:
             low = middle
         else:
             high = middle
     return ratios(_tidy(high))
+
+
+def _family(family: RatioFamily | Sequence[float], stages: int) -> Callable[[float, int], float]:
+    """The ratio of a stage, which grows with a number that is to be found."""
+    if isinstance(family, str):
+        check_name("ratio family", family, _RATIO)
+        return _RATIO[family]
+    if len(family) != stages or min(family) <= 0:
+        raise RerouteError(f"Give one proportion above 0 per routing layer: got {tuple(family)} for {stages} layers.")
+    return lambda factor, stage: factor * family[stage]
 
 
 def _tidy(value: float) -> float:

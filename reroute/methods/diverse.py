@@ -1,0 +1,56 @@
+"""Diverse: a first cut that asks no question, before the decoder; then ranking by attention, several times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..core.schedule import Action, Schedule
+from ..core.solver import scale_layers, solve
+from ..rankers import Diversity, LastTokenAttention, Ranker
+from ..rankers.base import check_ranker
+from .base import Method
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Diverse"]
+
+LAYERS: dict[Action, tuple[int, ...]] = {"route": (0, 8, 14, 19), "remove": (0, 14)}
+PROPORTIONS: dict[Action, tuple[float, ...]] = {"route": (40, 13, 13, 4), "remove": (27, 8)}
+"""Found on the small model of ``reroute.demo``: few tokens where nothing is looked up, most where the model looks."""
+
+
+@dataclass(frozen=True)
+class Diverse(Method):
+    """The first decision keeps tokens that are unlike each other, later ones those that are attended to.
+
+    - ``route``: before layers 0, 8, 14 and 19 of 32, in the proportions 40 : 13 : 13 : 4.
+    - ``remove``: before layers 0 and 14 of 32, in the proportions 27 : 8.
+
+    ``first`` ranks the first decision, ``ranker`` the others. ``ratios`` has one per layer, relative to the N visual
+    tokens; None is those whose budget avg_T / N is 1/9.
+    """
+
+    name = "diverse"
+
+    ratios: tuple[float, ...] | None = None
+    first: Ranker = field(default=Diversity(), kw_only=True)
+    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        check_ranker(self.first)
+        check_ranker(self.ranker)
+
+    def schedule(self, num_layers: int, action: Action) -> Schedule:
+        """See ``Method``."""
+        if self.ratios is None:
+            return self.with_budget(1 / 9, num_layers, action).schedule(num_layers, action)
+        layers = scale_layers(LAYERS[action], num_layers)
+        return Schedule(layers, self.ratios, (self.first, *[self.ranker] * (len(layers) - 1)))
+
+    def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
+        """See ``Method``."""
+        layers = scale_layers(LAYERS[action], num_layers)
+        return replace(self, ratios=solve(PROPORTIONS[action][: len(layers)], layers, num_layers, keep))
