@@ -5,14 +5,20 @@ from __future__ import annotations
 from ..registry import Registry
 from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
+from .baselines import Deviation, EvenlySpaced, Norm
+from .diversity import Diversity
 from .random import RandomScores
 from .scores import RankInputs, ScoreRanker
 
 __all__ = [
     "RANKERS",
     "DecoderAdapter",
+    "Deviation",
+    "Diversity",
+    "EvenlySpaced",
     "LastTokenAttention",
     "Merge",
+    "Norm",
     "RandomScores",
     "RankContext",
     "RankInputs",
@@ -21,6 +27,15 @@ __all__ = [
 ]
 
 RANKERS: Registry[Ranker] = Registry(
-    "ranker", "reroute.rankers", {"last_token_attention": LastTokenAttention, "random_scores": RandomScores}
+    "ranker",
+    "reroute.rankers",
+    {
+        "deviation": Deviation,
+        "diversity": Diversity,
+        "evenly_spaced": EvenlySpaced,
+        "last_token_attention": LastTokenAttention,
+        "norm": Norm,
+        "random_scores": RandomScores,
+    },
 )
 """Every ranker that a stored ``RoutingConfig`` or ``Schedule`` can name. Register your own here."""
