@@ -47,5 +47,5 @@ class EvenlySpaced(Ranker):
 
 def _steps(n: int, k: int, device: torch.device) -> torch.Tensor:
     """1 at ``k`` of ``n`` places, evenly spaced, else 0."""
-    reached = torch.arange(n + 1, device=device) * k // max(1, n)
+    reached = (2 * k * torch.arange(n + 1, device=device) + n) // max(1, 2 * n)
     return reached.diff().float()
