@@ -7,6 +7,7 @@ from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
 from .diversity import Diversity
+from .max_min_distance import MaxMinDistance
 from .random import RandomScores
 from .scores import RankInputs, ScoreRanker
 
@@ -17,6 +18,7 @@ __all__ = [
     "Diversity",
     "EvenlySpaced",
     "LastTokenAttention",
+    "MaxMinDistance",
     "Merge",
     "Norm",
     "RandomScores",
@@ -34,6 +36,7 @@ RANKERS: Registry[Ranker] = Registry(
         "diversity": Diversity,
         "evenly_spaced": EvenlySpaced,
         "last_token_attention": LastTokenAttention,
+        "max_min_distance": MaxMinDistance,
         "norm": Norm,
         "random_scores": RandomScores,
     },
