@@ -12,21 +12,41 @@ from . import errors
 from .core.schedule import Schedule
 
 if TYPE_CHECKING:
-    from . import methods, rankers
+    from . import calibration, methods, rankers
     from .api import disable, enable, handle_of
+    from .calibration import calibrate
     from .config import RoutingConfig
     from .handle import Handle
 
-__all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors", "handle_of", "methods", "rankers"]
+__all__ = [
+    "Handle",
+    "RoutingConfig",
+    "Schedule",
+    "calibrate",
+    "calibration",
+    "disable",
+    "enable",
+    "errors",
+    "handle_of",
+    "methods",
+    "rankers",
+]
 
 __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
-_LAZY = {"Handle": ".handle", "RoutingConfig": ".config", "disable": ".api", "enable": ".api", "handle_of": ".api"}
+_LAZY = {
+    "Handle": ".handle",
+    "RoutingConfig": ".config",
+    "calibrate": ".calibration",
+    "disable": ".api",
+    "enable": ".api",
+    "handle_of": ".api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "rankers"):
+    if name in ("calibration", "methods", "rankers"):
         return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
