@@ -15,6 +15,7 @@ from torch import Tensor
 
 import reroute
 from reroute.calibration import Calibration, driver
+from reroute.calibration.dense import refer
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
 
@@ -85,7 +86,6 @@ def test_the_report_is_of_the_prompts_that_chose_nothing(
     few: Tiny, prompts: list[Inputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[int, ...]] = []
-    refer = driver.refer
 
     def spied(model: Any, own: Any, *others: Any) -> Any:
         ran.append(tuple(int(prompt.tokens["input_ids"].sum()) for prompt in own))
@@ -167,7 +167,7 @@ def test_the_file_is_what_enable_takes(few: Tiny, prompts: list[Inputs], result:
     with pytest.raises(RerouteError, match=r"has the budget keep=0\.4, not 0\.3\. Leave keep out"):
         reroute.enable(few.model, schedule=out, keep=0.3)
     with pytest.raises(RerouteError, match="is that of one model"):
-        reroute.enable(schedule=out)
+        reroute.enable(None, schedule=out)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

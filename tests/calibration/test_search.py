@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,8 @@ def climbed(space: Space, evaluations: int, seed: int = 0, history: Sequence[Eva
 )
 def test_all_proposals_meet_the_budget(action: Action, keep: float, layers: int, visual: tuple[int, ...]) -> None:
     space = Space(keep, layers, action, visual)
-    random, found, known = Random(1), space.starts(), set()
+    random, found = Random(1), space.starts()
+    known: set[Any] = set()
     for _ in range(150):
         new = space.near(found[-6:], known, random)
         assert new is not None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for number, example in enumerate(examples("validation", KINDS)):
         example.image.save(folder / "pictures" / f"{number}.png")
-        image: str | list[str] = f"pictures/{number}.png"
-        line = {"image": image, "question": example.question, "answer": "of no interest"}
+        image = f"pictures/{number}.png"
+        line: dict[str, Any] = {"image": image, "question": example.question, "answer": "of no interest"}
         if number == 0:
             line = {"image": [image], "text": example.question.upper()}
         lines.append(json.dumps(line))
