@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -22,7 +23,7 @@ from .dense import Model, answer, refer
 from .forecast import forecast
 from .objective import Objective
 from .prompts import Prompts
-from .proposal import Proposal, Space
+from .proposal import Space
 from .report import Calibration, compare, doubts
 from .search import Evaluation, best_of, climb
 from .state import State, digest_of
@@ -83,38 +84,35 @@ def calibrate(
     path = None if out is None else Path(out)
     if path is not None:
         check_writable(path)
-    if handle_of(model) is not None:
-        raise RerouteError("This model is routed now: call reroute.disable(model), as calibrate needs the plain one.")
+    _check_plain(model)
     adapter = adapter_of(model)
     read = Prompts.read(prompts, adapter.visual_ids)
     space = Space(keep, len(adapter.layers), action, tuple(sorted({prompt.visual for prompt in read.all})))
     about = {"keep": keep, "action": action, "seed": seed, "max_new_tokens": max_new_tokens}
-    state = State(
-        None if path is None else path.with_name(f"{path.name}.state"),
-        {"model": digest_of(model), "prompts": read.digest, **about},
-    )
+    state = State.beside(path, {"model": digest_of(model), "prompts": read.digest, **about})
     answers, history = state.read()
-    shape, plain = ModelShape.from_config(adapter.text_config), Model.of(model, adapter)
     choosing, judging = _halves(len(read.all), seed)
+    shape, plain = ModelShape.from_config(adapter.text_config), Model.of(model, adapter)
+    published = space.published()
     tell: Progress = logger.info if progress is None else progress
-    schedules = space.published()
-    runs = (max(0, evaluations - len(history)), 2 * (1 + len(schedules)))
+    runs = (max(0, evaluations - len(history)), 2 * (1 + len(published)))
     parts = [[read.all[i] for i in half] for half in (choosing, judging)]
     tell(str(forecast(shape, parts, runs, space.starts()[0].schedule, max_new_tokens, batch_tokens)))
+    if history:
+        tell(f"{len(history)} schedules were tried before")
 
     with enable(model, keep=1.0, backend=backend) as handle:
         if answers is None:
             answers = answer(plain, read.all, max_new_tokens, batch_tokens)
             state.write(answers, history)
-
-        def objective_of(half: Sequence[int]) -> Objective:
-            prompts, own = [read.all[i] for i in half], [answers[i] for i in half]
-            return Objective(plain, handle, refer(plain, prompts, own, space.last_first_layer, batch_tokens))
-
-        history = _search(objective_of(choosing), space, evaluations, seed, history, state, answers, tell)
+        kept = partial(_keep, state, answers, tell, evaluations)
+        last = space.last_first_layer
+        objective = Objective(plain, handle, refer(plain, parts[0], _at(answers, choosing), last, batch_tokens))
+        history = climb(space, objective, evaluations=evaluations, seed=seed, history=history, done=kept)
         best = best_of(history)
-        compared = [("calibrated", best.proposal.schedule), *schedules.items()]
-        comparisons, notes = compare(objective_of(judging), shape, parts[1], compared, action)
+        compared = {"calibrated": best.proposal.schedule, **published}
+        objective = Objective(plain, handle, refer(plain, parts[1], _at(answers, judging), last, batch_tokens))
+        comparisons, notes = compare(objective, shape, parts[1], compared, action)
     result = Calibration(
         schedule=best.proposal.schedule,
         keep=keep,
@@ -133,28 +131,25 @@ def calibrate(
     return result
 
 
-def _search(
-    objective: Objective,
-    space: Space,
-    evaluations: int,
-    seed: int,
-    history: Sequence[Evaluation],
-    state: State,
-    answers: Sequence[Sequence[int]],
-    tell: Progress,
-) -> list[Evaluation]:
-    if history:
-        tell(f"{len(history)} schedules were tried before")
+def _keep(
+    state: State, answers: Sequence[Sequence[int]], tell: Progress, evaluations: int, found: Sequence[Evaluation]
+) -> None:
+    """One more schedule was tried."""
+    state.write(answers, found)
+    last, best = found[-1], best_of(found)
+    tell(f"{len(found):3} of {evaluations}  KL {last.mean:.4f}  best {best.mean:.4f}  {last.proposal}")
 
-    def evaluate(proposal: Proposal) -> tuple[float, ...]:
-        return objective(proposal.schedule, space.action)
 
-    def done(found: Sequence[Evaluation]) -> None:
-        state.write(answers, found)
-        last, best = found[-1], best_of(found)
-        tell(f"{len(found):3} of {evaluations}  KL {last.mean:.4f}  best {best.mean:.4f}  {last.proposal}")
+def _at(items: Sequence[list[int]], indices: Sequence[int]) -> list[list[int]]:
+    return [items[i] for i in indices]
 
-    return climb(space, evaluate, evaluations=evaluations, seed=seed, history=history, done=done)
+
+def _check_plain(model: Any) -> None:
+    """RerouteError unless ``model`` is the plain one, ready for inference."""
+    if handle_of(model) is not None:
+        raise RerouteError("This model is routed now: call reroute.disable(model), as calibrate needs the plain one.")
+    if model.training:
+        raise RerouteError("The model is in training mode, in which answers are random: call model.eval() first.")
 
 
 def _budget(keep: float, action: str, evaluations: int, max_new_tokens: int, batch_tokens: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, variance
@@ -100,14 +100,14 @@ def compare(
     objective: Objective,
     shape: ModelShape,
     prompts: Sequence[Prompt],
-    schedules: Sequence[tuple[str, Schedule]],
+    schedules: Mapping[str, Schedule],
     action: Action,
 ) -> tuple[list[Comparison], list[str]]:
     """Each of ``schedules`` under ``action``, then each under the other one where that can be, and notes where not."""
     found, notes = [], []
     other: Action = "remove" if action == "route" else "route"
     for each in (action, other):
-        for name, schedule in schedules:
+        for name, schedule in schedules.items():
             try:
                 schedule.validate(shape.num_layers, each)
             except RerouteError:

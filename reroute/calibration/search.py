@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from statistics import fmean
 
+from ..core.schedule import Action, Schedule
 from .proposal import Proposal, Space
 
 __all__ = ["Evaluation", "best_of", "climb"]
@@ -35,14 +36,14 @@ def best_of(history: Sequence[Evaluation]) -> Evaluation:
 
 def climb(
     space: Space,
-    evaluate: Callable[[Proposal], tuple[float, ...]],
+    objective: Callable[[Schedule, Action], tuple[float, ...]],
     *,
     evaluations: int,
     seed: int,
     history: Sequence[Evaluation] = (),
     done: Callable[[Sequence[Evaluation]], None],
 ) -> list[Evaluation]:
-    """Evaluate the starting points, then proposals near the best, until there are so many ``evaluations``.
+    """Ask ``objective`` for the starting points, then proposals near the best, until there are so many ``evaluations``.
 
     What comes next depends on ``seed`` and on what was evaluated, and on nothing else: with a ``history`` it goes on as
     if it had never stopped. ``done`` is told after each evaluation. Ends early once all near the best ones are known.
@@ -58,6 +59,6 @@ def climb(
             proposal = space.near([p.proposal for p in parents], known, Random(f"{seed} {len(found)}"))
         if proposal is None:
             break
-        found.append(Evaluation(proposal, evaluate(proposal)))
+        found.append(Evaluation(proposal, objective(proposal.schedule, space.action)))
         done(found)
     return found

@@ -30,6 +30,11 @@ class State:
     path: Path | None
     about: Mapping[str, Any]
 
+    @classmethod
+    def beside(cls, out: Path | None, about: Mapping[str, Any]) -> State:
+        """The state of the calibration that will write ``out``."""
+        return cls(None if out is None else out.with_name(f"{out.name}.state"), about)
+
     def read(self) -> tuple[list[list[int]] | None, list[Evaluation]]:
         """The answers, if they are known, and the evaluations so far.
 

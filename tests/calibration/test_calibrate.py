@@ -252,8 +252,17 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 
 
 def test_a_routed_model_is_refused(few: Tiny, prompts: list[Inputs]) -> None:
-    with reroute.enable(few.model, keep=0.5), pytest.raises(RerouteError, match=r"Call|call reroute\.disable"):
+    with reroute.enable(few.model, keep=0.5), pytest.raises(RerouteError, match=r"call reroute\.disable"):
         reroute.calibrate(few.model, prompts, **SETTINGS)
+
+
+def test_a_model_in_training_is_refused(few: Tiny, prompts: list[Inputs]) -> None:
+    few.model.train()
+    try:
+        with pytest.raises(RerouteError, match=r"call model\.eval\(\) first"):
+            reroute.calibrate(few.model, prompts, **SETTINGS)
+    finally:
+        few.model.eval()
 
 
 def test_a_mask_may_be_missing(few: Tiny, prompts: list[Inputs], result: Calibration) -> None:

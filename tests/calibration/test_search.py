@@ -10,16 +10,16 @@ import pytest
 from reroute.calibration import proposal as proposal_module
 from reroute.calibration.proposal import MAX_DECISIONS, Proposal, Space, Step
 from reroute.calibration.search import Evaluation, best_of, climb
-from reroute.core.schedule import Action
+from reroute.core.schedule import Action, Schedule
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
 
 WANTED = (Step(1, 0.02), Step(3, 0.12), Step(5, 0.0076))
 
 
-def distance(proposal: Proposal) -> tuple[float, ...]:
+def distance(schedule: Schedule, action: Action) -> tuple[float, ...]:
     """From WANTED, layer by layer, as if each layer were a prompt."""
-    wanted, own = Proposal(WANTED).schedule.per_layer(1000, 12), proposal.schedule.per_layer(1000, 12)
+    wanted, own = Proposal(WANTED).schedule.per_layer(1000, 12), schedule.per_layer(1000, 12)
     return tuple(abs(a - b) / 1000 for a, b in zip(wanted, own, strict=True))
 
 
