@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from ..core.schedule import Action
-from ..core.solver import check_keep
 from ..errors import RerouteError
 from ..files import check_writable
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals
@@ -52,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check what can be checked early; then load, calibrate and print."""
+    from ..core.solver import check_keep
+
     check_writable(options.out)
     check_keep(options.keep)
     if options.prompts is None and options.model is not None:

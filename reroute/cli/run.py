@@ -16,12 +16,13 @@ from ..core.schedule import Action
 from ..errors import RerouteError
 from ..files import check_writable
 from ..report import Answer, Cost, Page, Scene, Setup, html_costs, text_costs, write
-from ..schedule_file import ScheduleFile
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals, written
 from .loading import DTYPES, Loaded, load_model, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..schedule_file import ScheduleFile
 
 __all__ = ["add_arguments", "run"]
 
@@ -94,6 +95,8 @@ def _chosen(options: argparse.Namespace) -> ScheduleFile | Setup:
         return setup
     if options.method is not None:
         raise RerouteError("Give either --schedule or --method, which has a schedule of its own.")
+    from ..schedule_file import ScheduleFile
+
     return ScheduleFile.read(options.schedule)
 
 

@@ -10,10 +10,11 @@ from math import isclose, sqrt
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Final
 
-from ..core.schedule import Action, Schedule
+from ..core.schedule import Action
 
 if TYPE_CHECKING:
     from ..config import RoutingConfig
+    from ..core.schedule import Schedule
     from ..demo.tinyvlm.evaluation import Outcome, Tally
 
 __all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
