@@ -53,7 +53,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("demo", "run", "doctor"))
+    assert all(name in done.stdout for name in ("demo", "run", "calibrate", "doctor"))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
