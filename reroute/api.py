@@ -80,8 +80,8 @@ def enable(
         action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
             ratios are solved for it. Default: the method's own ratios.
-        schedule: decisions (layers, ratios, rankers), instead of ``method`` and ``keep``; or the file that ``calibrate``
-            wrote for this model, whose budget must then be ``keep`` if that is given.
+        schedule: decisions (layers, ratios, rankers), instead of ``method`` and ``keep``; or the file that
+            ``calibrate`` wrote for this model, whose budget must then be ``keep`` if that is given.
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
             Chosen for the device of the decoder, and again if it moves to one of another type.
         trace: keep the decisions of the last prefill in ``handle.trace``.

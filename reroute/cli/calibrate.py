@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from ..core.schedule import Action
+from ..core.action import Action
 from ..errors import RerouteError
 from ..files import check_writable
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import RerouteError, unknown
-from .schedule import Action, Schedule
+from .action import Action
+from .schedule import Schedule
 
 __all__ = [
     "Attention",

@@ -103,12 +103,12 @@ def test_registry() -> None:
     method = FastV(layer=5)
     assert get(method) is method
     with pytest.raises(
-        RerouteError, match=r"Unknown method 'FastVV'; known: diverse, divprune, fastv, pdrop, random\. .*'fastv'\?"
+        RerouteError, match=r"Unknown method 'FastVV'; known: diverse, .*, random\. .*'fastv'\?"
     ):
         get("FastVV")
     kind: Any = FastV
     with pytest.raises(
-        RerouteError, match=r"one of the names diverse, divprune, fastv, pdrop, random or a Method such as FastV\("
+        RerouteError, match=r"one of the names diverse, .*, random or a Method such as FastV\("
     ):
         get(kind)
 
