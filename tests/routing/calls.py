@@ -109,7 +109,7 @@ def plan_ahead(world: World, lane: Lane, call: Call) -> Plans:
         rules = None
     assert (plan is None) == (rules is None)
     queries = tuple(len(sample) - 1 - ANSWER * call.answer for sample in samples)
-    return Plans(plan, shape_of(samples, call.side), rules, queries, call.answer)
+    return Plans() if plan is None else Plans(plan, shape_of(samples, call.side), rules, queries, call.answer)
 
 
 class _Performance:
