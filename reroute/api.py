@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, overload
 
 from torch import nn
@@ -121,11 +122,12 @@ def disable(model: nn.Module | None = None) -> None:
         from .transformers import process_wide
 
         handles = list(_handles.values())
-        for handle in handles:
-            handle.check_idle()
-        process_wide.stop()
-        for handle in handles:
-            handle.disable()
+        with ExitStack() as idle:
+            for handle in handles:
+                idle.enter_context(handle.idle())
+            process_wide.stop()
+            for handle in handles:
+                handle.disable()
         _handles.clear()
 
 

@@ -58,7 +58,7 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
-        self._callbacks: tuple[Callable[[Stats], None], ...] = ()
+        self._callbacks: tuple[tuple[Callable[[Stats], None]], ...] = ()
         self._router = Router(adapter, settings, self._start, self._done)
         self._choose_backend(next(adapter.text.parameters()).device)
         self._stats = Stats(**self._names(settings, self.backend))
@@ -70,10 +70,9 @@ class Handle:
             RerouteError: the model is in use, or shares parts with another one that is routed; nothing is changed then.
         """
         self._router.check_free(model, None if replaced is None else replaced._router)
+        self._router.attach(model, None if replaced is None else replaced._router)
         if replaced is not None:
-            replaced._router.detach(for_another=True)
             replaced.disable()
-        self._router.attach(model)
 
     def _follow(self, device: torch.device) -> None:
         if device != self._device:  # the model has moved
@@ -107,9 +106,9 @@ class Handle:
         self._router.detach()
         self._pool = None
 
-    def check_idle(self) -> None:
-        """RerouteError while a call of the model runs."""
-        self._router.check_idle()
+    def idle(self) -> AbstractContextManager[None]:
+        """No call of the model runs inside; those that begin meanwhile wait. RerouteError if one runs."""
+        return self._router.idle()
 
     def __enter__(self) -> Handle:
         """Routing is on since ``enable``, and stays so until the block ends.
@@ -160,12 +159,13 @@ class Handle:
 
         Returns a function that ends this. What ``callback`` raises is raised by the forward.
         """
+        entry = (callback,)  # of this call alone: the same function may be given twice
         with self._recording:
-            self._callbacks = (*self._callbacks, callback)
+            self._callbacks = (*self._callbacks, entry)
 
         def end() -> None:
             with self._recording:
-                self._callbacks = tuple(other for other in self._callbacks if other is not callback)
+                self._callbacks = tuple(other for other in self._callbacks if other is not entry)
 
         return end
 
@@ -289,5 +289,5 @@ class Handle:
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks
-        for callback in callbacks:
+        for (callback,) in callbacks:
             callback(stats)

@@ -90,11 +90,13 @@ def predict(
     then: Sequence[int] = (),
     query: int | None = None,
     embeds: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Result:
     """Run a conversation: ``calls``, and ``then`` generated tokens one by one.
 
     ``query`` is the position in the first call of the token whose attention decides there (default: its last one).
-    ``embeds`` (L, C) are what the decoder starts from, instead of the embedded conversation.
+    ``embeds`` (L, C) are what the decoder starts from, instead of the embedded conversation; ``positions`` are its
+    position ids, (L,) or (3, L), instead of those that the model would take.
     """
     calls = [calls] if isinstance(calls, Sample) else list(calls)
     calls += [text(token) for token in then]
@@ -107,7 +109,8 @@ def predict(
         whole += call
     base = tiny.model.model.language_model
     states = tiny.embeds(whole) if embeds is None else embeds
-    return run(base, tiny.model.lm_head, states, tiny.positions(whole), turns, rules)
+    positions = tiny.positions(whole) if positions is None else positions
+    return run(base, tiny.model.lm_head, states, positions, turns, rules)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _ncu() -> Step:
 STEPS = (
     Step("smoke", (_module("smoke"),), estimate=30, limit=90, least=0),
     _kernel_tests("select", 50, parts=2),
-    _kernel_tests("score_topk", 50, parts=3),
+    _kernel_tests("score_topk", 50, parts=3, also="score_dtypes"),
     _kernel_tests("rows", 50, parts=2),
     _kernel_tests("defer_rmsnorm", 50),
     _kernel_tests("ops", 40),

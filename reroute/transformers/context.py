@@ -20,7 +20,7 @@ from ..core.prefill import PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .attention import decode_mask, mask_format_of, prefill_mask
+from .attention import MaskFormat, decode_mask, mask_format_of, prefill_mask
 from .cache import (
     GuardedLayer,
     RoutedLayer,
@@ -28,9 +28,11 @@ from .cache import (
     cache_of,
     guard,
     guarded_layer,
+    past_length,
     route_layer,
     routed_layer,
     stored_rows,
+    tear,
 )
 
 __all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
@@ -56,15 +58,20 @@ class ForwardContext:
     """One forward of the base model, seen from its decoder and its layers."""
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
-        """``shape`` (B, L): tokens of the call.
-
-        Raises:
-            RerouteError: the present attention implementation cannot be routed.
-        """
+        """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
         self._adapter, self._shape = adapter, shape
-        self._mask_format = mask_format_of(adapter.text_config)
         self._is_claimed = self._is_running = False
         self._writable: GuardedLayer | None = None
+        self._kept: tuple[Cache, int] | None = None
+
+    @property
+    def _mask_format(self) -> MaskFormat:
+        """Of the present attention, which the planner has checked; a dense prefill may have any."""
+        return mask_format_of(self._adapter.text_config)
+
+    def keep(self, cache: Cache | None) -> None:
+        """The caller has ``cache``, whatever becomes of the call."""
+        self._kept = None if cache is None else (cache, past_length(cache))
 
     def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
         """Whether this call of ``decoder`` is the one that the base model makes.
@@ -101,6 +108,12 @@ class ForwardContext:
 
     def finish(self) -> None:
         """The call has succeeded."""
+        self._kept = None
+
+    def abandon(self) -> None:
+        """The call has failed."""
+        if self._kept is not None:
+            tear(*self._kept)
 
     def close(self) -> None:
         """The call has ended, in whatever way. Idempotent."""
@@ -201,6 +214,7 @@ class RoutedPrefill(ForwardContext):
             )
         if self.cache is not None:
             guard(self.cache, self.plan.past + self.plan.length - self.plan.tail)
+        super().finish()
 
     def close(self) -> None:
         """Free what the prefill holds. Idempotent."""

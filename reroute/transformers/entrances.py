@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .context import ForwardContext
     from .router import Router
 
-__all__ = ["RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
+__all__ = ["Call", "RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -43,6 +43,27 @@ def _eager(function: Function, *, recursive: bool = False) -> Function:
     return eager
 
 
+class Call:
+    """A call that runs. It is over once nobody holds it, even if an interrupt has kept it from saying so."""
+
+    __slots__ = ("__weakref__", "router")
+
+    def __init__(self) -> None:
+        """It has not begun."""
+        self.router: Router | None = None
+
+    def begin(self, module: Any) -> Router | None:
+        """The router of ``module``, which has taken note of it; None if routing was disabled meanwhile."""
+        while (role := role_of(module)) is not None and not role.router.enter(self):
+            pass  # it was replaced, or disabled, since it was looked up
+        return self.router
+
+    def end(self) -> None:
+        """Idempotent."""
+        if self.router is not None:
+            self.router.leave(self)
+
+
 class RoutedModel(Intercepted):
     """The whole model: has the labels."""
 
@@ -55,12 +76,12 @@ class RoutedModel(Intercepted):
             return proceed(*args, **kwargs)
         # Hooks run before ``forward``, and what they call has no labels; one that others put there may not come by it.
         has_labels = "forward" in vars(self)
-        return _run_model(router, proceed, args, kwargs, has_labels=has_labels)
+        return _run_model(self, proceed, args, kwargs, has_labels=has_labels)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, as wrappers do directly."""
         router, proceed = _active(self), own_method(RoutedModel, self, "forward")
-        return proceed(*args, **kwargs) if router is None else _run_model(router, proceed, args, kwargs)
+        return proceed(*args, **kwargs) if router is None else _run_model(self, proceed, args, kwargs)
 
 
 class RoutedGenerator(RoutedModel):
@@ -70,14 +91,17 @@ class RoutedGenerator(RoutedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate: the forwards must know where the prompt ends."""
-        router, proceed = _active(self), own_method(RoutedGenerator, self, "generate")
-        if router is None or not router.enter():
+        proceed, call = own_method(RoutedGenerator, self, "generate"), Call()
+        if _active(self) is None:
             return proceed(*args, **kwargs)
         try:
+            router = call.begin(self)
+            if router is None:
+                return proceed(*args, **kwargs)
             with generating(router, self, args, kwargs):
                 return proceed(*args, **kwargs)
         finally:
-            router.leave()
+            call.end()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
@@ -94,7 +118,7 @@ class RoutedBase(Intercepted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model."""
         router, proceed = _active(self), own_method(RoutedBase, self, "__call__")
-        return proceed(*args, **kwargs) if router is None else _run_base(router, proceed, args, kwargs)
+        return proceed(*args, **kwargs) if router is None else _run_base(self, proceed, args, kwargs)
 
 
 class RoutedDecoder(Intercepted):
@@ -130,27 +154,27 @@ def _eager_throughout(function: Function) -> Function:
 
 
 @_eager
-def _run_model(
-    router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs, *, has_labels: bool = True
-) -> Any:
-    if not router.enter():
-        return proceed(*args, **kwargs)
-    token = _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
+def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs, *, has_labels: bool = True) -> Any:
+    outer, call = _labels.get(), Call()
     try:
+        router = call.begin(model)
+        if router is not None:
+            _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
         return proceed(*args, **kwargs)
     finally:
-        _labels.reset(token)
-        router.leave()
+        _labels.set(outer)
+        call.end()
 
 
 @_eager
-def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    end = kwargs.pop(PROMPT_END, None)
-    if not router.enter():
-        return proceed(*args, **kwargs)
-    given, outer_forward, forward = _labels.get(), _forward.get(), None
-    labels = None if given is None or given[0] is not router else given[1]
+def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    end, given = kwargs.pop(PROMPT_END, None), _labels.get()
+    outer, forward, call = _forward.get(), None, Call()
     try:
+        router = call.begin(base)
+        if router is None:
+            return proceed(*args, **kwargs)
+        labels = None if given is None or given[0] is not router else given[1]
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, kwargs, labels, end)
         _forward.set(forward)
@@ -159,11 +183,15 @@ def _run_base(router: Router, proceed: Callable[..., Any], args: Args, kwargs: K
             forward.close()
             router.finish(forward)
         return output
+    except BaseException:
+        if forward is not None:
+            forward.abandon()
+        raise
     finally:
-        _forward.set(outer_forward)
+        _forward.set(outer)
         if forward is not None:
             forward.close()
-        router.leave()
+        call.end()
 
 
 @_eager

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
+from .planner import has_picture
 
 if TYPE_CHECKING:
     from .router import Router
@@ -35,11 +36,12 @@ def generating(router: Router, model: Any, args: tuple[Any, ...], kwargs: Mappin
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     _refuse_chunks(router, (config, model.generation_config), kwargs, ids)
     end = None if ids is None else _prompt_end(ids, kwargs)
-    token = _generations.set((*_generations.get(), (router, end)))
+    outer = _generations.get()
     try:
+        _generations.set((*outer, (router, end)))
         yield
     finally:
-        _generations.reset(token)
+        _generations.set(outer)
 
 
 def prompt_end(router: Router) -> int | None:
@@ -51,9 +53,9 @@ def _refuse_chunks(router: Router, configs: Any, kwargs: Mapping[str, Any], ids:
     sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
     # As in Transformers: a keyword wins, None included; then whatever is set first.
     size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
-    if not size or ids is None or router.settings.keeps_all:
+    if not size or ids is None or not has_picture(kwargs) or router.settings.keeps_all:
         return
-    if bool(np.isin(ids.cpu().numpy(), router.adapter.visual_ids).any()):
+    if bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
         raise RerouteError(
             "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
             "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "

@@ -71,13 +71,16 @@ def own_method(kind: type[Intercepted], module: Any, name: str) -> Callable[...,
     return functools.partial(getattr(type(module), name), module)
 
 
-def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callable[[], None]:
-    """Put ``kind`` before the class of ``module``; what is returned undoes it.
+def intercept(module: nn.Module, kind: type[Intercepted], role: Role, replaced: Any = None) -> Callable[[], None]:
+    """Put ``kind`` before the class of ``module``, or give it this role instead of that of the router ``replaced``.
+
+    What is returned undoes it: to what it was before, if that is still attached.
 
     Raises:
-        RerouteError: it is intercepted already, so it is a part of two models.
+        RerouteError: it is intercepted by another router, so it is a part of two models.
     """
-    if role_of(module) is not None:
+    former = role_of(module)
+    if former is not None and former.router is not replaced:
         raise RerouteError(
             f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one first, "
             "or give each model modules of its own."
@@ -85,12 +88,15 @@ def intercept(module: nn.Module, kind: type[Intercepted], role: Role) -> Callabl
     if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
         module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
     module.__dict__["_reroute"] = role
-    return functools.partial(_release, weakref.ref(module))
+    return functools.partial(_release, weakref.ref(module), role, former)
 
 
-def _release(reference: weakref.ref[nn.Module]) -> None:
+def _release(reference: weakref.ref[nn.Module], role: Role, former: Role | None) -> None:
     module = reference()
-    if module is None:
+    if module is None or vars(module).get("_reroute") is not role:
+        return  # it has another role since
+    if former is not None and former.router.is_attached:
+        module.__dict__["_reroute"] = former
         return
     module.__dict__.pop("_reroute", None)
     # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.

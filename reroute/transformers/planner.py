@@ -15,14 +15,14 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..config import Settings
-from ..core.plan import Plan, make_plan
+from ..core.plan import Plan, make_plan, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
 from .cache import cache_of, check_cache, check_whole, past_length
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
-__all__ = ["Planner", "Prompt"]
+__all__ = ["Planner", "Prompt", "has_picture"]
 
 Kwargs = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ class Planner:
             RerouteError: this prompt cannot be routed.
         """
         ids = prompt.ids.cpu().numpy()
-        is_visual = np.isin(ids, self.adapter.visual_ids)
+        is_visual = visual_mask(ids, self.adapter.visual_ids)
         if not is_visual.any():
             return None
         past, schedule = past_length(prompt.cache), settings.schedule
@@ -143,8 +143,8 @@ class Planner:
                     "input_ids, or call the model in handle.using(handle.plan(input_ids))"
                 )
             return None
-        if ids.shape[1] == 1 or not any(_is_given(kwargs.get(name)) for name in PICTURES):
-            return None  # placeholders without a picture are text, for Transformers too
+        if ids.shape[1] == 1 or not has_picture(kwargs):
+            return None
         if labels is not None and labels.shape != ids.shape:
             labels = None
         prompt = Prompt(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end)
@@ -185,6 +185,7 @@ class Planner:
         Raises:
             RerouteError: the cache is not whole, or an argument has an entry for each of its tokens.
         """
+        mask_format_of(self.adapter.text_config)
         check_whole(cache, len(self.adapter.layers))
         keys = past_length(cache) + tokens.shape[1]
         check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
@@ -200,8 +201,10 @@ class Planner:
             warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
 
 
-def _is_given(pictures: Any) -> bool:
-    return pictures is not None and (not isinstance(pictures, Mapping) or bool(pictures))
+def has_picture(kwargs: Kwargs) -> bool:
+    """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
+    given = (kwargs.get(name) for name in PICTURES)
+    return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
 
 
 def _valid(prompt: Prompt) -> Any:

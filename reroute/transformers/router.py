@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import Cache
@@ -14,9 +15,9 @@ from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .cache import cache_of, is_routed, past_length
+from .cache import cache_of, is_routed, is_torn, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
-from .entrances import RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
+from .entrances import Call, RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
 from .scopes import Given, Scopes
@@ -56,9 +57,10 @@ class Router:
         self._settings = settings
         self._start, self._done = start, done
         self._entrances = ExitStack()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._scopes = Scopes()
-        self._is_attached, self._running, self._blocks = False, 0, 0
+        self._is_attached, self._blocks = False, 0
+        self._running: WeakSet[Call] = WeakSet()
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -76,8 +78,22 @@ class Router:
                     "first, or give each model modules of its own."
                 )
 
-    def attach(self, model: Any) -> None:
-        """Put entrances before the parts of ``model``: before all of them, or none."""
+    def attach(self, model: Any, replaced: Router | None = None) -> None:
+        """Put entrances before the parts of ``model``, before all of them or none; or take those of ``replaced``.
+
+        Calls that others make meanwhile wait.
+
+        Raises:
+            RerouteError: ``replaced`` routes a call, or is in a ``with`` block; nothing is changed then.
+        """
+        if replaced is None:
+            self._attach(model)
+            return
+        with replaced.idle(for_another=True):
+            self._attach(model, replaced)
+            replaced.detach()
+
+    def _attach(self, model: Any, replaced: Router | None = None) -> None:
         adapter, role = self.adapter, Role(self)
         whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
         # From the inside out: what finds one entrance finds all behind it, also in a thread that calls meanwhile.
@@ -92,29 +108,40 @@ class Router:
             entrances.callback(setattr, self, "_is_attached", False)
             self._is_attached = True
             for module, kind, its in parts:
-                entrances.callback(intercept(module, kind, its))
+                entrances.callback(intercept(module, kind, its, replaced))
             self._entrances = entrances.pop_all()
 
-    def detach(self, *, for_another: bool = False) -> None:
+    def detach(self) -> None:
         """Undo ``attach`` and let go of the model. Idempotent.
 
         Raises:
-            RerouteError: a call of the model runs, or ``for_another`` router it shall leave a ``with`` block; nothing
-                is changed then.
+            RerouteError: a call of the model runs; nothing is changed then.
+        """
+        with self.idle():
+            was_attached, self._is_attached = self._is_attached, False
+        try:
+            if was_attached:
+                _forget_compiled()
+        finally:  # an interrupt then, and nothing of it is left
+            self._entrances.close()
+            self._planner = None
+
+    @contextmanager
+    def idle(self, *, for_another: bool = False) -> Iterator[None]:
+        """No call of the model runs inside; those that begin meanwhile wait.
+
+        Raises:
+            RerouteError: one runs, or ``for_another`` router the model would leave a ``with`` block.
         """
         with self._lock:
             if self._running:
                 raise RerouteError(_BUSY)
-            if for_another and self._blocks:
+            if for_another and (self._blocks or self._scopes.any_open):
                 raise RerouteError(
                     "This model is routed in a with block that has not ended. Use handle.at(…) of that handle to give "
                     "calls settings of their own, or end the block first."
                 )
-            was_attached, self._is_attached = self._is_attached, False
-        if was_attached:
-            _forget_compiled()
-            self._entrances.close()
-        self._planner = None
+            yield
 
     @property
     def adapter(self) -> ModelAdapter:
@@ -131,11 +158,6 @@ class Router:
     def is_attached(self) -> bool:
         """Whether a model is routed."""
         return self._is_attached
-
-    def check_idle(self) -> None:
-        """RerouteError while a call of the model runs."""
-        if self._running:
-            raise RerouteError(_BUSY)
 
     def begin_block(self) -> None:
         """Stay until ``end_block``, whoever else enables routing. RerouteError once routing is disabled."""
@@ -163,27 +185,38 @@ class Router:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
         self._active_planner.check(settings)
-        return self._scopes.at(settings)
+        return self._attached(self._scopes.at(settings))
 
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
         """Use ``plan`` for the calls of this thread inside ``with``. RerouteError once routing is disabled."""
         _ = self._active_planner
-        return self._scopes.using(plan)
+        return self._attached(self._scopes.using(plan))
+
+    @contextmanager
+    def _attached(self, block: AbstractContextManager[None]) -> Iterator[None]:
+        """``block``, which keeps others from replacing this router. RerouteError if that has happened before."""
+        with block:
+            with self._lock:
+                if not self._is_attached:
+                    raise RerouteError(_DISABLED)
+            yield
 
     def plan(self, prompt: Prompt) -> Plan | None:
         """Plan a prefill ahead. RerouteError if it cannot be routed, or routing is disabled."""
         return self._active_planner.plan(prompt, self.settings)
 
-    def enter(self) -> bool:
-        """Count a call that begins, unless routing is disabled. ``leave`` ends it."""
+    def enter(self, call: Call) -> bool:
+        """Take note of a call that begins, unless routing is disabled. ``leave`` ends it."""
         with self._lock:
-            self._running += self._is_attached
+            if self._is_attached:
+                call.router = self
+                self._running.add(call)
             return self._is_attached
 
-    def leave(self) -> None:
-        """Count a call that ends."""
+    def leave(self, call: Call) -> None:
+        """Take note of a call that ends."""
         with self._lock:
-            self._running -= 1
+            self._running.discard(call)
 
     def may_be_compiled(self) -> bool:
         """Whether compiled code may call the parts of the model as if routing were off: every token is kept.
@@ -217,18 +250,25 @@ class Router:
         if tokens is None:
             return None  # Transformers raises
         has_routed_cache = is_routed(cache)
-        if cache is not None and has_routed_cache:
+        if cache is not None and (has_routed_cache or is_torn(cache)):
             self._active_planner.check_follower(named, cache, tokens)
         settings = self.settings
         plan, workspace = self._plan_of(named, settings, tokens, cache, labels, end)
-        if plan is not None and plan.changes_nothing:
-            return DensePrefill(plan, settings, self.adapter)
-        if plan is not None:
+        forward: ForwardContext | None = None
+        if plan is not None and not plan.changes_nothing:
             record = named.get("output_hidden_states")
             record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
             states = record is not False  # or which ones
-            return RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
-        return RoutedDecode(self.adapter, tuple(tokens.shape[:2])) if has_routed_cache else None
+            forward = RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
+            forward.keep(cache)
+            return forward
+        if plan is not None:
+            forward = DensePrefill(plan, settings, self.adapter)
+        elif has_routed_cache:
+            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]))
+        if forward is not None and has_routed_cache:
+            forward.keep(cache)
+        return forward
 
     def finish(self, forward: ForwardContext) -> None:
         """End a forward that succeeded."""

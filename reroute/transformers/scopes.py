@@ -61,13 +61,14 @@ class Scopes:
 
     @contextmanager
     def _block(self, value: Settings | Given) -> Iterator[None]:
-        token = _blocks.set((*_blocks.get(), (self, value)))
+        outer = _blocks.get()
         self._count(1)
         try:
+            _blocks.set((*outer, (self, value)))
             yield
         finally:
+            _blocks.set(outer)
             self._count(-1)
-            _blocks.reset(token)
 
     def _count(self, change: int) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from models import Tiny
+from support import FAMILIES, small
 
 import reroute
 from reroute_kernels import PagedPool
@@ -15,6 +16,18 @@ from reroute_kernels import PagedPool
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     """Each model adapter in turn."""
     return models.tiny(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def few(request: pytest.FixtureRequest) -> Tiny:
+    """A model of five layers of each family."""
+    return small(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def own(request: pytest.FixtureRequest) -> Tiny:
+    """As ``few``, and the test may change it."""
+    return models.llava(layers=5) if request.param == "llava" else models.qwen(layers=5)
 
 
 @pytest.fixture(autouse=True)

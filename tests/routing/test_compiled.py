@@ -98,3 +98,35 @@ def test_what_compile_returns_can_be_enabled() -> None:
     reroute.enable(tiny.model, schedule=SCHEDULE)
     reroute.disable(wrapper)
     assert "generate" not in vars(tiny.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "when"),
+    [("model", "after enable"), ("base", "before enable"), ("decoder", "before enable"), ("decoder", "after enable")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_that_torch_compile_wraps(part: str, when: str) -> None:
+    """What it returns stands in the place of the part, or is called instead of the model; it outlives routing."""
+    tiny, rules = models.llava(layers=2), reroute.Schedule((1,), (0.5,))
+    plain = logits(tiny, tiny.model)
+    with reroute.enable(tiny.model, schedule=rules):
+        routed = logits(tiny, tiny.model)
+
+    def wrap() -> Any:
+        if part == "model":
+            return torch.compile(tiny.model, backend="eager")
+        base = tiny.model.model
+        if part == "base":
+            tiny.model.model = torch.compile(base, backend="eager")
+        else:
+            base.language_model = torch.compile(base.language_model, backend="eager")
+        return tiny.model
+
+    call = wrap() if when == "before enable" else tiny.model
+    handle = reroute.enable(tiny.model, schedule=rules)
+    call = wrap() if when == "after enable" else call
+    torch.testing.assert_close(logits(tiny, call), routed)
+    assert handle.stats().prefills == 1
+    handle.disable()
+    torch.testing.assert_close(logits(tiny, call), plain)

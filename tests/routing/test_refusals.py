@@ -343,7 +343,7 @@ def test_process_wide_settings_are_checked_at_once() -> None:
         reroute.enable(method="fastvv")
     with pytest.raises(BackendUnavailable):
         reroute.enable(backend="triton")
-    with pytest.raises(RerouteError, match="at most 1, .*not 7"):
+    with pytest.raises(RerouteError, match=r"at most 1, .*not 7"):
         reroute.enable(keep=7.0)
     with pytest.raises(RerouteError, match="pass the model"):
         reroute.enable(pool=PagedPool(64, torch.float32, "cpu"))  # type: ignore[call-overload]

@@ -67,3 +67,12 @@ def test_input_norms_are_known_unless_somebody_changed_them(name: str) -> None:
     assert adapter.input_norm(1) is None
     assert torch.equal(adapter.normalise(1, rows), rows * 2)
     assert adapter.input_norm(2) is not None
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_arguments_of_a_compiled_base_model(name: str) -> None:
+    """What torch.compile returns takes anything, by its signature."""
+    model = getattr(models, name)(layers=1).model
+    plain = adapter_of(model).base_parameters
+    model.model = torch.compile(model.model, backend="eager")
+    assert adapter_of(model).base_parameters == plain

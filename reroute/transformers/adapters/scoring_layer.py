@@ -43,7 +43,8 @@ def check_scoring_layer(layer: Any, index: int) -> None:
                     f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
                     "with the rows of all prompts in one. Call the model once for each adapter, or disable routing."
                 )
-    if any(_is_handed(part, ACTIVATION) for block in layer.children() for part in block.children()):
+    parts = (part for block in layer._modules.values() if block for part in block._modules.values() if part)
+    if any(_is_handed(part, ACTIVATION) for part in parts):
         raise UnsupportedModelError(
             f"Activated LoRA counts its tokens from the end of each row ({ACTIVATION}), and routing leaves tokens out. "
             "Use another adapter, or disable routing."
@@ -68,7 +69,7 @@ def _without(path: str, layer: Any, index: int) -> str:
 
 def _check_weights(layer: Any, part: Any, path: str, index: int) -> None:
     """Refuse weights that accelerate loads when the *layer's* forward begins, and not when they are used."""
-    if not hasattr(layer, "_hf_hook") or any(hasattr(inner, "_hf_hook") for inner in part.modules()):
+    if "_hf_hook" not in vars(layer) or any("_hf_hook" in vars(inner) for inner in part.modules()):
         return
     if any(weight.is_meta for weight in part.parameters()):
         raise UnsupportedModelError(
@@ -78,4 +79,5 @@ def _check_weights(layer: Any, part: Any, path: str, index: int) -> None:
 
 
 def _is_handed(part: Any, name: str) -> bool:
-    return any(name in getattr(hook, "keywords", ()) for hook in part._forward_pre_hooks.values())
+    hooks = part._forward_pre_hooks
+    return bool(hooks) and any(name in getattr(hook, "keywords", ()) for hook in hooks.values())

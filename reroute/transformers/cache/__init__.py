@@ -9,10 +9,12 @@ from .access import (
     guard,
     guarded_layer,
     is_routed,
+    is_torn,
     past_length,
     route_layer,
     routed_layer,
     stored_rows,
+    tear,
 )
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 
@@ -26,8 +28,10 @@ __all__ = [
     "guard",
     "guarded_layer",
     "is_routed",
+    "is_torn",
     "past_length",
     "route_layer",
     "routed_layer",
     "stored_rows",
+    "tear",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...errors import UnsupportedCacheError
-from .layers import GuardedLayer, RoutedLayer, RowPositions
+from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer
 
 __all__ = [
     "cache_of",
@@ -17,10 +17,12 @@ __all__ = [
     "guard",
     "guarded_layer",
     "is_routed",
+    "is_torn",
     "past_length",
     "route_layer",
     "routed_layer",
     "stored_rows",
+    "tear",
 ]
 
 
@@ -65,16 +67,30 @@ def check_whole(cache: Cache, num_layers: int) -> None:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
     layers: Sequence[Any] = cache.layers
-    if len(layers) != num_layers or layers[0].get_seq_length() != layers[-1].get_seq_length():
-        raise UnsupportedCacheError(
-            "This cache was left half filled by a forward that did not end: some layers have its tokens and others do "
-            "not. Start a new cache."
-        )
+    # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
+    agree = len(layers) >= num_layers and layers[0].get_seq_length() == layers[num_layers - 1].get_seq_length()
+    if not agree or is_torn(cache):
+        raise UnsupportedCacheError(HALF_FILLED)
 
 
 def is_routed(cache: Cache | None) -> bool:
     """Whether some layer of ``cache`` lacks rows."""
     return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def is_torn(cache: Cache | None) -> bool:
+    """Whether a forward has left ``cache`` half filled."""
+    return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
+
+
+def tear(cache: Cache, past: int) -> None:
+    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, it had ``past`` tokens."""
+    layers: Sequence[Any] = cache.layers
+    if all(layer.get_seq_length() == past for layer in layers):
+        return
+    for layer in layers:
+        if type(layer) in (DynamicLayer, GuardedLayer, RoutedLayer):
+            layer.__class__ = TornLayer
 
 
 def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:

@@ -16,7 +16,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ...errors import UnsupportedCacheError
 
-__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions"]
+__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer"]
+
+HALF_FILLED = (
+    "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. "
+    "Start a new cache."
+)
 
 
 @dataclass(frozen=True)
@@ -157,3 +162,15 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
         """Select samples, and with them the positions that they hold."""
         super().batch_select_indices(indices)
         self.rows = self.rows.moved(lambda t: t[indices])
+
+
+class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
+    """A layer of a cache that a forward has left half filled: takes no tokens from anybody, and gives none away."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raises UnsupportedCacheError."""
+        raise UnsupportedCacheError(HALF_FILLED)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises UnsupportedCacheError."""
+        raise UnsupportedCacheError(HALF_FILLED)
