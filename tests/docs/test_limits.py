@@ -40,8 +40,8 @@ def refusals() -> Iterator[tuple[str, str]]:
     trees = {file: ast.parse(file.read_text()) for file in files}
     names = {name: value for tree in trees.values() for node in tree.body for name, value in named_texts(node)}
     for file, tree in trees.items():
-        for node in ast.walk(tree):
-            raised = node.exc if isinstance(node, ast.Raise) else None
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
+            raised = node.exc
             if isinstance(raised, ast.Call) and isinstance(raised.func, ast.Name) and raised.func.id in KINDS:
                 yield f"{file.relative_to(ROOT)}:{node.lineno}", words(raised.args[0], names)
 
