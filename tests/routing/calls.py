@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -139,10 +140,10 @@ class _Performance:
         if (talk is not None) != follows or self.past > LONGEST:
             return False
         if call.way == "decoder":
-            has_routed = talk is not None and talk.is_routed and not talk.is_broken
-            return not any(sample.visual for sample in self.samples) and (talk is None or has_routed)
-        if talk is not None and talk.is_broken:
-            return call.way != "generate" and self.subject.is_enabled
+            has_no_picture = not any(sample.visual for sample in self.samples)
+            return has_no_picture and (talk is None or talk.is_routed or talk.is_broken)
+        if talk is not None and talk.is_broken and call.way == "generate":
+            return False
         if call.way == "generate" and talk is not None and call.cache == "none":
             return False
         return True
@@ -151,10 +152,10 @@ class _Performance:
         """None if what is asked for is an error of the test's own."""
         subject, talk = self.subject, self.conversation
         is_routed = talk is not None and talk.is_routed
-        if not subject.is_enabled or self.call.way == "decoder":
-            return Verdict("without routing" if is_routed else None)
         if talk is not None and talk.is_broken:
             return Verdict("half filled")
+        if not subject.is_enabled or self.call.way == "decoder":
+            return Verdict("without routing" if is_routed else None)
         length = max(map(len, self.samples))
         plans = self.world.innermost(self.lane, subject, "using")
         has_pictures = any(sample.visual for sample in self.samples)
@@ -250,7 +251,7 @@ class _Performance:
         self.record(verdict, running, has_ended=output is not None)
         if refusal is not None:
             self.was_refused(verdict, refusal)
-            assert stored(cache) == before or call.way == "generate" or (talk is not None and talk.is_broken)
+            assert stored(cache) == before or call.way == "generate"
         elif output is None:
             self.was_cut_short(verdict, cache, before)
         else:
@@ -326,25 +327,21 @@ class _Performance:
     def was_cut_short(self, verdict: Verdict, cache: Any, before: list[int]) -> None:
         assert self.was_interrupted or self.was_told
         self.world.outcomes["interrupted"] += 1
-        talk, after = self.conversation, stored(cache)
+        talk = self.conversation
         if self.call.way in ("generate", "decoder"):
             self.forget()
             return
-        if cache is None or after == before:
+        if cache is None or (after := stored(cache)) == before:
             return
-        has_routed = "RoutedLayer" in {type(layer).__name__ for layer in cache.layers}
-        grown = [new != old for new, old in zip(after, before or [0] * len(after), strict=True)]
-        is_routed = not changes_nothing(verdict.rules)
-        is_marked = not is_routed or not any(act.place == LAST and act.what == "interrupt" for act in self.call.acts)
-        if len(after) == self.tiny.num_layers and all(grown) and is_marked:
-            self.remember(verdict, cache, self.rows(verdict))
-        elif not has_routed:
-            self.forget()
-        elif talk is None:
-            self.remember(verdict, cache, self.rows(verdict))
-            self.world.conversations[-1].is_broken = True
-        else:
+        is_watched = not changes_nothing(verdict.rules) or (talk is not None and talk.is_routed)
+        if is_watched and not self.heads and not self.was_told:  # the base model has not ended
+            if talk is None:
+                talk = self.remember(verdict, cache, self.rows(verdict))
             talk.is_broken = True
+        elif len(after) == self.tiny.num_layers and all(map(operator.ne, after, before or [0] * len(after))):
+            self.remember(verdict, cache, self.rows(verdict))
+        else:
+            self.forget()
 
     def has_succeeded(self, verdict: Verdict, output: Any, given: dict[str, Any]) -> None:
         assert verdict.refusal is None, f"not refused: {verdict.refusal}"
@@ -372,13 +369,14 @@ class _Performance:
         if self.call.cache == "none" or way == "decoder":
             return
         cache = cache_of(output)
-        self.remember(verdict, cache, rows, steps)
-        talk = self.conversation or self.world.conversations[-1]
+        talk = self.remember(verdict, cache, rows, steps)
         assert cache.get_seq_length() == talk.length
         if len(rows) == 1:
             assert kv_lengths(cache) == results[0].kept
 
-    def remember(self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()) -> None:
+    def remember(
+        self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()
+    ) -> Conversation:
         """The cache has taken the tokens of the call."""
         talk, length = self.conversation, max(map(len, self.samples))
         side = "left" if self.call.way == "generate" else self.call.side
@@ -397,7 +395,9 @@ class _Performance:
         talk.tail = (talk.tail + length if min(tail) == length else min(tail)) + more
         if not changes_nothing(verdict.rules):
             talk.is_routed, talk.floor = True, talk.length - more - min(tail)
-            talk.is_renumbered = verdict.rules is not None and verdict.rules.position_mode == "renumbered"
+            assert verdict.rules is not None
+            talk.is_renumbered = talk.is_renumbered or verdict.rules.position_mode == "renumbered"
+        return talk
 
     def forget(self) -> None:
         if self.conversation is not None:

@@ -96,7 +96,7 @@ def untouched(family: str) -> Tiny:
     return replace(tiny, model=copy.deepcopy(tiny.model))
 
 
-@functools.lru_cache(maxsize=20_000)
+@functools.lru_cache(maxsize=4000)
 def expected(family: str, row: Row) -> Expected:
     tiny = untouched(family)
     said, live, sees, turns, positions = Sample(()), list[int](), list[list[int]](), list[_Turn](), list[Tensor]()

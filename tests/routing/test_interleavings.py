@@ -200,17 +200,17 @@ class Interleavings(RuleBasedStateMachine):
 
     # --- caches and copies ----------------------------------------------------------------------------------------
 
-    def talk(self, number: int) -> Conversation | None:
-        talk = self.world.conversation(number)
-        return None if talk is None or talk.is_broken else talk
-
-    @precondition(lambda self: self.talk(0) is not None)
+    @precondition(lambda self: self.world.conversation(0) is not None)
     @rule(lane=lanes, number=few, count=st.integers(-2, 12))
     def crop(self, lane: int, number: int, count: int) -> None:
         def work(_: Lane) -> None:
-            if (talk := self.talk(number)) is None:
+            talk = self.world.conversation(number)
+            if talk is None:
                 return
-            if talk.is_routed and not 0 <= count <= talk.length - talk.floor:
+            if talk.is_broken:
+                with self.world.refused("half filled"):
+                    talk.cache.crop(-count)
+            elif talk.is_routed and not 0 <= count <= talk.length - talk.floor:
                 before = stored(talk.cache)
                 with self.world.refused("crop"):
                     talk.cache.crop(-count)
@@ -221,11 +221,12 @@ class Interleavings(RuleBasedStateMachine):
 
         self.do(lane, work)
 
-    @precondition(lambda self: self.talk(0) is not None)
+    @precondition(lambda self: self.world.conversation(0) is not None)
     @rule(lane=lanes, number=few, how=st.sampled_from(MOVES), rows=pairs)
     def move(self, lane: int, number: int, how: str, rows: tuple[int, int]) -> None:
         def work(_: Lane) -> None:
-            if (talk := self.talk(number)) is None:
+            talk = self.world.conversation(number)
+            if talk is None or (talk.is_broken and how != "drop"):
                 return
             order = [row % len(talk.rows) for row in rows]
             if how == "reorder":

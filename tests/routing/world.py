@@ -242,7 +242,7 @@ class World:
         reasons = {
             "settings": rules_of(settings, self.family) is None,
             "busy": self.runs(old),
-            "in a block": old is not None and bool(self.blocks_of(old, "handle")),
+            "in a block": old is not None and bool(self.blocks_of(old, "handle", "at", "using")),
         }
         wrong = [reason for reason, holds in reasons.items() if holds]
         handle = None
@@ -367,7 +367,7 @@ class World:
             assert reroute.handle_of(subject.tiny.model) is handle
             if self.runs(handle):
                 continue
-            assert handle._router._running == 0
+            assert not handle._router._running
             assert handle._router._scopes._open == len(self.blocks_of(handle, "at", "using"))
             of_handle = {key: n for key, n in self.recorded.items() if key[0] == id(handle) and n}
             counts = handle.totals().prefills, handle.stats().prefills, sum(of_handle.values())
