@@ -19,7 +19,7 @@ from ..core.plan import Plan, make_plan, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
-from .cache import cache_of, check_cache, check_whole, past_length
+from .cache import cache_of, check_cache, check_whole, is_renumbered, past_length
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -124,7 +124,7 @@ class Planner:
             check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
         if plan.past and cache is not None:
             check_whole(cache, len(self.adapter.layers))
-        if plan.past and schedule.position_mode == "renumbered":
+        if plan.past and (schedule.position_mode == "renumbered" or is_renumbered(cache)):
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
 
     def plan_call(

@@ -16,6 +16,7 @@ __all__ = [
     "check_whole",
     "guard",
     "guarded_layer",
+    "is_renumbered",
     "is_routed",
     "is_torn",
     "past_length",
@@ -76,6 +77,12 @@ def check_whole(cache: Cache, num_layers: int) -> None:
 def is_routed(cache: Cache | None) -> bool:
     """Whether some layer of ``cache`` lacks rows."""
     return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def is_renumbered(cache: Cache | None) -> bool:
+    """Whether the positions of some rows of ``cache`` were counted anew."""
+    layers = getattr(cache, "layers", ())
+    return any(isinstance(layer, RoutedLayer) and layer.rows.position_offset is not None for layer in layers)
 
 
 def is_torn(cache: Cache | None) -> bool:
