@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -122,12 +123,14 @@ def stored_rows(cache: Cache, index: int) -> int:
 
 
 def guard(cache: Cache, floor: int) -> None:
-    """Make the layers of a routed ``cache`` that hold everything refuse what the others must, before any changes.
+    """Make all layers of a routed ``cache`` refuse what one of them must, before any changes.
 
     ``floor``: see ``GuardedLayer``.
     """
     layer: Any
     for layer in cache.layers:
+        if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
+            layer.rows = replace(layer.rows, floor=floor)
         if type(layer) in (DynamicLayer, GuardedLayer) and layer.keys is not None:
             layer.__class__, layer.floor = GuardedLayer, floor
 
