@@ -166,7 +166,11 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: not all(subject.is_enabled for subject in self.world.subjects))
     @rule(lane=lanes, routing=routings)
     def enable_everywhere(self, lane: int, routing: str) -> None:
-        self.do(lane, lambda _: self.world.enable_everywhere(SETTINGS[routing]))
+        def work(_: Lane) -> None:
+            if all(subject.is_enabled or self.world.can_begin(subject) for subject in self.world.subjects):
+                self.world.enable_everywhere(SETTINGS[routing])
+
+        self.do(lane, work)
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
