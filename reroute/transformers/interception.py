@@ -109,7 +109,7 @@ def _release(reference: weakref.ref[nn.Module], role: Role, former: Role | None)
 def _subclass(plain: type[Any], kind: type[Any]) -> type:
     """One class for all modules of a class: compiled code is compiled once for them."""
     # Its name is the plain one's: configurations, wrapping policies and recorders of outputs go by it.
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     namespace: dict[str, Any] = {**names, "_plain_class": plain}
     for name in kind.signed:
         namespace[name] = functools.wraps(getattr(plain, name))(_copied(getattr(kind, name)))

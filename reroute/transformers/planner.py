@@ -69,6 +69,8 @@ class Planner:
                 "position_mode='renumbered' needs one position id per token, and this model has three (M-RoPE). "
                 "Use position_mode='preserved'."
             )
+        if settings.keeps_all:
+            return  # the plain model, whatever its attention
         sliding = [i for i in range(schedule.layers[0], len(adapter.layers)) if not adapter.is_full_attention(i)]
         if sliding:
             raise RerouteError(
@@ -183,7 +185,8 @@ class Planner:
         """Check a call of the base model with ``tokens`` (B, L, …) after a routed ``cache``, with a plan or without.
 
         Raises:
-            RerouteError: the cache is not whole, or an argument has an entry for each of its tokens.
+            RerouteError: the attention cannot be routed, the cache is not whole, or an argument has an entry for each
+                of its tokens.
         """
         mask_format_of(self.adapter.text_config)
         check_whole(cache, len(self.adapter.layers))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import models
@@ -28,6 +29,17 @@ def few(request: pytest.FixtureRequest) -> Tiny:
 def own(request: pytest.FixtureRequest) -> Tiny:
     """As ``few``, and the test may change it."""
     return models.llava(layers=5) if request.param == "llava" else models.qwen(layers=5)
+
+
+@pytest.fixture
+def _hasty() -> Iterator[None]:
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @pytest.fixture(autouse=True)

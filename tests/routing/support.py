@@ -243,6 +243,27 @@ def labels_after(sample: Sample, prompt: int) -> Tensor:
     return torch.tensor([[-100] * prompt + list(sample.ids[prompt:])])
 
 
+def state_of(cache: Any) -> list[Any]:
+    """All that the layers of a cache hold."""
+    return [
+        {name: value.clone() if isinstance(value, Tensor) else value for name, value in _public(layer).items()}
+        for layer in cache.layers
+    ]
+
+
+def _public(layer: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+
+
+def unchanged(cache: Any, before: list[Any]) -> None:
+    """Nothing was stored in ``cache`` since ``before``, and nothing taken away."""
+    assert len(cache.layers) == len(before)
+    for layer, held in zip(cache.layers, before, strict=True):
+        assert _public(layer).keys() == held.keys()
+        for name, value in _public(layer).items():
+            assert torch.equal(value, held[name]) if isinstance(value, Tensor) else value == held[name]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 

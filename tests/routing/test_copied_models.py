@@ -12,7 +12,7 @@ import pytest
 import torch
 from changes import check, decoder, prompt
 from models import Tiny
-from support import FEW, PLACES, enable, schedule, snapshot
+from support import FEW, PLACES, enable, generate, schedule, snapshot
 from torch import Tensor, nn
 
 import reroute
@@ -119,6 +119,9 @@ def test_a_shallow_copy_is_routed_too(own: Tiny) -> None:
         assert torch.equal(logits(own, twin), routed)
         assert torch.equal(logits(own, twin.forward), routed)
         assert handle.totals().prefills == 3
+        # Without a cache each step has the picture before it, and must know where the prompt ends.
+        tokens = [generate(tiny, [prompt(own)], use_cache=False).sequences for tiny in (own, Tiny(twin, own.grid))]
+        assert torch.equal(*tokens)
         with pytest.raises(RerouteError, match="is a part of another model that is routed"):
             reroute.enable(twin, schedule=schedule(FEW))
     assert torch.equal(logits(own, twin), plain)

@@ -6,107 +6,42 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import models
 import pytest
 import torch
-from models import CACHE, Sample, Tiny
+from cut_short import ENDS, Parts, TimeIsUp, ended, in_call, parts_of, raising, refused
+from models import CACHE, Sample
 from oracle import Rules, predict
 from support import (
     FAMILIES,
     FEW,
     PLACES,
-    cache_of,
     close,
     enable,
     generate,
     inside,
-    kv_lengths,
     labels_after,
-    small,
     snapshot,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 import reroute
-from reroute.errors import UnsupportedCacheError
 from reroute_kernels import PagedPool
-
-
-class TimeIsUp(BaseException):
-    """What a time limit raises in a thread."""
-
-
-ENDS: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit, TimeIsUp, GeneratorExit, RuntimeError)
-"""What may end a call."""
-
-
-def raising(kind: type[BaseException] = KeyboardInterrupt) -> Callable[[], None]:
-    def act() -> None:
-        raise kind
-
-    return act
-
-
-def ended(kind: type[BaseException], call: Callable[[], Any]) -> None:
-    """``call`` is ended by ``kind``."""
-    with pytest.raises(kind):
-        call()
-
-
-class Parts:
-    """A routed model, and what it and its parts give when nothing has gone wrong."""
-
-    def __init__(self, few: Tiny) -> None:
-        self.few, model, decoder = few, few.model, few.model.model.language_model
-        self.sample = few.prompt(3, 5, few.grid, 8)
-        self.given = few.inputs([self.sample])
-        self.labels = labels_after(self.sample, len(self.sample) - 3)
-        # As long as the prompt: what is left of a call would fit.
-        text = {"input_ids": few.inputs([few.prompt(6, len(self.sample))])["input_ids"]}
-        states = torch.randn(1, len(self.sample), model.lm_head.in_features, generator=torch.Generator().manual_seed(0))
-        rope = decoder.rotary_emb(states, few.positions(few.prompt(6, len(self.sample))).unsqueeze(-2))
-        self.calls: dict[str, Callable[[], Tensor]] = {
-            "the decoder": lambda: decoder(**text).last_hidden_state,
-            "the decoder, embedded": lambda: decoder(inputs_embeds=states).last_hidden_state,
-            "a layer": lambda: decoder.layers[3](states, position_embeddings=rope),
-            "the base model": lambda: model.model(**self.given).last_hidden_state,
-            "the base model, text": lambda: model.model(**text).last_hidden_state,
-            "the model": lambda: model(**self.given).logits,
-            "the model, labels": lambda: model(**self.given, labels=self.labels).logits,
-        }
-        plain = {name: call() for name, call in self.calls.items()}
-        with enable(few, FEW):
-            self.expected = {name: call() for name, call in self.calls.items()}
-        changed = {name for name, value in plain.items() if not torch.equal(value, self.expected[name])}
-        assert changed == {"the base model", "the model", "the model, labels"}
-
-    def check(self, first: int = 0) -> None:
-        """All are as ever, the one numbered ``first`` before the others."""
-        names = list(self.calls)
-        for name in names[first % len(names) :] + names[: first % len(names)]:
-            assert torch.equal(self.calls[name](), self.expected[name]), name
-
-
-PARTS = {family: Parts(small(family)) for family in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
 def parts(request: pytest.FixtureRequest) -> Parts:
-    return PARTS[request.param]
+    return parts_of(request.param)
 
 
 @pytest.fixture
 def pool() -> PagedPool:
     """Room for one prompt: rows that stay leased are missed at once."""
     return PagedPool(64, torch.float32, "cpu", page_size=16, max_bytes=3 * 16 * 64 * 4)
-
-
-# --- parts that are called afterwards -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -140,155 +75,6 @@ def test_what_is_called_inside_of_what_has_caught_it(parts: Parts, place: str) -
             assert torch.equal(model(**parts.given).logits, parts.expected["the model"])
 
 
-# --- caches that were left half filled ----------------------------------------------------------------------------
-
-
-def moments(few: Tiny, layer: int) -> dict[str, tuple[nn.Module, bool]]:
-    """Where layer ``layer`` may be interrupted, and whether after the module has run: its attention stores."""
-    module = few.model.model.language_model.layers[layer]
-    return {
-        "before it stores": (module.self_attn, False),
-        "after it has stored": (module.self_attn, True),
-        "at its end": (module, True),
-    }
-
-
-def state_of(cache: Any) -> list[Any]:
-    """All that its layers hold."""
-    return [
-        {name: value.clone() if isinstance(value, Tensor) else value for name, value in public(layer).items()}
-        for layer in cache.layers
-    ]
-
-
-def public(layer: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-
-
-def unchanged(cache: Any, before: list[Any]) -> None:
-    """Nothing was stored, and nothing taken away."""
-    assert len(cache.layers) == len(before)
-    for layer, held in zip(cache.layers, before, strict=True):
-        assert public(layer).keys() == held.keys()
-        for name, value in public(layer).items():
-            assert torch.equal(value, held[name]) if isinstance(value, Tensor) else value == held[name]
-
-
-def refused(few: Tiny, cache: Any, before: Sample, message: str = "half filled") -> None:
-    """Whatever goes on with ``cache``, which has ``before``: a step, a turn, another picture, a generation."""
-    held = state_of(cache)
-    for new in (few.prompt(9, 1), few.prompt(9, 3), few.prompt(9, 2, few.grid, 4)):
-        for call in (few.model, few.model.model):
-            with pytest.raises(UnsupportedCacheError, match=message):
-                call(**few.follow([before], [new]), **{CACHE: cache})
-            unchanged(cache, held)
-    whole = few.inputs([Sample(before.ids + few.prompt(9, 3).ids)])  # its picture is in the cache
-    with pytest.raises(UnsupportedCacheError, match=message):
-        few.model.generate(**whole, **{CACHE: cache}, max_new_tokens=2)
-    unchanged(cache, held)
-    if message == "half filled":
-        with pytest.raises(UnsupportedCacheError, match=message):
-            cache.crop(-2)
-        unchanged(cache, held)
-
-
-@pytest.mark.parametrize("made", [lambda config: DynamicCache(), lambda config: DynamicCache(config=config)])
-@pytest.mark.parametrize("layer", range(5))
-@pytest.mark.parametrize("moment", ["before it stores", "after it has stored", "at its end"])
-def test_a_prompt_that_was_cut_short(parts: Parts, made: Callable[[Any], Any], layer: int, moment: str) -> None:
-    """Its cache is refused by all later calls, with routing and without it. Once it is reset, it is a new one."""
-    few = parts.few
-    cache = made(few.model.config.get_text_config())
-    module, after = moments(few, layer)[moment]
-    with enable(few, FEW) as handle:
-        with inside(module, raising(), after=after):
-            ended(KeyboardInterrupt, lambda: few.model(**parts.given, **{CACHE: cache}))
-        if layer or after:
-            refused(few, cache, parts.sample)
-            handle.disable()
-            refused(few, cache, parts.sample)
-            cache.reset()
-    with enable(few, FEW):  # nothing was stored, or nothing is any more
-        output = few.model(**parts.given, **{CACHE: cache})
-    assert torch.equal(output.logits, parts.expected["the model"])
-    assert kv_lengths(cache) == predict(few, parts.sample, FEW).kv_lengths
-
-
-LATER: dict[str, Callable[[Tiny], Sample]] = {
-    "a step": lambda few: few.prompt(9, 1),
-    "a turn": lambda few: few.prompt(9, 3),
-    "a picture": lambda few: few.prompt(9, 2, few.grid, 4),
-}
-
-
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("layer", [0, 1, 2, 4])
-@pytest.mark.parametrize("moment", ["before it stores", "after it has stored", "at its end"])
-def test_tokens_that_were_cut_short(parts: Parts, later: str, layer: int, moment: str) -> None:
-    """After a whole prompt. If nothing was stored, the conversation goes on as if they had not been given."""
-    few, new = parts.few, LATER[later](parts.few)
-    module, after = moments(few, layer)[moment]
-    with enable(few, FEW) as handle:
-        cache = cache_of(few.model(**few.inputs([parts.sample], positions=True), use_cache=True))
-        held = state_of(cache)
-        with inside(module, raising(), after=after):
-            ended(KeyboardInterrupt, lambda: few.model(**few.follow([parts.sample], [new]), **{CACHE: cache}))
-        if layer or after:
-            refused(few, cache, parts.sample)
-            handle.disable()
-            refused(few, cache, parts.sample)
-            return
-        unchanged(cache, held)
-        handle.disable()
-        # No layer was left writable for those who know nothing of routing.
-        refused(few, cache, parts.sample, "filled while routing was on")
-    with enable(few, FEW):
-        logits = few.model(**few.follow([parts.sample], [new]), **{CACHE: cache}).logits
-    close(logits[0], predict(few, [parts.sample, new], FEW).logits[-len(new) :])
-
-
-def test_a_cache_is_whole_once_the_base_model_has_ended(parts: Parts) -> None:
-    """What ends the head, or a callback, has cut nothing short."""
-    few, new = parts.few, parts.few.prompt(9, 3)
-    expected = predict(few, [parts.sample, new], FEW)
-
-    def callback(_: Any) -> None:
-        raise TimeIsUp
-
-    with enable(few, FEW) as handle:
-        for kind, place in ((KeyboardInterrupt, few.model.lm_head), (TimeIsUp, None)):
-            cache = DynamicCache()
-            call = lambda: few.model(**parts.given, **{CACHE: cache})  # noqa: B023
-            if place is None:
-                end = handle.on_prefill(callback)
-                ended(kind, call)
-                end()
-            else:
-                with inside(place, raising(kind)):
-                    ended(kind, call)
-            logits = few.model(**few.follow([parts.sample], [new]), **{CACHE: cache}).logits
-            close(logits[0], expected.logits[-3:])
-            assert kv_lengths(cache) == expected.kv_lengths
-
-
-def test_a_forward_that_others_cut_short_inside_of_it(parts: Parts) -> None:
-    """A hook that catches what ends its own call tears its own cache only."""
-    few, own, other = parts.few, DynamicCache(), DynamicCache()
-    layer = few.model.model.language_model.layers[2]
-
-    def ask() -> None:
-        with inside(layer, raising()):
-            ended(KeyboardInterrupt, lambda: few.model(**parts.given, **{CACHE: other}))
-
-    with enable(few, FEW):
-        with inside(few.model.model.language_model.layers[3], ask):
-            assert torch.equal(few.model(**parts.given, **{CACHE: own}).logits, parts.expected["the model"])
-        refused(few, other, parts.sample)
-        new = few.prompt(9, 3)
-        logits = few.model(**few.follow([parts.sample], [new]), **{CACHE: own}).logits
-    close(logits[0], predict(few, [parts.sample, new], FEW).logits[-3:])
-
-
 # --- generations --------------------------------------------------------------------------------------------------
 
 
@@ -303,23 +89,6 @@ class EndAfter:
         if not self.left:
             raise KeyboardInterrupt
         return scores
-
-
-@contextmanager
-def in_call(module: nn.Module, number: int) -> Iterator[None]:
-    """End the call ``number`` of ``module``."""
-    left = [number]
-
-    def hook(*_: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
