@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from .core.cost import ModelShape, prefill_cost
@@ -155,21 +156,21 @@ def make_stats(
         scores: whether the decisions computed attention scores.
         prefills: how many prefills were recorded, this one included.
     """
-    layers = range(shape.num_layers)
-    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
-    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(layers)
+    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in range(shape.num_layers)]
+    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(stages)
     width_of = {stage: plan.width(stage) for stage in set(stages)}
     widths = [width_of[stage] for stage in stages]
-    # Layers under gradient checkpointing store nothing.
-    filled = {i: layer for i, layer in enumerate(cache_layers) if layer.keys is not None}
-    tensors = [t for layer in filled.values() for t in (layer.keys, layer.values)]
-    stored = tuple(int(filled[i].keys.shape[-2]) if i in filled else widths[i] for i in layers)
-    size = tensors[0].element_size() if tensors else 0
+    # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
+    tensors = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache_layers]
+    kept = zip_longest(tensors[: len(widths)], widths)
+    stored = tuple(width if pair is None else int(pair[0].shape[-2]) for pair, width in kept)
+    filled = [tensor for pair in tensors if pair is not None for tensor in pair]
     routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
-    whole, first = [plan.length for _ in layers], plan.schedule.layers[0]
     # Layers before the first routing layer store what they would without routing, which may be a sliding window.
-    all_keys = [stored[i] if i < first else plan.past + plan.length for i in layers]
-    dense = prefill_cost(shape, whole, all_keys, batch=plan.batch, bytes_per_element=size)
+    first, length = plan.schedule.layers[0], plan.length
+    all_keys = [*stored[:first], *[plan.past + length] * (len(widths) - first)]
+    size = filled[0].element_size() if filled else 0
+    dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
         **names,
         layers=plan.schedule.layers,
@@ -180,7 +181,7 @@ def make_stats(
         prefill_flops=float(routed.prefill_flops),
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
-        kv_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        kv_bytes=sum(tensor.nbytes for tensor in filled),
         kv_bytes_dense=dense.kv_bytes,
         layer_lengths=stored,
         prefills=prefills,

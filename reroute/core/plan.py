@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-
-from reroute_kernels import SelectMetadata
 
 from ..errors import RerouteError
 from .decision import Decision
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
+
+Counts: TypeAlias = tuple[int, ...]
+"""One per sample."""
 
 __all__ = ["Plan", "make_plan", "visual_mask"]
 
@@ -75,15 +76,15 @@ class Plan:
         """Text tokens M of each sample: always active."""
         return tuple(len(t) for t in self.text_rows)
 
-    def metadata(self, decision: Decision, starts: Sequence[int]) -> SelectMetadata:
-        """What ``decision`` scores and how many it selects; ``starts`` are the samples' first pool rows."""
+    def counts(self, decision: Decision, starts: Sequence[int]) -> tuple[Counts, Counts, Counts, Counts, Counts]:
+        """The counts of ``decision`` for ``SelectMetadata``; ``starts`` are the samples' first pool rows."""
         if decision.from_pool:
-            kv_lens = tuple(row + 1 for row in self.query)
+            kv_lens = [row + 1 for row in self.query]
         else:
             before = decision.stage - 1
             starts = [(b + 1) * self.width(before) - rows for b, rows in enumerate(self.active(before))]
-            kv_lens = tuple(self.visible_texts(b) + n for b, n in enumerate(decision.candidates))
-        return SelectMetadata(tuple(starts), kv_lens, decision.candidates, self.text_counts, decision.k)
+            kv_lens = [self.visible_texts(b) + n for b, n in enumerate(decision.candidates)]
+        return tuple(starts), tuple(kv_lens), decision.candidates, self.text_counts, decision.k
 
     @cached_property
     def changes_nothing(self) -> bool:

@@ -106,8 +106,7 @@ class Prefill:
         """The decisions so far, if tracing."""
         if self._trace is None:
             return None
-        starts = self._tensors.starts
-        rows = (self._tensors.candidates + starts).clamp(min=0)
+        rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
     def decide(self, decision: Decision, hidden: torch.Tensor) -> Selection:

@@ -6,6 +6,7 @@ A forward is one call of the base model, from the moment its ids are known. It i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,6 @@ from .cache import (
     guarded_layer,
     past_length,
     route_layer,
-    routed_layer,
     stored_rows,
     tear,
 )
@@ -64,7 +64,7 @@ class ForwardContext:
         self._writable: GuardedLayer | None = None
         self._kept: tuple[Cache, int] | None = None
 
-    @property
+    @cached_property
     def _mask_format(self) -> MaskFormat:
         """Of the present attention, which the planner has checked; a dense prefill may have any."""
         return mask_format_of(self._adapter.text_config)
@@ -120,11 +120,12 @@ class ForwardContext:
         if self._writable is not None:
             self._writable.forbid_update()  # it failed before its layer stored anything
 
-    def _allow_update(self, cache: Cache | None, index: int) -> None:
-        """Let layer ``index`` store the tokens of this forward, which is adapted to what the cache holds."""
-        self._writable = guarded_layer(cache, index)
-        if self._writable is not None:
-            self._writable.allow_update()
+    def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
+        """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""
+        self._writable = layer = guarded_layer(cache, index)
+        if layer is not None:
+            layer.allow_update()
+        return layer if isinstance(layer, RoutedLayer) else None
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,7 @@ class RoutedPrefill(ForwardContext):
         return self._start(self.plan, self.settings, hidden, tables, self._workspace)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        self._allow_update(self.cache, index)
-        layer = routed_layer(self.cache, index)
+        layer = self._allow_update(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
@@ -304,8 +304,7 @@ class RoutedDecode(ForwardContext):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         cache = cache_of(kwargs)
-        self._allow_update(cache, index)
-        layer = routed_layer(cache, index)
+        layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
         mask = kwargs.get("attention_mask")

@@ -159,6 +159,7 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
     try:
         router = call.begin(model)
         if router is not None:
+            router.check_base(model)
             _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
         return proceed(*args, **kwargs)
     finally:

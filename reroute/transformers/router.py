@@ -232,6 +232,11 @@ class Router:
             )
         return False
 
+    def check_base(self, model: Any) -> None:
+        """Check that the whole ``model`` calls what is routed. RerouteError if it would be routed, and does not."""
+        if not self.settings.keeps_all:
+            self.adapter.check_base(model)
+
     def labels_of(self, args: Args, kwargs: Kwargs) -> Any:
         """The labels in a call of the whole model."""
         return _named(self.adapter.model_parameters, args, kwargs).get("labels")

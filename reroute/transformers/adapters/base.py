@@ -16,6 +16,11 @@ from .scoring_layer import check_parts, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
 
+_CHANGED = (
+    "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
+    "reroute.enable again on the model as it is now."
+)
+
 
 class ModelAdapter:
     """Vision-language models with a Llama-like decoder: ``input_layernorm``, ``self_attn.{q,k}_proj``, plain RoPE.
@@ -68,6 +73,15 @@ class ModelAdapter:
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
         self._check_structure()
 
+    def check_base(self, model: Any) -> None:
+        """Check at a call that ``model``, the whole model, still calls the base model that is routed.
+
+        Raises:
+            RerouteError: it was replaced.
+        """
+        if not _holds(model.model, self.base):
+            raise RerouteError(_CHANGED)
+
     def check_layers(self, scoring: Sequence[int]) -> None:
         """Check at a call that the decoder is still what it was, and that the ``scoring`` layers can be asked to score.
 
@@ -76,10 +90,7 @@ class ModelAdapter:
         """
         now = self._layers_now() if _holds(self.base.language_model, self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
-            raise RerouteError(
-                "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
-                "reroute.enable again on the model as it is now."
-            )
+            raise RerouteError(_CHANGED)
         for index in scoring:
             check_scoring_layer(self.layers[index], index)
 

@@ -13,7 +13,6 @@ from .access import (
     is_torn,
     past_length,
     route_layer,
-    routed_layer,
     stored_rows,
     tear,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "is_torn",
     "past_length",
     "route_layer",
-    "routed_layer",
     "stored_rows",
     "tear",
 ]

@@ -22,7 +22,6 @@ __all__ = [
     "is_torn",
     "past_length",
     "route_layer",
-    "routed_layer",
     "stored_rows",
     "tear",
 ]
@@ -107,12 +106,6 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
         return None
     layer = cache.layers[index]
     return layer if isinstance(layer, GuardedLayer) else None
-
-
-def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
-    """Layer ``index`` of ``cache`` if it lacks rows, else None."""
-    layer = guarded_layer(cache, index)
-    return layer if isinstance(layer, RoutedLayer) else None
 
 
 def stored_rows(cache: Cache, index: int) -> int:
