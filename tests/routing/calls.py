@@ -1,4 +1,4 @@
-"""Calls of a model in a world: what each must give, or why it must be refused, and what it leaves behind."""
+"""Calls of a model in a world: what each has given, or was refused for, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -6,186 +6,39 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from conversations import NEW, Conversation, Row, Say, expected, sample_of
+from conversations import Conversation, Row, Say, expected
 from lanes import Frame, Happening, Interrupt, Lane
-from models import CACHE, Sample
-from oracle import Rules
+from models import CACHE
 from support import PLACES, cache_of, close, generate, kv_lengths
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache
-from world import REFUSALS, SETTINGS, Plans, Running, World, rules_of
+from verdicts import Act, Asked, Call, Verdict, changes_nothing, labels_of
+from world import REFUSALS, SETTINGS, Running, World
 
 from reroute.errors import RerouteError
 
-__all__ = ["ALL_PLACES", "Act", "Call", "perform", "plan_ahead"]
+__all__ = ["ALL_PLACES", "perform", "stored"]
 
 LAST = "the MLP of the last layer"
 ALL_PLACES: dict[str, Callable[[Any], nn.Module]] = {
     **PLACES,
     LAST: lambda model: model.model.language_model.layers[4].mlp,
 }
-TOKENS, ANSWER, LONGEST = 3, 2, 110
+TOKENS = 3
+"""That are generated."""
 
 
-@dataclass(frozen=True)
-class Act:
-    """Something happens at a place: pause, interrupt, enable, disable, or a call."""
-
-    place: str
-    what: Any
-    nth: int = 0
-    after: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """``names``: the kind of the sample of each row. ``follows``: which conversation goes on, None for a new one.
-
-    - ``way``: model, forward, base, decoder, generate.
-    - ``answer``: whether there are labels, for the last tokens.
-    - ``cache``: own (the model makes one), given (an empty one), none.
-    - ``at``: settings for this call alone.
-    - ``listener``: whether what is told of the prefill raises.
-    """
-
-    way: str
-    names: tuple[str, ...]
-    subject: int = 0
-    follows: int | None = None
-    side: str = "left"
-    answer: bool = False
-    cache: str = "own"
-    positions: bool = True
-    spelling: str = "all"
-    at: str | None = None
-    listener: bool = False
-    acts: tuple[Act, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """``refusal``: a name in REFUSALS. ``rules``: None for a plain call. ``is_recorded``: in stats, once it succeeds."""
-
-    refusal: str | None = None
-    rules: Rules | None = None
-    queries: tuple[int | None, ...] = ()
-    is_recorded: bool = False
-
-
-def changes_nothing(rules: Rules | None) -> bool:
-    return rules is None or set(rules.ratios) == {1.0}
-
-
-def samples_of(world: World, names: Sequence[str], rows: int) -> tuple[list[str], list[Sample]]:
-    numbered = [f"{names[b % len(names)]}{b}" for b in range(rows)]
-    return numbered, [sample_of(world.family, name) for name in numbered]
-
-
-def labels_of(given: dict[str, Tensor]) -> Tensor:
-    """The last tokens of each row are its answer."""
-    ids = given["input_ids"]
-    mask = given["attention_mask"][:, -ids.shape[1] :]
-    later = mask.flip(1).cumsum(1).flip(1)  # how many tokens from here on
-    return ids.masked_fill((mask == 0) | (later > ANSWER), -100)
-
-
-def shape_of(samples: Sequence[Sample], side: str) -> tuple[Any, ...]:
-    shapes = [(len(sample), sample.visual) for sample in samples]
-    return (*shapes, side if len({length for length, _ in shapes}) > 1 else "")
-
-
-def plan_ahead(world: World, lane: Lane, call: Call) -> Plans:
-    """A plan of a prompt, by the settings that count in ``lane``."""
-    subject = world.subject(call.subject)
-    _, samples = samples_of(world, call.names, len(call.names))
-    given = subject.tiny.inputs(samples, call.side)
-    labels = labels_of(given) if call.answer else None
-    plan = subject.handle.plan(given["input_ids"], given["attention_mask"], labels=labels)
-    rules = rules_of(world.settings(lane, subject), world.family)
-    if not any(sample.visual for sample in samples):
-        rules = None
-    assert (plan is None) == (rules is None)
-    queries = tuple(len(sample) - 1 - ANSWER * call.answer for sample in samples)
-    return Plans() if plan is None else Plans(plan, shape_of(samples, call.side), rules, queries, call.answer)
-
-
-class _Performance:
-    """One call."""
+class _Performance(Asked):
+    """A call that is made."""
 
     def __init__(self, world: World, lane: Lane, call: Call) -> None:
-        self.world, self.lane, self.call = world, lane, call
-        self.subject = world.subject(call.subject)
-        self.tiny = self.subject.tiny
-        self.conversation = None if call.follows is None else world.conversation(call.follows)
-        rows = len(call.names) if self.conversation is None else len(self.conversation.rows)
-        self.names, self.samples = samples_of(world, call.names, rows)
+        super().__init__(world, lane, call)
         self.frame = Frame(lane)
         self.was_interrupted, self.was_told, self.heads = False, False, 0
-        self.is_labelled = call.answer and call.way in ("model", "forward") and min(map(len, self.samples)) > ANSWER
-
-    # --- what must come of it -------------------------------------------------------------------------------------
-
-    @property
-    def past(self) -> int:
-        return 0 if self.conversation is None else self.conversation.length
-
-    def is_possible(self) -> bool:
-        """Whether it is a call that the plain model could take."""
-        call, talk = self.call, self.conversation
-        follows = all(name in NEW for name in call.names)
-        if (talk is not None) != follows or self.past > LONGEST:
-            return False
-        if call.way == "decoder":
-            has_no_picture = not any(sample.visual for sample in self.samples)
-            return has_no_picture and (talk is None or talk.is_routed or talk.is_broken)
-        if talk is not None and talk.is_broken and call.way == "generate":
-            return False
-        if call.way == "generate" and talk is not None and call.cache == "none":
-            return False
-        return True
-
-    def verdict(self) -> Verdict | None:
-        """None if what is asked for is an error of the test's own."""
-        subject, talk = self.subject, self.conversation
-        is_routed = talk is not None and talk.is_routed
-        if talk is not None and talk.is_broken:
-            return Verdict("half filled")
-        if not subject.is_enabled or self.call.way == "decoder":
-            return Verdict("without routing" if is_routed else None)
-        length = max(map(len, self.samples))
-        plans = self.world.innermost(self.lane, subject, "using")
-        has_pictures = any(sample.visual for sample in self.samples)
-        queries = tuple(len(sample) - 1 - ANSWER * self.is_labelled for sample in self.samples)
-        rules = rules_of(self.world.settings(self.lane, subject), self.world.family) if has_pictures else None
-        if plans is not None and not (length == 1 and self.past):
-            rules, queries = plans.rules, plans.queries
-            shape = shape_of(self.samples, self.call.side)
-            if plans.plan is not None:
-                if (len(self.samples), length, self.past) != (plans.plan.batch, plans.plan.length, 0):
-                    return Verdict("shape")
-                if shape != plans.shape:
-                    return None
-                if self.is_labelled and not plans.knows_labels and not changes_nothing(rules):
-                    return Verdict("labels")
-        if rules is not None and not changes_nothing(rules) and self.past:
-            if rules.position_mode == "renumbered" or (talk is not None and talk.is_renumbered):
-                return Verdict("renumbered")
-        return Verdict(None, rules, queries, rules is not None)
-
-    def rows(self, verdict: Verdict) -> list[Row]:
-        """What each row has been told once the call has succeeded."""
-        before: list[Row] = [()] * len(self.samples) if self.conversation is None else self.conversation.rows
-        rules = None if changes_nothing(verdict.rules) else verdict.rules
-        queries = verdict.queries or (None,) * len(before)
-        said = [
-            Say(name, rules, query) if sample.visual and rules else Say(name)
-            for name, sample, query in zip(self.names, self.samples, queries, strict=True)
-        ]
-        return [(*row, say) for row, say in zip(before, said, strict=True)]
 
     # --- the call -------------------------------------------------------------------------------------------------
 
@@ -275,12 +128,11 @@ class _Performance:
         def count() -> None:
             self.heads += 1
 
-        model = self.tiny.model
-        acts = [
-            Happening(ALL_PLACES[act.place](model), lambda act=act: self.act(act, running), act.nth, act.after)
-            for act in self.call.acts
-        ]
-        return [Happening(model.lm_head, count, nth=None), *acts]
+        happenings = [Happening(self.tiny.model.lm_head, count, nth=None)]
+        for act in self.call.acts:
+            module, what = ALL_PLACES[act.place](self.tiny.model), partial(self.act, act, running)
+            happenings.append(Happening(module, what, act.nth, act.after))
+        return happenings
 
     def act(self, act: Act, running: Running) -> None:
         world, subject = self.world, self.subject
@@ -347,7 +199,11 @@ class _Performance:
         assert verdict.refusal is None, f"not refused: {verdict.refusal}"
         assert not self.was_interrupted
         family, way = self.world.family, self.call.way
-        self.world.outcomes["routed" if not changes_nothing(verdict.rules) else "plain"] += 1
+        if changes_nothing(verdict.rules):
+            is_later = self.conversation is not None and self.conversation.is_routed
+            self.world.outcomes["after a routed prompt" if is_later else "plain"] += 1
+        else:
+            self.world.outcomes["routed"] += 1
         rows = self.rows(verdict)
         steps: list[list[int]] = [[] for _ in rows]
         if way == "generate":
@@ -378,7 +234,7 @@ class _Performance:
         self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()
     ) -> Conversation:
         """The cache has taken the tokens of the call."""
-        talk, length = self.conversation, max(map(len, self.samples))
+        talk, length = self.conversation, self.length
         side = "left" if self.call.way == "generate" else self.call.side
         if talk is None:
             talk = Conversation(self.world.family, cache, [], [[] for _ in rows])

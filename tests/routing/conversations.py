@@ -1,7 +1,7 @@
 """What was said to a model in the course of several calls, and what the oracle makes of it.
 
-A row is the past of one sample: calls, each by rules of its own or plain, and what was taken back again. The oracle runs
-all that was ever said; later tokens do not see what was taken back.
+A row is the past of one sample: calls, each by rules of its own or plain, and what was taken back again. The oracle
+runs all that was ever said; later tokens do not see what was taken back.
 """
 
 from __future__ import annotations

@@ -77,7 +77,10 @@ class Lane:
 
 @dataclass(frozen=True)
 class Happening:
-    """What happens when ``module`` is called for the ``nth`` time in a call, or each time: before it runs, or ``after``."""
+    """What happens when ``module`` is called for the ``nth`` time in a call, or each time.
+
+    It happens before the module runs, or ``after``.
+    """
 
     module: nn.Module
     act: Callable[[], Any]

@@ -11,27 +11,41 @@ import gc
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from calls import ALL_PLACES, Act, Call, perform, plan_ahead, stored
-from conversations import PROMPTS, Conversation, untouched
+from calls import ALL_PLACES, perform, stored
+from conversations import PROMPTS, untouched
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from lanes import Lane
 from support import FAMILIES, generate, small
+from verdicts import Act, Call, plan_ahead
 from world import SETTINGS, Block, Plans, World
 
 import reroute
 from reroute.errors import RerouteError
 
-STEPS = 40
-EXAMPLES = int(os.environ.get("INTERLEAVINGS", "25"))
-"""For each family. ``make weekly`` sets it."""
+STEPS = int(os.environ.get("INTERLEAVINGS", "2000"))
+"""Of all families together. ``make weekly`` sets it."""
+
+LONGEST, USUAL = 40, 25
+"""Steps after which all begins anew: at most, and on average or more."""
+
+HAPPENED: Counter[str] = Counter()
+"""How often, in a run."""
 
 # --- what may be drawn --------------------------------------------------------------------------------------------
 
@@ -46,7 +60,9 @@ ways = st.sampled_from(["model", "model", "forward", "base", "decoder"])
 
 
 def acts(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Act, ...]]:
-    what = st.one_of(st.just("pause"), st.just("pause"), st.just("interrupt"), st.sampled_from(["enable", "disable"]), inner)
+    what = st.one_of(
+        st.just("pause"), st.just("pause"), st.just("interrupt"), st.sampled_from(["enable", "disable"]), inner
+    )
     one = st.builds(Act, st.sampled_from(list(ALL_PLACES)), what, st.sampled_from([0, 0, 0, 1, 2]), st.booleans())
     return st.one_of(st.just(()), st.lists(one, min_size=1, max_size=2).map(tuple))
 
@@ -132,7 +148,7 @@ class Interleavings(RuleBasedStateMachine):
 
     # --- routing --------------------------------------------------------------------------------------------------
 
-    @rule(lane=lanes, number=subjects, routing=routings, with_block=st.booleans())
+    @rule(lane=lanes, number=subjects, routing=routings, with_block=st.sampled_from([False, False, True]))
     def enable(self, lane: int, number: int, routing: str, with_block: bool) -> None:
         world, subject = self.world, self.world.subject(number)
 
@@ -182,25 +198,27 @@ class Interleavings(RuleBasedStateMachine):
             self.do(lane, lambda lane: self.world.open_at(lane, subject, SETTINGS[routing]))
 
     @precondition(lambda self: self.world.subjects[0].is_enabled)
-    @rule(lane=lanes, call=CALLS["new"], is_empty=st.sampled_from([True, False, False]))
-    def open_plan(self, lane: int, call: Call, is_empty: bool) -> None:
+    @rule(lane=lanes, call=CALLS["new"], is_empty=st.sampled_from([True, False, False]), knows_labels=st.booleans())
+    def open_plan(self, lane: int, call: Call, is_empty: bool, knows_labels: bool) -> None:
+        """And make a call in it: others have another shape as a rule."""
         world, subject = self.world, self.world.subject(call.subject)
 
         def work(lane: Lane) -> None:
-            plans = Plans() if is_empty else plan_ahead(world, lane, call)
+            plans = Plans() if is_empty else plan_ahead(world, lane, replace(call, answer=knows_labels))
             world.open(lane, Block("using", subject, subject.handle, subject.handle.using(plans.plan), plans))
+            perform(world, lane, call)
 
         if subject.handle is not None:
             self.do(lane, work)
 
     @precondition(lambda self: any(self.world.blocks.values()))
-    @rule(lane=lanes)
-    def close_block(self, lane: int) -> None:
-        def work(lane: Lane) -> None:
-            if self.world.blocks[lane]:
-                self.world.close_block(lane)
-
-        self.do(lane, work)
+    @rule(number=lanes)
+    def close_block(self, number: int) -> None:
+        """Of that lane, or else of the other one; not in the midst of a call."""
+        here = [lane for lane in self.world.lanes if self.world.blocks[lane] and not lane.is_paused]
+        if here:
+            lane = here[number % len(here)]
+            lane.do(lambda: self.world.close_block(lane))
 
     # --- caches and copies ----------------------------------------------------------------------------------------
 
@@ -259,7 +277,8 @@ class Interleavings(RuleBasedStateMachine):
     def drop_model(self) -> None:
         world, last = self.world, self.world.subjects[-1]
         blocks = [block for blocks in world.blocks.values() for block in blocks]
-        if not any(one.subject is last for one in (*world.running, *blocks)):
+        holders: list[Any] = [*world.running, *blocks]
+        if not any(one.subject is last for one in holders):
             del last
             world.drop_model()
 
@@ -267,6 +286,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_left_over(self) -> None:
+        HAPPENED["steps"] += 1
         self.world.check()
 
     def teardown(self) -> None:
@@ -286,7 +306,7 @@ class Interleavings(RuleBasedStateMachine):
             for lane in world.lanes:
                 lane.close()
             reroute.disable()
-            TALLY.update(world.outcomes)
+            HAPPENED.update(world.outcomes)
 
     @staticmethod
     def _try(work: Callable[[], Any], is_over: bool) -> None:
@@ -295,11 +315,6 @@ class Interleavings(RuleBasedStateMachine):
         except BaseException:
             if not is_over:
                 raise
-
-
-from collections import Counter  # noqa: E402
-
-TALLY: Counter[str] = Counter()
 
 
 @pytest.fixture(autouse=True)
@@ -313,20 +328,23 @@ def _quick_collections() -> Iterator[None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_interleaving(family: str) -> None:
-    tiny = small(family)
+    tiny, share = small(family), STEPS // len(FAMILIES)
     generate(tiny, [tiny.prompt(0, 2, tiny.grid, 2)], 2)  # Transformers puts hooks of its own on a model that is used
     untouched(family)
     machine = type("Interleavings", (Interleavings,), {"family": family})
     machine.__module__ = __name__
     examples = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=STEPS,
+        max_examples=-(-share // USUAL),
+        stateful_step_count=LONGEST,
         suppress_health_check=list(HealthCheck),
-        deadline=None,
+        database=None,
         report_multiple_bugs=False,
     )
-    TALLY.clear()
+    HAPPENED.clear()
     with warnings.catch_warnings(action="ignore"):
         run_state_machine_as_test(machine, settings=examples)
-    for what, n in sorted(TALLY.items()):
+    for what, n in sorted(HAPPENED.items()):
         print(f"{n:6} {what}")
+    # Else it would be a test of little.
+    assert HAPPENED["steps"] > 0.8 * share
+    assert all(HAPPENED[what] for what in ("plain", "routed", "after a routed prompt", "interrupted", "refused: busy"))

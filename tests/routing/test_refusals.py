@@ -11,7 +11,6 @@ import models
 import pytest
 import torch
 from models import CACHE, Tiny
-from oracle import Rules
 from support import RULES, cache_of, close, enable, generate, refuses, snapshot, state_of, unchanged
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -109,12 +110,16 @@ class Block:
 
 @dataclass(eq=False)
 class Subject:
-    """A model. ``settings``: those of its handle. ``awaits``: its first call is on its way to give it one."""
+    """A model. ``settings``: those of its handle. ``awaits``: its first call is on its way to give it one.
+
+    ``is_told``: whether we listen to the handle.
+    """
 
     tiny: Tiny
     settings: Settings = field(default_factory=dict)
     attached: Any = None
     awaits: bool = False
+    is_told: bool = False
 
     def __post_init__(self) -> None:
         model = self.tiny.model
@@ -135,10 +140,7 @@ class Subject:
         """Nothing is left of a handle."""
         model = self.tiny.model
         assert [type(module) for module in model.modules()] == self.classes
-        now = snapshot(model)
-        assert now == self.before, [
-            (name, key, now[name].get(key), self.before[name].get(key)) for name in now for key in {**now[name], **self.before[name]}
-            if now[name].get(key)!=self.before[name].get(key)]
+        assert snapshot(model) == self.before
         assert reroute.handle_of(model) is None
         assert all(t._version == version and torch.equal(t, kept) for t, kept, version in self.tensors)
 
@@ -172,7 +174,7 @@ class World:
         self.everywhere: tuple[Settings, list[Subject]] | None = None
         self.recorded: Counter[tuple[int, int | None]] = Counter()  # by handle and thread
         self.told: Counter[tuple[int, int | None]] = Counter()
-        self.outcomes: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()  # how often what happened, for a look at what a run has covered
         self.pool = PagedPool.shared(64, torch.float32, "cpu")
 
     # --- what is so -----------------------------------------------------------------------------------------------
@@ -214,7 +216,9 @@ class World:
 
     @contextmanager
     def keeping_deltas(self) -> Iterator[None]:
-        """What Transformers keeps of Qwen's last prompt on the model, for its next call: another one's must not count."""
+        """Transformers keeps on the model what it needs of Qwen's last prompt in the next call: that of a call inside
+        must not count.
+        """
         bases = [subject.tiny.model.model for subject in self.subjects]
         kept = [(base, base.rope_deltas) for base in bases if hasattr(base, "rope_deltas")]
         try:
@@ -252,8 +256,8 @@ class World:
             assert old is None or old.is_enabled
             return None
         self._has_ended(subject)
-        subject.attached, subject.settings = handle, settings
-        handle.on_prefill(lambda _, number=id(handle): self._tell(number))
+        subject.attached, subject.settings, subject.is_told = handle, settings, True
+        handle.on_prefill(partial(self._tell, id(handle)))
         return handle
 
     def disable(self, subject: Subject, *, by_handle: bool = False) -> None:
@@ -288,7 +292,7 @@ class World:
         if rules_of(settings, self.family) is not None:
             if not self.can_begin(subject):
                 return False
-            subject.awaits, subject.settings = True, settings
+            subject.awaits, subject.settings, subject.is_told = True, settings, False
         seen.append(subject)
         return True
 
@@ -305,7 +309,7 @@ class World:
             for key in [key for key in counts if key[0] == id(handle)]:
                 del counts[key]
 
-    def _tell(self, handle: int) -> None:
+    def _tell(self, handle: int, _: Any) -> None:
         self.told[handle, threading.get_ident()] += 1
 
     # --- blocks ---------------------------------------------------------------------------------------------------
@@ -355,23 +359,28 @@ class World:
 
     def check(self) -> None:
         paused = sum(len(lane.frames) for lane in self.lanes)
-        plans = sum(block.kind == "using" and block.value.rules is not None for b in self.blocks.values() for block in b)
+        blocks = [block for blocks in self.blocks.values() for block in blocks]
+        plans = sum(block.kind == "using" and block.value.rules is not None for block in blocks)
         assert self.pool.stats().leases <= plans + paused
         for subject in self.subjects:
-            handle = subject.handle
-            if handle is None:
-                if not any(one.subject is subject for one in self.running):
-                    subject.check_plain()
-                continue
-            assert handle.is_enabled
-            assert reroute.handle_of(subject.tiny.model) is handle
-            if self.runs(handle):
-                continue
-            assert not handle._router._running
-            assert handle._router._scopes._open == len(self.blocks_of(handle, "at", "using"))
-            of_handle = {key: n for key, n in self.recorded.items() if key[0] == id(handle) and n}
-            counts = handle.totals().prefills, handle.stats().prefills, sum(of_handle.values())
-            assert len(set(counts)) == 1, f"prefills in totals, in stats, and recorded: {counts}"
-            assert {key: n for key, n in self.told.items() if key[0] == id(handle)} in (of_handle, {})
+            if subject.handle is not None:
+                self._check_routed(subject)
+            elif not any(one.subject is subject for one in self.running):
+                subject.check_plain()
         if not self.running:
             assert not any(handle._router._running for handle in self.old_handles)
+
+    def _check_routed(self, subject: Subject) -> None:
+        handle = subject.handle
+        found: Any = reroute.handle_of(subject.tiny.model)
+        assert found is handle
+        assert handle.is_enabled
+        if self.runs(handle):
+            return
+        assert not handle._router._running
+        assert handle._router._scopes._open == len(self.blocks_of(handle, "at", "using"))
+        of_handle = {key: n for key, n in self.recorded.items() if key[0] == id(handle) and n}
+        counts = handle.totals().prefills, handle.stats().prefills, sum(of_handle.values())
+        assert len(set(counts)) == 1, f"prefills in totals, in stats, and recorded: {counts}"
+        told = {key: n for key, n in self.told.items() if key[0] == id(handle)}
+        assert told == (of_handle if subject.is_told else {})
