@@ -172,14 +172,15 @@ class Planner:
                 f"cache; this call has {batch, length} after {past}. Make a plan of its own for it, or call the model "
                 "outside of handle.using(plan)."
             )
+        if plan.changes_nothing:
+            return  # nothing is ranked
         if labels is not None and not plan.knows_labels:
             raise RerouteError(
                 "The plan in use does not know the labels of this call, whose answer would rank the picture. Pass "
                 "labels= to handle.plan too."
             )
-        if not plan.changes_nothing:
-            self.check_call(plan, cache)
-            self._check_others(kwargs, plan)
+        self.check_call(plan, cache)
+        self._check_others(kwargs, plan)
 
     def check_follower(self, kwargs: Kwargs, cache: Cache, tokens: torch.Tensor) -> None:
         """Check a call of the base model with ``tokens`` (B, L, …) after a routed ``cache``, with a plan or without.
