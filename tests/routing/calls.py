@@ -28,7 +28,7 @@ ALL_PLACES: dict[str, Callable[[Any], nn.Module]] = {
     **PLACES,
     LAST: lambda model: model.model.language_model.layers[4].mlp,
 }
-TOKENS = 3
+TOKENS = 2
 """That are generated."""
 
 
@@ -82,7 +82,8 @@ class _Performance(Asked):
         if verdict is None:
             world.outcomes["impossible"] += 1
             return
-        running = Running(self.lane, self.subject, call.way == "generate", not self.subject.is_enabled)
+        is_plain = not self.subject.is_enabled or call.way == "decoder"
+        running = Running(self.lane, self.subject, call.way == "generate", is_plain)
         given = self.given()
         cache = DynamicCache() if talk is None and call.cache == "given" else None if talk is None else talk.cache
         before = stored(cache)

@@ -147,7 +147,7 @@ class Subject:
 
 @dataclass(eq=False)
 class Running:
-    """A call that has begun. ``place``: where it pauses. ``is_plain``: it began while routing was off."""
+    """A call that has begun. ``place``: where it pauses. ``is_plain``: routing was off when it began, or not meant."""
 
     lane: Lane
     subject: Subject
