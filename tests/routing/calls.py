@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -147,11 +148,18 @@ class _Performance(Asked):
                 running.place = None
             elif isinstance(act.what, Call):
                 perform(world, self.lane, act.what)
+            elif act.what == "twin":
+                perform(world, self.lane, self.twin())
             elif running.handle is not None:  # a plain call may become a routed one
                 if act.what == "enable":
                     world.enable(subject, SETTINGS["half"])
                 else:
                     world.disable(subject)
+
+    def twin(self) -> Call:
+        """Of the same prompt: what belongs to this call would fit it."""
+        cache = "none" if self.conversation is None else "own"
+        return replace(self.call, way="base", answer=False, cache=cache, at=None, listener=False, acts=())
 
     # --- what came of it ------------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from calls import ALL_PLACES, perform, stored
-from conversations import PROMPTS, untouched
+from calls import perform, stored
+from conversations import Conversation, untouched
+from draws import any_call, block_kinds, changes, few, lanes, moves, routings, subjects
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,11 +33,10 @@ from hypothesis.stateful import (
 )
 from lanes import Lane
 from support import FAMILIES, generate, small
-from verdicts import Act, Call, plan_ahead
+from verdicts import Call, plan_ahead
 from world import SETTINGS, Block, Plans, World
 
 import reroute
-from reroute.errors import RerouteError
 
 STEPS = int(os.environ.get("INTERLEAVINGS", "2000"))
 """Of all families together. ``make weekly`` sets it."""
@@ -47,98 +47,57 @@ LONGEST, USUAL = 40, 30
 HAPPENED: Counter[str] = Counter()
 """How often, in a run."""
 
-# --- what may be drawn --------------------------------------------------------------------------------------------
-
-lanes, few = st.integers(0, 1), st.integers(0, 3)
-pairs = st.tuples(lanes, lanes)
-subjects = st.sampled_from([0, 0, 0, 1])
-routings = st.sampled_from([*SETTINGS, "pyramid", "growing", "renumbered"])
-prompts = st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=2).map(tuple)
-more = st.sampled_from([("one",), ("three",), ("picture",), ("talk",), ("picture", "talk"), ("talk", "picture")])
-MOVES = ("reorder", "select", "repeat", "copy", "drop")
-ways = st.sampled_from(["model", "model", "forward", "base", "decoder"])
-
-
-def acts(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Act, ...]]:
-    what = st.one_of(
-        st.just("pause"), st.just("pause"), st.just("interrupt"), st.sampled_from(["enable", "disable"]), inner
-    )
-    one = st.builds(Act, st.sampled_from(list(ALL_PLACES)), what, st.sampled_from([0, 0, 0, 1, 2]), st.booleans())
-    return st.one_of(st.just(()), st.lists(one, min_size=1, max_size=2).map(tuple))
-
-
-def calls(acts: st.SearchStrategy[tuple[Act, ...]]) -> dict[str, st.SearchStrategy[Call]]:
-    shared: dict[str, Any] = {
-        "subject": subjects,
-        "at": st.one_of(st.none(), st.none(), routings),
-        "listener": st.sampled_from([False] * 7 + [True]),
-        "acts": acts,
-    }
-    sides, caches = st.sampled_from(["left", "left", "right"]), st.sampled_from(["own", "given", "none"])
-    new = st.builds(
-        Call, ways, prompts, side=sides, answer=st.booleans(), cache=caches, positions=st.booleans(), **shared
-    )
-    following = st.builds(Call, ways, more, follows=few, answer=st.booleans(), **shared)
-    generations = st.one_of(
-        st.builds(Call, st.just("generate"), prompts, cache=st.sampled_from(["own", "none"]), **shared),
-        st.builds(Call, st.just("generate"), more, follows=few, spelling=st.sampled_from(["all", "new"]), **shared),
-    )
-    return {"new": new, "following": following, "generations": generations}
-
-
-def any_of(strategies: dict[str, st.SearchStrategy[Call]]) -> st.SearchStrategy[Call]:
-    return st.one_of(*strategies.values())
-
-
-CALLS = calls(acts(any_of(calls(acts(any_of(calls(st.just(()))))))))
-
 
 class Interleavings(RuleBasedStateMachine):
     family = "llava"
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(small(self.family), self.family)
+        tiny = untouched(self.family)  # and what a fault leaves on a model is not there when it is looked for again
+        self.world = World(replace(tiny, model=copy.deepcopy(tiny.model)), self.family)
 
     def lane(self, number: int) -> Lane:
         """One that is free, if need be after its call has ended."""
         one, other = self.world.lanes[number], self.world.lanes[1 - number]
         if one.is_paused and not other.is_paused:
             return other
-        while one.is_paused:
-            one.go_on()
+        self.end(number)
         return one
+
+    def end(self, number: int) -> None:
+        """The call of that lane, if one runs there."""
+        while (lane := self.world.lanes[number]).is_paused:
+            lane.go_on()
 
     def do(self, number: int, work: Callable[[Lane], Any]) -> None:
         lane = self.lane(number)
         lane.do(lambda: work(lane))
 
-    @initialize(routing=st.one_of(st.none(), routings, routings), call=CALLS["new"])
-    def first(self, routing: str | None, call: Call) -> None:
+    @initialize(routing=routings, call=any_call(st.just("new")))
+    def first(self, routing: str, call: Call) -> None:
         """Most of what may happen needs a model that is routed, and a conversation."""
-        if routing is not None:
-            self.do(0, lambda _: self.world.enable(self.world.subjects[0], SETTINGS[routing]))
+        self.do(0, lambda _: self.world.enable(self.world.subjects[0], SETTINGS[routing]))
         self.do(0, lambda lane: perform(self.world, lane, call))
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
-    @rule(lane=lanes, call=CALLS["new"])
+    @rule(lane=lanes, call=any_call(st.sampled_from(["new", "new", "generation"])))
     def begin(self, lane: int, call: Call) -> None:
         self.do(lane, lambda lane: perform(self.world, lane, call))
 
     @precondition(lambda self: self.world.conversation(0) is not None)
-    @rule(lane=lanes, call=CALLS["following"])
+    @rule(lane=lanes, call=any_call(st.sampled_from(["following", "following", "later generation"])))
     def follow(self, lane: int, call: Call) -> None:
         self.do(lane, lambda lane: perform(self.world, lane, call))
 
-    @precondition(lambda self: self.world.conversation(0) is not None)
-    @rule(lane=lanes, call=CALLS["following"])
-    def follow_again(self, lane: int, call: Call) -> None:
-        self.do(lane, lambda lane: perform(self.world, lane, call))
-
-    @rule(lane=lanes, call=CALLS["generations"])
-    def generate(self, lane: int, call: Call) -> None:
-        self.do(lane, lambda lane: perform(self.world, lane, call))
+    @rule(first=any_call(pauses=True), second=any_call(pauses=True), order=st.permutations([0, 1]))
+    def overlap(self, first: Call, second: Call, order: list[int]) -> None:
+        """Two calls begin, then both end."""
+        for number, call in enumerate((first, second)):
+            self.end(number)
+            self.do(number, lambda lane: perform(self.world, lane, call))  # noqa: B023
+        for number in order:
+            self.end(number)
 
     @precondition(lambda self: any(lane.is_paused for lane in self.world.lanes))
     @rule(number=lanes)
@@ -148,135 +107,112 @@ class Interleavings(RuleBasedStateMachine):
 
     # --- routing --------------------------------------------------------------------------------------------------
 
-    @rule(lane=lanes, number=subjects, routing=routings, with_block=st.sampled_from([False, False, True]))
-    def enable(self, lane: int, number: int, routing: str, with_block: bool) -> None:
-        world, subject = self.world, self.world.subject(number)
+    @rule(lane=lanes, number=subjects, how=changes, routing=routings)
+    def change(self, lane: int, number: int, how: str, routing: str) -> None:
+        if how == "copy or drop a model":
+            self.copy_or_drop_model(lane)
+            return
+        world, subject, settings = self.world, self.world.subject(number), SETTINGS[routing]
 
         def work(lane: Lane) -> None:
-            if not world.can_begin(subject):
-                return
-            handle = world.enable(subject, SETTINGS[routing])
-            if handle is not None and with_block:
-                world.open(lane, Block("handle", subject, handle, handle))
-
-        self.do(lane, work)
-
-    @precondition(lambda self: any(subject.is_enabled for subject in self.world.subjects))
-    @rule(lane=lanes, number=subjects, how=st.sampled_from(["function", "handle", "everywhere"]))
-    def disable(self, lane: int, number: int, how: str) -> None:
-        world, subject = self.world, self.world.subject(number)
-
-        def work(_: Lane) -> None:
-            if how == "everywhere":
+            if how == "enable everywhere":
+                if all(one.is_enabled or world.can_begin(one) for one in world.subjects):
+                    world.enable_everywhere(settings)
+            elif how == "disable everywhere":
                 world.disable_everywhere()
-            else:
-                world.disable(subject, by_handle=how == "handle")
-            for handle in world.old_handles:
-                handle.disable()
-                for use in (lambda: handle.at(keep=0.5), lambda: handle.using(None), handle.__enter__):  # noqa: B023
-                    with pytest.raises(RerouteError, match="Routing of this model was disabled"):
-                        use()
+            elif how.startswith("disable"):
+                world.disable(subject, by_handle=how == "disable by its handle")
+            elif world.can_begin(subject):
+                handle = world.enable(subject, settings)
+                if handle is not None and how == "enable in a block":
+                    world.open(lane, Block("handle", subject, handle, handle))
+            world.check_old_handles()
 
         self.do(lane, work)
 
-    @precondition(lambda self: not all(subject.is_enabled for subject in self.world.subjects))
-    @rule(lane=lanes, routing=routings)
-    def enable_everywhere(self, lane: int, routing: str) -> None:
-        def work(_: Lane) -> None:
-            if all(subject.is_enabled or self.world.can_begin(subject) for subject in self.world.subjects):
-                self.world.enable_everywhere(SETTINGS[routing])
-
-        self.do(lane, work)
-
-    # --- blocks ---------------------------------------------------------------------------------------------------
-
-    @precondition(lambda self: self.world.subjects[0].is_enabled)
-    @rule(lane=lanes, number=subjects, routing=routings)
-    def open_settings(self, lane: int, number: int, routing: str) -> None:
-        subject = self.world.subject(number)
-        if subject.handle is not None:
-            self.do(lane, lambda lane: self.world.open_at(lane, subject, SETTINGS[routing]))
-
-    @precondition(lambda self: self.world.subjects[0].is_enabled)
-    @rule(lane=lanes, call=CALLS["new"], is_empty=st.sampled_from([True, False, False]), knows_labels=st.booleans())
-    def open_plan(self, lane: int, call: Call, is_empty: bool, knows_labels: bool) -> None:
-        """And make a call in it: others have another shape as a rule."""
-        world, subject = self.world, self.world.subject(call.subject)
-
-        def work(lane: Lane) -> None:
-            plans = Plans() if is_empty else plan_ahead(world, lane, replace(call, answer=knows_labels))
-            world.open(lane, Block("using", subject, subject.handle, subject.handle.using(plans.plan), plans))
-            perform(world, lane, call)
-
-        if subject.handle is not None:
-            self.do(lane, work)
-
-    @precondition(lambda self: any(self.world.blocks.values()))
-    @rule(number=lanes)
-    def close_block(self, number: int) -> None:
-        """Of that lane, or else of the other one; not in the midst of a call."""
-        here = [lane for lane in self.world.lanes if self.world.blocks[lane] and not lane.is_paused]
-        if here:
-            lane = here[number % len(here)]
-            lane.do(lambda: self.world.close_block(lane))
-
-    # --- caches and copies ----------------------------------------------------------------------------------------
-
-    @precondition(lambda self: self.world.conversation(0) is not None)
-    @rule(lane=lanes, number=few, count=st.integers(-2, 12))
-    def crop(self, lane: int, number: int, count: int) -> None:
-        def work(_: Lane) -> None:
-            talk = self.world.conversation(number)
-            if talk is None:
-                return
-            if talk.is_broken:
-                with self.world.refused("half filled"):
-                    talk.cache.crop(-count)
-            elif talk.is_routed and not 0 <= count <= talk.length - talk.floor:
-                before = stored(talk.cache)
-                with self.world.refused("crop"):
-                    talk.cache.crop(-count)
-                assert stored(talk.cache) == before
-            elif 0 < count <= talk.tail and talk.spares(count):
-                talk.cache.crop(-count)
-                talk.crop(count)
-
-        self.do(lane, work)
-
-    @precondition(lambda self: self.world.conversation(0) is not None)
-    @rule(lane=lanes, number=few, how=st.sampled_from(MOVES), rows=pairs)
-    def move(self, lane: int, number: int, how: str, rows: tuple[int, int]) -> None:
-        def work(_: Lane) -> None:
-            talk = self.world.conversation(number)
-            if talk is None or (talk.is_broken and how != "drop"):
-                return
-            order = [row % len(talk.rows) for row in rows]
-            if how == "reorder":
-                del order[len(talk.rows) :]
-                talk.cache.reorder_cache(torch.tensor(order))
-            elif how == "select":
-                talk.cache.batch_select_indices(torch.tensor(order))
-            elif how == "repeat" and len(talk.rows) == 1:
-                talk.cache.batch_repeat_interleave(2)
-            elif how == "copy":
-                self.world.add(replace(talk, cache=copy.deepcopy(talk.cache)))
-            elif how == "drop":
-                self.world.conversations.remove(talk)
-            if how in ("reorder", "select", "repeat") and (how != "repeat" or len(talk.rows) == 1):
-                talk.move(order)
-
-        self.do(lane, work)
-
-    @rule(lane=lanes)
-    def copy_or_drop_model(self, lane: int) -> None:
+    def copy_or_drop_model(self, number: int) -> None:
         world, last = self.world, self.world.subjects[-1]
         if len(world.subjects) == 1:
-            self.do(lane, lambda _: world.copy_model(last))
+            self.do(number, lambda _: world.copy_model(last))
             return
         holders: list[Any] = [*world.running, *(block for blocks in world.blocks.values() for block in blocks)]
         if not any(one.subject is last for one in holders):
             del last, holders
             world.drop_model()
+
+    # --- blocks ---------------------------------------------------------------------------------------------------
+
+    @rule(
+        lane=lanes,
+        kind=block_kinds,
+        routing=routings,
+        call=any_call(st.just("new")),
+        knows_labels=st.booleans(),
+    )
+    def block(self, lane: int, kind: str, routing: str, call: Call, knows_labels: bool) -> None:
+        """Open one, or close the innermost one."""
+        world, subject = self.world, self.world.subject(call.subject)
+
+        def work(lane: Lane) -> None:
+            if kind == "close" or len(world.blocks[lane]) > 1:
+                if world.blocks[lane]:
+                    world.close_block(lane)
+            elif subject.handle is None:
+                return
+            elif kind == "settings":
+                world.open_at(lane, subject, SETTINGS[routing])
+            else:  # and make the call that was planned, since others are of another shape as a rule
+                plans = Plans() if kind == "no plan" else plan_ahead(world, lane, replace(call, answer=knows_labels))
+                world.open(lane, Block("using", subject, subject.handle, subject.handle.using(plans.plan), plans))
+                perform(world, lane, call)
+
+        self.do(lane, work)
+
+    # --- caches ---------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.conversation(0) is not None)
+    @rule(lane=lanes, number=few, how=moves, rows=st.tuples(lanes, lanes), count=st.integers(-2, 12))
+    def handle_cache(self, lane: int, number: int, how: str, rows: tuple[int, int], count: int) -> None:
+        def work(_: Lane) -> None:
+            talk = self.world.conversation(number)
+            if talk is None:
+                return
+            if how == "crop":
+                self.crop(talk, count)
+            elif how == "drop":
+                self.world.conversations.remove(talk)
+            elif not talk.is_broken:
+                self.move(talk, how, [row % len(talk.rows) for row in rows])
+
+        self.do(lane, work)
+
+    def crop(self, talk: Conversation, count: int) -> None:
+        if talk.is_broken:
+            with self.world.refused("half filled"):
+                talk.cache.crop(-count)
+        elif talk.is_routed and not 0 <= count <= talk.length - talk.floor:
+            before = stored(talk.cache)
+            with self.world.refused("crop"):
+                talk.cache.crop(-count)
+            assert stored(talk.cache) == before
+        elif 0 < count <= talk.tail and talk.spares(count):
+            talk.cache.crop(-count)
+            talk.crop(count)
+
+    def move(self, talk: Conversation, how: str, order: list[int]) -> None:
+        if how == "copy":
+            self.world.add(replace(talk, cache=copy.deepcopy(talk.cache)))
+            return
+        if how == "reorder":
+            del order[len(talk.rows) :]
+            talk.cache.reorder_cache(torch.tensor(order))
+        elif how == "select":
+            talk.cache.batch_select_indices(torch.tensor(order))
+        elif len(talk.rows) == 1:
+            talk.cache.batch_repeat_interleave(2)
+        else:
+            return
+        talk.move(order)
 
     # --- what must always be so -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ ANSWER, LONGEST = 2, 110
 
 @dataclass(frozen=True)
 class Act:
-    """Something happens at a place: pause, interrupt, enable, disable, or a call."""
+    """Something happens at a place: pause, interrupt, enable, disable, twin, or a call."""
 
     place: str
     what: Any

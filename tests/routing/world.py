@@ -357,6 +357,14 @@ class World:
 
     # --- what must always be so -----------------------------------------------------------------------------------
 
+    def check_old_handles(self) -> None:
+        """They do nothing more, and say so."""
+        for handle in self.old_handles:
+            handle.disable()
+            for use in (partial(handle.at, keep=0.5), partial(handle.using, None), handle.__enter__):
+                with pytest.raises(RerouteError, match="Routing of this model was disabled"):
+                    use()
+
     def check(self) -> None:
         paused = sum(len(lane.frames) for lane in self.lanes)
         blocks = [block for blocks in self.blocks.values() for block in blocks]
