@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from verdicts import Act, Call
 from world import SETTINGS
 
-__all__ = ["any_call", "block_kinds", "changes", "few", "lanes", "moves", "routings", "subjects"]
+__all__ = ["any_call", "block_kinds", "changes", "lanes", "later", "moves", "new", "prompts", "routings", "subjects"]
 
-lanes, few = st.integers(0, 1), st.integers(0, 3)
+lanes = st.integers(0, 1)
 subjects = st.sampled_from([0, 0, 0, 0, 1])
-routings = st.sampled_from([*SETTINGS, *["pyramid"] * 3, *["growing"] * 3, "removal", "renumbered"])
+routings = st.sampled_from([*SETTINGS, *["pyramid"] * 3, *["growing"] * 3, "removal", "renumbered", "everything"])
 
 changes = st.sampled_from(
     [
@@ -29,17 +29,20 @@ changes = st.sampled_from(
 block_kinds = st.sampled_from(["settings", "a plan", "a plan", "no plan", *["close"] * 3])
 moves = st.sampled_from(["reorder", "select", "repeat", "copy", "drop", *["crop"] * 3])
 
+prompts = st.just("new")
+new = st.sampled_from(["new", "new", "generation"])
+later = st.sampled_from(["following", "following", "later generation"])
 _kinds = st.sampled_from(["new", "new", "following", "generation", "later generation"])
 _ways = st.sampled_from([*["model"] * 3, *["forward"] * 2, *["base"] * 2, "decoder"])
 # Most are of one shape: what belongs to one call would fit another one.
-_prompts = st.lists(
+_names = st.lists(
     st.sampled_from(["question", "like it", "question", "like it", "late", "two pictures", "words"]),
     min_size=1,
     max_size=2,
 ).map(tuple)
 _more = st.sampled_from([("one",), ("three",), ("picture",), ("talk",), ("picture", "talk"), ("talk", "picture")])
 _places = st.sampled_from(list(ALL_PLACES))
-_happenings = st.sampled_from([*["pause"] * 4, *["call"] * 3, *["twin"] * 2, "interrupt", "enable", "disable"])
+_happenings = st.sampled_from([*["pause"] * 4, *["call"] * 3, *["twin"] * 2, *["interrupt"] * 2, "enable", "disable"])
 _rarely = st.sampled_from([True, *[False] * 7])
 _DEPTH = 2
 """How deep calls may lie in calls."""
@@ -66,9 +69,9 @@ def any_call(draw: st.DrawFn, kinds: st.SearchStrategy[str] = _kinds, depth: int
         acts = tuple(draw(any_act(is_generation, depth)) for _ in range(draw(st.sampled_from([0, 1, 1, 2]))))
     return Call(
         way="generate" if is_generation else draw(_ways),
-        names=draw(_more) if is_later else draw(_prompts),
+        names=draw(_more) if is_later else draw(_names),
         subject=draw(subjects),
-        follows=draw(few) if is_later else None,
+        follows=draw(st.integers(0, 3)) if is_later else None,
         side=draw(st.sampled_from(["left", "left", "right"])) if kind == "new" else "left",
         answer=not is_generation and draw(st.booleans()),
         cache="own"
