@@ -15,7 +15,7 @@ from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
 from .core.schedule import Schedule
 from .core.workspace import Workspace
-from .rankers import RANKERS, RandomScores
+from .rankers import RANKERS, RandomScores, Ranker
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
 
@@ -77,6 +77,13 @@ class ShortPrefills:
 
 
 def _with_known_rankers(schedule: Schedule) -> Schedule:
-    """One's own rankers may not like prompts of a few tokens; any scores need the same kernels."""
+    """One's own rankers may not like prompts of a few tokens, and others have no pictures here.
+
+    Any scores need the same kernels.
+    """
     known = tuple(RANKERS.values())
-    return replace(schedule, rankers=tuple(r if type(r) in known else RandomScores() for r in schedule.rankers))
+
+    def usable(ranker: Ranker) -> bool:
+        return type(ranker) in known and not ranker.needs_vision
+
+    return replace(schedule, rankers=tuple(r if usable(r) else RandomScores() for r in schedule.rankers))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import RerouteError, unknown
+from ..rankers import TowerShape
 from .schedule import Action, Schedule
 
 __all__ = [
@@ -28,7 +29,10 @@ Attention = Literal["dense", "causal"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices)."""
+    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
+
+    ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
+    """
 
     num_layers: int
     hidden: int
@@ -37,6 +41,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    tower: TowerShape | None = None
 
     @classmethod
     def from_config(cls, text_config: Any) -> ModelShape:

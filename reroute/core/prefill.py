@@ -16,7 +16,7 @@ import torch
 
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
-from ..rankers import DecoderAdapter, Merge, RankContext
+from ..rankers import DecoderAdapter, Merge, RankContext, Vision
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
@@ -117,12 +117,15 @@ class Prefill:
         rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
-    def decide(self, decision: Decision, hidden: torch.Tensor) -> Decided:
-        """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
+    def decide(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None = None) -> Decided:
+        """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``.
+
+        ``vision``: the pictures of this call, if the ranker needs them.
+        """
         self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
         with torch.no_grad():
-            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden))
+            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden, vision))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)
@@ -184,7 +187,7 @@ class Prefill:
         rows = self._competitors.candidates.gather(1, kept.clamp(min=0)) + starts[:, None]
         self._home.defer(self._pool_rows(decision, rows.masked_fill(kept < 0, -1)), merged)
 
-    def _rank_context(self, decision: Decision, hidden: torch.Tensor) -> RankContext:
+    def _rank_context(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None) -> RankContext:
         cos, sin = self._pool_tables[:2]
         positions = self._tensors.positions
         if not decision.from_pool:
@@ -204,6 +207,7 @@ class Prefill:
             self._competitors.visual_indices,
             hidden=lambda: self._defer_and_read(decision, hidden).to(self._home.device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
+            vision=vision,
         )
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------

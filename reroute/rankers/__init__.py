@@ -7,10 +7,12 @@ from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .random import RandomScores
 from .scores import RankInputs, ScoreRanker
+from .vision import Grid, TowerShape, Vision
 
 __all__ = [
     "RANKERS",
     "DecoderAdapter",
+    "Grid",
     "LastTokenAttention",
     "Merge",
     "RandomScores",
@@ -18,6 +20,8 @@ __all__ = [
     "RankInputs",
     "Ranker",
     "ScoreRanker",
+    "TowerShape",
+    "Vision",
 ]
 
 RANKERS: Registry[Ranker] = Registry(
