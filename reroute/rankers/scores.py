@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +36,7 @@ class RankInputs:
     query: torch.Tensor
     layer: int
     stage: int
-    visual_indices: list[torch.Tensor]
+    visual_indices: list[torch.Tensor] = field(default_factory=list)
     vision: Vision | None = None
 
 

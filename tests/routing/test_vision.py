@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from models import CACHE, Sample, Tiny
 from oracle import Rules
 from support import cache_of, close, enable, generate, snapshot
 from torch import Tensor
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedModelError
@@ -22,6 +23,8 @@ from reroute.rankers import RankContext, RankInputs, ScoreRanker, TowerShape, Vi
 from reroute_kernels import Selection
 
 RULES = Rules((0, 3), (0.5, 0.25))
+UNROLLED = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+"""Where the tokens of a picture of 4 x 4, row by row, are among those that run in windows of 2 x 2."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Looking(ScoreRanker):
         return [its.sum(0)[index].float() for its, index in zip(attention, inputs.visual_indices, strict=True)]
 
 
-@pytest.fixture(params=["llava-gqa"])
+@pytest.fixture(params=["llava-gqa", "qwen"])
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     return models.tiny(request.param)
 
@@ -62,16 +65,54 @@ def layers_of(tiny: Tiny) -> Any:
 
 
 def outputs_of_tower(tiny: Tiny, sample: Sample) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Of each picture: all hidden states (1, P, C), and what each layer attends to (heads, P), by eager attention."""
-    outputs = []
+    """Of each picture, by eager attention: hidden states (N, F) of its tokens, and what layers attend to, (…, N)."""
     tiny.model.set_attn_implementation("eager")
-    for pixels in sample.pixels:
-        out = tower_of(tiny)(pixels, output_hidden_states=True, output_attentions=True)
-        outputs.append(
-            ([state[0, 1:] for state in out.hidden_states], [weights[0, :, 0, 1:] for weights in out.attentions])
-        )
-    tiny.model.set_attn_implementation("sdpa")
-    return outputs
+    try:
+        tower = tower_of(tiny)
+        if tiny.is_qwen:
+            return [of_qwen(tower, *its) for its in zip(sample.pixels, sample.grids, strict=True)]
+        return [of_clip(tower, pixels) for pixels in sample.pixels]
+    finally:
+        tiny.model.set_attn_implementation("sdpa")
+
+
+def of_clip(tower: Any, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    out = tower(pixels, output_hidden_states=True, output_attentions=True)
+    return [state[0, 1:] for state in out.hidden_states], [weights[0, :, 0, 1:] for weights in out.attentions]
+
+
+def of_qwen(tower: Any, pixels: Tensor, grid: tuple[int, int, int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention as the model's own function has it, window by window."""
+    seen: list[Tensor] = []
+    original = qwen2_5_vl.eager_attention_forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        seen.append(output[1][0])
+        return output
+
+    qwen2_5_vl.eager_attention_forward = watched
+    try:
+        states = tower(pixels, grid_thw=torch.tensor([grid]), output_hidden_states=True).hidden_states
+    finally:
+        qwen2_5_vl.eager_attention_forward = original
+    rows, columns = grid[1] // 2, grid[2] // 2
+    run = [r * columns + c for r0 in range(0, rows, 2) for c0 in range(0, columns, 2) for r, c in window(r0, c0, grid)]
+    by_rows = torch.tensor(run).argsort()
+    received: list[list[Tensor]] = [[]]
+    for weights in seen:
+        if sum(map(len, received[-1])) == len(pixels):
+            received.append([])
+        received[-1].append(weights.mean(0).sum(0))
+    attended = [torch.cat(its).view(-1, 4).mean(1)[by_rows][None] for its in received]
+    return [state.view(len(run), -1)[by_rows] for state in states], attended
+
+
+def window(row: int, column: int, grid: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
+    """The tokens of a window of 2 x 2 tokens, fewer at the border."""
+    for r in range(row, min(row + 2, grid[1] // 2)):
+        for c in range(column, min(column + 2, grid[2] // 2)):
+            yield r, c
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -107,13 +148,16 @@ def test_a_ranker_sees_what_the_tower_computes(tiny: Tiny, attention: str) -> No
 
 def test_keys_are_those_of_the_layer(tiny: Tiny) -> None:
     sample, seen, projected = tiny.prompt(0, 5, tiny.grid, 4), [], []
-    hook = layers_of(tiny)[1].self_attn.k_proj.register_forward_hook(lambda m, args, out: projected.append(out))
+    attention = layers_of(tiny)[1].attn if tiny.is_qwen else layers_of(tiny)[1].self_attn
+    projection = attention.qkv if tiny.is_qwen else attention.k_proj
+    hook = projection.register_forward_hook(lambda m, args, out: projected.append(out))
     try:
         with enable(tiny, RULES, Looking(lambda vision: seen.append(vision.keys(1)[0]))):
             tiny.model(**tiny.inputs([sample]))
     finally:
         hook.remove()
-    close(seen[0].flatten(1), projected[0][0, 1:])
+    keys = projected[0].chunk(3, -1)[1].view(16, 4, -1).mean(1)[UNROLLED] if tiny.is_qwen else projected[0][0, 1:]
+    close(seen[0].flatten(1), keys)
 
 
 @pytest.mark.parametrize("action", ["route", "remove"])
@@ -273,6 +317,11 @@ def test_states_that_no_tower_has(tiny: Tiny) -> None:
             enable(tiny, RULES, Looking(asks_for=(index,)))
 
 
+def image_features(tiny: Tiny, given: dict[str, Tensor]) -> Any:
+    names = [name for name in ("pixel_values", "image_grid_thw") if name in given]
+    return tiny.model.model.get_image_features(*map(given.pop, names), return_dict=True)
+
+
 def test_pictures_that_come_as_features(tiny: Tiny) -> None:
     sample = tiny.prompt(0, 5, tiny.grid, 4)
     given = tiny.inputs([sample])
@@ -282,9 +331,7 @@ def test_pictures_that_come_as_features(tiny: Tiny) -> None:
         plan = handle.plan(given["input_ids"])
         with handle.using(plan), pytest.raises(RerouteError, match=match):
             tiny.model(inputs_embeds=embeds)
-        base = tiny.model.model
-        features = base.get_image_features
-        made = features(given["pixel_values"], return_dict=True)
+        base, made = tiny.model.model, image_features(tiny, dict(given))
         try:
             base.get_image_features = lambda *args, **kwargs: made
             with pytest.raises(RerouteError, match=match):
@@ -293,11 +340,6 @@ def test_pictures_that_come_as_features(tiny: Tiny) -> None:
             del base.get_image_features
         tiny.model(**given)
         assert handle.stats().prefills == 1
-
-
-def image_features(tiny: Tiny, given: dict[str, Tensor]) -> Any:
-    names = [name for name in ("pixel_values", "image_grid_thw") if name in given]
-    return tiny.model.model.get_image_features(*map(given.pop, names), return_dict=True)
 
 
 encoder_outputs = pytest.mark.skipif(models.TRANSFORMERS < (5, 20), reason="it has no mm_encoder_outputs")
@@ -323,18 +365,17 @@ def test_features_that_were_made_ahead(tiny: Tiny) -> None:
                 tiny.model(**given, mm_encoder_outputs={"image": made})
 
 
+@encoder_outputs
 def test_pictures_of_several_answers_to_one_prompt(tiny: Tiny) -> None:
     """``generate`` repeats what it has made of them."""
     seen: list[list[Tensor]] = []
     samples = batch(tiny)[:2]
     with enable(tiny, RULES, Looking(lambda vision: seen.append(vision.states(1)))):
         tiny.model(**tiny.inputs(samples))
-        if models.TRANSFORMERS < (5, 20):  # earlier ones mix up the pictures themselves
-            samples = samples[:1]
         generate(tiny, samples, 3, num_beams=2, num_return_sequences=2)
     together, repeated = seen[0], seen[2]
     assert len(repeated) == 2 * len(samples)
-    for b, states in enumerate(together[: len(samples)]):
+    for b, states in enumerate(together):
         close(repeated[2 * b], states)
         close(repeated[2 * b + 1], states)
 
@@ -343,11 +384,11 @@ def test_a_tower_that_runs_more_often(tiny: Tiny) -> None:
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     tower = tower_of(tiny)
 
-    def run_again(module: Any, args: Any, out: Any) -> None:
+    def run_again(module: Any, args: Any, kwargs: Any, out: Any) -> None:
         hook.remove()
-        tower(*args)
+        tower(*args, **kwargs)
 
-    hook = tower.register_forward_hook(run_again)
+    hook = tower.register_forward_hook(run_again, with_kwargs=True)
     with (
         enable(tiny, RULES, Looking()),
         pytest.raises(RerouteError, match="runs more often in this forward than it has pictures"),
@@ -355,7 +396,8 @@ def test_a_tower_that_runs_more_often(tiny: Tiny) -> None:
         tiny.model(**given)
 
 
-def test_placeholders_that_are_padding(tiny: Tiny) -> None:
+def test_placeholders_that_are_padding() -> None:
+    tiny = models.tiny("llava-gqa")
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     given["attention_mask"][0, 5] = 0
     with (

@@ -64,22 +64,23 @@ class ClipTower(Tower):
 
     def tokens(self, run: TowerRun, index: int, *, as_run: bool) -> torch.Tensor:
         """See ``Tower``."""
-        return run.states[index][:, 1:].flatten(0, 1)
+        patches = run.states[index][:, 1:]
+        return patches.flatten(0, 1)
 
     def attention(self, run: TowerRun, layer: int) -> torch.Tensor:
         """See ``Tower``. The row of CLS alone, as the layer's eager attention computes it."""
         attention, normed = self._normed(run, layer)
         query = _heads(attention.q_proj(normed[:, :1]), attention)
         keys = _heads(attention.k_proj(normed), attention)
-        logits: torch.Tensor = query @ keys.transpose(-1, -2) * attention.scale  # (I, H, 1, 1 + P)
-        weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+        logits = query @ keys.transpose(-1, -2) * attention.scale  # (I, H, 1, 1 + P)
+        weights: torch.Tensor = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
         return weights[:, :, 0, 1:].transpose(0, 1).flatten(1)
 
     def keys(self, run: TowerRun, layer: int) -> torch.Tensor:
         """See ``Tower``."""
         attention, normed = self._normed(run, layer)
-        keys: torch.Tensor = attention.k_proj(normed[:, 1:])
-        return keys.flatten(0, 1).unflatten(-1, (-1, attention.head_dim))
+        keys: torch.Tensor = attention.k_proj(normed[:, 1:]).unflatten(-1, (-1, attention.head_dim))
+        return keys.flatten(0, 1)
 
     def _layers(self) -> Sequence[Any]:
         layers: Sequence[Any] = self.module.encoder.layers

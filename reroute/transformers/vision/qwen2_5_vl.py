@@ -120,7 +120,7 @@ class Qwen25VLTower(Tower):
 
 
 def _received(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """What each of P patches gets of the attention of all ``query`` (H, P, D) to ``keys`` (H, P, D), mean over heads."""
+    """What each of P patches gets of the attention of all, mean over heads: ``query`` and ``keys`` are (H, P, D)."""
     heads, patches, _ = query.shape
     total = torch.zeros(patches, device=query.device)
     for some in query.split(max(1, LOGITS // (heads * patches)), 1):
