@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from ..core.schedule import Action
+from ..core.action import Action
 from ..errors import RerouteError
 from ..report import Answer, Cost, Page, Scene, Setup, check_writable, html_costs, text_costs, write
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals, written

@@ -14,11 +14,9 @@ from ..checks import check_name, items, number, whole
 from ..errors import RerouteError
 from ..rankers import RANKERS, LastTokenAttention, Ranker
 from ..rankers.base import check_ranker
+from .action import Action
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
-
-Action = Literal["route", "remove"]
-"""What happens to visual tokens that are not kept: ``route`` defers them, ``remove`` deletes them."""
 
 Rounding = Literal["floor", "floor0", "half_even"]
 """From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's

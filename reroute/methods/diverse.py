@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..core.schedule import Action, Schedule
+from ..core.schedule import Action, Rounding, Schedule
 from ..core.solver import scale_layers, solve
 from ..rankers import Diversity, LastTokenAttention, Ranker
 from ..rankers.base import check_ranker
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Diverse"]
 
-LAYERS: dict[Action, tuple[int, ...]] = {"route": (0, 8, 14, 19), "remove": (0, 14)}
-PROPORTIONS: dict[Action, tuple[float, ...]] = {"route": (40, 13, 13, 4), "remove": (27, 8)}
-"""Found on the small model of ``reroute.demo``: few tokens where nothing is looked up, most where the model looks."""
-
 
 @dataclass(frozen=True)
 class Diverse(Method):
@@ -28,29 +24,33 @@ class Diverse(Method):
     - ``route``: before layers 0, 8, 14 and 19 of 32, in the proportions 40 : 13 : 13 : 4.
     - ``remove``: before layers 0 and 14 of 32, in the proportions 27 : 8.
 
-    ``first`` ranks the first decision, ``ranker`` the others. ``ratios`` has one per layer, relative to the N visual
-    tokens; None is those whose budget avg_T / N is 1/9.
+    Both were found on the small model of ``reroute.demo``. ``ratios`` has one per layer, relative to the N visual
+    tokens; None is those whose budget avg_T / N is 1/9. ``first`` ranks the first decision, ``ranker`` the others.
     """
 
     name = "diverse"
+    layers: ClassVar[dict[Action, tuple[int, ...]]] = {"route": (0, 8, 14, 19), "remove": (0, 14)}
+    proportions: ClassVar[dict[Action, tuple[float, ...]]] = {"route": (40, 13, 13, 4), "remove": (27, 8)}
+    usual_keep: ClassVar[float] = 1 / 9
 
     ratios: tuple[float, ...] | None = None
+    rounding: Rounding = "floor"
     first: Ranker = field(default=Diversity(), kw_only=True)
     ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the types."""
+        """Check the rankers; a schedule checks the rest."""
         check_ranker(self.first)
         check_ranker(self.ranker)
 
     def schedule(self, num_layers: int, action: Action) -> Schedule:
         """See ``Method``."""
         if self.ratios is None:
-            return self.with_budget(1 / 9, num_layers, action).schedule(num_layers, action)
-        layers = scale_layers(LAYERS[action], num_layers)
-        return Schedule(layers, self.ratios, (self.first, *[self.ranker] * (len(layers) - 1)))
+            return self.with_budget(self.usual_keep, num_layers, action).schedule(num_layers, action)
+        layers = scale_layers(self.layers[action], num_layers)
+        return Schedule(layers, self.ratios, (self.first, *[self.ranker] * (len(layers) - 1)), self.rounding)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""
-        layers = scale_layers(LAYERS[action], num_layers)
-        return replace(self, ratios=solve(PROPORTIONS[action][: len(layers)], layers, num_layers, keep))
+        layers = scale_layers(self.layers[action], num_layers)
+        return replace(self, ratios=solve(self.proportions[action][: len(layers)], layers, num_layers, keep))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..registry import Registry
 from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
+from .baselines import Deviation, EvenlySpaced, Norm
+from .diversity import Diversity
+from .max_min_distance import MaxMinDistance
 from .random import RandomScores
 from .scores import RankInputs, ScoreRanker
 from .vision import Grid, TowerShape, Vision
@@ -12,9 +15,14 @@ from .vision import Grid, TowerShape, Vision
 __all__ = [
     "RANKERS",
     "DecoderAdapter",
+    "Deviation",
+    "Diversity",
+    "EvenlySpaced",
     "Grid",
     "LastTokenAttention",
+    "MaxMinDistance",
     "Merge",
+    "Norm",
     "RandomScores",
     "RankContext",
     "RankInputs",
@@ -25,6 +33,16 @@ __all__ = [
 ]
 
 RANKERS: Registry[Ranker] = Registry(
-    "ranker", "reroute.rankers", {"last_token_attention": LastTokenAttention, "random_scores": RandomScores}
+    "ranker",
+    "reroute.rankers",
+    {
+        "deviation": Deviation,
+        "diversity": Diversity,
+        "evenly_spaced": EvenlySpaced,
+        "last_token_attention": LastTokenAttention,
+        "max_min_distance": MaxMinDistance,
+        "norm": Norm,
+        "random_scores": RandomScores,
+    },
 )
 """Every ranker that a stored ``RoutingConfig`` or ``Schedule`` can name. Register your own here."""

@@ -10,7 +10,7 @@ from math import isclose, sqrt
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Final
 
-from ..core.schedule import Action
+from ..core.action import Action
 
 if TYPE_CHECKING:
     from ..config import RoutingConfig

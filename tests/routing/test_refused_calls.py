@@ -20,7 +20,6 @@ from unfit_models import MODELS, decoder, whole
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
-from reroute.methods import FastV
 from reroute.rankers import RankInputs, ScoreRanker
 from reroute_kernels import PagedPool
 
@@ -245,7 +244,7 @@ MIDWAY: dict[str, tuple[dict[str, Any], Callable[[Tiny], Any], type[Exception]]]
         MemoryError,
     ),
     "a pool of another dtype": ({"pool": PagedPool(64, torch.float16, "cpu")}, nullcontext, RerouteError),
-    "scores of another shape": ({"method": FastV(layer=1, ranker=Odd())}, nullcontext, RerouteError),
+    "scores of another shape": ({"schedule": schedule(FEW, Odd())}, nullcontext, RerouteError),
     "another dtype in the midst": ({}, widened, RerouteError),
 }
 
