@@ -166,9 +166,10 @@ def estimate_cost(
     """
     schedule.validate(shape.num_layers, action)
     counts = schedule.counts(visual)
-    pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
-    decisions = zip(schedule.rankers, pools, counts, strict=True)
-    scoring = sum(ranker.flops(shape, text + pool, pool, kept) for ranker, pool, kept in decisions)
+    scoring, left = 0, visual
+    for ranker, kept, does in zip(schedule.rankers, counts, schedule.each_action(action), strict=True):
+        scoring += ranker.flops(shape, text + left, left, kept)
+        left = kept if does == "remove" else left
     per_layer = schedule.per_layer(visual, shape.num_layers)
     average = average_tokens(per_layer)
     cost = prefill_cost(

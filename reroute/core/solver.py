@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
 from ..checks import check_name, number, shown
 from ..errors import RerouteError
-from .schedule import Schedule
+from .schedule import Schedule, tidy
 
 __all__ = ["RatioFamily", "check_keep", "scale_layers", "solve"]
 
@@ -90,7 +89,7 @@ def solve(
             low = middle
         else:
             high = middle
-    return ratios(_tidy(high))
+    return ratios(tidy(high))
 
 
 def _family(family: RatioFamily | Sequence[float], stages: int) -> Callable[[float, int], float]:
@@ -101,9 +100,3 @@ def _family(family: RatioFamily | Sequence[float], stages: int) -> Callable[[flo
     if len(family) != stages or min(family) <= 0:
         raise RerouteError(f"Give one proportion above 0 per routing layer: got {tuple(family)} for {stages} layers.")
     return lambda factor, stage: factor * family[stage]
-
-
-def _tidy(value: float) -> float:
-    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
-    near = float(Fraction(value).limit_denominator(10_000))
-    return near if near > 0 and abs(near - value) < 1e-12 else value
