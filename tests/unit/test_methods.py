@@ -77,9 +77,7 @@ def test_official_pdrop() -> None:
     assert PDrop.official().schedule(28, "remove").layers == (7, 14, 21)
 
 
-@pytest.mark.parametrize(
-    "method", [FastV(), FastV(layer=2), PDrop(), PDrop(layers=(1, 4)), Random(), Diverse(), DivPrune()]
-)
+@pytest.mark.parametrize("method", [FastV(), FastV(layer=2), PDrop(), PDrop(layers=(1, 4)), Random(), Diverse(), DivPrune()])
 @pytest.mark.parametrize("action", ["route", "remove"])
 @pytest.mark.parametrize("depth", [8, 12, 28, 32])
 @pytest.mark.parametrize("keep", [0.4, 1.0])
@@ -102,14 +100,10 @@ def test_registry() -> None:
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
     assert get(method) is method
-    with pytest.raises(
-        RerouteError, match=r"Unknown method 'FastVV'; known: diverse, divprune, fastv, pdrop, random\. .*'fastv'\?"
-    ):
+    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: diverse, divprune, fastv, pdrop, random\. .*'fastv'\?"):
         get("FastVV")
     kind: Any = FastV
-    with pytest.raises(
-        RerouteError, match=r"one of the names diverse, divprune, fastv, pdrop, random or a Method such as FastV\("
-    ):
+    with pytest.raises(RerouteError, match=r"one of the names diverse, divprune, fastv, pdrop, random or a Method such as FastV\("):
         get(kind)
 
 

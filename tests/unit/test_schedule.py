@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroute.core.schedule import Rounding, Schedule, count
+from reroute.core.schedule import Action, Rounding, Schedule, count
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
 from reroute.rankers import LastTokenAttention, RandomScores
 
@@ -24,7 +24,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     layers = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=6)))
     keep = draw(st.lists(ratios, min_size=len(layers), max_size=len(layers)))
     rankers = draw(st.sampled_from([(LastTokenAttention(),), (LastTokenAttention(-1),), (RandomScores(3),)]))
-    actions = draw(st.sampled_from([(), ("remove", *["route"] * (len(layers) - 1))]))
+    actions: tuple[Action, ...] = draw(st.sampled_from([(), ("remove", *["route"] * (len(layers) - 1))]))
     return Schedule(tuple(layers), tuple(keep), rankers, draw(roundings), actions=actions)
 
 
@@ -161,7 +161,7 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ),
         ({"layers": (2,), "ratios": (0.5,), "actions": ("drop",)}, r"Unknown action 'drop'; known: remove, route"),
         ({"layers": (2,), "ratios": (0.5,), "actions": "route"}, r"one action per routing layer.* got 'route' for 1"),
-        ({"layers": (2, 3), "ratios": (1, 1), "actions": ("route",)}, r"one action per routing layer.* for 2 layers"),
+        ({"layers": (2, 3), "ratios": (1, 1), "actions": ("route",)}, r"one action per routing layer.* for 2 of them"),
         (
             {"layers": (2,), "ratios": (0.5,), "position_mode": "kept"},
             r"Unknown position mode 'kept'; known: preserved, renumbered",
