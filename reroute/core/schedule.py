@@ -204,7 +204,8 @@ def _actions(given: Any, count: int) -> tuple[Action, ...]:
         actions = (None,)
     if None in actions or len(actions) not in (0, count):
         raise RerouteError(
-            f"Give one action per routing layer, such as ('remove', 'route'), or none: got {given!r} for {count} of them."
+            f"Give one action per routing layer, such as ('remove', 'route'), or none: got {given!r} for {count} of "
+            "them."
         )
     for action in actions:
         check_name("action", action, get_args(Action))
