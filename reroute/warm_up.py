@@ -40,7 +40,8 @@ class ShortPrefills:
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         self.hidden: torch.Tensor = embedding(ids)
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        self.tables = PositionTables(*adapter.rope_tables(self.hidden, self._positions), self._positions)
+        ids = self._positions if adapter.renumbers else self._positions.expand(3, -1, -1)
+        self.tables = PositionTables(*adapter.rope_tables(self.hidden, ids), self._positions)
 
     def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""

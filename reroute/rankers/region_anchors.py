@@ -141,14 +141,15 @@ class RegionAnchors(Ranker):
         shares: list[list[int]],
     ) -> Merge:
         tower, rules = vision.shape, self._rules(vision.shape)
-        states = [vision.states(i, as_run=not self.by_rows) for i in _similarity_states(tower)]
-        similar = [torch.stack(its).mean(0) for its in zip(*states, strict=True)]
-        features = [vision.states(i) for i in tower.features] if tower.has_cls else []
 
         def merge(hidden: torch.Tensor) -> torch.Tensor:
             merged = hidden.new_zeros(*selection.kept.shape, hidden.shape[-1])
+            # Read here, where gradients pass.
+            states = [vision.states(i, as_run=not self.by_rows) for i in _similarity_states(tower)]
+            similar = [torch.stack(its).mean(0) for its in zip(*states, strict=True)]
             sources = context.candidates_of(hidden)
             if tower.has_cls:
+                features = [vision.states(i) for i in tower.features]
                 sources = [torch.cat(its, -1) for its in zip(*features, strict=True)]
             for b, (source, grids, ks) in enumerate(zip(sources, vision.grids, shares, strict=True)):
                 compared = similar[b] if tower.has_cls or not len(source) else vision.project(similar[b])
