@@ -163,6 +163,11 @@ class Settings:
         """Whether no visual token is ever left out: the plain model, whatever the prompt."""
         return min(self.schedule.ratios) == 1
 
+    @property
+    def needs_vision(self) -> bool:
+        """Whether a ranker looks at the pictures."""
+        return not self.keeps_all and any(ranker.needs_vision for ranker in self.schedule.rankers)
+
 
 def check_arguments(config: object, pool: object) -> None:
     """Check the types of what ``reroute.enable`` takes beside single settings.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -278,9 +279,12 @@ class Handle:
         prefill, settings = forward.prefill, forward.settings
         layers = () if forward.cache is None else forward.cache.layers
         names = self._names(settings, self.backend if prefill is None else prefill.backend)
+        shape = self._shape
+        if settings.needs_vision:
+            shape = replace(shape, tower=self._router.adapter.tower.shape)
         with self._recording:
             count = self._totals.prefills + 1
-            stats = make_stats(forward.plan, self._shape, names, layers, prefills=count)
+            stats = make_stats(forward.plan, shape, names, layers, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks

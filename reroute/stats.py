@@ -191,7 +191,7 @@ def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
     """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
     flops = 0
     for decision in plan.decisions:
-        rows = plan.lengths if decision.from_pool else [plan.width(decision.stage - 1)] * plan.batch
+        rows = plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch
         for row_count, candidates, k in zip(rows, decision.candidates, decision.k, strict=True):
             flops += decision.ranker.flops(shape, row_count, candidates, k)
     return flops

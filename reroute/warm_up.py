@@ -15,7 +15,7 @@ from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
 from .core.schedule import Schedule
 from .core.workspace import Workspace
-from .rankers import RANKERS, RandomScores
+from .rankers import RANKERS, RandomScores, Ranker
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
 
@@ -40,7 +40,8 @@ class ShortPrefills:
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         self.hidden: torch.Tensor = embedding(ids)
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        self.tables = PositionTables(*adapter.rope_tables(self.hidden, self._positions), self._positions)
+        ids = self._positions if adapter.renumbers else self._positions.expand(3, -1, -1)
+        self.tables = PositionTables(*adapter.rope_tables(self.hidden, ids), self._positions)
 
     def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""
@@ -77,6 +78,13 @@ class ShortPrefills:
 
 
 def _with_known_rankers(schedule: Schedule) -> Schedule:
-    """One's own rankers may not like prompts of a few tokens; any scores need the same kernels."""
+    """One's own rankers may not like prompts of a few tokens, and others have no pictures here.
+
+    Any scores need the same kernels.
+    """
     known = tuple(RANKERS.values())
-    return replace(schedule, rankers=tuple(r if type(r) in known else RandomScores() for r in schedule.rankers))
+
+    def usable(ranker: Ranker) -> bool:
+        return type(ranker) in known and not ranker.needs_vision
+
+    return replace(schedule, rankers=tuple(r if usable(r) else RandomScores() for r in schedule.rankers))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import RerouteError, unknown
+from ..rankers import TowerShape
 from .action import Action
 from .schedule import Schedule
 
@@ -29,7 +30,10 @@ Attention = Literal["dense", "causal"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices)."""
+    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
+
+    ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
+    """
 
     num_layers: int
     hidden: int
@@ -38,6 +42,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    tower: TowerShape | None = None
 
     @classmethod
     def from_config(cls, text_config: Any) -> ModelShape:
@@ -162,9 +167,10 @@ def estimate_cost(
     """
     schedule.validate(shape.num_layers, action)
     counts = schedule.counts(visual)
-    pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
-    decisions = zip(schedule.rankers, pools, counts, strict=True)
-    scoring = sum(ranker.flops(shape, text + pool, pool, kept) for ranker, pool, kept in decisions)
+    scoring, left = 0, visual
+    for ranker, kept, does in zip(schedule.rankers, counts, schedule.each_action(action), strict=True):
+        scoring += ranker.flops(shape, text + left, left, kept)
+        left = kept if does == "remove" else left
     per_layer = schedule.per_layer(visual, shape.num_layers)
     average = average_tokens(per_layer)
     cost = prefill_cost(

@@ -41,7 +41,6 @@ class Plan:
     """
 
     schedule: Schedule
-    action: Action
     past: int
     order: Ints = field(repr=False)
     visual: tuple[Ints, ...] = field(repr=False)
@@ -81,8 +80,8 @@ class Plan:
         if decision.from_pool:
             kv_lens = [row + 1 for row in self.query]
         else:
-            before = decision.stage - 1
-            starts = [(b + 1) * self.width(before) - rows for b, rows in enumerate(self.active(before))]
+            left = decision.left_by
+            starts = [(b + 1) * self.width(left) - rows for b, rows in enumerate(self.active(left))]
             kv_lens = [self.visible_texts(b) + n for b, n in enumerate(decision.candidates)]
         return tuple(starts), tuple(kv_lens), decision.candidates, self.text_counts, decision.k
 
@@ -170,7 +169,7 @@ def make_plan(
     visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
     text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
     query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
-    plan = Plan(schedule, action, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
+    plan = Plan(schedule, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
     if not plan.changes_nothing:
         _check_questions(plan)
     return plan
@@ -192,8 +191,11 @@ def _decisions(schedule: Schedule, action: Action, visual: Sequence[Ints]) -> tu
     visual_counts = tuple(map(len, visual))
     counts = zip(*map(schedule.counts, visual_counts), strict=True)
     decisions: list[Decision] = []
-    for stage, (layer, ranker, k) in enumerate(zip(schedule.layers, schedule.rankers, counts, strict=True)):
-        from_pool = action == "route" or stage == 0
-        candidates = visual_counts if from_pool else decisions[-1].k
-        decisions.append(Decision(stage, layer, layer + ranker.layer_offset, candidates, k, from_pool, ranker))
+    left_by, candidates = -1, visual_counts
+    columns = zip(schedule.layers, schedule.rankers, counts, schedule.each_action(action), strict=True)
+    for stage, (layer, ranker, k, does) in enumerate(columns):
+        score_layer = layer + ranker.layer_offset
+        decisions.append(Decision(stage, layer, score_layer, candidates, k, ranker, does, left_by))
+        if does == "remove":
+            left_by, candidates = stage, k
     return tuple(decisions)

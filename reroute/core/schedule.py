@@ -6,8 +6,9 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from itertools import pairwise
-from math import floor
+from math import ceil, floor
 from typing import Any, Literal, get_args
 
 from ..checks import check_name, items, number, whole
@@ -18,9 +19,10 @@ from .action import Action
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
-Rounding = Literal["floor", "floor0", "half_even"]
+Rounding = Literal["floor", "floor0", "half_even", "nested"]
 """From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's
-original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers)."""
+original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers). ``nested`` rounds the
+first count up, and each later one is a share of the one before, rounded down, at least 1 (Nüwa for Qwen2.5-VL)."""
 
 PositionMode = Literal["preserved", "renumbered"]
 """Position ids of the kept tokens: those of the full prompt, or counted anew from 0 after each
@@ -34,8 +36,16 @@ def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
     """
     if ratio == 0:
         return 0
-    kept = round(n * ratio) if rounding == "half_even" else floor(n * ratio)
+    kept = floor(n * ratio)
+    if rounding in ("half_even", "nested"):
+        kept = round(n * ratio) if rounding == "half_even" else ceil(n * ratio)
     return min(n, max(1, kept) if rounding == "floor" else kept)
+
+
+def tidy(value: float) -> float:
+    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
+    near = float(Fraction(value).limit_denominator(10_000))
+    return near if near > 0 and abs(near - value) < 1e-12 else value
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Schedule:
     - ``layers``: a decision is made before each of these layers, which already run on the result.
     - ``ratios``: kept share per stage, always relative to the prompt's N visual tokens; 0 keeps none.
     - ``rankers``: one per decision, or a single one for all; attention of the last prompt token if none is given.
+    - ``actions``: what becomes of the others at each decision; () is the action of the call at all of them. Who comes
+      after a removal competes among those that it left.
 
     Raises:
         RerouteError: values that cannot be right whatever the model.
@@ -55,6 +67,7 @@ class Schedule:
     rankers: tuple[Ranker, ...] = (LastTokenAttention(),)
     rounding: Rounding = "floor"
     position_mode: PositionMode = "preserved"
+    actions: tuple[Action, ...] = ()
 
     def __post_init__(self) -> None:
         """Turn sequences into tuples and check them."""
@@ -85,6 +98,7 @@ class Schedule:
             raise RerouteError(f"Ratios must be from 0 to 1, not {self.ratios}.")
         check_name("rounding", self.rounding, get_args(Rounding))
         check_name("position mode", self.position_mode, get_args(PositionMode))
+        object.__setattr__(self, "actions", _actions(self.actions, len(self.layers)))
 
     def validate(self, num_layers: int, action: Action) -> None:
         """Check the schedule against a model of ``num_layers`` decoder layers and an action.
@@ -98,14 +112,15 @@ class Schedule:
                 f"Routing layer {self.layers[-1]} does not exist: the model has {num_layers} layers, "
                 f"0 to {num_layers - 1}. Choose lower layers."
             )
-        if action == "remove":
-            for before, after in pairwise(self.ratios):
-                if after > before:
-                    raise RerouteError(
-                        f"With action 'remove' ratios must not grow ({before}, then {after}): a "
-                        "removed token cannot return. Use action 'route' or ratios that only fall."
-                    )
-        elif self.position_mode == "renumbered":
+        left, actions = 1.0, self.each_action(action)
+        for ratio, does in zip(self.ratios, actions, strict=True):
+            if ratio > left:
+                raise RerouteError(
+                    f"With action 'remove' ratios must not grow ({left}, then {ratio}): a "
+                    "removed token cannot return. Use action 'route' or ratios that only fall."
+                )
+            left = ratio if does == "remove" else left
+        if self.position_mode == "renumbered" and "route" in actions:
             raise RerouteError(
                 "Renumbered positions need action 'remove': a deferred token keeps its place in the "
                 "prompt. Use position_mode='preserved' with action 'route'."
@@ -115,9 +130,18 @@ class Schedule:
         """The stage that ``layer`` belongs to; -1 before the first routing layer."""
         return bisect_right(self.layers, layer) - 1
 
+    def each_action(self, action: Action) -> tuple[Action, ...]:
+        """What becomes of the others at each decision, under the ``action`` of the call."""
+        return self.actions or (action,) * len(self.layers)
+
     def counts(self, n: int) -> tuple[int, ...]:
         """Visual tokens kept in each stage, of ``n`` in the prompt."""
-        return tuple(count(n, ratio, self.rounding) for ratio in self.ratios)
+        kept = [count(n, ratio, self.rounding) for ratio in self.ratios]
+        if self.rounding == "nested":
+            for stage, (before, ratio) in enumerate(pairwise(self.ratios)):
+                share = tidy(ratio / before) if before else 0.0  # as it was, before it became a share of N
+                kept[stage + 1] = min(n, max(1, floor(kept[stage] * share)) if ratio else 0)
+        return tuple(kept)
 
     def per_layer(self, n: int, num_layers: int) -> list[int]:
         """Visual tokens that each of the model's layers runs, of ``n`` in the prompt."""
@@ -136,8 +160,10 @@ class Schedule:
             raise RerouteError(f"The options of a ranker cannot be stored: {error}.") from None
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``to_json`` writes. Rankers are left out where all are the default."""
+        """What ``to_json`` writes. Rankers are left out where all are the default, actions where there are none."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.actions:
+            del columns["actions"]
         if set(self.rankers) == {LastTokenAttention()}:
             del columns["rankers"]
         else:
@@ -168,6 +194,22 @@ class Schedule:
                 f"Not a schedule: {error}. Pass what Schedule.to_json wrote, such as "
                 '{"layers": [3], "ratios": [0.25]}.'
             ) from None
+
+
+def _actions(given: Any, count: int) -> tuple[Action, ...]:
+    """One action per decision, or none. RerouteError otherwise."""
+    try:
+        actions = tuple(items(given))
+    except TypeError:
+        actions = (None,)
+    if None in actions or len(actions) not in (0, count):
+        raise RerouteError(
+            f"Give one action per routing layer, such as ('remove', 'route'), or none: got {given!r} for {count} of "
+            "them."
+        )
+    for action in actions:
+        check_name("action", action, get_args(Action))
+    return actions
 
 
 def _one_each(rankers: Any, count: int) -> tuple[Ranker, ...]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
 from ..checks import check_name, number, shown
 from ..errors import RerouteError
-from .schedule import Schedule
+from .schedule import Schedule, tidy
 
 __all__ = ["RatioFamily", "budget_of", "check_keep", "scale_layers", "scale_ratios", "solve"]
 
@@ -69,7 +68,7 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
     def ratios(free: float) -> tuple[float, ...]:
         return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(layers)))
 
-    return ratios(_tidy(_smallest(ratios, 2.0 ** len(layers), layers, num_layers, keep)))
+    return ratios(tidy(_smallest(ratios, 2.0 ** len(layers), layers, num_layers, keep)))
 
 
 def scale_ratios(ratios: Sequence[float], layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
@@ -118,9 +117,3 @@ def _smallest(
         else:
             high = middle
     return high
-
-
-def _tidy(value: float) -> float:
-    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
-    near = float(Fraction(value).limit_denominator(10_000))
-    return near if near > 0 and abs(near - value) < 1e-12 else value

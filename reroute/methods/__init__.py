@@ -10,13 +10,17 @@ from .base import Method
 from .diverse import Diverse
 from .divprune import DivPrune
 from .fastv import FastV
+from .nuwa import Nuwa
 from .pdrop import PDrop
 from .random import Random
 
-__all__ = ["METHODS", "DivPrune", "Diverse", "FastV", "Method", "PDrop", "Random", "get"]
+__all__ = ["METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "get"]
 
 METHODS: Registry[Method] = Registry(
-    "method", "reroute.methods", {method.name: method for method in (DivPrune, Diverse, FastV, PDrop, Random)}, RANKERS
+    "method",
+    "reroute.methods",
+    {method.name: method for method in (DivPrune, Diverse, FastV, Nuwa, PDrop, Random)},
+    RANKERS,
 )
 """Every method that can be asked for by name. Register your own here."""
 

@@ -7,9 +7,12 @@ from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
 from .diversity import Diversity
+from .last_rows import LastRowsAttention
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
+from .region_anchors import RegionAnchors
 from .scores import RankInputs, ScoreRanker
+from .vision import Grid, TowerShape, Vision
 
 __all__ = [
     "RANKERS",
@@ -17,6 +20,8 @@ __all__ = [
     "Deviation",
     "Diversity",
     "EvenlySpaced",
+    "Grid",
+    "LastRowsAttention",
     "LastTokenAttention",
     "MaxMinDistance",
     "Merge",
@@ -25,7 +30,10 @@ __all__ = [
     "RankContext",
     "RankInputs",
     "Ranker",
+    "RegionAnchors",
     "ScoreRanker",
+    "TowerShape",
+    "Vision",
 ]
 
 RANKERS: Registry[Ranker] = Registry(
@@ -35,10 +43,12 @@ RANKERS: Registry[Ranker] = Registry(
         "deviation": Deviation,
         "diversity": Diversity,
         "evenly_spaced": EvenlySpaced,
+        "last_rows_attention": LastRowsAttention,
         "last_token_attention": LastTokenAttention,
         "max_min_distance": MaxMinDistance,
         "norm": Norm,
         "random_scores": RandomScores,
+        "region_anchors": RegionAnchors,
     },
 )
 """Every ranker that a stored ``RoutingConfig`` or ``Schedule`` can name. Register your own here."""

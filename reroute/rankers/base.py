@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from ..errors import RerouteError
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
     from ..core.decision import Decision
+    from .vision import TowerShape, Vision
 
 __all__ = ["DecoderAdapter", "Merge", "RankContext", "Ranker", "check_ranker"]
 
@@ -50,6 +51,7 @@ class RankContext(NamedTuple):
     - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
     - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
+    - ``vision``: the pictures, for rankers that need them.
     """
 
     decision: Decision
@@ -60,6 +62,7 @@ class RankContext(NamedTuple):
     visual_indices: torch.Tensor
     hidden: Callable[[], torch.Tensor]
     normed: Callable[[], torch.Tensor]
+    vision: Vision | None = None
 
     def candidates_of(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Of each sample, those of ``states`` (R, …) that are its candidates', (N_b, …) in prompt order."""
@@ -89,10 +92,20 @@ with which its kept tokens go on, in the order of ``Selection.kept``; what stand
 class Ranker(ABC):
     """What orders the candidates of a decision; one object serves all decisions, samples and threads.
 
-    ``layer_offset``: 0 decides before the routing layer, -1 before the layer that comes before it.
+    - ``layer_offset``: 0 decides before the routing layer, -1 before the layer that comes before it.
+    - ``needs_vision``: whether it looks at the pictures, as ``RankContext.vision`` shows them.
     """
 
     layer_offset: int = 0
+    needs_vision: ClassVar[bool] = False
+
+    def tower_states(self, tower: TowerShape) -> Sequence[int]:
+        """Which hidden states of the vision tower it reads, if it ``needs_vision``; no other is kept.
+
+        As Transformers counts them: 0 is the input of the first layer, n the output of the last of n layers; from the
+        end if negative. Attention and keys of a layer are computed from its input, which has the layer's number.
+        """
+        return ()
 
     def decide(self, context: RankContext) -> tuple[Selection, Merge | None]:
         """What ``select`` returns, and how the tokens that are kept take up others, if they do.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,8 @@ from .base import RankContext, Ranker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .vision import Vision
+
 __all__ = ["RankInputs", "ScoreRanker"]
 
 
@@ -26,12 +28,16 @@ class RankInputs:
     - ``hidden[b]`` (N_b, C): latest hidden states of sample ``b``'s candidates, in prompt order.
     - ``query`` (B, C): hidden state of each sample's last prompt token.
     - ``layer``: the layer whose input this is. ``stage``: the stage that is decided, from 0.
+    - ``visual_indices[b]`` (N_b,): which of the sample's visual tokens the candidates are.
+    - ``vision``: the pictures, if the ranker needs them; its lists are of all visual tokens.
     """
 
     hidden: list[torch.Tensor]
     query: torch.Tensor
     layer: int
     stage: int
+    visual_indices: list[torch.Tensor] = field(default_factory=list)
+    vision: Vision | None = None
 
 
 class ScoreRanker(Ranker):
@@ -61,7 +67,9 @@ class ScoreRanker(Ranker):
         """
         states, decision = context.hidden(), context.decision
         hidden, query = context.candidates_of(states), states[context.tables.query_rows]
-        return context.best(self._checked(RankInputs(hidden, query, decision.score_layer, decision.stage)))
+        indices = [row[: len(its)] for row, its in zip(context.visual_indices, hidden, strict=True)]
+        inputs = RankInputs(hidden, query, decision.score_layer, decision.stage, indices, context.vision)
+        return context.best(self._checked(inputs))
 
     def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
         """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..config import Settings
+from ..core.decision import Decision
 from ..core.plan import Plan
 from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
@@ -31,6 +32,7 @@ from .cache import (
     stored_rows,
     tear,
 )
+from .vision import Recording
 
 __all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
@@ -52,7 +54,12 @@ class PrefillFactory(Protocol):
 
 
 class ForwardContext:
-    """One forward of the base model, seen from its decoder and its layers."""
+    """One forward of the base model, seen from its decoder and its layers.
+
+    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    """
+
+    recording: Recording | None = None
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
@@ -69,6 +76,10 @@ class ForwardContext:
     def keep(self, cache: Cache | None) -> None:
         """The caller has ``cache``, whatever becomes of the call."""
         self._kept = None if cache is None else (cache, past_length(cache))
+
+    def is_of(self, adapter: ModelAdapter) -> bool:
+        """Whether it is one of the model of ``adapter``."""
+        return self._adapter is adapter
 
     def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
         """Whether this call of ``decoder`` is the one that the base model makes.
@@ -148,11 +159,12 @@ class RoutedPrefill(ForwardContext):
         start: PrefillFactory,
         workspace: Workspace | None = None,
         *,
+        recording: Recording | None = None,
         record_states: bool = False,
     ) -> None:
-        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller."""
+        """No row is held until the first decision. ``record_states``: keep logical states for the caller."""
         super().__init__(adapter, (plan.batch, plan.length))
-        self.plan, self.settings = plan, settings
+        self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
         self.cache: Cache | None = None
         self._states: dict[int, torch.Tensor] = {}
@@ -172,7 +184,7 @@ class RoutedPrefill(ForwardContext):
         if (decision := self._deciding.get(index)) is not None:
             if self.prefill is None:
                 self.prefill = self._begin(hidden, kwargs)
-            self._pending = self.prefill.decide(decision, hidden)
+            self._pending = self._decide(self.prefill, decision, hidden)
             hidden = self._enter(index, hidden)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
@@ -218,6 +230,7 @@ class RoutedPrefill(ForwardContext):
         """Free what the prefill holds. Idempotent."""
         super().close()
         self._earlier_turns.close()
+        self.recording = None
         if self.prefill is not None:
             self.prefill.close()
 
@@ -231,6 +244,14 @@ class RoutedPrefill(ForwardContext):
         decided, self._pending = self._pending, None
         self._stages.clear()
         return self.prefill.advance(decided, hidden)
+
+    def _decide(self, prefill: Prefill, decision: Decision, hidden: torch.Tensor) -> Decided:
+        looks = self.recording is not None and decision.ranker.needs_vision
+        vision = self.recording.on(prefill.tables.cos.device) if looks and self.recording is not None else None
+        decided = prefill.decide(decision, hidden, vision)
+        if not any(later.ranker.needs_vision for later in self.plan.decisions[decision.stage + 1 :]):
+            self.recording = None
+        return decided
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         self.cache = cache_of(kwargs)

@@ -78,6 +78,8 @@ class Planner:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
+        if settings.needs_vision:
+            adapter.tower.wanted_by(schedule.rankers)
         mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
 
     def plan(self, prompt: Prompt, settings: Settings) -> Plan | None:

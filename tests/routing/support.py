@@ -26,8 +26,9 @@ RULES = (
     Rules((2, 4, 6), (0.5, 0.25, 0.125)),
     Rules((0, 3), (0.3, 0.6)),
     Rules((2, 4, 6), (0.5, 0.25, 0.125), action="remove"),
+    Rules((0, 3, 5), (0.6, 0.3, 0.5), actions=("remove", "route", "route")),
 )
-"""A pyramid, a growing schedule from layer 0 on, and pruning."""
+"""A pyramid, a growing schedule from layer 0 on, pruning, and routing among what a removal left."""
 
 
 class NoWaiting(TorchDispatchMode):
@@ -174,11 +175,15 @@ def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
     layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
     ratio = st.one_of(st.sampled_from([0.0, 0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
     keep = draw(st.lists(ratio, min_size=len(layers), max_size=len(layers)))
-    if action == "remove":
-        keep.sort(reverse=True)
+    some: Any = st.lists(st.sampled_from(["route", "remove"]), min_size=len(layers), max_size=len(layers))
+    actions = () if renumbered else tuple(draw(st.one_of(st.just(()), st.just(()), some)))
+    left = 1.0
+    for stage, does in enumerate(actions or [action] * len(layers)):
+        keep[stage] = min(left, keep[stage])
+        left = keep[stage] if does == "remove" else left
     rounding = draw(st.sampled_from(["floor", "floor0", "half_even"]))
     positions = "renumbered" if renumbered else "preserved"
-    return Rules(tuple(layers), tuple(keep), action, rounding, positions, offset)
+    return Rules(tuple(layers), tuple(keep), action, rounding, positions, offset, actions)
 
 
 @st.composite

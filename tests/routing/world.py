@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from support import snapshot
 
 import reroute
 from reroute.errors import RerouteError
+from reroute.rankers import LastTokenAttention
 from reroute.transformers.interception import Intercepted, role_of
 from reroute_kernels import PagedPool
 
@@ -38,7 +39,7 @@ SETTINGS: dict[str, Settings] = {
     "pyramid": {"schedule": reroute.Schedule((1, 3), (0.5, 0.25))},
     "growing": {"schedule": reroute.Schedule((0, 2), (0.3, 1.0))},
     "removal": {"schedule": reroute.Schedule((1, 3), (0.5, 0.25)), "action": "remove"},
-    "scored before": {"schedule": reroute.Schedule((2, 4), (0.4, 0.2), score_layer_offset=-1)},
+    "scored before": {"schedule": reroute.Schedule((2, 4), (0.4, 0.2), (LastTokenAttention(-1),))},
     "none in the end": {"schedule": reroute.Schedule((1, 4), (0.1, 0.01), rounding="floor0")},
     "renumbered": {
         "schedule": reroute.Schedule((1, 3), (0.5, 0.25), position_mode="renumbered"),
@@ -73,7 +74,8 @@ def rules_of(settings: Settings, family: str) -> Rules | None:
         schedule = config.schedule_for(5)
     except RerouteError:
         return None
-    rules = Rules(action=config.action, **asdict(schedule))
+    offset = schedule.rankers[0].layer_offset
+    rules = Rules(schedule.layers, schedule.ratios, config.action, schedule.rounding, schedule.position_mode, offset)
     is_removal, is_renumbered = rules.action == "remove", rules.position_mode == "renumbered"
     grows = any(after > before for before, after in pairwise(rules.ratios))
     is_wrong = (is_removal and grows) or (is_renumbered and (family == "qwen" or not is_removal))
@@ -82,7 +84,7 @@ def rules_of(settings: Settings, family: str) -> Rules | None:
 
 def changed(settings: Settings, given: Settings) -> Settings:
     """``settings`` of a handle with those ``given`` to ``at``."""
-    gone = {"keep"} if "schedule" in given else {"schedule"} if {"keep", "method"} & set(given) else set()
+    gone = {"keep", "method"} if "schedule" in given else {"schedule"} if {"keep", "method"} & set(given) else set()
     return {**{name: value for name, value in settings.items() if name not in gone}, **given}
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroute.core.schedule import Rounding, Schedule, count
+from reroute.core.schedule import Action, Rounding, Schedule, count
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
 from reroute.rankers import LastTokenAttention, RandomScores
 
@@ -24,7 +24,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
     layers = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=6)))
     keep = draw(st.lists(ratios, min_size=len(layers), max_size=len(layers)))
     rankers = draw(st.sampled_from([(LastTokenAttention(),), (LastTokenAttention(-1),), (RandomScores(3),)]))
-    return Schedule(tuple(layers), tuple(keep), rankers, draw(roundings))
+    actions: tuple[Action, ...] = draw(st.sampled_from([(), ("remove", *["route"] * (len(layers) - 1))]))
+    return Schedule(tuple(layers), tuple(keep), rankers, draw(roundings), actions=actions)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +157,11 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),
         (
             {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
-            r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
+            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested\. Did you mean 'floor'\?",
         ),
+        ({"layers": (2,), "ratios": (0.5,), "actions": ("drop",)}, r"Unknown action 'drop'; known: remove, route"),
+        ({"layers": (2,), "ratios": (0.5,), "actions": "route"}, r"one action per routing layer.* got 'route' for 1"),
+        ({"layers": (2, 3), "ratios": (1, 1), "actions": ("route",)}, r"one action per routing layer.* for 2 of them"),
         (
             {"layers": (2,), "ratios": (0.5,), "position_mode": "kept"},
             r"Unknown position mode 'kept'; known: preserved, renumbered",
@@ -192,6 +196,21 @@ BAD_JSON = ["", b"\xff", {"layers": [3]}, "[1, 2]", '{"layers": [3]}', '{"layers
 def test_bad_json(text: Any) -> None:
     with pytest.raises(RerouteError, match=r"Not a schedule: .* such as \{"):
         Schedule.from_json(text)
+
+
+def test_a_decision_has_an_action_of_its_own() -> None:
+    schedule = Schedule((0, 3, 5), (0.5, 0.2, 0.5), actions=("remove", "route", "route"))
+    schedule.validate(8, "route")
+    schedule.validate(8, "remove")
+    assert schedule.each_action("remove") == ("remove", "route", "route")
+    assert Schedule((0, 3), (0.5, 0.2)).each_action("remove") == ("remove", "remove")
+    with pytest.raises(RerouteError, match=r"must not grow \(0\.5, then 0\.6\)"):
+        Schedule((0, 3, 5), (0.5, 0.2, 0.6), actions=("remove", "route", "route")).validate(8, "route")
+    with pytest.raises(RerouteError, match="Renumbered positions need action 'remove'"):
+        Schedule((0, 3), (0.5, 0.2), (LastTokenAttention(),), "floor", "renumbered", ("remove", "route")).validate(
+            8, "remove"
+        )
+    assert "actions" not in Schedule((0, 3), (0.5, 0.2)).to_json()
 
 
 def test_errors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import is_not
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
 from ...errors import RerouteError, UnsupportedModelError
+from ..vision import Tower
 from .scoring_layer import check_parts, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
@@ -168,6 +170,15 @@ class ModelAdapter:
         """See ``DecoderAdapter``."""
         cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
         return cos, sin
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, for rankers that look at it.
+
+        Raises:
+            UnsupportedModelError: it is not one that is known.
+        """
+        raise NotImplementedError
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """Per sample, per image: (rows, columns) of its visual tokens, in prompt order."""

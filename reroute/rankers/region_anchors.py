@@ -1,0 +1,279 @@
+"""Anchors spread over the picture, which take up what is near and alike: the first stage of Nüwa."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import hypot
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize, pad
+
+from reroute_kernels import Selection
+
+from ..checks import check_name, is_count, shown
+from ..errors import RerouteError
+from .base import Merge, RankContext, Ranker
+from .vision import Grid, TowerShape, Vision
+
+if TYPE_CHECKING:
+    from ..core.cost import ModelShape
+
+__all__ = ["RegionAnchors", "aggregate", "anchor_scores", "collecting_weights", "quantile"]
+
+Convention = Literal["code", "paper"]
+
+WEIGHTS = 1 << 24
+"""Weights that are held at once while anchors take up others."""
+
+
+class _Rules(NamedTuple):
+    """What differs between the conventions.
+
+    - ``reach``: of an anchor, as a share of the largest distance in a picture.
+    - ``quantile``: anchors that stand out from it are pillars, which stay as they are.
+    - ``keeps_self``: whether an anchor stays whole while it takes up others; else the weights sum to 1.
+    """
+
+    reach: float
+    quantile: float
+    keeps_self: bool
+
+
+CLS, MERGED, PAPER = _Rules((280 / 1058) ** 0.5, 0.55, True), _Rules(0.8, 0.1, False), _Rules(0.26, 0.75, False)
+"""The released code for LLaVA-1.5 (a reach of the root of 280 patches on 24 x 24), for Qwen2.5-VL, and the paper."""
+
+
+@dataclass(frozen=True)
+class RegionAnchors(Ranker):
+    """Of each 2 x 2 region of a picture the tokens that its tower attends to most, and of these the most attended.
+
+    Each of them takes up the tokens around it, by the cosine of what the tower made of them and the less the farther,
+    but for pillars, which stand out so much that they stay as they are. LLaVA-1.5 aggregates what the projector reads,
+    Qwen2.5-VL what it makes. A prompt's budget is shared among its pictures by their size; each is by itself.
+
+    It decides before layer 0.
+
+    - ``per_region``: how many of a region may be kept. None: as few as suffice.
+    - ``convention``: ``"code"`` as released for either model, or ``"paper"``: attention times the norm of the key, the
+      largest quarter of key norms as pillars, a reach of 26 % of the largest distance, weights that sum to 1.
+    - ``by_rows``: whether a token of Qwen2.5-VL is compared by its own similarity features; the released code takes
+      those that the tower's windows have put in its place.
+    """
+
+    needs_vision: ClassVar[bool] = True
+
+    per_region: int | None = None
+    convention: Convention = "code"
+    by_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_name("convention", self.convention, get_args(Convention))
+        if self.per_region is not None and not (is_count(self.per_region) and self.per_region <= 4):
+            raise RerouteError(f"per_region is a number from 1 to 4, or None, not {shown(self.per_region)}.")
+        if not isinstance(self.by_rows, bool):
+            raise RerouteError(f"by_rows is True or False, not {shown(self.by_rows)}.")
+
+    def tower_states(self, tower: TowerShape) -> Sequence[int]:
+        """See ``Ranker``."""
+        features = tower.features if tower.has_cls else ()
+        return [_attention_layer(tower), *_similarity_states(tower), *features]
+
+    def decide(self, context: RankContext) -> tuple[Selection, Merge]:
+        """See ``Ranker``.
+
+        Raises:
+            RerouteError: not the decision before layer 0.
+        """
+        if context.decision.layer:
+            raise RerouteError(
+                "RegionAnchors makes visual tokens of what the vision tower made of a picture, so it has to decide "
+                f"before layer 0, not before layer {context.decision.layer}."
+            )
+        assert context.vision is not None
+        salience, prominence = self._salience(context.vision)
+        grids, counts = context.vision.grids, context.decision.k
+        shares = [_shares(k, its) for k, its in zip(counts, grids, strict=True)]
+        scores = []
+        for its, sizes, ks in zip(salience, grids, shares, strict=True):
+            images = zip(its.split([r * c for r, c in sizes]), sizes, ks, strict=True)
+            scores.append(torch.cat([anchor_scores(*image, self.per_region) for image in images] or [its.float()]))
+        selection = context.best(scores)
+        return selection, self._merge(context, context.vision, selection, prominence, shares)
+
+    def select(self, context: RankContext) -> Selection:
+        """See ``Ranker``."""
+        return self.decide(context)[0]
+
+    def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
+        """Attention in the tower, similarities, what is taken up, and projections; as if of one picture."""
+        tower = shape.tower
+        if tower is None:
+            return 0
+        patches, width = candidates * tower.patches_per_token, tower.hidden
+        if tower.has_cls:
+            attention = 2 * width * width * (patches + 1) + 2 * patches * width
+            compared, taken, projected = width, width * len(tower.features), k
+        else:
+            attention = 4 * patches * width * width + 2 * patches * patches * width
+            compared, taken, projected = shape.hidden, shape.hidden, candidates
+        return attention + 2 * k * candidates * (compared + taken) + 2 * projected * tower.projector
+
+    def _salience(self, vision: Vision) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of each sample's tokens (N_b,): what anchors are ranked by, and what makes pillars of them."""
+        layer = _attention_layer(vision.shape)
+        salience = [attention.sum(0) for attention in vision.attention(layer)]
+        if self.convention == "code":
+            return salience, salience
+        norms = [keys.flatten(1).norm(dim=-1) for keys in vision.keys(layer)]
+        return [a * b for a, b in zip(salience, norms, strict=True)], norms
+
+    def _merge(
+        self,
+        context: RankContext,
+        vision: Vision,
+        selection: Selection,
+        prominence: list[torch.Tensor],
+        shares: list[list[int]],
+    ) -> Merge:
+        tower, rules = vision.shape, self._rules(vision.shape)
+
+        def merge(hidden: torch.Tensor) -> torch.Tensor:
+            merged = hidden.new_zeros(*selection.kept.shape, hidden.shape[-1])
+            # Read here, where gradients pass.
+            states = [vision.states(i, as_run=not self.by_rows) for i in _similarity_states(tower)]
+            similar = [torch.stack(its).mean(0) for its in zip(*states, strict=True)]
+            sources = context.candidates_of(hidden)
+            if tower.has_cls:
+                features = [vision.states(i) for i in tower.features]
+                sources = [torch.cat(its, -1) for its in zip(*features, strict=True)]
+            for b, (source, grids, ks) in enumerate(zip(sources, vision.grids, shares, strict=True)):
+                compared = similar[b] if tower.has_cls or not len(source) else vision.project(similar[b])
+                taken, start, done = [], 0, 0
+                for grid, k in zip(grids, ks, strict=True):
+                    image = slice(start, start := start + grid[0] * grid[1])
+                    anchors = selection.kept[b, done : (done := done + k)] - image.start
+                    pillars = _pillars(prominence[b][image].index_select(0, anchors), rules.quantile)
+                    reach = rules.reach * hypot(*_last_cell(grid, tower))
+                    taken.append(
+                        aggregate(source[image], compared[image], anchors, pillars, grid, reach, rules.keeps_self)
+                    )
+                if taken:
+                    own = torch.cat(taken)
+                    merged[b, : len(own)] = vision.project(own) if tower.has_cls else own
+            return merged
+
+        return merge
+
+    def _rules(self, tower: TowerShape) -> _Rules:
+        if self.convention == "paper":
+            return PAPER
+        return CLS if tower.has_cls else MERGED
+
+
+def anchor_scores(salience: torch.Tensor, grid: Grid, k: int, per_region: int | None = None) -> torch.Tensor:
+    """The salience (N,), in fp32, of the ``k`` anchors of a picture, and -inf of its other tokens.
+
+    Candidates are the ``per_region`` most salient of each region of 2 x 2; at the border regions have fewer tokens. The
+    most salient candidates become anchors, and others only where there are too few of them. Of equals the first.
+    """
+    rows, columns = grid
+    padded = pad(salience.float().view(grid), (0, columns % 2, 0, rows % 2), value=-torch.inf)
+    regions = padded.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)  # (rows, columns, 4)
+    place = torch.arange(4, device=salience.device).expand_as(regions)
+    rank = torch.empty_like(place).scatter_(-1, regions.sort(dim=-1, descending=True, stable=True).indices, place)
+    per_region = -(-k // (rank.shape[0] * rank.shape[1])) if per_region is None else per_region
+    is_candidate = (rank < per_region).unflatten(2, (2, 2)).transpose(1, 2).flatten(2).flatten(0, 1)
+    is_candidate = is_candidate[:rows, :columns].flatten()
+    order = salience.float().sort(descending=True, stable=True).indices
+    order = order[is_candidate[order].int().sort(descending=True, stable=True).indices]
+    is_anchor = torch.zeros_like(is_candidate).index_fill(0, order[:k], True)
+    return salience.float().masked_fill(~is_anchor, -torch.inf)
+
+
+def quantile(values: torch.Tensor, q: float) -> torch.Tensor:
+    """The quantile ``q`` of ``values`` (n,) in fp32, with linear interpolation at an fp32 rank; waits for no device."""
+    ordered = values.float().sort().values
+    rank = np.float32(q) * np.float32(len(ordered) - 1)
+    below = int(rank)
+    above = min(below + 1, len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], float(rank - np.float32(below)))
+
+
+def aggregate(
+    source: torch.Tensor,
+    similar: torch.Tensor,
+    anchors: torch.Tensor,
+    pillars: torch.Tensor,
+    grid: Grid,
+    reach: float,
+    keeps_self: bool,
+) -> torch.Tensor:
+    """What the ``anchors`` (K,) of a picture make of ``source`` (N, F): (K, F). See ``collecting_weights``."""
+    parts = [
+        collecting_weights(similar, some, of_them, grid, reach, keeps_self).to(source.dtype) @ source
+        for some, of_them in zip(
+            *(x.split(max(1, WEIGHTS // max(1, len(source)))) for x in (anchors, pillars)), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+def collecting_weights(
+    similar: torch.Tensor, anchors: torch.Tensor, pillars: torch.Tensor, grid: Grid, reach: float, keeps_self: bool
+) -> torch.Tensor:
+    """How much each anchor takes of each token of its picture, (K, N) fp32.
+
+    Args:
+        similar: (N, F); cosines are taken in its dtype, and those below 0 are 0.
+        anchors: (K,) int64 numbers of tokens, row by row.
+        pillars: (K,) bool, those that take nothing.
+        grid: rows and columns of the N tokens.
+        reach: distance, in tokens, from which on nothing is taken.
+        keeps_self: whether each anchor's own weight is 1 after the weights were made to sum to 1.
+    """
+    unit = normalize(similar, dim=-1)
+    cosines = unit.index_select(0, anchors) @ unit.T
+    places = torch.arange(len(similar), device=similar.device)
+    row, column = places // grid[1], places % grid[1]
+    apart = torch.stack([x.index_select(0, anchors)[:, None] - x for x in (row, column)]).float()
+    nearness = 1 - (apart.square().sum(0).sqrt() / reach).clamp(max=1)
+    is_self = anchors[:, None] == places
+    weights = (cosines.clamp(min=0).float() * nearness).masked_fill(pillars[:, None] & ~is_self, 0)
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-8)
+    return weights.masked_fill(is_self, 1) if keeps_self else weights
+
+
+def _pillars(prominence: torch.Tensor, q: float) -> torch.Tensor:
+    """Which of the anchors with this ``prominence`` (K,) reach its quantile ``q``."""
+    if not len(prominence):
+        return prominence > 0
+    return prominence.float() >= quantile(prominence, q)
+
+
+def _shares(k: int, grids: Sequence[Grid]) -> list[int]:
+    """How many of ``k`` tokens each picture of a prompt may keep: as many of a hundred as of its own."""
+    ends = list(accumulate(rows * columns for rows, columns in grids))
+    marks = [k * end // ends[-1] for end in ends]
+    return [mark - before for mark, before in zip(marks, [0, *marks], strict=False)]
+
+
+def _last_cell(grid: Grid, tower: TowerShape) -> Grid:
+    """The place of the last cell of a picture's regions; without CLS they are padded, as in the released code."""
+    rows, columns = grid if tower.has_cls else (grid[0] + grid[0] % 2, grid[1] + grid[1] % 2)
+    return rows - 1, columns - 1
+
+
+def _attention_layer(tower: TowerShape) -> int:
+    """The layer whose attention ranks: the last one that the projector sees the output of."""
+    return max(0, tower.features[-1] - 1)
+
+
+def _similarity_states(tower: TowerShape) -> range:
+    """The hidden states whose mean is compared: 16 to 24 of 24 layers with CLS, 8 to 24 of 32 without."""
+    layers = tower.num_layers
+    return range(layers * 2 // 3, layers + 1) if tower.has_cls else range(layers // 4, layers * 3 // 4 + 1)
