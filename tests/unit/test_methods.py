@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroute.core.schedule import Action, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, Diverse, DivPrune, FastV, Method, PDrop, Random, get
+from reroute.methods import METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, get
 from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
@@ -97,7 +97,7 @@ def test_unreachable_budget() -> None:
 
 
 def test_registry() -> None:
-    known = {"divprune": DivPrune, "diverse": Diverse, "fastv": FastV, "pdrop": PDrop, "random": Random}
+    known = {"divprune": DivPrune, "diverse": Diverse, "fastv": FastV, "nuwa": Nuwa, "pdrop": PDrop, "random": Random}
     assert known == dict(METHODS)
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
