@@ -81,8 +81,9 @@ class Calibration:
             f"{layer}: {ratio:.4g}" for layer, ratio in zip(self.schedule.layers, self.schedule.ratios, strict=True)
         )
         lines = [
-            f"keep {self.keep:.4g} on {self.num_layers} layers, action {self.action}: of {self.evaluations} schedules "
-            f"the one nearest to the plain model on {self.chosen_on} prompts decides before layer: ratio",
+            f"keep {self.keep:.4g} on {self.num_layers} layers, action {self.action}: nearest to the plain model on "
+            f"{self.chosen_on} prompts,",
+            f"of {self.evaluations} schedules, is (before layer: ratio)",
             f"  {stages}",
             f"KL from the plain model on {held} other prompts, in nats, ± standard error:",
             f"  {'':20}{'KL':>16}{'minus calibrated':>20}{'avg_T':>8}{'FLOPs':>8}",

@@ -100,7 +100,7 @@ def test_the_report_is_of_the_prompts_that_chose_nothing(
 
 def test_the_report_as_text(result: Calibration) -> None:
     said = str(result)
-    assert re.search(r"keep 0\.4 on 8 layers, action route: of 12 schedules", said)
+    assert re.search(r"keep 0\.4 on 8 layers, action route: nearest .* on 6 prompts,\nof 12 schedules, is", said)
     assert re.search(r"^  calibrated route +\d\.\d{3} ± \d\.\d{3} +\d+\.\d +\d+\.\d%$", said, re.MULTILINE)
     assert re.search(r"^  pdrop route +\d\.\d{3} ± \d\.\d{3} +[+-]\d\.\d{3} ± \d\.\d{3} +\d+\.\d ", said, re.MULTILINE)
     assert re.search(r"^  pdrop remove ", said, re.MULTILINE)
