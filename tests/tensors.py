@@ -24,16 +24,3 @@ def padded(
     for target, source in zip(out, lists, strict=True):
         target[slice(len(source)) if align == "left" else slice(len(target) - len(source), None)] = source
     return out.to(device)
-
-
-def rows_of_exact_cosines(n: int, features: int = 16) -> Tensor:
-    """(n, features) fp32, each row 0, 1, 4 or 16 times plus or minus a power of two, so few different ones.
-
-    Their norms are powers of two and all cosines fractions of 16: sums of them have no rounding, so that many are equal
-    whatever the order of summation. ``features``: at least 16.
-    """
-    signs = torch.randint(0, 2, (n, features)) * 2.0 - 1
-    count = torch.tensor([0, 1, 4, 16])[torch.randint(0, 4, (n, 1))]
-    chosen = torch.arange(features) < count
-    moved = (torch.arange(features) + torch.randint(0, 3, (n, 1))) % features
-    return (signs * chosen).gather(1, moved) * 2.0 ** torch.randint(-3, 4, (n, 1))
