@@ -52,10 +52,9 @@ weekly: $(TRITON_ALL:%=all-triton-%) test-week interleavings mutants ## All exec
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
 
-test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter, seven seeds, and 100 000 steps of two threads
+test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
-	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
 
 interleavings: $(VENV)/.dev ## Run 100 000 random steps of two threads that share a model (under an hour)
 	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
