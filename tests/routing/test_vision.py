@@ -305,6 +305,26 @@ def test_features_that_were_made_ahead(tiny: Tiny) -> None:
 
 
 @encoder_outputs
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_generate_has_made_is_let_go_once_it_was_ranked(tiny: Tiny, use_cache: bool) -> None:
+    """Without a cache the same features come again in each step."""
+    kept: list[Any] = []
+    hooks = [layers_of(tiny)[0].register_forward_pre_hook(lambda module, args: kept.append(weakref.ref(args[0])))]
+    hooks.append(tiny.model.lm_head.register_forward_hook(lambda *_: kept.append(kept[0]() is None)))
+    given = [tiny.prompt(0, 5, tiny.grid, 4)]
+    try:
+        with enable(tiny, RULES, Looking()):
+            output = generate(tiny, given, 3, use_cache=use_cache)
+            gc.collect()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert kept[1:] == [use_cache] * 3
+    assert kept[0]() is None
+    assert output.sequences.shape[1] == 25 + 3
+
+
+@encoder_outputs
 def test_pictures_of_several_answers_to_one_prompt(tiny: Tiny) -> None:
     """``generate`` repeats what it has made of them."""
     seen: list[list[Tensor]] = []

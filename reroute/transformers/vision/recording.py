@@ -130,6 +130,12 @@ class Recording:
             )
         return self
 
+    def release(self) -> None:
+        """No ranker will look any more: let go of states, unless other forwards may come with the same features."""
+        for run, _ in self._runs:
+            if run.is_for_one:
+                run.states.clear()
+
     @property
     def shape(self) -> TowerShape:
         """See ``Vision``."""
