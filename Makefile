@@ -51,9 +51,10 @@ weekly: $(TRITON_ALL:%=all-triton-%) test-week mutants ## All executors on all r
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
 
-test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
+test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter, seven seeds, and 100 000 steps of two threads
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
+	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
 
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants

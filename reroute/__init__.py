@@ -11,13 +11,26 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
-    from . import methods, rankers
+    from . import calibration, methods, rankers
     from .api import disable, enable, handle_of
+    from .calibration import calibrate
     from .config import RoutingConfig
     from .core.schedule import Schedule
     from .handle import Handle
 
-__all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors", "handle_of", "methods", "rankers"]
+__all__ = [
+    "Handle",
+    "RoutingConfig",
+    "Schedule",
+    "calibrate",
+    "calibration",
+    "disable",
+    "enable",
+    "errors",
+    "handle_of",
+    "methods",
+    "rankers",
+]
 
 __version__ = "0.1.0"
 
@@ -26,6 +39,7 @@ _LAZY = {
     "Handle": ".handle",
     "RoutingConfig": ".config",
     "Schedule": ".core.schedule",
+    "calibrate": ".calibration",
     "disable": ".api",
     "enable": ".api",
     "handle_of": ".api",
@@ -33,7 +47,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "rankers"):
+    if name in ("calibration", "methods", "rankers"):
         return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)

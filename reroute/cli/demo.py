@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ..report import Page, Results, Row, Setup, charts, check_writable, findings, html_table, text_table, write
+from ..files import check_writable
+from ..report import Page, Results, Row, Setup, charts, findings, html_table, text_table, write
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, written
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from ..errors import RerouteError, unknown
 from ..rankers import TowerShape
-from .schedule import Action, Schedule
+from .action import Action
+from .schedule import Schedule
 
 __all__ = [
     "Attention",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..core.schedule import Action, Rounding, Schedule
-from ..core.solver import scale_layers, solve
+from ..core.solver import scale_layers, scale_ratios
 from ..rankers import Diversity, LastTokenAttention, Ranker
 from ..rankers.base import check_ranker
 from .base import Method
@@ -53,4 +53,4 @@ class Diverse(Method):
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""
         layers = scale_layers(self.layers[action], num_layers)
-        return replace(self, ratios=solve(self.proportions[action][: len(layers)], layers, num_layers, keep))
+        return replace(self, ratios=scale_ratios(self.proportions[action][: len(layers)], layers, num_layers, keep))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..checks import items, number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
-from ..core.solver import solve
+from ..core.solver import scale_ratios
 from ..errors import RerouteError
 from ..rankers import LastRowsAttention, LastTokenAttention, Ranker, RegionAnchors
 from ..rankers.base import check_ranker
@@ -106,7 +106,7 @@ class Nuwa(Method):
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``. The two ratios stay in proportion."""
         proportions = (7.0, 1.0) if self.ratios is None else self.ratios
-        anchors, later = solve(proportions, (0, self._second_layer(num_layers)), num_layers, keep)
+        anchors, later = scale_ratios(proportions, (0, self._second_layer(num_layers)), num_layers, keep)
         return replace(self, ratios=(anchors, later))
 
     def _second_layer(self, num_layers: int) -> int:

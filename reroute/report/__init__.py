@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .chart import charts
 from .findings import findings
-from .page import Page, check_writable, write
+from .page import Page, write
 from .results import Cost, Results, Row, Setup
 from .scene import Answer, Routed, Scene, Stage
 from .table import html_costs, html_table, text_costs, text_table
@@ -20,7 +20,6 @@ __all__ = [
     "Setup",
     "Stage",
     "charts",
-    "check_writable",
     "findings",
     "html_costs",
     "html_table",

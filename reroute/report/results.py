@@ -14,6 +14,7 @@ from ..core.action import Action
 
 if TYPE_CHECKING:
     from ..config import RoutingConfig
+    from ..core.schedule import Schedule
     from ..demo.tinyvlm.evaluation import Outcome, Tally
 
 __all__ = ["FAMILIES", "Cost", "Difference", "Results", "Row", "Setup"]
@@ -33,16 +34,22 @@ _TITLES: Final = {"fastv": "FastV", "pdrop": "PDrop", "random": "Random"}
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run the model: a method, an action and a budget ``keep`` = avg_T / N; without a method, dense."""
+    """One way to run the model: a method, an action and a budget ``keep`` = avg_T / N; without a method, dense.
+
+    ``schedule``: the decisions, instead of those of the method, which then is only a name; ``keep`` is their budget.
+    """
 
     method: str | None = None
     action: Action = "route"
     keep: float = 1.0
+    schedule: Schedule | None = None
 
     def config(self, backend: str = "auto", *, trace: bool = False) -> RoutingConfig:
         """The settings of routing; dense is a routing that keeps everything."""
         from ..config import RoutingConfig
 
+        if self.schedule is not None:
+            return RoutingConfig(action=self.action, schedule=self.schedule, backend=backend, trace=trace)
         return RoutingConfig(self.method, self.action, self.keep, backend=backend, trace=trace)
 
     @property

@@ -53,7 +53,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("demo", "run", "doctor"))
+    assert all(name in done.stdout for name in ("demo", "run", "calibrate", "doctor"))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -134,7 +134,7 @@ def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "fastw"], r"Unknown method 'fastw'; known: fastv, pdrop, random"),
+        (["--method", "fastw"], r"Unknown method 'fastw'; known: diverse, divprune, fastv, nuwa, pdrop, random"),
         (["--keep", "0.05"], r"keep = 0.05 is out of reach"),
         (["--keep", "1"], r"--keep must lie between 0 and 1"),
         (["--model", "./nowhere"], r"\./nowhere is no model folder"),

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from reroute.errors import RerouteError
-from reroute.report import Answer, Page, Routed, Scene, Setup, charts, check_writable, findings, html_table, text_table
+from reroute.files import check_writable
+from reroute.report import Answer, Page, Routed, Scene, Setup, charts, findings, html_table, text_table
 from reroute.report.page import write
 from reroute.report.results import FAMILIES, Results
 from reroute.report.scene import Stage, stages_of

@@ -22,10 +22,11 @@ SETTINGS = (
     "rankers/base.py",
     "rankers/random.py",
     "registry.py",
+    "schedule_file.py",
 )
 """Where settings are refused that no model could have; the page does not quote them one by one."""
-COMMANDS = ("cli", "report")
-"""What refuses to a person at a terminal. The page is of the library."""
+COMMANDS = ("calibration", "cli", "files.py", "report")
+"""What refuses to a person who waits for a result. The page is of the routing of models."""
 
 
 def words(node: ast.expr, names: dict[str, ast.expr]) -> str:

@@ -11,8 +11,7 @@ import models
 import pytest
 import torch
 from models import CACHE, Tiny
-from oracle import Rules
-from support import RULES, close, enable, generate, refuses, snapshot
+from support import RULES, cache_of, close, enable, generate, refuses, snapshot, state_of, unchanged
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -325,12 +324,18 @@ def test_pool_of_another_kind(tiny: Tiny) -> None:
 
 
 def test_renumbered_later_turn() -> None:
+    """Whether the earlier turn is renumbered, or the later one, or both."""
     tiny = models.tiny("llava-gqa")
     first, second = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)
-    with enable(tiny, Rules((2,), (0.5,), "remove", position_mode="renumbered")):
-        cache = getattr(tiny.model(**tiny.inputs([first]), use_cache=True), CACHE)
-        with pytest.raises(RerouteError, match="one prompt only"):
-            tiny.model(**tiny.follow([first], [second]), **{CACHE: cache})
+    renumbered = {"schedule": reroute.Schedule((2,), (0.5,), position_mode="renumbered"), "action": "remove"}
+    for one, two in ((renumbered, renumbered), ({}, renumbered), (renumbered, {}), (renumbered, {"keep": 0.9})):
+        with reroute.enable(tiny.model) as handle:
+            with handle.at(**one):
+                cache = cache_of(tiny.model(**tiny.inputs([first]), use_cache=True))
+            before, follow = state_of(cache), tiny.follow([first], [second])
+            with handle.at(**two), pytest.raises(RerouteError, match="one prompt only"):
+                tiny.model(**follow, **{CACHE: cache})
+            unchanged(cache, before)
 
 
 def test_trace_is_off() -> None:

@@ -40,6 +40,13 @@ def caches(few: Tiny) -> dict[str, tuple[Any, int]]:
     again = of(samples[:1])
     few.model(**few.follow(samples[:1], [few.prompt(3, 2, few.grid, 6)]), **{CACHE: again})
     made["a later picture"] = again, 6
+    handle = reroute.handle_of(few.model)
+    assert handle is not None
+    with handle.at(schedule=reroute.Schedule((0,), (0.5,))):
+        other = of(samples[:1])
+    with handle.at(schedule=reroute.Schedule((2,), (0.5,))):  # the first two layers are not routed again
+        few.model(**few.follow(samples[:1], [few.prompt(3, 2, few.grid, 6)]), **{CACHE: other})
+    made["a later picture with other routing layers"] = other, 6
     moved = of(samples)
     moved.reorder_cache(torch.tensor([1, 0, 0]))
     made["moved samples"] = moved, 3

@@ -19,7 +19,7 @@ from reroute.core.cost import (
     prefill_cost,
 )
 from reroute.core.schedule import Action, Schedule
-from reroute.core.solver import RatioFamily, scale_layers, solve
+from reroute.core.solver import RatioFamily, budget_of, scale_layers, scale_ratios, solve
 from reroute.errors import RerouteError
 from reroute.rankers import LastTokenAttention, RandomScores
 
@@ -347,3 +347,45 @@ def test_impossible_budgets() -> None:
         solve("uniform", (3,), 3, 0.5)
     with pytest.raises(RerouteError, match="strictly increasing"):
         solve("uniform", (3, 3), 32, 0.5)
+
+
+# --- one factor for given ratios --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "layers", "num_layers", "keep", "expected"),
+    [
+        ((0.4, 0.2), (2, 6), 10, 0.5, (0.5, 0.25)),  # 2 + 4 * 2r + 4 * r = 5
+        ((1.0, 0.1), (0, 5), 10, 0.75, (1.0, 0.5)),  # the first is clipped, the second makes up for it
+        ((0.0, 0.3, 0.0), (1, 4, 5), 12, 1 / 9, (0.0, 1 / 3, 0.0)),
+        ((0.3, 0.3), (0, 2), 4, 1.0, (1.0, 1.0)),
+    ],
+)
+def test_ratios_are_scaled_to_the_budget(
+    ratios: tuple[float, ...], layers: tuple[int, ...], num_layers: int, keep: float, expected: tuple[float, ...]
+) -> None:
+    found = scale_ratios(ratios, layers, num_layers, keep)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert budget_of(layers, found, num_layers) == pytest.approx(keep, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["uniform", "pyramid"])
+def test_scaling_what_was_solved_changes_nothing(family: RatioFamily) -> None:
+    solved = solve(family, (2, 7, 15, 23), 32, 1 / 9)
+    assert scale_ratios(solved, (2, 7, 15, 23), 32, 1 / 9) == pytest.approx(solved, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "layers", "keep", "said"),
+    [
+        ((0.0, 0.0), (1, 4), 0.5, "stages that keep nothing stay as they are"),
+        ((0.5, 0.0), (0, 5), 0.6, "stages that keep nothing stay as they are"),
+        ((0.5, 0.5), (5, 6), 0.5, "layers before the first routing layer run all"),
+        ((0.5, 0.5), (1, 6), 0, "must be a number above 0"),
+    ],
+)
+def test_budgets_that_no_factor_reaches(
+    ratios: tuple[float, ...], layers: tuple[int, ...], keep: float, said: str
+) -> None:
+    with pytest.raises(RerouteError, match=said):
+        scale_ratios(ratios, layers, 10, keep)
