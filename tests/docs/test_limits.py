@@ -20,6 +20,7 @@ SETTINGS = (
     "methods",
     "rankers/attention.py",
     "rankers/base.py",
+    "rankers/last_rows.py",
     "rankers/random.py",
     "registry.py",
     "schedule_file.py",
