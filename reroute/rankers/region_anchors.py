@@ -22,7 +22,7 @@ from .vision import Grid, TowerShape, Vision
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
 
-__all__ = ["RegionAnchors", "aggregate", "anchor_scores", "collecting_weights", "quantile"]
+__all__ = ["RegionAnchors", "aggregate", "are_anchors", "collecting_weights", "quantile"]
 
 Convention = Literal["code", "paper"]
 
@@ -101,7 +101,7 @@ class RegionAnchors(Ranker):
         scores = []
         for its, sizes, ks in zip(salience, grids, shares, strict=True):
             images = zip(its.split([r * c for r, c in sizes]), sizes, ks, strict=True)
-            scores.append(torch.cat([anchor_scores(*image, self.per_region) for image in images] or [its.float()]))
+            scores.append(_above([are_anchors(*image, self.per_region) for image in images], its.float()))
         selection = context.best(scores)
         return selection, self._merge(context, context.vision, selection, prominence, shares)
 
@@ -175,8 +175,8 @@ class RegionAnchors(Ranker):
         return CLS if tower.has_cls else MERGED
 
 
-def anchor_scores(salience: torch.Tensor, grid: Grid, k: int, per_region: int | None = None) -> torch.Tensor:
-    """The salience (N,), in fp32, of the ``k`` anchors of a picture, and -inf of its other tokens.
+def are_anchors(salience: torch.Tensor, grid: Grid, k: int, per_region: int | None = None) -> torch.Tensor:
+    """Which of the tokens of a picture with this ``salience`` (N,) are its ``k`` anchors, (N,) bool.
 
     Candidates are the ``per_region`` most salient of each region of 2 x 2; at the border regions have fewer tokens. The
     most salient candidates become anchors, and others only where there are too few of them. Of equals the first.
@@ -191,8 +191,7 @@ def anchor_scores(salience: torch.Tensor, grid: Grid, k: int, per_region: int | 
     is_candidate = is_candidate[:rows, :columns].flatten()
     order = salience.float().sort(descending=True, stable=True).indices
     order = order[is_candidate[order].int().sort(descending=True, stable=True).indices]
-    is_anchor = torch.zeros_like(is_candidate).index_fill(0, order[:k], True)
-    return salience.float().masked_fill(~is_anchor, -torch.inf)
+    return torch.zeros_like(is_candidate).index_fill(0, order[:k], True)
 
 
 def quantile(values: torch.Tensor, q: float) -> torch.Tensor:
@@ -246,6 +245,13 @@ def collecting_weights(
     weights = (cosines.clamp(min=0).float() * nearness).masked_fill(pillars[:, None] & ~is_self, 0)
     weights = weights / (weights.sum(1, keepdim=True) + 1e-8)
     return weights.masked_fill(is_self, 1) if keeps_self else weights
+
+
+def _above(chosen: Sequence[torch.Tensor], salience: torch.Tensor) -> torch.Tensor:
+    """The ``salience`` (N,) of a prompt's tokens, but for those not ``chosen``, which are below all others."""
+    if not chosen:
+        return salience
+    return torch.where(torch.cat(list(chosen)), salience, salience - (1 + salience.max() - salience.min()))
 
 
 def _pillars(prominence: torch.Tensor, q: float) -> torch.Tensor:

@@ -184,8 +184,10 @@ class RoutedPrefill(ForwardContext):
         if (decision := self._deciding.get(index)) is not None:
             if self.prefill is None:
                 self.prefill = self._begin(hidden, kwargs)
-            self._pending = self._decide(self.prefill, decision, hidden)
+            vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
+            self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)
+            self._forget_pictures(decision)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
@@ -245,13 +247,14 @@ class RoutedPrefill(ForwardContext):
         self._stages.clear()
         return self.prefill.advance(decided, hidden)
 
-    def _decide(self, prefill: Prefill, decision: Decision, hidden: torch.Tensor) -> Decided:
-        looks = self.recording is not None and decision.ranker.needs_vision
-        vision = self.recording.on(prefill.tables.cos.device) if looks and self.recording is not None else None
-        decided = prefill.decide(decision, hidden, vision)
-        if not any(later.ranker.needs_vision for later in self.plan.decisions[decision.stage + 1 :]):
-            self.recording = None
-        return decided
+    def _forget_pictures(self, decision: Decision) -> None:
+        """Let go of what is kept of them if no ranker after ``decision`` looks, and nothing waits to be merged."""
+        later = self.plan.decisions[decision.stage + 1 :]
+        if self.recording is None or self._pending is not None or any(d.ranker.needs_vision for d in later):
+            return
+        if self.cache is not None:  # else generate comes with the same features again
+            self.recording.release()
+        self.recording = None
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         self.cache = cache_of(kwargs)

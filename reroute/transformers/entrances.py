@@ -240,7 +240,9 @@ def _run_tower(router: Router, proceed: Callable[..., Any], args: Args, kwargs: 
     outer, forward = _tower_run.get(), _forward.get()
     if forward is not None and not forward.is_of(router.adapter):
         forward = None  # that of a model that calls this one
-    run = router.tower_run(args, kwargs) if forward is None or forward.recording is not None else None
+    run = None
+    if forward is None or forward.recording is not None:
+        run = router.tower_run(args, kwargs, is_for_one=prompt_end(router) is not None)
     try:
         _tower_run.set(run)
         output = proceed(*args, **kwargs)

@@ -309,8 +309,10 @@ class Router:
             forward.keep(cache)
         return forward
 
-    def tower_run(self, args: Args, kwargs: Kwargs) -> TowerRun | None:
+    def tower_run(self, args: Args, kwargs: Kwargs, *, is_for_one: bool) -> TowerRun | None:
         """What to keep of a run of the vision tower that begins here and now; None if nobody will look at it.
+
+        ``is_for_one``: whether ``generate`` makes features of it, for one prefill.
 
         Raises:
             RerouteError: features are made of it in another way than is known.
@@ -318,7 +320,8 @@ class Router:
         settings, tower = self.settings, self.adapter.tower
         if not settings.needs_vision:
             return None
-        return TowerRun(tower, tower.images(args, kwargs), tower.wanted_by(settings.schedule.rankers))
+        wanted = tower.wanted_by(settings.schedule.rankers)
+        return TowerRun(tower, tower.images(args, kwargs), wanted, is_for_one=is_for_one)
 
     def finish(self, forward: ForwardContext) -> None:
         """End a forward that succeeded."""

@@ -25,7 +25,7 @@ from transformers import (
 import reroute
 from reroute.methods import Nuwa
 from reroute.rankers import RankInputs, ScoreRanker
-from reroute.rankers.region_anchors import _pillars, aggregate, anchor_scores, collecting_weights, quantile
+from reroute.rankers.region_anchors import _pillars, aggregate, are_anchors, collecting_weights, quantile
 
 HERE = Path(__file__).parent
 
@@ -41,10 +41,6 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def kept(scores: Tensor) -> Tensor:
-    return (scores > -torch.inf).nonzero().flatten()
-
-
 # --- stage 1 on given tensors -----------------------------------------------------------------------------------------
 
 
@@ -54,7 +50,7 @@ def test_stage_1_of_llava() -> None:
     states = given["in.hidden_states_16_24"][:, 0, 1:]
     salience = given["in.cls_attention"][0, :, 1:].sum(0)
     close(salience, given["out.metric"][0], 1e-6)
-    anchors = kept(anchor_scores(salience, grid, k))
+    anchors = are_anchors(salience, grid, k).nonzero().flatten()
     assert torch.equal(anchors, given["out.anchors"][0])
     close(quantile(salience[anchors], 0.55), given["out.threshold"][0, 0], 1e-6)
     pillars = _pillars(salience[anchors], 0.55)
@@ -68,8 +64,8 @@ def test_stage_1_by_hand() -> None:
     """T11."""
     rows = [(0.9, 0.1, 0.2, 0.3), (0.2, 0.1, 0.8, 0.1), (0.1, 0.7, 0.4, 0.2), (0.05, 0.1, 0.1, 0.6)]
     salience, features = torch.tensor(rows).flatten(), torch.arange(1.0, 17.0)[:, None]
-    assert kept(anchor_scores(salience, (4, 4), 4, 1)).tolist() == [0, 6, 9, 15]
-    anchors = kept(anchor_scores(salience, (4, 4), 3, 1))
+    assert are_anchors(salience, (4, 4), 4, 1).nonzero().flatten().tolist() == [0, 6, 9, 15]
+    anchors = are_anchors(salience, (4, 4), 3, 1).nonzero().flatten()
     assert anchors.tolist() == [0, 6, 9]
     assert float(quantile(salience[anchors], 0.55)) == pytest.approx(0.81)
     pillars = _pillars(salience[anchors], 0.55)

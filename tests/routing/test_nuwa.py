@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import close, generate
+from support import NoWaiting, close, generate
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from towers import UNROLLED, outputs_of_tower, tower_of
@@ -18,7 +18,8 @@ from towers import UNROLLED, outputs_of_tower, tower_of
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import Nuwa
-from reroute.rankers import LastRowsAttention, RegionAnchors
+from reroute.rankers import LastRowsAttention, LastTokenAttention, RegionAnchors
+from reroute.transformers.context import RoutedPrefill
 
 NUWA = Nuwa((0.25, 0.125))
 
@@ -223,6 +224,35 @@ def test_what_it_costs(tiny: Tiny) -> None:
     q, kv, rows = 64, 32, 9 + 4
     stage_2 = 2 * 64 * q + 2 * rows * 64 * kv + 2 * q * rows
     assert handle.stats().scoring_flops == stage_1 + stage_2
+
+
+@pytest.mark.parametrize("action", ["route", "remove"])
+def test_no_operation_waits(tiny: Tiny, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a decision or behind it; the tower itself reads its grids on the host."""
+    original, ran = RoutedPrefill.before_layer, []
+
+    def guarded(*args: Any) -> Any:
+        ran.append(args[1])
+        with NoWaiting():
+            return original(*args)
+
+    monkeypatch.setattr(RoutedPrefill, "before_layer", guarded)
+    for second in (LastTokenAttention(layer_offset=-1), LastRowsAttention(layer_offset=-1)):
+        with reroute.enable(tiny.model, method=replace(NUWA, second=second), action=action):
+            tiny.model(**tiny.inputs(batch(tiny)))
+    assert len(ran) == 2 * tiny.num_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    tiny = models.llava() if family == "llava" else models.qwen()
+    tiny.model.to(dtype)
+    given: dict[str, Any] = tiny.inputs(batch(tiny))
+    given["pixel_values"] = given["pixel_values"].to(dtype)
+    with reroute.enable(tiny.model, method=NUWA, action="remove") as handle:
+        assert tiny.model(**given).logits.isfinite().all()
+    assert handle.stats().kept == ((4, 2), (8, 4), (0, 0))
 
 
 def test_it_warms_up(tiny: Tiny) -> None:

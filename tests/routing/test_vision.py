@@ -122,6 +122,55 @@ def test_a_later_turn_sees_its_own_pictures(tiny: Tiny) -> None:
     assert not torch.allclose(seen[0], seen[2])
 
 
+@dataclass(frozen=True)
+class Comparing(Looking):
+    """Makes sure that what the projector makes of the tower's states is what the decoder begins with."""
+
+    def select(self, context: RankContext) -> Selection:
+        assert context.vision is not None
+        features = [torch.cat(its, -1) for its in zip(*map(context.vision.states, context.vision.shape.features))]
+        for its, found in zip(features, context.candidates_of(context.hidden()), strict=True):
+            close(context.vision.project(its), found)
+            self.seen.append(len(found))
+        return super().select(context)
+
+    seen: list[int] = field(default_factory=list, compare=False)
+
+
+def test_states_are_those_of_the_visual_token(tiny: Tiny) -> None:
+    samples = [tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2), tiny.prompt(2, 6), tiny.prompt(0, 5, tiny.grid, 4)]
+    ranker = Comparing()
+    with enable(tiny, Rules((0,), (0.5,)), ranker):
+        generate(tiny, samples, 2)
+    assert ranker.seen == [32, 0, 16]
+
+
+def test_images_between_videos() -> None:
+    """Each kind is scattered to placeholders of its own: a video of two frames, an image, a video; an image."""
+    tiny = models.tiny("qwen")
+    image, other = tiny.prompt(0, (3, 2)), tiny.prompt(1, (2, 2))
+    videos = {(2, 4, 6): 12, (1, 6, 4): 6}
+    pixels = [torch.randn(4 * tokens, image.pixels[0].shape[1]) for tokens in videos.values()]
+    first, second = ((models.VIDEO,) * tokens for tokens in videos.values())
+    rows = [[*first, 1, *image.ids, 2, *second, 3, 4], [5, *other.ids, 6, *[models.PAD] * 22]]
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    kinds = (ids == models.PICTURE).long() + 2 * (ids == models.VIDEO).long()
+    ranker = Comparing()
+    with enable(tiny, Rules((0,), (0.5,)), ranker):
+        tiny.model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=kinds,
+            pixel_values=torch.cat([*image.pixels, *other.pixels]),
+            image_grid_thw=torch.tensor([*image.grids, *other.grids]),
+            pixel_values_videos=torch.cat(pixels),
+            video_grid_thw=torch.tensor(list(videos)),
+        )
+    assert ranker.seen == [24, 4]
+
+
 # --- nothing is kept that was not asked for ---------------------------------------------------------------------------
 
 
@@ -302,6 +351,26 @@ def test_features_that_were_made_ahead(tiny: Tiny) -> None:
         for made in refused:
             with pytest.raises(RerouteError, match="of which nothing is kept"):
                 tiny.model(**given, mm_encoder_outputs={"image": made})
+
+
+@encoder_outputs
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_generate_has_made_is_let_go_once_it_was_ranked(tiny: Tiny, use_cache: bool) -> None:
+    """Without a cache the same features come again in each step."""
+    kept: list[Any] = []
+    hooks = [layers_of(tiny)[0].register_forward_pre_hook(lambda module, args: kept.append(weakref.ref(args[0])))]
+    hooks.append(tiny.model.lm_head.register_forward_hook(lambda *_: kept.append(kept[0]() is None)))
+    given = [tiny.prompt(0, 5, tiny.grid, 4)]
+    try:
+        with enable(tiny, RULES, Looking()):
+            output = generate(tiny, given, 3, use_cache=use_cache)
+            gc.collect()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert kept[1:] == [use_cache] * 3
+    assert kept[0]() is None
+    assert output.sequences.shape[1] == 25 + 3
 
 
 @encoder_outputs

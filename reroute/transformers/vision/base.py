@@ -110,11 +110,14 @@ class TowerRun:
     - ``states``: the hidden states that were ``wanted``, by number.
     - ``rope``: what its layers got as ``position_embeddings``.
     - ``places``: where each token is, row by row of each image, if that is not where it runs; set by its tower.
+    - ``is_for_one``: whether one prefill will get its features, that of the ``generate`` in which it is.
     """
 
-    def __init__(self, tower: Tower, images: list[list[Grid]], wanted: Collection[int]) -> None:
+    def __init__(
+        self, tower: Tower, images: list[list[Grid]], wanted: Collection[int], *, is_for_one: bool = False
+    ) -> None:
         """It has not begun."""
-        self.tower, self.images = tower, images
+        self.tower, self.images, self.is_for_one = tower, images, is_for_one
         self.states: dict[int, torch.Tensor] = {}
         self.rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self.places: torch.Tensor | None = None

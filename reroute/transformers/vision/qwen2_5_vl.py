@@ -34,7 +34,7 @@ class Qwen25VLTower(Tower):
             hidden=vision.hidden_size,
             heads=vision.num_heads,
             has_cls=False,
-            patches_per_token=vision.spatial_merge_size**2,
+            patches_per_token=self._merged,
             features=(len(self.layers),),
             projector=self._projector_size,
         )
@@ -51,7 +51,7 @@ class Qwen25VLTower(Tower):
     def tokens(self, run: TowerRun, index: int, *, as_run: bool) -> torch.Tensor:
         """See ``Tower``."""
         states = run.states[index]
-        tokens = states.reshape(-1, self.shape.patches_per_token * states.shape[-1])
+        tokens = states.reshape(-1, self._merged * states.shape[-1])
         return tokens if as_run else self._by_rows(run, tokens)
 
     def attention(self, run: TowerRun, layer: int) -> torch.Tensor:
@@ -65,17 +65,22 @@ class Qwen25VLTower(Tower):
         received = [
             _received(*both, scale) for both in zip(query.split(lengths, 1), keys.split(lengths, 1), strict=True)
         ]
-        patches = torch.cat(received).view(-1, self.shape.patches_per_token)
+        patches = torch.cat(received).view(-1, self._merged)
         return self._by_rows(run, patches.mean(1))[None]
 
     def keys(self, run: TowerRun, layer: int) -> torch.Tensor:
         """See ``Tower``."""
         keys = self._projected(run, layer)[1]
-        return self._by_rows(run, keys.unflatten(0, (-1, self.shape.patches_per_token)).mean(1))
+        return self._by_rows(run, keys.unflatten(0, (-1, self._merged)).mean(1))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """See ``Tower``."""
         return super().project(features.reshape(-1, self.config.vision_config.hidden_size))
+
+    @property
+    def _merged(self) -> int:
+        """Patches of a token, which run one after the other."""
+        return int(self.config.vision_config.spatial_merge_size) ** 2
 
     def _layers(self) -> Sequence[Any]:
         layers: Sequence[Any] = self.module.blocks
@@ -107,7 +112,7 @@ class Qwen25VLTower(Tower):
             sizes = [rows * columns for rows, columns in _frames(run)]
         else:
             sizes = [size for grid in _frames(run) for size in self._windows(grid)[1]]
-        return [size * self.shape.patches_per_token for size in sizes]
+        return [size * self._merged for size in sizes]
 
     def _windows(self, grid: Grid) -> tuple[NDArray[np.int64], list[int]]:
         """Of the tokens of a frame: their numbers in the order in which they run, and how many are in each window."""

@@ -35,6 +35,11 @@ _NO_TOWER = (
     "with input_ids, or what model.get_image_features returned under these settings; or choose other rankers."
 )
 
+_OTHERS = (
+    "The pictures have another number of patches than there are placeholders that are not padding, and a ranker of this "
+    "schedule looks at them. Leave out placeholders that are padding, or choose rankers that do not look at the pictures."
+)
+
 
 def attach(run: TowerRun, features: Any) -> None:
     """Let ``features``, which the tower has returned outside of a forward, have with them what was kept."""
@@ -64,6 +69,8 @@ def recording_of(adapter: ModelAdapter, plan: Plan, call: Mapping[str, Any]) -> 
         spans = [[(end - count, end)] for end, count in zip(ends, plan.visual_counts, strict=True)]
     else:
         spans = _spans(adapter, call)
+        if tuple(sum(end - start for start, end in sample) for sample in spans) != plan.visual_counts:
+            raise RerouteError(_OTHERS)
     return Recording(adapter.tower, sources, spans)
 
 
@@ -123,12 +130,14 @@ class Recording:
             raise RerouteError(_NO_TOWER)
         held = max((end for spans in self._spans for _, end in spans), default=0)
         if sum(sum(run.tokens_of_images[i] for i in order) for run, order in self._runs) != held:
-            raise RerouteError(
-                "The pictures have another number of patches than there are placeholders that are not padding, and a "
-                "ranker of this schedule looks at them. Leave out placeholders that are padding, or choose rankers "
-                "that do not look at the pictures."
-            )
+            raise RerouteError(_OTHERS)
         return self
+
+    def release(self) -> None:
+        """No ranker will look any more: let go of states, unless other forwards may come with the same features."""
+        for run, _ in self._runs:
+            if run.is_for_one:
+                run.states.clear()
 
     @property
     def shape(self) -> TowerShape:
