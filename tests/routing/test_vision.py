@@ -128,7 +128,9 @@ class Comparing(Looking):
 
     def select(self, context: RankContext) -> Selection:
         assert context.vision is not None
-        features = [torch.cat(its, -1) for its in zip(*map(context.vision.states, context.vision.shape.features))]
+        features = [
+            torch.cat(its, -1) for its in zip(*map(context.vision.states, context.vision.shape.features), strict=True)
+        ]
         for its, found in zip(features, context.candidates_of(context.hidden()), strict=True):
             close(context.vision.project(its), found)
             self.seen.append(len(found))
