@@ -41,7 +41,7 @@ def homes(plan: Plan, dtype: torch.dtype = torch.float32) -> tuple[PooledHome, R
 def rows_of(home: Home, places: list[list[int]]) -> Tensor:
     """Rows (B, S) of these sample rows, -1 for fillers."""
     index = torch.tensor(places, dtype=torch.int64)
-    return (index + home.tensors.starts).masked_fill(index < 0, -1)
+    return (index + home.tensors.starts[:, None]).masked_fill(index < 0, -1)
 
 
 @settings(max_examples=60)
