@@ -178,8 +178,13 @@ class World:
         self.told: Counter[tuple[int, int | None]] = Counter()
         self.outcomes: Counter[str] = Counter()  # how often what happened, for a look at what a run has covered
         self.pool = PagedPool.shared(64, torch.float32, "cpu")
+        self.leases_before = self.pool.stats().leases
 
     # --- what is so -----------------------------------------------------------------------------------------------
+
+    @property
+    def leases(self) -> int:
+        return self.pool.stats().leases - self.leases_before
 
     def subject(self, number: int) -> Subject:
         return self.subjects[number % len(self.subjects)]
@@ -371,7 +376,7 @@ class World:
         paused = sum(len(lane.frames) for lane in self.lanes)
         blocks = [block for blocks in self.blocks.values() for block in blocks]
         plans = sum(block.kind == "using" and block.value.rules is not None for block in blocks)
-        assert self.pool.stats().leases <= plans + paused
+        assert self.leases <= plans + paused
         for subject in self.subjects:
             if subject.handle is not None:
                 self._check_routed(subject)
