@@ -36,8 +36,9 @@ _NO_TOWER = (
 )
 
 _OTHERS = (
-    "The pictures have another number of patches than there are placeholders that are not padding, and a ranker of this "
-    "schedule looks at them. Leave out placeholders that are padding, or choose rankers that do not look at the pictures."
+    "The pictures have another number of patches than there are placeholders that are not padding, and a ranker of "
+    "this schedule looks at them. Leave out placeholders that are padding, or choose rankers that do not look at the "
+    "pictures."
 )
 
 
