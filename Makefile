@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench gpu-check test-oldest test-triton weekly test-week mutants train clean
+.PHONY: help demo check test lint bench gpu-check test-oldest test-triton weekly test-week interleavings mutants train \
+	clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
@@ -46,14 +47,16 @@ test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel test
 $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
-weekly: $(TRITON_ALL:%=all-triton-%) test-week mutants ## All executors on all releases of Triton, random cases, mutants (hours)
+weekly: $(TRITON_ALL:%=all-triton-%) test-week interleavings mutants ## All executors and Tritons, random cases, mutants (hours)
 
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
 
-test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter, seven seeds, and 100 000 steps of two threads
+test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
+
+interleavings: $(VENV)/.dev ## Run 100 000 random steps of two threads that share a model (under an hour)
 	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
 
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from conversations import Conversation, Row, Say, expected
+from conversations import Conversation, Expected, Row, Say, expected
 from lanes import Frame, Happening, Interrupt, Lane
 from models import CACHE
 from support import PLACES, cache_of, close, generate, kv_lengths
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 from verdicts import Act, Asked, Call, Verdict, changes_nothing, labels_of
 from world import REFUSALS, SETTINGS, Running, World
@@ -76,10 +76,9 @@ class _Performance(Asked):
 
     def perform(self) -> None:
         world, call, talk = self.world, self.call, self.conversation
-        if not self.is_possible() or (call.way in ("model", "generate") and not world.meet(self.subject)):
-            world.outcomes["impossible"] += 1
-            return
-        verdict = self.verdict()
+        is_whole = call.way in ("model", "generate")  # which is what ``enable()`` waits for
+        is_possible = self.is_possible() and (not is_whole or world.meet(self.subject))
+        verdict = self.verdict() if is_possible else None
         if verdict is None:
             world.outcomes["impossible"] += 1
             return
@@ -88,21 +87,7 @@ class _Performance(Asked):
         given = self.given()
         cache = DynamicCache() if talk is None and call.cache == "given" else None if talk is None else talk.cache
         before = stored(cache)
-        output, refusal = None, None
-        if talk is not None:
-            talk.is_busy = True
-        world.running.append(running)
-        try:
-            with self.listening(running), self.frame.watching(self.happenings(running)):
-                output = self.run(dict(given), cache)
-        except Interrupt:
-            pass
-        except RerouteError as error:
-            refusal = str(error)
-        finally:
-            world.running.remove(running)
-            if talk is not None:
-                talk.is_busy = False
+        output, refusal = self.make(running, given, cache)
         self.record(verdict, running, has_ended=output is not None)
         if refusal is not None:
             self.was_refused(verdict, refusal)
@@ -111,6 +96,24 @@ class _Performance(Asked):
             self.was_cut_short(verdict, cache, before)
         else:
             self.has_succeeded(verdict, output, given)
+
+    def make(self, running: Running, given: dict[str, Any], cache: Any) -> tuple[Any, str | None]:
+        """The output, or why it is refused, or neither."""
+        talk, running_ones = self.conversation, self.world.running
+        if talk is not None:
+            talk.is_busy = True
+        running_ones.append(running)
+        try:
+            with self.listening(running), self.frame.watching(self.happenings(running)):
+                return self.run(dict(given), cache), None
+        except Interrupt:
+            return None, None
+        except RerouteError as error:
+            return None, str(error)
+        finally:
+            running_ones.remove(running)
+            if talk is not None:
+                talk.is_busy = False
 
     @contextmanager
     def listening(self, running: Running) -> Iterator[None]:
@@ -207,37 +210,38 @@ class _Performance(Asked):
     def has_succeeded(self, verdict: Verdict, output: Any, given: dict[str, Any]) -> None:
         assert verdict.refusal is None, f"not refused: {verdict.refusal}"
         assert not self.was_interrupted
-        family, way = self.world.family, self.call.way
-        if changes_nothing(verdict.rules):
-            is_later = self.conversation is not None and self.conversation.is_routed
-            self.world.outcomes["after a routed prompt" if is_later else "plain"] += 1
-        else:
-            self.world.outcomes["routed"] += 1
+        is_later = self.conversation is not None and self.conversation.is_routed
+        plain = "after a routed prompt" if is_later else "plain"
+        self.world.outcomes[plain if changes_nothing(verdict.rules) else "routed"] += 1
         rows = self.rows(verdict)
         steps: list[list[int]] = [[] for _ in rows]
-        if way == "generate":
+        if self.call.way == "generate":
             steps = output.sequences[:, -TOKENS:].tolist()
             rows = [(*row, *(Say((t,)) for t in tokens[:-1])) for row, tokens in zip(rows, steps, strict=True)]
-        results = [expected(family, row) for row in rows]
+        results = [expected(self.world.family, row) for row in rows]
         if not all(result.is_defined for result in results):
             self.world.outcomes["undefined"] += 1
             self.forget()
             return
-        if way in ("base", "decoder"):
-            logits = nn.functional.linear(output.last_hidden_state, self.tiny.model.lm_head.weight)
-        else:
-            logits = torch.stack(output.logits, 1) if way == "generate" else output.logits
-        mask = given["attention_mask"][:, -logits.shape[1] :].bool()
-        for b, result in enumerate(results):
-            row = logits[b] if way == "generate" else logits[b][mask[b]]
-            close(row, result.logits[-len(row) :])
-        if self.call.cache == "none" or way == "decoder":
+        self.compare(output, given["attention_mask"].bool(), results)
+        if self.call.cache == "none" or self.call.way == "decoder":
             return
         cache = cache_of(output)
         talk = self.remember(verdict, cache, rows, steps)
         assert cache.get_seq_length() == talk.length
         if len(rows) == 1:
             assert kv_lengths(cache) == results[0].kept
+
+    def compare(self, output: Any, mask: Tensor, results: Sequence[Expected]) -> None:
+        if self.call.way == "generate":
+            logits = list(torch.stack(output.logits, 1))
+        elif self.call.way in ("base", "decoder"):
+            logits = list(nn.functional.linear(output.last_hidden_state, self.tiny.model.lm_head.weight))
+        else:
+            logits = list(output.logits)
+        for row, valid, result in zip(logits, mask, results, strict=True):
+            live = row if self.call.way == "generate" else row[valid[-len(row) :]]
+            close(live, result.logits[-len(live) :])
 
     def remember(
         self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()

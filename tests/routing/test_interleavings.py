@@ -41,7 +41,7 @@ import reroute
 STEPS = int(os.environ.get("INTERLEAVINGS", "2000"))
 """Of all families together. ``make weekly`` sets it."""
 
-LONGEST, USUAL = 40, 32
+LONGEST, USUAL = 40, 36
 """Steps after which all begins anew: at most, and on average."""
 
 HAPPENED: Counter[str] = Counter()
