@@ -97,8 +97,8 @@ def test_official_nuwa() -> None:
     for average, counts in ((64, (112, 16)), (128, (224, 32)), (192, (336, 48))):
         assert Nuwa.official(average).schedule(32, "remove").counts(576) == counts
         assert Nuwa.official(average).schedule(32, "remove").layers == (0, 16)
-    for average, share, of_these in ((0.25, 0.35, 0.42), (0.5, 0.6, 0.66), (0.75, 0.85, 0.7)):
-        schedule = Nuwa.official(average).schedule(28, "remove")
+    for share_of_all, share, of_these in ((0.25, 0.35, 0.42), (0.5, 0.6, 0.66), (0.75, 0.85, 0.7)):
+        schedule = Nuwa.official(share_of_all).schedule(28, "remove")
         assert schedule.layers == (0, 15)
         for n in range(1, 3000):
             anchors = math.ceil(n * share)
