@@ -158,10 +158,9 @@ class RegionAnchors(Ranker):
                     image = slice(start, start := start + grid[0] * grid[1])
                     anchors = selection.kept[b, done : (done := done + k)] - image.start
                     pillars = _pillars(prominence[b][image].index_select(0, anchors), rules.quantile)
-                    reach = rules.reach * hypot(*_last_cell(grid, tower))
-                    taken.append(
-                        aggregate(source[image], compared[image], anchors, pillars, grid, reach, rules.keeps_self)
-                    )
+                    reach = rules.reach * hypot(*_last_cell(grid, tower)) or 1.0  # of a picture of one token
+                    its = (source[image], compared[image], anchors, pillars)
+                    taken.append(aggregate(*its, grid, reach, rules.keeps_self))
                 if taken:
                     own = torch.cat(taken)
                     merged[b, : len(own)] = vision.project(own) if tower.has_cls else own

@@ -188,6 +188,23 @@ def test_pictures_share_a_budget_by_their_size() -> None:
     assert [int((kept < end).sum()) for end in ends] == [7, 15, 16]
 
 
+@pytest.mark.parametrize("convention", ["code", "paper"])
+def test_pictures_of_one_token(convention: Any) -> None:
+    """Of two of them one is kept, as it is, and the other has no share."""
+    tiny = models.llava(side=1, layers=4)
+    sample, began = tiny.prompt(0, 3, tiny.grid, 2, tiny.grid, 4), []
+    hook = tiny.model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: began.append(args[0]))
+    try:
+        method = Nuwa((0.5, 0.5), first=RegionAnchors(convention=convention))
+        with reroute.enable(tiny.model, method=method, action="remove", trace=True) as handle:
+            tiny.model(**tiny.inputs([sample]))
+    finally:
+        hook.remove()
+    assert handle.trace is not None
+    assert handle.trace[0].kept[0].tolist() == [1]
+    close(began[0][0, 5], tiny.embeds(sample)[6])
+
+
 def test_features_of_windows_are_compared_as_released_or_by_rows() -> None:
     tiny = models.tiny("qwen")
     given, logits = tiny.inputs([tiny.prompt(0, 5, (4, 4), 4)]), []

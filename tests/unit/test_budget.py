@@ -389,3 +389,19 @@ def test_budgets_that_no_factor_reaches(
 ) -> None:
     with pytest.raises(RerouteError, match=said):
         scale_ratios(ratios, layers, 10, keep)
+
+
+def test_a_removal_leaves_less_to_rank() -> None:
+    """Routing among what it left ranks that alone, at each decision."""
+    ranked: dict[tuple[str, ...], int] = {}
+    each: list[tuple[Action, ...]] = [("route",) * 3, ("remove", "route", "route"), ("remove",) * 3]
+    for actions in each:
+        schedule = Schedule((1, 2, 3), (0.5, 0.25, 0.25), actions=actions)
+        ranked[actions[:2]] = estimate_cost(TOY, schedule, "route", 8, 3).scoring_flops
+    ranker = LastTokenAttention()
+    whole, left, rest = (ranker.flops(TOY, n + 3, n, 0) for n in (8, 4, 2))
+    assert ranked == {
+        ("route", "route"): 3 * whole,
+        ("remove", "route"): whole + 2 * left,
+        ("remove", "remove"): whole + left + rest,
+    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -89,6 +90,24 @@ def test_budget_is_met_whatever_the_depth(method: Method, action: Action, depth:
     assert all(ratio == 1 for ratio in schedule.ratios) == (keep == 1)
     n = 100_000
     assert sum(schedule.per_layer(n, depth)) / depth / n == pytest.approx(keep, abs=1e-5)
+
+
+def test_official_nuwa() -> None:
+    """T11; of shares, whatever the number of tokens, as the authors count."""
+    for average, counts in ((64, (112, 16)), (128, (224, 32)), (192, (336, 48))):
+        assert Nuwa.official(average).schedule(32, "remove").counts(576) == counts
+        assert Nuwa.official(average).schedule(32, "remove").layers == (0, 16)
+    for share_of_all, share, of_these in ((0.25, 0.35, 0.42), (0.5, 0.6, 0.66), (0.75, 0.85, 0.7)):
+        schedule = Nuwa.official(share_of_all).schedule(28, "remove")
+        assert schedule.layers == (0, 15)
+        for n in range(1, 3000):
+            anchors = math.ceil(n * share)
+            assert schedule.counts(n) == (anchors, max(1, math.floor(anchors * of_these)))
+    assert Nuwa.official(0.25).schedule(28, "route").layers == (0, 15, 18, 21, 24)
+    assert Nuwa.official(64).schedule(32, "route").layers == (0, 16, 20, 24, 28)
+    assert Nuwa.official(64).schedule(32, "route").counts(576) == (112, 16, 16, 16, 16)
+    with pytest.raises(RerouteError, match=r"released for the averages 64, 128, 192, 0\.25, 0\.5, 0\.75, not for 100"):
+        Nuwa.official(100)
 
 
 def test_unreachable_budget() -> None:

@@ -198,6 +198,15 @@ def test_bad_json(text: Any) -> None:
         Schedule.from_json(text)
 
 
+def test_nested_counts() -> None:
+    """Shares of the stage before are what they were before they became shares of all: (0.01 · 0.03) / 0.01 is below."""
+    schedule = Schedule((0, 3, 5), (0.01, 0.01 * 0.03, 0.0), rounding="nested")
+    assert schedule.counts(10_000) == (100, 3, 0)
+    assert schedule.counts(10) == (1, 1, 0)
+    assert Schedule((0, 3, 5), (0.25, 0.5, 0.5), rounding="nested").counts(10) == (3, 6, 6)
+    assert Schedule((0, 3), (1.0, 1.0), rounding="nested").counts(7) == (7, 7)
+
+
 def test_a_decision_has_an_action_of_its_own() -> None:
     schedule = Schedule((0, 3, 5), (0.5, 0.2, 0.5), actions=("remove", "route", "route"))
     schedule.validate(8, "route")
