@@ -206,7 +206,13 @@ def test_launches_and_the_least_bytes(kernel: Any, device: torch.device, launche
     n, k, features = 128, 16, 1024
     inputs = DiverseCase([n], [k], features, BF16, exact=False).inputs(device)
     exact(inputs.rows, kernel.diverse_topk(*inputs))
-    names = "_norm_kernel", "_sum_kernel", "_first_pick_kernel", *("_round_kernel",) * 8, "_select_kernel"
+    names = (
+        "_diverse_norm_kernel",
+        "_diverse_sum_kernel",
+        "_diverse_first_kernel",
+        *("_diverse_round_kernel",) * 8,
+        "_select_kernel",
+    )
     assert tuple(report.kernel for report in launches) == names
     norm, _, first_pick, *rounds, _ = launches
     row = 2 * features
@@ -220,7 +226,7 @@ def test_launches_and_the_least_bytes(kernel: Any, device: torch.device, launche
 
 def test_another_prompt_compiles_nothing_anew(executor: Any, kernel: Any, device: torch.device) -> None:
     """Neither its sizes, k and batch are what a kernel is compiled for, nor where the index lists begin."""
-    names = "_norm_kernel", "_sum_kernel", "_first_pick_kernel", "_round_kernel"
+    names = "_diverse_norm_kernel", "_diverse_sum_kernel", "_diverse_first_kernel", "_diverse_round_kernel"
     compiled = partial(num_compiled, executor, *(getattr(kernel, name) for name in names))
     inputs = DiverseCase([40, 33], [4, 3]).inputs(device)
     wanted, before = check(kernel, inputs), compiled()

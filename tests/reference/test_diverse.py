@@ -120,8 +120,7 @@ def test_a_batch() -> None:
     metadata = SelectMetadata(starts, tuple(n + m for n, m in zip(counts, texts, strict=True)), counts, texts, k)
     rows = SelectRows(padded(candidates, width=99), padded(text_rows), torch.arange(170), metadata)
     got = diverse_topk(states, rows)
-    for a, b in zip(got, select(got.scores, rows), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, got, select(got.scores, rows)))
     for b, n in enumerate(counts):
         assert torch.equal(got.scores[b, :n], diversity_scores(states[starts[b] + candidates[b]], k[b]))
         assert (got.scores[b, n:] == -INF).all()
