@@ -77,7 +77,7 @@ def check(kernel: Any, inputs: DiverseInputs) -> Selection:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_exactly(kernel: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Ragged: nothing, one, all and none kept; one pick a round, and several."""
-    counts, k = [70, 0, 1, 33, 17, 9], [40, 0, 1, 0, 17, 3]
+    counts, k = [70, 0, 1, 33, 60, 9], [40, 0, 1, 0, 20, 9]
     check(kernel, DiverseCase(counts, k, dtype=dtype).inputs(device))
 
 
@@ -128,7 +128,7 @@ def test_long_rows(kernel: Any, device: torch.device, monkeypatch: pytest.Monkey
 
 def test_the_first_pick(kernel: Any, device: torch.device) -> None:
     """Of many samples, with rows of zeros in most of them."""
-    counts = [*range(1, 20)]
+    counts = [*range(1, 33)]
     check(kernel, DiverseCase(counts, [1] * len(counts), features=16).inputs(device))
 
 
@@ -183,7 +183,7 @@ def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch
     """No offset is counted in 32 bits."""
     inputs = DiverseCase([20, 9], [5, 4], dtype=BF16).inputs(device)
     near = inputs.states
-    stride = -(-(2**31) // (int(inputs.rows.metadata.starts[1]) + int(inputs.rows.candidates[1, 8])))
+    stride = -(-(2**31) // inputs.rows.metadata.starts[1])  # all of the second sample is beyond
     far = gibibytes(executor, stride * len(near), BF16).as_strided(near.shape, (stride, 1)).copy_(near)
     same(kernel.diverse_topk(far, inputs.rows), kernel.diverse_topk(*inputs))
 

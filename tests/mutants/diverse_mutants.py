@@ -39,7 +39,7 @@ MUTANTS = (
         "diverse.py",
         "begin, end = split * step, tl.minimum(split * step + step, n)\n    if (begin < n) & (k > 0):",
         "begin, end = split * step, tl.minimum(split * step + step + 1, n)\n    if (begin < n) & (k > 0):",
-        f"{DIVERSE} -k exactly",
+        f"{DIVERSE} -k first_pick",
     ),
     Mutant(
         "diverse-first-pick-is-most-central",
