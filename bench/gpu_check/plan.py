@@ -86,7 +86,7 @@ def _prefills(model: str, seconds: float) -> Step:
 
 KERNELS = (
     *("_defer_kernel", "_admit_kernel", "_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel"),
-    *("_norm_kernel", "_sum_kernel", "_first_pick_kernel", "_round_kernel"),
+    *("_diverse_norm_kernel", "_diverse_sum_kernel", "_diverse_first_kernel", "_diverse_round_kernel"),
 )
 """Names of the launches, for tools that would else look at those of PyTorch too."""
 SANITIZED = (

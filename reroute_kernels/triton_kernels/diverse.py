@@ -68,7 +68,7 @@ def _load_rows(states_ptr, stride_states, rows_ptr, start, offs_n, mask_n, HIDDE
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS)
-def _norm_kernel(
+def _diverse_norm_kernel(
     states_ptr,
     candidates_ptr,
     counts_ptr,
@@ -112,7 +112,7 @@ def _norm_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "max_splits"], do_not_specialize_on_alignment=["counts_ptr"])
-def _sum_kernel(
+def _diverse_sum_kernel(
     counts_ptr,
     partial_ptr,
     total_ptr,
@@ -135,7 +135,7 @@ def _sum_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS)
-def _first_pick_kernel(
+def _diverse_first_kernel(
     states_ptr,
     candidates_ptr,
     counts_ptr,
@@ -235,7 +235,7 @@ def _highest_similarity(
 
 
 @triton.jit(do_not_specialize=(*SIZES, "round_index"), do_not_specialize_on_alignment=LISTS)
-def _round_kernel(
+def _diverse_round_kernel(
     states_ptr,
     candidates_ptr,
     counts_ptr,
@@ -387,8 +387,8 @@ def _specialized(
         return SpecializedKernel(f"diverse, {name}", kernel, constants, **options)
 
     return (
-        specialized("norms", _norm_kernel, rows, row_warps),
-        specialized("their sum", _sum_kernel, {**whole, "BLOCK_C": SUM_BLOCK_C}, 8),
-        specialized("first pick", _first_pick_kernel, {**rows, "CHUNK": chunk}, row_warps),
-        specialized("a round", _round_kernel, tiled, 8),
+        specialized("norms", _diverse_norm_kernel, rows, row_warps),
+        specialized("their sum", _diverse_sum_kernel, {**whole, "BLOCK_C": SUM_BLOCK_C}, 8),
+        specialized("first pick", _diverse_first_kernel, {**rows, "CHUNK": chunk}, row_warps),
+        specialized("a round", _diverse_round_kernel, tiled, 8),
     )

@@ -86,22 +86,24 @@ BUDGETS = {
     ("select, 16384", "_select_kernel"): replace(
         SELECT, registers=108, barriers=67, instructions=3420, wide=0, narrow=116
     ),
-    ("diversity, 7B bf16, 576", "_norm_kernel"): ROW_NORMS,
-    ("diversity, 7B bf16, 576", "_sum_kernel"): ROW_SUM,
-    ("diversity, 7B bf16, 576", "_first_pick_kernel"): FIRST_PICK,
-    ("diversity, 7B bf16, 576", "_round_kernel"): ROUND,
-    ("diversity, 7B bf16, 2304", "_norm_kernel"): ROW_NORMS,
-    ("diversity, 7B bf16, 2304", "_sum_kernel"): ROW_SUM,
-    ("diversity, 7B bf16, 2304", "_first_pick_kernel"): replace(FIRST_PICK, instructions=1960, narrow=55),
-    ("diversity, 7B bf16, 2304", "_round_kernel"): replace(ROUND, registers=120, instructions=2220, narrow=89),
-    ("diversity, 72B bf16, 576", "_norm_kernel"): replace(ROW_NORMS, wide=8),
-    ("diversity, 72B bf16, 576", "_sum_kernel"): ROW_SUM,
-    ("diversity, 72B bf16, 576", "_first_pick_kernel"): replace(FIRST_PICK, wide=8),
-    ("diversity, 72B bf16, 576", "_round_kernel"): ROUND,
-    ("diversity, 7B fp32, 576", "_norm_kernel"): replace(ROW_NORMS, wide=10),
-    ("diversity, 7B fp32, 576", "_sum_kernel"): ROW_SUM,
-    ("diversity, 7B fp32, 576", "_first_pick_kernel"): replace(FIRST_PICK, wide=10),
-    ("diversity, 7B fp32, 576", "_round_kernel"): replace(ROUND, registers=84, instructions=1460, wide=4, narrow=47),
+    ("diversity, 7B bf16, 576", "_diverse_norm_kernel"): ROW_NORMS,
+    ("diversity, 7B bf16, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B bf16, 576", "_diverse_first_kernel"): FIRST_PICK,
+    ("diversity, 7B bf16, 576", "_diverse_round_kernel"): ROUND,
+    ("diversity, 7B bf16, 2304", "_diverse_norm_kernel"): ROW_NORMS,
+    ("diversity, 7B bf16, 2304", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B bf16, 2304", "_diverse_first_kernel"): replace(FIRST_PICK, instructions=1960, narrow=55),
+    ("diversity, 7B bf16, 2304", "_diverse_round_kernel"): replace(ROUND, registers=120, instructions=2220, narrow=89),
+    ("diversity, 72B bf16, 576", "_diverse_norm_kernel"): replace(ROW_NORMS, wide=8),
+    ("diversity, 72B bf16, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 72B bf16, 576", "_diverse_first_kernel"): replace(FIRST_PICK, wide=8),
+    ("diversity, 72B bf16, 576", "_diverse_round_kernel"): ROUND,
+    ("diversity, 7B fp32, 576", "_diverse_norm_kernel"): replace(ROW_NORMS, wide=10),
+    ("diversity, 7B fp32, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B fp32, 576", "_diverse_first_kernel"): replace(FIRST_PICK, wide=10),
+    ("diversity, 7B fp32, 576", "_diverse_round_kernel"): replace(
+        ROUND, registers=84, instructions=1460, wide=4, narrow=47
+    ),
 }
 
 # Triton 3.6 has a barrier for each tensor of a row move and reduction, and gives selections all registers there are.
