@@ -175,7 +175,8 @@ def _enable_all(config: RoutingConfig) -> None:
         try:
             _enable_one(model, config, None)
         except (RerouteError, BackendUnavailable) as error:
-            logger.warning("%s is not routed: %s", type(model).__name__, error)
+            # Its text alone: a handler may keep the record, and an error keeps the frames that it went through.
+            logger.warning("%s is not routed: %s", type(model).__name__, str(error))
 
     process_wide.stop()
     process_wide.start(route)
