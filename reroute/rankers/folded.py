@@ -88,7 +88,8 @@ class FoldedAttention(Ranker):
 
     def _in_runs(self, rows: torch.Tensor) -> torch.Tensor:
         """(runs, run, w) of (n, w), with zeros behind the last one."""
-        return pad(rows, (0, 0, 0, -len(rows) % self.run)).unflatten(0, (-1, self.run))
+        runs: torch.Tensor = pad(rows, (0, 0, 0, -len(rows) % self.run)).unflatten(0, (-1, self.run))
+        return runs
 
     def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
         """One query row, keys of text, the folded query of each run, and the logits."""
