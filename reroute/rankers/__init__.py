@@ -7,6 +7,7 @@ from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
 from .diversity import Diversity
+from .folded import FoldedAttention
 from .last_rows import LastRowsAttention
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
@@ -20,6 +21,7 @@ __all__ = [
     "Deviation",
     "Diversity",
     "EvenlySpaced",
+    "FoldedAttention",
     "Grid",
     "LastRowsAttention",
     "LastTokenAttention",
@@ -43,6 +45,7 @@ RANKERS: Registry[Ranker] = Registry(
         "deviation": Deviation,
         "diversity": Diversity,
         "evenly_spaced": EvenlySpaced,
+        "folded_attention": FoldedAttention,
         "last_rows_attention": LastRowsAttention,
         "last_token_attention": LastTokenAttention,
         "max_min_distance": MaxMinDistance,
