@@ -22,7 +22,7 @@ from reroute.methods import METHODS, FastV, PDrop
 from reroute.rankers import LastTokenAttention, RankInputs, ScoreRanker
 from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
 
-KNOWN = ", ".join(METHODS)
+KNOWN = ", ".join(sorted(METHODS))
 
 
 @pytest.mark.parametrize(
