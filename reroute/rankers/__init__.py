@@ -6,8 +6,11 @@ from ..registry import Registry
 from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
+from .conditional_diversity import ClipRelevance, ConditionalDiversity
 from .diversity import Diversity
+from .dominant_contextual import DominantContextual
 from .last_rows import LastRowsAttention
+from .local_global import LocalGlobal
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
 from .region_anchors import RegionAnchors
@@ -16,13 +19,17 @@ from .vision import Grid, TowerShape, Vision
 
 __all__ = [
     "RANKERS",
+    "ClipRelevance",
+    "ConditionalDiversity",
     "DecoderAdapter",
     "Deviation",
     "Diversity",
+    "DominantContextual",
     "EvenlySpaced",
     "Grid",
     "LastRowsAttention",
     "LastTokenAttention",
+    "LocalGlobal",
     "MaxMinDistance",
     "Merge",
     "Norm",
@@ -40,11 +47,14 @@ RANKERS: Registry[Ranker] = Registry(
     "ranker",
     "reroute.rankers",
     {
+        "conditional_diversity": ConditionalDiversity,
         "deviation": Deviation,
         "diversity": Diversity,
+        "dominant_contextual": DominantContextual,
         "evenly_spaced": EvenlySpaced,
         "last_rows_attention": LastRowsAttention,
         "last_token_attention": LastTokenAttention,
+        "local_global": LocalGlobal,
         "max_min_distance": MaxMinDistance,
         "norm": Norm,
         "random_scores": RandomScores,

@@ -157,7 +157,7 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),
         (
             {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
-            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested\. Did you mean 'floor'\?",
+            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested, nested_floor\. Did you mean 'floor'\?",
         ),
         ({"layers": (2,), "ratios": (0.5,), "actions": ("drop",)}, r"Unknown action 'drop'; known: remove, route"),
         ({"layers": (2,), "ratios": (0.5,), "actions": "route"}, r"one action per routing layer.* got 'route' for 1"),
