@@ -57,14 +57,15 @@ class DominantContextual(Ranker):
     def __post_init__(self) -> None:
         """Check the settings."""
         try:
-            object.__setattr__(self, "contextual", number(self.contextual))
+            contextual = number(self.contextual)
         except (TypeError, ValueError, OverflowError):
-            object.__setattr__(self, "contextual", 1.0)
-        if not 0 <= self.contextual < 1 or not isinstance(self.as_released, bool):
+            contextual = 1.0
+        if not 0 <= contextual < 1 or not isinstance(self.as_released, bool):
             raise RerouteError(
                 "DominantContextual takes a share of contextual tokens below 1, and whether it does as_released, not "
                 f"contextual={shown(self.contextual)}, as_released={shown(self.as_released)}."
             )
+        object.__setattr__(self, "contextual", contextual)
 
     def tower_states(self, tower: TowerShape) -> Sequence[int]:
         """See ``Ranker``.
@@ -156,7 +157,7 @@ class DominantContextual(Ranker):
                             made = vision.project(torch.cat([cls[b][i : i + 1], made]))
                             out = torch.cat([made[:1], its.index_select(0, choice.dominant), made[1:]])
                         else:
-                            at = torch.searchsorted(kept, choice.contextual)
+                            at = torch.searchsorted(kept, choice.contextual.contiguous())
                             out = out.index_copy(0, at, vision.project(made))
                     merged[b, image.kept] = out
             return merged

@@ -141,6 +141,39 @@ def test_vscan_of_qwen() -> None:
     close(take_up_all(given["in.features"], given["out.kept"]), given["out.merged"], 1e-5)
 
 
+def test_of_equal_tokens_the_first_of_each_window() -> None:
+    """Of 13 x 8 and windows of 6: two of them; of 4: six of them, of which the last ones are larger."""
+    alike = torch.ones(104)
+    assert places(best_local(alike, (13, 8), 5, 6, evenly=True)) == [0, 1, 48, 49]
+    assert places(best_local(alike, (13, 8), 8, 4, evenly=False)) == [0, 1, 4, 5, 32, 33, 36, 37]
+    assert places(best_local(alike, (13, 8), 7, 4, evenly=False)) == [0, 1, 4, 5, 32, 33, 36]
+    image = Picture((13, 8), slice(0, 104), slice(0, 10))
+    assert places(_best(alike, alike, image, evenly=True)) == [0, 1, 2, 3, 4, 5, 6, 7, 48, 49]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 5), (6, 6), (7, 11), (24, 24), (23, 12)])
+@pytest.mark.parametrize("evenly", [True, False])
+def test_counts_on_odd_grids(grid: tuple[int, int], evenly: bool) -> None:
+    n, side = grid[0] * grid[1], 6 if evenly else 4
+    generator = torch.Generator().manual_seed(0)
+    near, far = torch.rand(2, n, generator=generator)
+    windows = max(1, grid[0] // side) * max(1, grid[1] // side)
+    for k in range(0, n + 1, max(1, n // 12)):
+        assert len(places(_best(near, far, Picture(grid, slice(0, n), slice(0, k)), evenly=evenly))) == k
+        count = k // 2 // windows * windows if evenly else k // 2
+        assert len(places(best_local(near, grid, k // 2, side, evenly=evenly))) == count
+
+
+def test_published_counts_of_vscan() -> None:
+    """T15: 3 of each of 16 windows and 48 others, then 32 of them. With T = 100 the authors keep 98."""
+    assert VScan.official().schedule(32, "remove").counts(576) == (96, 32)
+    near, far = torch.rand(2, 576, generator=torch.Generator().manual_seed(0))
+    assert len(places(best_local(near, (24, 24), 98 // 2, 6, evenly=True))) == 48
+    kept = _best(near, far, Picture((24, 24), slice(0, 576), slice(0, 98)), evenly=True)
+    local = best_local(near, (24, 24), 100 // 2, 6, evenly=True)
+    assert places(kept & ~local) == sorted(far.masked_fill(local, 0).topk(50).indices.tolist())
+
+
 def test_the_second_stage_of_vscan_for_qwen() -> None:
     """Its layer's norm, query and keys, and no rotation."""
     parameters, given = case("method_vscan_qwen")
