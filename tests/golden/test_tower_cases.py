@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import VScan
-from reroute.rankers import ClipRelevance, LastTokenAttention, RankInputs, ScoreRanker
+from reroute.rankers import ClipRelevance, LastTokenAttention, LocalGlobal, RankInputs, ScoreRanker, TowerShape
 from reroute.rankers.conditional_diversity import determinant_picks, normalised_relevance
 from reroute.rankers.dominant_contextual import choose
 from reroute.rankers.local_global import _best, best_local, take_up_all
@@ -300,3 +300,17 @@ def test_picks_make_the_largest_determinant() -> None:
         rest = [i for i in range(12) if i not in picks]
         picks.append(max(rest, key=lambda i: float(kernel[[*picks, i]][:, [*picks, i]].det())))
     assert determinant_picks(hidden, relevance, 9).tolist() == picks
+
+
+@pytest.mark.parametrize(
+    ("layers", "has_cls", "full", "features", "read"),
+    [
+        (24, True, range(24), (23,), [5, 22]),
+        (6, True, range(6), (5,), [1, 4]),
+        (32, False, (7, 15, 23, 31), (32,), [7, 31]),
+        (4, False, (), (4,), [3, 3]),
+    ],
+)
+def test_layers_that_vscan_reads(layers: int, has_cls: bool, full: Any, features: Any, read: list[int]) -> None:
+    tower = TowerShape(layers, 8, 1, has_cls, 1 if has_cls else 4, tuple(full), features, 1)
+    assert LocalGlobal().tower_states(tower) == read
