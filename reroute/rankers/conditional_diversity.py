@@ -106,7 +106,7 @@ class ClipRelevance(ScoreRanker):
     - ``embed``: what CLIP makes of the states (n, F) that the projector reads, (n, E). With its model ``clip``:
       ``lambda x: clip.visual_projection(clip.vision_model.post_layernorm(x))``.
     - ``texts``: CLIP's embeddings (chunks, E) of the question, one for each chunk of 77 tokens; a sequence of them has
-      one for each sample of the call.
+      one for each sample of the call. What CLIP computes is not counted.
 
     The question changes from call to call, so ``handle.at(method=CDPruner(first=...))`` is the way to give it.
     """

@@ -111,12 +111,12 @@ class DominantContextual(Ranker):
         tower = shape.tower
         if tower is None:
             return 0
-        c = self._counts(k)[1] if k else 0
-        keys = 2 * candidates * tower.hidden * tower.hidden
-        compared = 2 * c * candidates * (tower.hidden // tower.heads)
-        taken = 2 * c * candidates * tower.hidden * len(tower.features)
-        projected = 2 * (c + self.as_released) * tower.projector
-        return tower.attention_flops(candidates) + keys + compared + taken + projected
+        looking = tower.attention_flops(candidates) + 2 * candidates * tower.hidden * tower.hidden
+        if not 0 < k < candidates:
+            return looking
+        c = self._counts(k)[1]
+        compared, taken = tower.hidden // tower.heads, tower.hidden * len(tower.features)
+        return looking + 2 * c * candidates * (compared + taken) + 2 * (c + self.as_released) * tower.projector
 
     def _counts(self, k: int) -> tuple[int, int]:
         """How many patches are dominant, and how many tokens contextual, of ``k`` that are at least one."""

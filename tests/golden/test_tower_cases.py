@@ -289,6 +289,21 @@ def test_each_token_is_picked_once(relevance: Tensor) -> None:
         assert picks == relevance.argsort(descending=True, stable=True)[:k].tolist()
 
 
+def test_behind_the_rank_come_the_most_relevant() -> None:
+    """Of three dimensions all but three, whatever rounding leaves of them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, relevance = torch.randn(60, 3, generator=generator), torch.rand(60, generator=generator)
+    picks = determinant_picks(hidden, relevance, 60).tolist()
+    rest = [i for i in relevance.argsort(descending=True).tolist() if i not in picks[:3]]
+    assert picks[3:] == rest
+
+
+def test_relevance_without_differences() -> None:
+    assert normalised_relevance(torch.full((3,), 0.2)).tolist() == [1, 1, 1]
+    assert normalised_relevance(torch.ones(1)).tolist() == [1]
+    assert normalised_relevance(torch.ones(0)).tolist() == []
+
+
 def test_picks_make_the_largest_determinant() -> None:
     """Step by step, by determinants in fp64."""
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from reroute.rankers import (
     ClipRelevance,
     ConditionalDiversity,
     DominantContextual,
+    LastTokenAttention,
     LocalGlobal,
     Norm,
     RankInputs,
@@ -272,21 +274,56 @@ def test_visionzip_as_released(tokens: int) -> None:
         close(torch.stack(out.logits, 1)[b], result.logits[len(prompt) - 1 :])
 
 
+@contextmanager
+def beginnings(tiny: Tiny) -> Iterator[list[Tensor]]:
+    """What the decoder's layers begin with, in calls within."""
+    began: list[Tensor] = []
+    hook = tiny.model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: began.append(args[0]))
+    try:
+        yield began
+    finally:
+        hook.remove()
+
+
+def test_cls_may_be_all_that_is_left() -> None:
+    """Of one token of a picture, however many of them would be contextual."""
+    tiny = model("llava")
+    method = VisionZip((1 / 169,), position_mode="renumbered", first=DominantContextual(0.9, as_released=True))
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    with beginnings(tiny) as began, reroute.enable(tiny.model, method=method, action="remove"):
+        tiny.model(**tiny.inputs([sample]))
+    states = tower_of(tiny)(sample.pixels[0], output_hidden_states=True).hidden_states[5]
+    close(began[0][0, 5], tiny.model.model.multi_modal_projector(states[0, 0]))
+    assert began[0].shape[1] == 10
+
+
+def test_a_picture_of_which_all_is_kept_stays_as_it_is() -> None:
+    tiny = model("llava")
+    rankers = (DominantContextual(as_released=True), LastTokenAttention())
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    schedule = reroute.Schedule((0, 2), (1.0, 0.5), rankers)
+    with beginnings(tiny) as began, reroute.enable(tiny.model, schedule=schedule, action="remove"):
+        tiny.model(**tiny.inputs([sample]))
+    assert torch.equal(began[0][0], tiny.embeds(sample))
+
+
 def test_relevance_by_clip(tiny: Tiny) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn((128 if tiny.is_qwen else 32), 6, generator=generator)
     texts = torch.randn(2, 6, generator=generator)
     sample, other = batch(tiny)[0], batch(tiny)[2]
     ranker = ConditionalDiversity(ClipRelevance(lambda x: x @ matrix, [texts, texts[:1]]))
-    with reroute.enable(tiny.model, method=CDPruner((RATIO,), first=ranker), action="remove", trace=True) as handle:
-        tiny.model(**tiny.inputs([sample, other]))
+    method = CDPruner((RATIO,), first=ranker)
+    with reroute.enable(tiny.model, trace=True) as handle, handle.at(method=method, action="remove"):
+        generate(tiny, [sample, other], 2)
+        trace = handle.trace
         with pytest.raises(RerouteError, match="texts for 2 samples, and the call has 1"):
             tiny.model(**tiny.inputs([sample]))
-    assert handle.trace is not None
+    assert trace is not None
     (states, _), *_ = outputs_of_tower(tiny, sample)
     embedded = states[-1 if tiny.is_qwen else -2] @ matrix
     relevance = -torch.stack([cosine_similarity(embedded, row, dim=-1) for row in texts]).mean(0)
-    assert handle.trace[0].kept[0].tolist() == by_loops("cdpruner", tiny, sample, relevance=relevance)[0]
+    assert trace[0].kept[0].tolist() == by_loops("cdpruner", tiny, sample, relevance=relevance)[0]
 
 
 # --- promises ---------------------------------------------------------------------------------------------------------
@@ -317,13 +354,9 @@ def test_budgets_at_the_border(its: tuple[str, Tiny], ratio: float) -> None:
     name, tiny = its
     method, sample = METHODS[name], tiny.prompt(0, 5, tiny.grid, 2, tiny.grid, 4)
     ratios = (ratio, 0.0) if name == "vscan" else (ratio,)
-    began: list[Tensor] = []
-    hook = tiny.model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: began.append(args[0]))
-    try:
-        with reroute.enable(tiny.model, method=replace(method, ratios=ratios), action="remove") as handle:
-            assert tiny.model(**tiny.inputs([sample])).logits.isfinite().all()
-    finally:
-        hook.remove()
+    method = replace(method, ratios=ratios)
+    with beginnings(tiny) as began, reroute.enable(tiny.model, method=method, action="remove") as handle:
+        assert tiny.model(**tiny.inputs([sample])).logits.isfinite().all()
     k = 0 if not ratio else max(1, int(len(sample.visual) * ratio))
     if ratio < 1 or name == "vscan":
         assert handle.stats().kept[0][0] == k

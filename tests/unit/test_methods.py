@@ -127,6 +127,7 @@ def test_official_nuwa() -> None:
         for n in range(1, 3000):
             anchors = math.ceil(n * share)
             assert schedule.counts(n) == (anchors, max(1, math.floor(anchors * of_these)))
+    assert Nuwa().schedule(32, "remove").counts(576) == (112, 16)
     assert Nuwa.official(0.25).schedule(28, "route").layers == (0, 15, 18, 21, 24)
     assert Nuwa.official(64).schedule(32, "route").layers == (0, 16, 20, 24, 28)
     assert Nuwa.official(64).schedule(32, "route").counts(576) == (112, 16, 16, 16, 16)
