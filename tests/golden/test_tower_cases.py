@@ -329,3 +329,30 @@ def test_picks_make_the_largest_determinant() -> None:
 def test_layers_that_vscan_reads(layers: int, has_cls: bool, full: Any, features: Any, read: list[int]) -> None:
     tower = TowerShape(layers, 8, 1, has_cls, 1 if has_cls else 4, tuple(full), features, 1)
     assert LocalGlobal().tower_states(tower) == read
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_many_ties(dtype: torch.dtype) -> None:
+    """Of equal ones the first, in whatever is compared; aggregates are those of fp32, but for their rounding."""
+    generator = torch.Generator().manual_seed(0)
+    near, far = (torch.rand(2, 144, generator=generator) / 64).mul(2**12).round().div(2**12).to(dtype)
+    assert len(far.unique()) < 70
+    keys, states = (torch.randn(144, 8, generator=generator).to(dtype) for _ in range(2))
+    choice = choose(far, keys, 20, 5)
+    assert choice.dominant.tolist() == sorted(sorted(range(144), key=lambda i: (-float(far[i]), i))[:20])
+    made = absorb(states, choice.contextual, choice.takes)
+    assert made.dtype == dtype
+    close(made.float(), absorb(states.float(), choice.contextual, choice.takes), 0.05)
+    image = Picture((12, 12), slice(0, 144), slice(0, 30))
+    local = []
+    for corner in (0, 6, 72, 78):
+        window = [corner + 12 * row + column for row in range(6) for column in range(6)]
+        local += sorted(window, key=lambda i: (-float(near[i]), i))[:3]
+    rest = sorted(set(range(144)) - set(local), key=lambda i: (-float(far[i]), i))
+    kept = torch.tensor(sorted([*local, *rest[:18]]))
+    assert places(_best(near, far, image, evenly=True)) == kept.tolist()
+    whole = take_up_all(states, kept)
+    assert whole.dtype == dtype
+    close(
+        whole.float(), absorb(states.float(), kept, nearest(states, kept).index_fill(0, kept, -1), averages=True), 0.05
+    )
