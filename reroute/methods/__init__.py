@@ -7,19 +7,35 @@ from ..errors import RerouteError
 from ..rankers import RANKERS
 from ..registry import Registry
 from .base import Method
+from .cdpruner import CDPruner
 from .diverse import Diverse
 from .divprune import DivPrune
 from .fastv import FastV
 from .nuwa import Nuwa
 from .pdrop import PDrop
 from .random import Random
+from .visionzip import VisionZip
+from .vscan import VScan
 
-__all__ = ["METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "get"]
+__all__ = [
+    "METHODS",
+    "CDPruner",
+    "DivPrune",
+    "Diverse",
+    "FastV",
+    "Method",
+    "Nuwa",
+    "PDrop",
+    "Random",
+    "VScan",
+    "VisionZip",
+    "get",
+]
 
 METHODS: Registry[Method] = Registry(
     "method",
     "reroute.methods",
-    {method.name: method for method in (DivPrune, Diverse, FastV, Nuwa, PDrop, Random)},
+    {method.name: method for method in (CDPruner, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, VisionZip, VScan)},
     RANKERS,
 )
 """Every method that can be asked for by name. Register your own here."""

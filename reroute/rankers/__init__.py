@@ -6,9 +6,12 @@ from ..registry import Registry
 from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
+from .conditional_diversity import ClipRelevance, ConditionalDiversity
 from .diversity import Diversity
+from .dominant_contextual import DominantContextual
 from .folded import FoldedAttention
 from .last_rows import LastRowsAttention
+from .local_global import LocalGlobal
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
 from .region_anchors import RegionAnchors
@@ -17,14 +20,18 @@ from .vision import Grid, TowerShape, Vision
 
 __all__ = [
     "RANKERS",
+    "ClipRelevance",
+    "ConditionalDiversity",
     "DecoderAdapter",
     "Deviation",
     "Diversity",
+    "DominantContextual",
     "EvenlySpaced",
     "FoldedAttention",
     "Grid",
     "LastRowsAttention",
     "LastTokenAttention",
+    "LocalGlobal",
     "MaxMinDistance",
     "Merge",
     "Norm",
@@ -42,12 +49,15 @@ RANKERS: Registry[Ranker] = Registry(
     "ranker",
     "reroute.rankers",
     {
+        "conditional_diversity": ConditionalDiversity,
         "deviation": Deviation,
         "diversity": Diversity,
+        "dominant_contextual": DominantContextual,
         "evenly_spaced": EvenlySpaced,
         "folded_attention": FoldedAttention,
         "last_rows_attention": LastRowsAttention,
         "last_token_attention": LastTokenAttention,
+        "local_global": LocalGlobal,
         "max_min_distance": MaxMinDistance,
         "norm": Norm,
         "random_scores": RandomScores,
