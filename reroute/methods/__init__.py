@@ -7,6 +7,7 @@ from ..errors import RerouteError
 from ..rankers import RANKERS
 from ..registry import Registry
 from .base import Method
+from .dart import DART
 from .diverse import Diverse
 from .divprune import DivPrune
 from .fastv import FastV
@@ -14,12 +15,12 @@ from .nuwa import Nuwa
 from .pdrop import PDrop
 from .random import Random
 
-__all__ = ["METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "get"]
+__all__ = ["DART", "METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "get"]
 
 METHODS: Registry[Method] = Registry(
     "method",
     "reroute.methods",
-    {method.name: method for method in (DivPrune, Diverse, FastV, Nuwa, PDrop, Random)},
+    {method.name: method for method in (DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random)},
     RANKERS,
 )
 """Every method that can be asked for by name. Register your own here."""

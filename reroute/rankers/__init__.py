@@ -7,6 +7,7 @@ from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
 from .diversity import Diversity
+from .duplication import Duplication
 from .last_rows import LastRowsAttention
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
@@ -19,6 +20,7 @@ __all__ = [
     "DecoderAdapter",
     "Deviation",
     "Diversity",
+    "Duplication",
     "EvenlySpaced",
     "Grid",
     "LastRowsAttention",
@@ -42,6 +44,7 @@ RANKERS: Registry[Ranker] = Registry(
     {
         "deviation": Deviation,
         "diversity": Diversity,
+        "duplication": Duplication,
         "evenly_spaced": EvenlySpaced,
         "last_rows_attention": LastRowsAttention,
         "last_token_attention": LastTokenAttention,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroute.core.schedule import Action, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, get
+from reroute.methods import DART, METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, get
 from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
@@ -116,8 +116,8 @@ def test_unreachable_budget() -> None:
 
 
 def test_registry() -> None:
-    known = {"divprune": DivPrune, "diverse": Diverse, "fastv": FastV, "nuwa": Nuwa, "pdrop": PDrop, "random": Random}
-    assert known == dict(METHODS)
+    known = (DART, Diverse, DivPrune, FastV, Nuwa, PDrop, Random)
+    assert {kind.name: kind for kind in known} == dict(METHODS)
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
     assert get(method) is method
