@@ -39,8 +39,9 @@ class Duplication(Ranker):
     """Pivots are kept, and in turn for each of them those candidates that are least like it.
 
     Pivots are the candidates, and the tokens of the question, of largest keys: by the L1 norm over all heads in the
-    layer before the decision, after RoPE from the first token of the prompt on. Candidates are compared by the cosine of what the decoder's last norm makes
-    of their states. The k - (visual pivots) picks are shared among the pivots, of a remainder one each to the first.
+    layer before the decision, after RoPE from the first token of the prompt on. Candidates are compared by the cosine
+    of what the decoder's last norm makes of their states. Besides the visual pivots, what is to be kept is shared among
+    all pivots, of a remainder one each to the first.
     First come visual pivots, the largest first, then those of the question.
 
     - ``visual``, ``text``: how many pivots, where there are as many: a question may be shorter.
