@@ -54,7 +54,7 @@ def test_on_a_circle() -> None:
 @pytest.mark.parametrize(("n", "k"), [(4, 4), (5, 4), (6, 3), (9, 9), (3, 0)])
 def test_equal_tokens(n: int, k: int) -> None:
     """They are picked once each, the first ones first; a remainder goes to the first pivots."""
-    picks = picks_by_pivots(torch.ones(n, 8), torch.tensor([2, 1][:k]), torch.ones(1, 8), k)
+    picks = picks_by_pivots(torch.ones(n, 8), torch.tensor([2, 1])[:k], torch.ones(1, 8), k)
     assert picks.tolist() == [2, 1, 0, *range(3, n)][:k]
 
 
