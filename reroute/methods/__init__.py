@@ -14,13 +14,14 @@ from .fastv import FastV
 from .nuwa import Nuwa
 from .pdrop import PDrop
 from .random import Random
+from .sparsevlm import SparseVLM
 
-__all__ = ["DART", "METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "get"]
+__all__ = ["DART", "METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "SparseVLM", "get"]
 
 METHODS: Registry[Method] = Registry(
     "method",
     "reroute.methods",
-    {method.name: method for method in (DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random)},
+    {method.name: method for method in (DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM)},
     RANKERS,
 )
 """Every method that can be asked for by name. Register your own here."""

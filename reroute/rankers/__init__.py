@@ -11,6 +11,7 @@ from .duplication import Duplication
 from .last_rows import LastRowsAttention
 from .max_min_distance import MaxMinDistance
 from .random import RandomScores
+from .rater_attention import RaterAttention
 from .region_anchors import RegionAnchors
 from .scores import RankInputs, ScoreRanker
 from .vision import Grid, TowerShape, Vision
@@ -32,6 +33,7 @@ __all__ = [
     "RankContext",
     "RankInputs",
     "Ranker",
+    "RaterAttention",
     "RegionAnchors",
     "ScoreRanker",
     "TowerShape",
@@ -51,6 +53,7 @@ RANKERS: Registry[Ranker] = Registry(
         "max_min_distance": MaxMinDistance,
         "norm": Norm,
         "random_scores": RandomScores,
+        "rater_attention": RaterAttention,
         "region_anchors": RegionAnchors,
     },
 )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reroute.core.schedule import Action, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import DART, METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, get
+from reroute.methods import DART, METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, SparseVLM, get
 from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
@@ -116,7 +116,7 @@ def test_unreachable_budget() -> None:
 
 
 def test_registry() -> None:
-    known = (DART, Diverse, DivPrune, FastV, Nuwa, PDrop, Random)
+    known = (DART, Diverse, DivPrune, FastV, Nuwa, PDrop, Random, SparseVLM)
     assert {kind.name: kind for kind in known} == dict(METHODS)
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
