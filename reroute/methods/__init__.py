@@ -12,11 +12,25 @@ from .diverse import Diverse
 from .divprune import DivPrune
 from .fastv import FastV
 from .nuwa import Nuwa
+from .oracle import Oracle
 from .pdrop import PDrop
 from .random import Random
 from .sparsevlm import SparseVLM
 
-__all__ = ["DART", "METHODS", "DivPrune", "Diverse", "FastV", "Method", "Nuwa", "PDrop", "Random", "SparseVLM", "get"]
+__all__ = [
+    "DART",
+    "METHODS",
+    "DivPrune",
+    "Diverse",
+    "FastV",
+    "Method",
+    "Nuwa",
+    "Oracle",
+    "PDrop",
+    "Random",
+    "SparseVLM",
+    "get",
+]
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -24,7 +38,7 @@ METHODS: Registry[Method] = Registry(
     {method.name: method for method in (DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM)},
     RANKERS,
 )
-"""Every method that can be asked for by name. Register your own here."""
+"""Every method that can be asked for by name. Register your own here. ``Oracle`` is none, as it needs a record."""
 
 
 def get(method: str | Method) -> Method:

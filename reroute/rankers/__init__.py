@@ -6,6 +6,7 @@ from ..registry import Registry
 from .attention import LastTokenAttention
 from .base import DecoderAdapter, Merge, RankContext, Ranker
 from .baselines import Deviation, EvenlySpaced, Norm
+from .dense_attention import DenseAttention, RecordedAttention
 from .diversity import Diversity
 from .duplication import Duplication
 from .last_rows import LastRowsAttention
@@ -19,6 +20,7 @@ from .vision import Grid, TowerShape, Vision
 __all__ = [
     "RANKERS",
     "DecoderAdapter",
+    "DenseAttention",
     "Deviation",
     "Diversity",
     "Duplication",
@@ -34,6 +36,7 @@ __all__ = [
     "RankInputs",
     "Ranker",
     "RaterAttention",
+    "RecordedAttention",
     "RegionAnchors",
     "ScoreRanker",
     "TowerShape",

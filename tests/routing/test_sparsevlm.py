@@ -38,7 +38,8 @@ def rotated(tiny: Tiny, x: Tensor, positions: Tensor) -> Tensor:
     """(L, heads, D)."""
     cos, sin = tiny.model.model.language_model.rotary_emb(x, positions.unsqueeze(-2))
     first, second = x.chunk(2, -1)
-    return x * cos[0][:, None] + torch.cat([-second, first], -1) * sin[0][:, None]
+    turned: Tensor = x * cos[0][:, None] + torch.cat([-second, first], -1) * sin[0][:, None]
+    return turned
 
 
 def by_loops(
