@@ -32,8 +32,8 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def distances(tokens: Tensor) -> Tensor:
-    apart: Tensor = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
-    return apart / tokens.shape[1] ** 0.5
+    apart: Tensor = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[1] ** 0.5
+    return apart
 
 
 def stages(name: str) -> list[tuple[int, int, int]]:
