@@ -84,7 +84,7 @@ class RankContext(NamedTuple):
         """Of each sample, those of ``states`` (R, …) that come after all visual tokens, up to its query."""
         counts = self.rows.metadata
         ends = [start + length for start, length in zip(counts.starts, counts.kv_lens, strict=True)]
-        return [states[end - n : end] for end, n in zip(ends, self.questions, strict=True)]
+        return [states[end - n : end].clone() for end, n in zip(ends, self.questions, strict=True)]
 
     def best(self, scores: Iterable[torch.Tensor]) -> Selection:
         """The candidates of the highest ``scores``, (N_b,) for each sample; of equal ones the first."""
@@ -129,7 +129,8 @@ class Ranker(ABC):
         """What its decisions in this prefill, and no others, find in ``RankContext.notes``.
 
         Equal rankers share one note for each layer. ``context.decision.score_layer`` is that layer; ``candidates`` are
-        what competes there, before a decision is made on the same input. Rules are those of ``select``.
+        what competes there, before a decision is made on the same input. Rules are those of ``select``; there are no
+        pictures, and what ``hidden`` returns is written to later: note copies of it.
         """
         raise NotImplementedError(f"{type(self).__name__}.looks_before asks for notes, and there is no note().")
 

@@ -41,8 +41,8 @@ class Duplication(Ranker):
     Pivots are the candidates, and the tokens of the question, of largest keys: by the L1 norm over all heads in the
     layer before the decision, after RoPE from the first token of the prompt on. Candidates are compared by the cosine
     of what the decoder's last norm makes of their states. Besides the visual pivots, what is to be kept is shared among
-    all pivots, of a remainder one each to the first.
-    First come visual pivots, the largest first, then those of the question.
+    all pivots, of a remainder one each to the first. Visual pivots come first, those of the question after them, each
+    the largest first.
 
     - ``visual``, ``text``: how many pivots, where there are as many: a question may be shorter.
     - ``seed``: draws pivots by chance instead, by the seed and the numbers of tokens alone.

@@ -57,13 +57,13 @@ def by_loops(tiny: Tiny, sample: Sample, states: tuple[Tensor, ...], layer: int,
     return sorted(kept)
 
 
-@pytest.mark.parametrize("layer", [None, 3])
+@pytest.mark.parametrize(("layer", "ratio"), [(None, 0.6), (3, 0.6), (3, 0.15)])
 @pytest.mark.parametrize("action", ["route", "remove"])
-def test_pivots_and_what_is_unlike_them(tiny: Tiny, action: Any, layer: int | None) -> None:
+def test_pivots_and_what_is_unlike_them(tiny: Tiny, action: Any, layer: int | None, ratio: float) -> None:
     """Every decision, by the states that the same forward returns; in a batch that is padded."""
     samples = batch(tiny)
     given = tiny.inputs(samples)
-    with reroute.enable(tiny.model, method=DART(layer=layer, ratio=0.6), action=action, trace=True) as handle:
+    with reroute.enable(tiny.model, method=DART(layer=layer, ratio=ratio), action=action, trace=True) as handle:
         states = tiny.model(**given, output_hidden_states=True).hidden_states
     assert handle.trace is not None
     assert [stage.layer for stage in handle.trace][1:] == ([] if action == "remove" else [3, 5] if not layer else [5])
@@ -71,7 +71,7 @@ def test_pivots_and_what_is_unlike_them(tiny: Tiny, action: Any, layer: int | No
         own = tuple(state[b, given["input_ids"].shape[1] - len(sample) :] for state in states)
         n = len(sample.visual)
         for stage in handle.trace:
-            assert stage.kept[b].tolist() == by_loops(tiny, sample, own, stage.layer, list(range(n)), int(n * 0.6))
+            assert stage.kept[b].tolist() == by_loops(tiny, sample, own, stage.layer, list(range(n)), int(n * ratio))
 
 
 def test_among_what_a_removal_left(tiny: Tiny) -> None:
