@@ -110,14 +110,15 @@ def test_heads_of_version_2(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
     assert scores[1] > scores[2] > scores[4]
 
 
-@pytest.mark.parametrize("action", ["route", "remove"])
-def test_what_is_pruned_goes_on_in_clusters(tiny: Tiny, action: Any) -> None:
-    """In the place of the last ones that are kept, at both decisions; not where it is deferred."""
+@pytest.mark.parametrize(("action", "version"), [("route", "1.5"), ("remove", "1.5"), ("remove", "2.0")])
+def test_what_is_pruned_goes_on_in_clusters(tiny: Tiny, action: Any, version: Any) -> None:
+    """In the place of the last ones that are kept, at both decisions; not where it is deferred, nor in version 2.0."""
     samples, began = batch(tiny), {}
     given, layers = tiny.inputs(samples), tiny.model.model.language_model.layers
     hooks = [layers[i].register_forward_pre_hook(lambda module, args, i=i: began.update({i: args[0]})) for i in (1, 4)]
     try:
-        with reroute.enable(tiny.model, method=METHOD, action=action, trace=True) as handle:
+        method = replace(METHOD, ranker=RaterAttention(version))
+        with reroute.enable(tiny.model, method=method, action=action, trace=True) as handle:
             states = tiny.model(**given, output_hidden_states=True).hidden_states
     finally:
         for hook in hooks:
@@ -128,7 +129,7 @@ def test_what_is_pruned_goes_on_in_clusters(tiny: Tiny, action: Any) -> None:
             own = states[stage.layer][b, given["input_ids"].shape[1] - len(sample) :].clone()
             there, kept = stage.candidates[b].tolist(), stage.kept[b].tolist()
             places = [sample.visual[i] for i in there]
-            if action == "remove":
+            if (action, version) == ("remove", "1.5"):
                 order = stage.scores[b].sort(descending=True, stable=True).indices
                 after = recycle(own[places], order, len(kept))
                 assert not torch.equal(after, own[places])
