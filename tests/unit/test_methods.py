@@ -121,10 +121,10 @@ def test_registry() -> None:
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
     assert get(method) is method
-    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: diverse, .*, random\. .*'fastv'\?"):
+    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: dart, .*, sparsevlm\. .*'fastv'\?"):
         get("FastVV")
     kind: Any = FastV
-    with pytest.raises(RerouteError, match=r"one of the names diverse, .*, random or a Method such as FastV\("):
+    with pytest.raises(RerouteError, match=r"one of the names dart, .*, sparsevlm or a Method such as FastV\("):
         get(kind)
 
 
