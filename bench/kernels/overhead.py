@@ -78,6 +78,9 @@ class Ready:
     def normalise(self, layer: int, rows: Tensor) -> Tensor:
         return self._norm(rows)
 
+    def final_norm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError("no ranker here asks for it")
+
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
 

@@ -150,6 +150,11 @@ class ModelAdapter:
         normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
         return normed
 
+    def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``DecoderAdapter``."""
+        normed: torch.Tensor = self.text.norm(rows)
+        return normed
+
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
         attention = self.layers[layer].self_attn
