@@ -50,15 +50,15 @@ TIMED_BATCH: Final = 16
 ROUNDS: Final = 2
 
 NOTES: Final = (
-    "avg_T: visual tokens that a layer runs, mean over all layers, counted. Rows of one block run the same share of the "
-    "visual tokens to within 2 %, as measured and not as asked for (5 % is 7.0 to 7.2 of 144: one decision alone cannot "
-    "have a number between 7 and 8).",
+    "avg_T: visual tokens that a layer runs, mean over all layers, counted. Rows of one block run the same share of "
+    "the visual tokens to within 2 %, as measured and not as asked for (5 % is 7.0 to 7.2 of 144: one decision alone "
+    "cannot have a number between 7 and 8).",
     "FastV, PDrop, Diverse, DivPrune: each on its own schedule, for either action. Calibrated: what reroute calibrate "
     "found for this model with the last token's attention, without labels, on validation pictures. Random: removed "
     "before the first layer.",
     "Acc@0.5: a box is right if its IoU with the true box is at least 0.5. ± in the table: binomial standard error "
     "(s.e.) of that figure. ± in the sentences: s.e. of a paired difference, as all setups got the same questions. "
-    "Differences below two of these say nothing; there are many rows, so one in twenty exceeds that by chance, and the "
+    "Differences below two of these say nothing. There are many rows, so one in twenty exceeds that by chance, and the "
     "best row of a block was chosen on the questions that it is quoted for.",
     "Prefill FLOPs are computed: the decoder's, ranking included, without the vision tower and the output "
     "head. KV bytes are read off the cache after the prefill.",
@@ -66,8 +66,8 @@ NOTES: Final = (
     f"same round, all setups in turn, for single prompts and for a batch of {TIMED_BATCH}. With one prompt of so "
     "small a model fixed costs (launching each operation) hide much of what FLOPs promise; bench/ measures larger "
     "prefills.",
-    "The tower of this model was trained on labels of patches, so its visual tokens are unusually clean, and a first cut "
-    "by diversity is flattered; --condition noise-1 shows it without. One model, one seed, scenes of digits.",
+    "The tower of this model was trained on labels of patches, so its visual tokens are unusually clean, and a first "
+    "cut by diversity is flattered; --condition noise-1 shows it without. One model, one seed, scenes of digits.",
 )
 LEAD: Final = (
     "A vision-language model reads a picture as many visual tokens, most of which no answer needs. Removing them saves "

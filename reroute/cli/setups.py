@@ -35,7 +35,7 @@ FIRST_CUTS: Final[dict[str, Ranker]] = {
     "diversity": Diversity(),
 }
 """What ranks the first decision before layer 0, by its name in the report."""
-_STEPS: Final = 120
+_STEPS: Final = 60
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,14 @@ def at_budget(setup: Setup, make: Maker, depth: Depth) -> Setup:
             refusal = error
     if not found:
         raise RerouteError(str(refusal))
-    off = lambda schedule: abs(depth.measured(schedule) - setup.keep)
+    off: Callable[[Schedule], float] = lambda schedule: abs(depth.measured(schedule) - setup.keep)
     nearest = min(found, key=off)
     if off(nearest) > TOLERANCE * setup.keep:
         nearest = min((more for schedule in found for more in _one_more(schedule, setup.action, depth)), key=off)
     if off(nearest) > TOLERANCE * setup.keep:
         raise RerouteError(
-            f"{setup.name} runs {depth.measured(nearest):.2%} of the visual tokens at best where {setup.keep:.2%} is asked."
+            f"{setup.name} runs {depth.measured(nearest):.2%} of the visual tokens at best where {setup.keep:.2%} is "
+            "asked for."
         )
     return replace(setup, schedule=nearest)
 
@@ -157,9 +158,7 @@ def calibrated(setup: Setup, depth: Depth, checkpoint: Path) -> Maker | None:
 
 def _scaled(schedule: Schedule, depth: Depth) -> Maker:
     """Its ratios times one factor."""
-    return lambda keep: replace(
-        schedule, ratios=scale_ratios(schedule.ratios, schedule.layers, depth.num_layers, keep)
-    )
+    return lambda keep: replace(schedule, ratios=scale_ratios(schedule.ratios, schedule.layers, depth.num_layers, keep))
 
 
 def yours(file: ScheduleFile, depth: Depth) -> Iterable[Setup]:

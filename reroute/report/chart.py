@@ -64,7 +64,8 @@ def _axes(keeps: Sequence[float]) -> str:
         for v in (0, 50, 100)
     )
     names = "".join(
-        f'<text class="x" x="{_x(i, len(keeps)):.1f}" y="{HEIGHT - 7}">{100 * k:.0f}</text>' for i, k in enumerate(keeps)
+        f'<text class="x" x="{_x(i, len(keeps)):.1f}" y="{HEIGHT - 7}">{100 * k:.0f}</text>'
+        for i, k in enumerate(keeps)
     )
     return grid + names
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -230,7 +230,7 @@ def paired(firsts: Sequence[float], seconds: Sequence[float]) -> Difference:
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    key = lambda setup: (setup.method, setup.keep)
+    key: Callable[[Setup], object] = lambda setup: (setup.method, setup.keep)
     removed = {key(row.setup): row for row in rows if row.setup.method and row.setup.action == "remove"}
     routed = [row for row in rows if row.setup.method and row.setup.action == "route"]
     return [(row, removed[key(row.setup)]) for row in routed if key(row.setup) in removed]

@@ -21,13 +21,13 @@ _VQA: Final = [family for family in FAMILIES if family.endswith("VQA")]
 
 
 def text_table(results: Results) -> str:
-    """One line per setup, under 120 characters wide."""
+    """One line per setup, about 125 characters wide."""
     dense = results.dense.cost
     times = f"{'1':>7}{results.batch:>6}"
     lines = [
-        f"{'':18}{'avg_T':>6}  {'grounding: Acc@0.5 %, mean IoU':32}{'VQA: accuracy %':24}{'mean':7}"
+        f"{'':20}{'avg_T':>6}  {'grounding: Acc@0.5 %, mean IoU':32}{'VQA: accuracy %':24}{'mean':8}"
         f"{'prefill':>9}{'KV cache':>10}{'prefill time':>13}",
-        f"{'':18}{f'of {dense.visual:.0f}':>6}  {_heads(_GROUNDING, 10)}  {_heads(_VQA, 8)}{'of 6':7}"
+        f"{'':20}{f'of {dense.visual:.0f}':>6}  {_heads(_GROUNDING, 10)}  {_heads(_VQA, 8)}{'of 6':8}"
         f"{'GFLOP':>9}{'KiB':>10}{times}",
     ]
     for budget, rows in _by_budget(results):
@@ -39,10 +39,8 @@ def text_table(results: Results) -> str:
             mean = f"{100 * results.accuracy(row):.0f}±{100 * results.error(row):.1f}"
             spent = f"{_flops(row.cost, dense):>9}{_memory(row.cost, dense):>10}"
             times = f"{row.cost.time_ratio:7.2f}{row.batch_ratio:6.2f}"
-            lines.append(
-                f"{_label(row.setup):18}{row.cost.avg_tokens:6.1f}  {boxes}  {words}{mean:7}{spent}{times}"
-            )
-        lines += [f"{_label(setup):18}{'-':>6}  {OUT_OF_REACH}" for setup in _missing(results, rows)]
+            lines.append(f"{_label(row.setup):20}{row.cost.avg_tokens:6.1f}  {boxes}  {words}{mean:8}{spent}{times}")
+        lines += [f"{_label(setup):20}{'-':>6}  {OUT_OF_REACH}" for setup in _missing(results, rows)]
     return "\n".join(lines)
 
 
@@ -181,7 +179,9 @@ def html_table(results: Results) -> str:
 
 def _html_group(budget: str, rows: list[Row], results: Results) -> str:
     columns = 6 + len(FAMILIES)
-    head = f'<tr class="group"><th colspan="{columns}" scope="rowgroup">{budget} of the visual tokens per layer</th></tr>'
+    head = (
+        f'<tr class="group"><th colspan="{columns}" scope="rowgroup">{budget} of the visual tokens per layer</th></tr>'
+    )
     shown = "".join(_html_row(row, results) for row in rows)
     absent = "".join(
         f'<tr><th scope="row">{escape(setup.name)}</th><td colspan="{columns}">{OUT_OF_REACH}</td></tr>'
