@@ -18,7 +18,20 @@ from ..rankers import Deviation, Diversity, LastTokenAttention, Norm, RandomScor
 from ..report import Setup
 from ..schedule_file import ScheduleFile
 
-__all__ = ["ACTIONS", "BUDGETS", "TOLERANCE", "Depth", "Lineup", "at_budget", "calibrated", "lineup", "own", "yours"]
+__all__ = [
+    "ACTIONS",
+    "BUDGETS",
+    "TOLERANCE",
+    "Depth",
+    "Lineup",
+    "Maker",
+    "at_budget",
+    "calibrated",
+    "first_cuts",
+    "lineup",
+    "own",
+    "yours",
+]
 
 BUDGETS: Final = (0.33, 0.22, 0.11, 0.049)
 """Shares avg_T / N that whole tokens of every method come near to. The last one is between 7 and 8 of 144 tokens, where
@@ -73,7 +86,7 @@ def lineup(depth: Depth, checkpoint: Path, extra: ScheduleFile | None = None) ->
                 missing.append(setup)
     if extra is not None:
         table += yours(extra, depth)
-    return Lineup(tuple(table), tuple(missing), tuple(_first_cuts(depth)))
+    return Lineup(tuple(table), tuple(missing), tuple(first_cuts(depth)))
 
 
 Maker = Callable[[float], Schedule]
@@ -172,7 +185,7 @@ def yours(file: ScheduleFile, depth: Depth) -> Iterable[Setup]:
         yield Setup(file.path.stem, action, depth.measured(schedule), schedule)
 
 
-def _first_cuts(depth: Depth) -> Iterator[Setup]:
+def first_cuts(depth: Depth) -> Iterator[Setup]:
     """The schedule of Diverse with other first decisions, under both actions."""
     setup = at_budget(Setup(Diverse.name, "route", CUT_KEEP), own(Setup(Diverse.name, "route"), depth), depth)
     assert setup.schedule is not None

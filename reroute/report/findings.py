@@ -17,9 +17,9 @@ def findings(results: Results) -> tuple[str, ...]:
         (results.best, _on_the_best),
         (results.published, _on_published),
         (results.chances, _on_chance),
-        (results.pairs, _on_cost),
+        (results.pairs and results.batch, _on_cost),
     )
-    return tuple(say(results) for rows, say in tried if rows)
+    return tuple(say(results) for compared, say in tried if compared)
 
 
 def _on_first_cuts(results: Results) -> str:

@@ -144,6 +144,7 @@ class Difference:
 class Results:
     """All rows of the table, the dense one first. ``families[i]`` is the kind of question ``i``.
 
+    - ``batch``: prompts in the batch that was timed; 0 if nothing was timed.
     - ``missing``: setups of the table whose budget is out of reach.
     - ``first_cuts``: rows that differ in what ranks their first decision, and in their action, and in nothing else.
     """
