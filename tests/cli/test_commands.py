@@ -214,7 +214,7 @@ def test_demo_prints_the_tables_and_writes_the_page(
     )
     assert len(rows) == 2 * 11 + 2
     assert len(re.findall(r"^  .* out of reach", said, re.MULTILINE)) == 4
-    assert "12 % of the visual tokens per layer" in said  # the schedule's own
+    assert "10 % of the visual tokens per layer" in said  # the schedule's own
     assert re.search(r"^  norm +[\d.]+ +[\d.]+ +[+-]", said, re.MULTILINE)
     assert "n = 1 questions per column; gaussian noise of sigma 1 rms" in said
     assert f"Page: {out}" in said
