@@ -75,12 +75,17 @@ def _on_published(results: Results) -> str:
         0: "does not clearly depend on whether tokens may come back",
         -1: "is better off with removal",
     }[gap.verdict]
-    why = {
-        1: " Their first decision falls where the last token does not yet look at what it will need; that is a fault "
-        "of these schedules on this model, and not of removal as such.",
-        0: "",
-        -1: "",
-    }[gap.verdict]
+    keeps = [route.setup.keep for route, _ in results.published]
+    removed = {remove.setup.keep: remove for _, remove in results.best}
+    better = results.difference(
+        FAMILIES, [(removed[k], own) for k, (_, own) in zip(keeps, results.published, strict=True)]
+    )
+    why = ""
+    if gap.verdict > 0 and better.verdict > 0:
+        why = (
+            " That is a fault of these schedules on this model, and not of removal as such: at the same budgets the "
+            f"best removal answers {better.first:.0%}."
+        )
     return (
         f"What {titles} answer, on schedules made for 32 layers and scaled to this model, {verdict}: routed "
         f"{gap.first:.0%}, removed {gap.second:.0%} (mean over {len(results.published)} pairs, difference "

@@ -105,7 +105,8 @@ def test_what_is_remembered_of_the_tower_changes_no_answer(
     checkpoint: Checkpoint, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
-    hook = checkpoint.model.model.vision_tower.vision_model.encoder.register_forward_hook(lambda *given: ran.append(1))
+    patches = next(x for x in checkpoint.model.model.vision_tower.modules() if isinstance(x, torch.nn.Conv2d))
+    hook = patches.register_forward_hook(lambda *given: ran.append(1))
     ask(checkpoint, cells, tmp_path / "remembered", 1)
     with_memory = len(ran)
     monkeypatch.setattr(running, "_looks", lambda setup: True)
