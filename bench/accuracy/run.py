@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from reroute.cli.demo import family_counts
 from reroute.cli.measure import costs, routed
+from reroute.cli.tower import Seen
 from reroute.demo.tinyvlm.conditions import CONDITIONS
 from reroute.demo.tinyvlm.digits import Split
 from reroute.demo.tinyvlm.evaluation import answers, prompts, score
@@ -19,7 +19,6 @@ from reroute.report import Setup
 
 from .cells import Cell, Checkpoint
 from .records import Answered, Record, key_of
-from .tower import Seen
 
 __all__ = ["CHUNK", "Runs", "run"]
 
@@ -105,7 +104,7 @@ def _ask(checkpoint: Checkpoint, cell: Cell, record: Record, asked: Sequence[Ask
             single = [prompts(model, processor, [example]) for _, example in new[:: -(-len(new) // COUNTED)]]
             *_, cost = costs(model, single, [Setup(), cell.setup], "torch", rounds=1)
             record.measured(cost)
-        with routed(model, cell.setup, "torch"), nullcontext() if _looks(cell.setup) else seen.reused():
+        with routed(model, cell.setup, "torch"), seen.reused(cell.setup):
             for start in range(0, len(new), BATCH):
                 batch = new[start : start + BATCH]
                 texts = answers(model, processor, [example for _, example in batch], BATCH)
@@ -114,8 +113,3 @@ def _ask(checkpoint: Checkpoint, cell: Cell, record: Record, asked: Sequence[Ask
                     for (question, example), text in zip(batch, texts, strict=True)
                 )
     return len(new)
-
-
-def _looks(setup: Setup) -> bool:
-    """Whether a ranker looks into the vision tower."""
-    return setup.schedule is not None and any(ranker.needs_vision for ranker in setup.schedule.rankers)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..demo.tinyvlm.examples import Example
     from ..report import Cost, Scene
     from .loading import Loaded
+    from .tower import Seen
 
 __all__ = ["add_arguments", "family_counts", "run"]
 
@@ -130,6 +131,7 @@ def _measure(
     from .measure import costs
     from .scenes import demo_scenes
     from .setups import Depth, lineup
+    from .tower import Seen
 
     condition = CONDITIONS[options.condition]
     loaded = load_model(None, "auto", device)
@@ -139,12 +141,12 @@ def _measure(
     adapter = adapter_of(loaded.model)
     visual = int(sum((single[0]["input_ids"] == token).sum() for token in adapter.visual_ids))
     ways = lineup(Depth(len(adapter.layers), visual), CHECKPOINT, extra)
-    setups = (*ways.table, *ways.first_cuts)
+    setups, seen = (*ways.table, *ways.first_cuts), Seen(loaded.model)
     prefills = (len(single) + len(batch)) * (ROUNDS + 1) * len(ways.table) + 2 * (1 + len(ways.first_cuts))
     with tqdm(total=len(setups) * len(chosen) + prefills, desc="demo", smoothing=0, dynamic_ncols=True) as bar:
 
         def rows(setups: Sequence[Setup], single: Sequence[Cost], many: Sequence[Cost]) -> list[Row]:
-            outcomes = [_evaluate(loaded, chosen, setup, options.backend, bar.update) for setup in setups]
+            outcomes = [_evaluate(loaded, chosen, setup, options.backend, seen, bar.update) for setup in setups]
             columns = zip(setups, single, many, outcomes, strict=True)
             return [Row(setup, one, all_.time_ratio, own, summarise(chosen, own)) for setup, one, all_, own in columns]
 
@@ -180,13 +182,13 @@ def family_counts(questions: int) -> dict[str, int]:
 
 
 def _evaluate(
-    loaded: Loaded, chosen: Sequence[Example], setup: Setup, backend: str, progress: Progress
+    loaded: Loaded, chosen: Sequence[Example], setup: Setup, backend: str, seen: Seen, progress: Progress
 ) -> list[Outcome]:
     from ..demo.tinyvlm.evaluation import evaluate
     from .measure import routed
 
     outcomes: list[Outcome] = []
-    with routed(loaded.model, setup, backend):
+    with routed(loaded.model, setup, backend), seen.reused(setup):
         for start in range(0, len(chosen), BATCH):
             batch = chosen[start : start + BATCH]
             outcomes += evaluate(loaded.model, loaded.processor, batch, BATCH)

@@ -87,7 +87,7 @@ def _on_published(results: Results) -> str:
             f"best removal answers {better.first:.0%}."
         )
     return (
-        f"What {titles} answer, on schedules made for 32 layers and scaled to this model, {verdict}: routed "
+        f"With {titles}, on schedules made for 32 layers and scaled to this model, accuracy {verdict}: routed "
         f"{gap.first:.0%}, removed {gap.second:.0%} (mean over {len(results.published)} pairs, difference "
         f"{_points(gap)}).{why}"
     )

@@ -17,6 +17,7 @@ from bench.accuracy.cells import Cell, Checkpoint, Grid, grid
 from bench.accuracy.records import Record, key_of
 from bench.accuracy.run import Runs, run
 from bench.accuracy.summary import results_of
+from reroute.cli import tower
 from reroute.demo.tinyvlm.evaluation import prompts
 from reroute.demo.tinyvlm.examples import examples
 from reroute.methods import METHODS, Diverse
@@ -109,7 +110,7 @@ def test_what_is_remembered_of_the_tower_changes_no_answer(
     hook = patches.register_forward_hook(lambda *given: ran.append(1))
     ask(checkpoint, cells, tmp_path / "remembered", 1)
     with_memory = len(ran)
-    monkeypatch.setattr(running, "_looks", lambda setup: True)
+    monkeypatch.setattr(tower, "MOST", 0)
     ask(checkpoint, cells, tmp_path / "run", 1)
     hook.remove()
     assert lines(tmp_path / "remembered") == lines(tmp_path / "run")
