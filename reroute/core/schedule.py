@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from math import ceil, floor
 from typing import Any, Literal, get_args
@@ -95,6 +96,13 @@ class Schedule:
                 f"Decisions must be made one after the other, from layer 0 on; those of the layers {self.layers} would "
                 f"be made before the layers {tuple(scoring)}: a ranker of layer_offset=-1 decides a layer earlier."
             )
+        for layer, score_layer, ranker in zip(self.layers, scoring, self.rankers, strict=True):
+            looks = ranker.looks_before(layer)
+            if not all(0 <= look <= score_layer for look in looks):
+                raise RerouteError(
+                    f"{type(ranker).__name__} cannot decide before layer {layer}: it looks at the input of the layers "
+                    f"{tuple(looks)}, which have to be there and to come first. Choose a later layer."
+                )
         if any(not 0 <= ratio <= 1 for ratio in self.ratios):
             raise RerouteError(f"Ratios must be from 0 to 1, not {self.ratios}.")
         check_name("rounding", self.rounding, get_args(Rounding))
@@ -130,6 +138,21 @@ class Schedule:
     def stage_of(self, layer: int) -> int:
         """The stage that ``layer`` belongs to; -1 before the first routing layer."""
         return bisect_right(self.layers, layer) - 1
+
+    @cached_property
+    def looks(self) -> dict[int, tuple[Ranker, ...]]:
+        """Which rankers make notes on the input of each layer, equal ones once."""
+        looks: dict[int, tuple[Ranker, ...]] = {}
+        for layer, ranker in zip(self.layers, self.rankers, strict=True):
+            for look in ranker.looks_before(layer):
+                its = looks.get(look, ())
+                looks[look] = its if ranker in its else (*its, ranker)
+        return looks
+
+    def next_stage(self, look: int) -> int:
+        """The stage that is not entered yet where notes are made on the input of layer ``look``."""
+        columns = zip(self.layers, self.rankers, strict=True)
+        return next(i for i, (x, r) in enumerate(columns) if x > look or x + r.layer_offset == look)
 
     def each_action(self, action: Action) -> tuple[Action, ...]:
         """What becomes of the others at each decision, under the ``action`` of the call."""

@@ -8,16 +8,20 @@ from ..rankers import RANKERS
 from ..registry import Registry
 from .base import Method
 from .cdpruner import CDPruner
+from .dart import DART
 from .diverse import Diverse
 from .divprune import DivPrune
 from .fastv import FastV
 from .nuwa import Nuwa
+from .oracle import Oracle
 from .pdrop import PDrop
 from .random import Random
+from .sparsevlm import SparseVLM
 from .visionzip import VisionZip
 from .vscan import VScan
 
 __all__ = [
+    "DART",
     "METHODS",
     "CDPruner",
     "DivPrune",
@@ -25,8 +29,10 @@ __all__ = [
     "FastV",
     "Method",
     "Nuwa",
+    "Oracle",
     "PDrop",
     "Random",
+    "SparseVLM",
     "VScan",
     "VisionZip",
     "get",
@@ -35,10 +41,13 @@ __all__ = [
 METHODS: Registry[Method] = Registry(
     "method",
     "reroute.methods",
-    {method.name: method for method in (CDPruner, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, VisionZip, VScan)},
+    {
+        method.name: method
+        for method in (CDPruner, DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM, VisionZip, VScan)
+    },
     RANKERS,
 )
-"""Every method that can be asked for by name. Register your own here."""
+"""Every method that can be asked for by name. Register your own here. ``Oracle`` is none, as it needs a record."""
 
 
 def get(method: str | Method) -> Method:
