@@ -368,4 +368,5 @@ def test_what_cannot_be_computed_is_refused() -> None:
     for family in ("llava", "qwen"):
         with pytest.raises(RerouteError, match="this model has no text tower to make them"):
             reroute.enable(model(family).model, method="cdpruner", keep=0.3)
-        reroute.enable(model(family).model, method="cdpruner", keep=1.0).disable()
+        with pytest.raises(RerouteError, match="this model has no text tower to make them"):
+            reroute.enable(model(family).model, schedule=reroute.Schedule((0,), (0.5,), (ConditionalDiversity(),)))
