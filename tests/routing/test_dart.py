@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import models
 import pytest
@@ -206,6 +208,34 @@ def test_notes_of_one_prefill(tiny: Tiny, action: Any, offset: int) -> None:
         for b, sample in enumerate(samples):
             places = [given["input_ids"].shape[1] - len(sample) + i for i in sample.visual]
             assert torch.equal(hidden[b], states[layer][b, places])
+
+
+class Note:
+    """Something that a weak reference can be made to."""
+
+
+@dataclass(frozen=True)
+class Passing(Diary):
+    """Knows its notes for as long as somebody else holds them."""
+
+    def note(self, context: RankContext) -> Note:
+        self.read.add(note := Note())
+        return note
+
+    def select(self, context: RankContext) -> Selection:
+        assert set(context.notes.values()) == set(self.read)
+        return context.backend.select(context.rows.candidates.float(), context.rows)
+
+
+def test_nothing_holds_notes_after_the_call(tiny: Tiny) -> None:
+    notes: WeakSet[Note] = WeakSet()
+    schedule = reroute.Schedule((2, 4), (0.5, 0.25), (Passing((0, 1), notes),))
+    with reroute.enable(tiny.model, schedule=schedule, trace=True):
+        for _ in range(2):
+            output = tiny.model(**tiny.inputs(batch(tiny)), use_cache=True)
+            gc.collect()
+            assert not notes
+    assert output.logits.isfinite().all()
 
 
 def test_notes_of_a_call_that_fails_are_gone(tiny: Tiny) -> None:
