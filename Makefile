@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench gpu-check test-oldest test-triton weekly test-week interleavings mutants train \
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings mutants train \
 	clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 \
+	--numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +36,9 @@ lint: $(VENV)/.dev ## Check style, types and which part imports which
 
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 	$(BIN)/python -m bench.end_to_end
+
+accuracy: $(VENV)/.dev ## Every method, routed and removed, on 3000 questions, also under noise and clutter (hours; goes on)
+	$(BIN)/python -m bench.accuracy $(ACCURACY)
 
 gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, and how fast are prefills and operations
 	$(BIN)/python -m bench.gpu_check

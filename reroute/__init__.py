@@ -1,4 +1,4 @@
-"""Recoverable visual-token routing: faster prefill for vision-language models, nothing lost.
+"""Recoverable visual-token routing: faster prefill for vision-language models, no cut final.
 
 ``reroute.enable(model, method="pdrop", keep=0.33)`` switches it on; see ``enable`` for the rest.
 """

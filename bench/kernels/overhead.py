@@ -84,6 +84,9 @@ class Ready:
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
 
+    def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("keys are there already")
+
     def attention_spec(self, layer: int) -> AttentionSpec:
         return AttentionSpec(0.1)
 

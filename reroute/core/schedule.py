@@ -20,10 +20,11 @@ from .action import Action
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
-Rounding = Literal["floor", "floor0", "half_even", "nested"]
+Rounding = Literal["floor", "floor0", "half_even", "nested", "nested_floor"]
 """From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's
 original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers). ``nested`` rounds the
-first count up, and each later one is a share of the one before, rounded down, at least 1 (Nüwa for Qwen2.5-VL)."""
+first count up, and each later one is a share of the one before, rounded down, at least 1 (Nüwa for Qwen2.5-VL);
+``nested_floor`` is the same with the first one rounded down, at least 1 (VScan for Qwen2.5-VL)."""
 
 PositionMode = Literal["preserved", "renumbered"]
 """Position ids of the kept tokens: those of the full prompt, or counted anew from 0 after each
@@ -40,7 +41,7 @@ def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
     kept = floor(n * ratio)
     if rounding in ("half_even", "nested"):
         kept = round(n * ratio) if rounding == "half_even" else ceil(n * ratio)
-    return min(n, max(1, kept) if rounding == "floor" else kept)
+    return min(n, max(1, kept) if rounding in ("floor", "nested_floor") else kept)
 
 
 def tidy(value: float) -> float:
@@ -160,7 +161,7 @@ class Schedule:
     def counts(self, n: int) -> tuple[int, ...]:
         """Visual tokens kept in each stage, of ``n`` in the prompt."""
         kept = [count(n, ratio, self.rounding) for ratio in self.ratios]
-        if self.rounding == "nested":
+        if self.rounding in ("nested", "nested_floor"):
             for stage, (before, ratio) in enumerate(pairwise(self.ratios)):
                 share = tidy(ratio / before) if before else 0.0  # as it was, before it became a share of N
                 kept[stage + 1] = min(n, max(1, floor(kept[stage] * share)) if ratio else 0)

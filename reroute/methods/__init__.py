@@ -7,6 +7,7 @@ from ..errors import RerouteError
 from ..rankers import RANKERS
 from ..registry import Registry
 from .base import Method
+from .cdpruner import CDPruner
 from .dart import DART
 from .diverse import Diverse
 from .divprune import DivPrune
@@ -16,10 +17,13 @@ from .oracle import Oracle
 from .pdrop import PDrop
 from .random import Random
 from .sparsevlm import SparseVLM
+from .visionzip import VisionZip
+from .vscan import VScan
 
 __all__ = [
     "DART",
     "METHODS",
+    "CDPruner",
     "DivPrune",
     "Diverse",
     "FastV",
@@ -29,13 +33,18 @@ __all__ = [
     "PDrop",
     "Random",
     "SparseVLM",
+    "VScan",
+    "VisionZip",
     "get",
 ]
 
 METHODS: Registry[Method] = Registry(
     "method",
     "reroute.methods",
-    {method.name: method for method in (DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM)},
+    {
+        method.name: method
+        for method in (CDPruner, DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM, VisionZip, VScan)
+    },
     RANKERS,
 )
 """Every method that can be asked for by name. Register your own here. ``Oracle`` is none, as it needs a record."""

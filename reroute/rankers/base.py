@@ -40,6 +40,13 @@ class DecoderAdapter(Protocol):
         Queries come after the layer's query norm, keys before its key norm.
         """
 
+    def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights (G, D, C) and bias (G, D), if there is one, with which ``project`` makes keys of ``layer``.
+
+        Raises:
+            RerouteError: keys of ``layer`` are not made by one matrix alone.
+        """
+
     def attention_spec(self, layer: int) -> AttentionSpec:
         """Scale, rotation and key norm of the attention of ``layer``."""
 

@@ -20,6 +20,7 @@ SETTINGS = (
     "methods",
     "rankers/attention.py",
     "rankers/base.py",
+    "rankers/folded.py",
     "rankers/duplication.py",
     "rankers/last_rows.py",
     "rankers/random.py",
