@@ -78,7 +78,10 @@ def _write(models: dict[str, tuple[Runs, Grid]], options: argparse.Namespace) ->
         return
     target = options.docs / "results" / "accuracy.md"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, page(found, f"Questions of `{options.split}`, seed {options.seed}.", figures))
+    about = f"Questions of `{options.split}`, seed {options.seed}."
+    if options.methods:
+        about += f" Of the methods only {', '.join(options.methods)} in this run."
+    write_text(target, page(found, about, figures))
     print(f"Page: {target.resolve()}")
 
 
