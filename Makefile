@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 \
+	--numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config import RoutingConfig
     from .core.schedule import Schedule
     from .handle import Handle
+    from .oracle import record_attention
 
 __all__ = [
     "Handle",
@@ -30,6 +31,7 @@ __all__ = [
     "handle_of",
     "methods",
     "rankers",
+    "record_attention",
 ]
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ _LAZY = {
     "disable": ".api",
     "enable": ".api",
     "handle_of": ".api",
+    "record_attention": ".oracle",
 }
 
 

@@ -29,8 +29,10 @@ class Registry(MutableMapping[str, type[Kind]], Generic[Kind]):
     def __init__(
         self, kind: str, group: str, classes: Mapping[str, type[Kind]], options: Registry[Any] | None = None
     ) -> None:
-        """``kind`` is the word for errors, ``group`` that of the entry points; ``options`` may be of that registry."""
-        self._kind, self._group, self._options = kind, group, options
+        """``kind`` is the word for errors, ``group`` that of the entry points; ``options`` may be of that registry,
+        or of this one.
+        """
+        self._kind, self._group, self._options = kind, group, self if options is None else options
         self._classes = dict(classes)
         self._has_loaded = False
 
@@ -91,10 +93,10 @@ class Registry(MutableMapping[str, type[Kind]], Generic[Kind]):
         return kind(**{key: self._read(option) for key, option in options.items()})
 
     def _written(self, option: Any) -> Any:
-        return self._options.named(option) if self._options is not None and is_dataclass(option) else option
+        return self._options.named(option) if is_dataclass(option) else option
 
     def _read(self, option: Any) -> Any:
-        if self._options is not None and isinstance(option, dict):
+        if isinstance(option, dict):
             return self._options.built(option)
         return tuple(option) if isinstance(option, list) else option  # JSON has lists where options are tuples
 

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from .core.cost import ModelShape, prefill_cost
+from .core.decision import Decision
 from .core.plan import Plan
 
 __all__ = ["Stats", "Totals", "make_stats"]
@@ -191,7 +192,15 @@ def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
     """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
     flops = 0
     for decision in plan.decisions:
-        rows = plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch
-        for row_count, candidates, k in zip(rows, decision.candidates, decision.k, strict=True):
+        for row_count, candidates, k in zip(_scored_rows(plan, decision), decision.candidates, decision.k, strict=True):
             flops += decision.ranker.flops(shape, row_count, candidates, k)
+    for layer, rankers in plan.schedule.looks.items():
+        decision = plan.decisions[plan.schedule.next_stage(layer)]
+        for row_count, candidates in zip(_scored_rows(plan, decision), decision.candidates, strict=True):
+            flops += sum(ranker.note_flops(shape, row_count, candidates) for ranker in rankers)
     return flops
+
+
+def _scored_rows(plan: Plan, decision: Decision) -> Sequence[int]:
+    """Of each sample."""
+    return plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch

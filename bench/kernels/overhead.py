@@ -78,8 +78,14 @@ class Ready:
     def normalise(self, layer: int, rows: Tensor) -> Tensor:
         return self._norm(rows)
 
+    def final_norm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError("no ranker here asks for it")
+
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
+
+    def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("keys are there already")
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         return AttentionSpec(0.1)

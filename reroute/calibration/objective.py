@@ -66,7 +66,8 @@ class Objective:
     def _run(self, reference: Reference, plan: Plan | None) -> Tensor:
         """The last hidden states (B, L, C) under ``plan``."""
         model = self._model
-        first = min((decision.score_layer for decision in plan.decisions), default=0) if plan is not None else 0
+        seen = () if plan is None else (*plan.schedule.looks, *(decision.score_layer for decision in plan.decisions))
+        first = min(seen, default=0)
         start = max(layer for layer in reference.states if layer <= first)
         state = reference.states[start].to(model.whole.device)
         inputs = model.placed({"attention_mask": reference.mask, "position_ids": reference.positions})

@@ -167,10 +167,14 @@ def estimate_cost(
     """
     schedule.validate(shape.num_layers, action)
     counts = schedule.counts(visual)
-    scoring, left = 0, visual
+    scoring, left, competing = 0, visual, []
     for ranker, kept, does in zip(schedule.rankers, counts, schedule.each_action(action), strict=True):
+        competing.append(left)
         scoring += ranker.flops(shape, text + left, left, kept)
         left = kept if does == "remove" else left
+    for layer, rankers in schedule.looks.items():
+        left = competing[schedule.next_stage(layer)]
+        scoring += sum(ranker.note_flops(shape, text + left, left) for ranker in rankers)
     per_layer = schedule.per_layer(visual, shape.num_layers)
     average = average_tokens(per_layer)
     cost = prefill_cost(

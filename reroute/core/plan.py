@@ -75,6 +75,11 @@ class Plan:
         """Text tokens M of each sample: always active."""
         return tuple(len(t) for t in self.text_rows)
 
+    @cached_property
+    def question_lengths(self) -> tuple[int, ...]:
+        """Rows of each sample from behind its visual tokens to its query; 0 without visual tokens."""
+        return tuple(last - int(v[-1]) if len(v) else 0 for v, last in zip(self.visual, self.query, strict=True))
+
     def counts(self, decision: Decision, starts: Sequence[int]) -> tuple[Counts, Counts, Counts, Counts, Counts]:
         """The counts of ``decision`` for ``SelectMetadata``; ``starts`` are the samples' first pool rows."""
         if decision.from_pool:

@@ -9,14 +9,14 @@ Of a model that is spread over several GPUs the home is where RoPE tables and ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
-from ..rankers import DecoderAdapter, Merge, RankContext, Vision
+from ..rankers import DecoderAdapter, Merge, RankContext, Ranker, Vision
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
@@ -61,9 +61,9 @@ class Decided(NamedTuple):
 
 
 class Prefill:
-    """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
-    the end, and ``close`` in any case. The first three raise RerouteError if the home cannot take the hidden states
-    (``Home.check``).
+    """One routed prefill. Call ``look`` before the layers of ``Schedule.looks``, ``decide`` before a scoring layer,
+    ``advance`` before a routing layer, ``restore`` at the end, and ``close`` in any case. All but the last raise
+    RerouteError if the home cannot take the hidden states (``Home.check``).
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Prefill:
         self._positions: torch.Tensor | None = None
         self._left: _Left | None = None
         self._is_home = False
+        self._notes: list[tuple[Ranker, int, Any]] = []
         self._trace: list[StageTrace] | None = [] if trace else None
         try:
             self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
@@ -126,6 +127,16 @@ class Prefill:
             return None
         rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
+
+    def look(self, layer: int, hidden: torch.Tensor) -> None:
+        """Let rankers make notes on ``hidden`` (B, S, C), the input of ``layer``, for their later decisions."""
+        self._home.check(hidden, f"The hidden states before layer {layer}")
+        schedule = self.plan.schedule
+        decision = replace(self.plan.decisions[schedule.next_stage(layer)], score_layer=layer)
+        for ranker in schedule.looks[layer]:
+            with torch.no_grad():
+                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, None))
+            self._notes.append((ranker, layer, note))
 
     def decide(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None = None) -> Decided:
         """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``.
@@ -223,7 +234,9 @@ class Prefill:
             self._competitors.visual_indices,
             hidden=lambda: self._defer_and_read(hidden).to(self._home.device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
+            questions=self.plan.question_lengths,
             vision=vision,
+            notes={layer: note for ranker, layer, note in self._notes if ranker == decision.ranker},
         )
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------

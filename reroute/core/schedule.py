@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from math import ceil, floor
 from typing import Any, Literal, get_args
@@ -19,10 +20,11 @@ from .action import Action
 
 __all__ = ["Action", "PositionMode", "Rounding", "Schedule", "count"]
 
-Rounding = Literal["floor", "floor0", "half_even", "nested"]
+Rounding = Literal["floor", "floor0", "half_even", "nested", "nested_floor"]
 """From N * ratio to a count: ``floor`` keeps at least 1 (Reroute), ``floor0`` may keep none (PDrop's
 original), ``half_even`` rounds to the nearest, halves to the even one (FastV for Transformers). ``nested`` rounds the
-first count up, and each later one is a share of the one before, rounded down, at least 1 (Nüwa for Qwen2.5-VL)."""
+first count up, and each later one is a share of the one before, rounded down, at least 1 (Nüwa for Qwen2.5-VL);
+``nested_floor`` is the same with the first one rounded down, at least 1 (VScan for Qwen2.5-VL)."""
 
 PositionMode = Literal["preserved", "renumbered"]
 """Position ids of the kept tokens: those of the full prompt, or counted anew from 0 after each
@@ -39,7 +41,7 @@ def count(n: int, ratio: float, rounding: Rounding = "floor") -> int:
     kept = floor(n * ratio)
     if rounding in ("half_even", "nested"):
         kept = round(n * ratio) if rounding == "half_even" else ceil(n * ratio)
-    return min(n, max(1, kept) if rounding == "floor" else kept)
+    return min(n, max(1, kept) if rounding in ("floor", "nested_floor") else kept)
 
 
 def tidy(value: float) -> float:
@@ -94,6 +96,13 @@ class Schedule:
                 f"Decisions must be made one after the other, from layer 0 on; those of the layers {self.layers} would "
                 f"be made before the layers {tuple(scoring)}: a ranker of layer_offset=-1 decides a layer earlier."
             )
+        for layer, score_layer, ranker in zip(self.layers, scoring, self.rankers, strict=True):
+            looks = ranker.looks_before(layer)
+            if not all(0 <= look <= score_layer for look in looks):
+                raise RerouteError(
+                    f"{type(ranker).__name__} cannot decide before layer {layer}: it looks at the input of the layers "
+                    f"{tuple(looks)}, which have to be there and to come first. Choose a later layer."
+                )
         if any(not 0 <= ratio <= 1 for ratio in self.ratios):
             raise RerouteError(f"Ratios must be from 0 to 1, not {self.ratios}.")
         check_name("rounding", self.rounding, get_args(Rounding))
@@ -130,6 +139,21 @@ class Schedule:
         """The stage that ``layer`` belongs to; -1 before the first routing layer."""
         return bisect_right(self.layers, layer) - 1
 
+    @cached_property
+    def looks(self) -> dict[int, tuple[Ranker, ...]]:
+        """Which rankers make notes on the input of each layer, equal ones once."""
+        looks: dict[int, tuple[Ranker, ...]] = {}
+        for layer, ranker in zip(self.layers, self.rankers, strict=True):
+            for look in ranker.looks_before(layer):
+                its = looks.get(look, ())
+                looks[look] = its if ranker in its else (*its, ranker)
+        return looks
+
+    def next_stage(self, look: int) -> int:
+        """The stage that is not entered yet where notes are made on the input of layer ``look``."""
+        columns = zip(self.layers, self.rankers, strict=True)
+        return next(i for i, (x, r) in enumerate(columns) if x > look or x + r.layer_offset == look)
+
     def each_action(self, action: Action) -> tuple[Action, ...]:
         """What becomes of the others at each decision, under the ``action`` of the call."""
         return self.actions or (action,) * len(self.layers)
@@ -137,7 +161,7 @@ class Schedule:
     def counts(self, n: int) -> tuple[int, ...]:
         """Visual tokens kept in each stage, of ``n`` in the prompt."""
         kept = [count(n, ratio, self.rounding) for ratio in self.ratios]
-        if self.rounding == "nested":
+        if self.rounding in ("nested", "nested_floor"):
             for stage, (before, ratio) in enumerate(pairwise(self.ratios)):
                 share = tidy(ratio / before) if before else 0.0  # as it was, before it became a share of N
                 kept[stage + 1] = min(n, max(1, floor(kept[stage] * share)) if ratio else 0)

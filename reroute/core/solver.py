@@ -88,7 +88,9 @@ def scale_ratios(ratios: Sequence[float], layers: Sequence[int], num_layers: int
             f"keep = {keep} is out of reach of the ratios {tuple(ratios)}: stages that keep nothing stay as they are. "
             "Choose a smaller keep or let more stages keep something."
         )
-    return scaled(_smallest(scaled, 1 / least, layers, num_layers, keep)) if keep < 1 else (1.0,) * len(ratios)
+    if keep == 1:
+        return (1.0,) * len(ratios)
+    return tuple(map(tidy, scaled(_smallest(scaled, 1 / least, layers, num_layers, keep))))
 
 
 def budget_of(layers: Sequence[int], ratios: Sequence[float], num_layers: int) -> float:

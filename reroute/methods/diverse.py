@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ..core.schedule import Action, Rounding, Schedule
+from ..core.schedule import Action, PositionMode, Rounding, Schedule
 from ..core.solver import scale_layers, scale_ratios
 from ..rankers import Diversity, LastTokenAttention, Ranker
 from ..rankers.base import check_ranker
@@ -35,6 +35,7 @@ class Diverse(Method):
 
     ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
+    position_mode: PositionMode = field(default="preserved", kw_only=True)
     first: Ranker = field(default=Diversity(), kw_only=True)
     ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
@@ -48,7 +49,8 @@ class Diverse(Method):
         if self.ratios is None:
             return self.with_budget(self.usual_keep, num_layers, action).schedule(num_layers, action)
         layers = scale_layers(self.layers[action], num_layers)
-        return Schedule(layers, self.ratios, (self.first, *[self.ranker] * (len(layers) - 1)), self.rounding)
+        rankers = (self.first, *[self.ranker] * (len(layers) - 1))
+        return Schedule(layers, self.ratios, rankers, self.rounding, self.position_mode)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..checks import number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
@@ -31,6 +31,7 @@ class FastV(Method):
     """
 
     name = "fastv"
+    layers_of_32: ClassVar[tuple[int, ...]] = (3, 7, 15, 23)
 
     layer: int | None = None
     ratio: float = 0.2644
@@ -68,6 +69,6 @@ class FastV(Method):
         return replace(self, ratio=ratios[0])
 
     def _layers(self, num_layers: int, action: Action) -> tuple[int, ...]:
-        first, *later = scale_layers((3, 7, 15, 23), num_layers)
+        first, *later = scale_layers(self.layers_of_32, num_layers)
         first = first if self.layer is None else self.layer
         return (first, *(x for x in later if x > first)) if action == "route" else (first,)

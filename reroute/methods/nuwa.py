@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..checks import items, number, shown, whole
-from ..core.schedule import Action, Rounding, Schedule
-from ..core.solver import scale_ratios
+from ..checks import shown
 from ..errors import RerouteError
 from ..rankers import LastRowsAttention, LastTokenAttention, Ranker, RegionAnchors
-from ..rankers.base import check_ranker
-from .base import Method
+from .two_stage import TwoStage
 
 if TYPE_CHECKING:
     from typing import Self
@@ -25,7 +22,7 @@ _QWEN = {0.25: (0.35, 0.42, 3), 0.5: (0.6, 0.66, 3), 0.75: (0.85, 0.7, 4)}
 
 
 @dataclass(frozen=True)
-class Nuwa(Method):
+class Nuwa(TwoStage):
     """Anchors before layer 0 (``RegionAnchors``), and fewer of them from the middle of the decoder on.
 
     - ``remove``: as published, a second decision before layer 16 of 32.
@@ -39,31 +36,10 @@ class Nuwa(Method):
     """
 
     name = "nuwa"
+    proportions = (7, 1)
 
-    ratios: tuple[float, float] | None = None
-    layer: int | None = None
-    rounding: Rounding = "floor"
-    discards: bool = True
     first: Ranker = field(default=RegionAnchors(), kw_only=True)
     second: Ranker = field(default=LastTokenAttention(layer_offset=-1), kw_only=True)
-    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
-
-    def __post_init__(self) -> None:
-        """Check the types; a schedule checks the rest."""
-        for ranker in (self.first, self.second, self.ranker):
-            check_ranker(ranker)
-        try:
-            if self.ratios is not None:
-                anchors, later = map(number, items(self.ratios))
-                object.__setattr__(self, "ratios", (anchors, later))
-            object.__setattr__(self, "layer", None if self.layer is None else whole(self.layer))
-        except (TypeError, ValueError, OverflowError):
-            raise RerouteError(
-                "Nuwa takes two ratios and the number of a layer, such as ratios=(0.2, 0.03), layer=16; got "
-                f"ratios={shown(self.ratios)}, layer={shown(self.layer)}."
-            ) from None
-        if not isinstance(self.discards, bool):
-            raise RerouteError(f"discards is True or False, not {shown(self.discards)}.")
 
     @classmethod
     def official(cls, average: float = 64) -> Self:
@@ -84,30 +60,3 @@ class Nuwa(Method):
         raise RerouteError(
             f"Nüwa was released for the averages {known}, not for {shown(average)}: use ratios= or keep=."
         )
-
-    def schedule(self, num_layers: int, action: Action) -> Schedule:
-        """See ``Method``."""
-        if self.ratios is None:
-            return self.with_budget(1 / 9, num_layers, action).schedule(num_layers, action)
-        anchors, later = self.ratios
-        layer = self._second_layer(num_layers)
-        if action == "remove":
-            return Schedule((0, layer), (anchors, later), (self.first, self.second), self.rounding)
-        layers = sorted({layer + quarter * (num_layers - layer) // 4 for quarter in range(4)})
-        actions: list[Action] = ["remove" if self.discards else "route", *(action for _ in layers)]
-        return Schedule(
-            (0, *layers),
-            (anchors, *[later] * len(layers)),
-            (self.first, *[self.ranker] * len(layers)),
-            self.rounding,
-            actions=tuple(actions),
-        )
-
-    def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
-        """See ``Method``. The two ratios stay in proportion."""
-        proportions = (7.0, 1.0) if self.ratios is None else self.ratios
-        anchors, later = scale_ratios(proportions, (0, self._second_layer(num_layers)), num_layers, keep)
-        return replace(self, ratios=(anchors, later))
-
-    def _second_layer(self, num_layers: int) -> int:
-        return max(1, num_layers // 2) if self.layer is None else self.layer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from reroute_kernels import Selection
 
@@ -23,12 +25,16 @@ class LastTokenAttention(Ranker):
 
     - ``layer_offset``: 0 scores with the routing layer's own query and keys, on its input; -1 with those of the layer
       before (FastV's original).
+    - ``rotates``: whether query and keys are rotated by their positions, as in the layer (VScan for Qwen2.5-VL: not).
     """
 
     layer_offset: int = 0
+    rotates: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the offset."""
+        """Check the settings."""
+        if not isinstance(self.rotates, bool):
+            raise RerouteError(f"rotates is True or False, not {shown(self.rotates)}.")
         try:
             object.__setattr__(self, "layer_offset", whole(self.layer_offset))
         except TypeError:
@@ -45,10 +51,13 @@ class LastTokenAttention(Ranker):
         query, keys = adapter.project(layer, context.normed(), context.tables.query_rows)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
+        tables = context.tables
+        if not self.rotates:
+            tables = tables._replace(cos=torch.ones_like(tables.cos), sin=torch.zeros_like(tables.sin))
         return context.backend.score_topk(
             query,
             keys,
-            context.tables,
+            tables,
             context.rows,
             adapter.attention_spec(layer),
         )

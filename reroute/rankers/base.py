@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -30,10 +31,20 @@ class DecoderAdapter(Protocol):
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` (R, C) after that norm, by the model itself."""
 
+    def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (R, C) after the norm behind the last layer."""
+
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (B, H, D) of ``normed[query_rows]`` and keys (R, G, D) of ``normed`` (R, C), both before RoPE.
 
         Queries come after the layer's query norm, keys before its key norm.
+        """
+
+    def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights (G, D, C) and bias (G, D), if there is one, with which ``project`` makes keys of ``layer``.
+
+        Raises:
+            RerouteError: keys of ``layer`` are not made by one matrix alone.
         """
 
     def attention_spec(self, layer: int) -> AttentionSpec:
@@ -51,7 +62,9 @@ class RankContext(NamedTuple):
     - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
     - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
+    - ``questions``: of each sample, how many of the last rows that its query sees come after all visual tokens.
     - ``vision``: the pictures, for rankers that need them.
+    - ``notes``: what the ranker noted earlier in this prefill, by the layer before which it did (``Ranker.note``).
     """
 
     decision: Decision
@@ -62,7 +75,9 @@ class RankContext(NamedTuple):
     visual_indices: torch.Tensor
     hidden: Callable[[], torch.Tensor]
     normed: Callable[[], torch.Tensor]
+    questions: tuple[int, ...] = ()
     vision: Vision | None = None
+    notes: Mapping[int, Any] = MappingProxyType({})
 
     def candidates_of(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Of each sample, those of ``states`` (R, …) that are its candidates', (N_b, …) in prompt order."""
@@ -71,6 +86,12 @@ class RankContext(NamedTuple):
     def texts_of(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Of each sample, those of ``states`` (R, …) that are its text tokens', (M_b, …) in prompt order."""
         return self._of(states, self.rows.text_rows, self.rows.metadata.num_texts)
+
+    def questions_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that come after all visual tokens, up to its query."""
+        counts = self.rows.metadata
+        ends = [start + length for start, length in zip(counts.starts, counts.kv_lens, strict=True)]
+        return [states[end - n : end].clone() for end, n in zip(ends, self.questions, strict=True)]
 
     def best(self, scores: Iterable[torch.Tensor]) -> Selection:
         """The candidates of the highest ``scores``, (N_b,) for each sample; of equal ones the first."""
@@ -107,6 +128,19 @@ class Ranker(ABC):
         """
         return ()
 
+    def looks_before(self, layer: int) -> Collection[int]:
+        """The layers on whose input it makes a ``note``, ahead of its decision before ``layer`` and no later."""
+        return ()
+
+    def note(self, context: RankContext) -> Any:
+        """What its decisions in this prefill, and no others, find in ``RankContext.notes``.
+
+        Equal rankers share one note for each layer. ``context.decision.score_layer`` is that layer; ``candidates`` are
+        what competes there, before a decision is made on the same input. Rules are those of ``select``; there are no
+        pictures, and what ``hidden`` returns is written to later: note copies of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.looks_before asks for notes, and there is no note().")
+
     def decide(self, context: RankContext) -> tuple[Selection, Merge | None]:
         """What ``select`` returns, and how the tokens that are kept take up others, if they do.
 
@@ -124,6 +158,10 @@ class Ranker(ABC):
 
     def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
         """FLOPs of keeping ``k`` of a sample's ``candidates``, among ``rows`` rows. 0: not known, so not counted."""
+        return 0
+
+    def note_flops(self, shape: ModelShape, rows: int, candidates: int) -> int:
+        """FLOPs of one ``note`` on a sample's ``candidates``, among ``rows`` rows."""
         return 0
 
 

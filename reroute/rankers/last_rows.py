@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from reroute_kernels import AttentionSpec, Selection
+from reroute_kernels import Selection
 from reroute_kernels.reference import rotate
 
 from ..checks import is_count, shown
@@ -17,7 +18,7 @@ from .base import RankContext, Ranker
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
 
-__all__ = ["LastRowsAttention"]
+__all__ = ["LastRowsAttention", "causal_attention", "last_rows"]
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,13 @@ class LastRowsAttention(Ranker):
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
-        adapter, layer, (cos, sin, last) = context.adapter, context.decision.score_layer, context.tables
-        counts = context.rows.metadata
-        # A prompt of fewer tokens has rows before its own here, which are not read.
-        rows = (last[:, None] - torch.arange(self.rows - 1, -1, -1, device=last.device)).clamp(min=0)
-        queries, keys = adapter.project(layer, context.normed(), rows.flatten())
-        queries, keys = queries.to(cos.device).unflatten(0, rows.shape), keys.to(cos.device)
-        spec, scores = adapter.attention_spec(layer), []
-        for b, (start, length, n) in enumerate(zip(counts.starts, counts.kv_lens, counts.num_candidates, strict=True)):
-            own, span = slice(max(0, self.rows - length), None), slice(start, start + length)
-            if not n:
-                scores.append(cos.new_empty(0))
-                continue
-            at = rows[b, own]
-            query = rotate(queries[b, own], cos.index_select(0, at), sin.index_select(0, at), spec.rope)
-            its = keys[span] if spec.key_norm is None else spec.key_norm(keys[span])
-            weights = _attention(query, rotate(its, cos[span], sin[span], spec.rope), spec)
-            scores.append(weights.mean(1).amax(0).index_select(0, context.rows.candidates[b, :n]))
+        rows, counts, scores = context.rows, context.rows.metadata, []
+        asked = [
+            min(self.rows, length) if n else 0 for length, n in zip(counts.kv_lens, counts.num_candidates, strict=True)
+        ]
+        for b, sample in enumerate(last_rows(context, asked)):
+            weights = causal_attention(*sample).index_select(2, rows.candidates[b, : counts.num_candidates[b]])
+            scores.append(weights.mean(1).amax(0))
         return context.best(scores)
 
     def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
@@ -67,9 +58,24 @@ class LastRowsAttention(Ranker):
         return 2 * self.rows * d * q + 2 * rows * d * kv + 2 * self.rows * q * rows
 
 
-def _attention(query: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """(H, r, L) of the rotated queries (r, H, D) of the last r of L tokens to their rotated keys (L, G, D), causal."""
+def last_rows(context: RankContext, counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Of each sample, the queries (r, H, D) of the last r = ``counts[b]`` of the L rows that its query sees, the keys
+    (L, G, D) of all these rows, both rotated, and the scale of their products. Asks for ``normed``."""
+    adapter, layer, (cos, sin, _) = context.adapter, context.decision.score_layer, context.tables
+    starts, lengths = context.rows.metadata.starts, context.rows.metadata.kv_lens
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    asked = [torch.arange(end - r, end, device=cos.device) for end, r in zip(ends, counts, strict=True)]
+    queries, keys = adapter.project(layer, context.normed(), torch.cat(asked))
+    queries, keys, spec = queries.to(cos.device), keys.to(cos.device), adapter.attention_spec(layer)
+    for start, end, at, query in zip(starts, ends, asked, queries.split(list(counts)), strict=True):
+        its = keys[start:end] if spec.key_norm is None else spec.key_norm(keys[start:end])
+        rotated = rotate(query, cos.index_select(0, at), sin.index_select(0, at), spec.rope)
+        yield rotated, rotate(its, cos[start:end], sin[start:end], spec.rope), spec.scale
+
+
+def causal_attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """(H, r, L) fp32, of the queries (r, H, D) of the last r of L tokens to the keys (L, G, D) of all."""
     wide = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], 1)
-    logits = query.float().transpose(0, 1) @ wide.permute(1, 2, 0) * spec.scale
+    logits = query.float().transpose(0, 1) @ wide.permute(1, 2, 0) * scale
     later = torch.ones_like(logits[0], dtype=torch.bool).triu(len(keys) - len(query) + 1)
     return logits.masked_fill(later, -torch.inf).softmax(-1)

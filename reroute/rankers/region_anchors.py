@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import hypot
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from reroute_kernels import Selection
 
 from ..checks import check_name, is_count, shown
 from ..errors import RerouteError
 from .base import Merge, RankContext, Ranker
+from .merging import WEIGHTS, projector_inputs
+from .pictures import Picture, albums, best_of_regions, keep
 from .vision import Grid, TowerShape, Vision
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["RegionAnchors", "aggregate", "are_anchors", "collecting_weights", "quantile"]
 
 Convention = Literal["code", "paper"]
-
-WEIGHTS = 1 << 24
-"""Weights that are held at once while anchors take up others."""
 
 
 class _Rules(NamedTuple):
@@ -81,7 +79,7 @@ class RegionAnchors(Ranker):
     def tower_states(self, tower: TowerShape) -> Sequence[int]:
         """See ``Ranker``."""
         features = tower.features if tower.has_cls else ()
-        return [_attention_layer(tower), *_similarity_states(tower), *features]
+        return [tower.scored_layer, *_similarity_states(tower), *features]
 
     def decide(self, context: RankContext) -> tuple[Selection, Merge]:
         """See ``Ranker``.
@@ -89,21 +87,15 @@ class RegionAnchors(Ranker):
         Raises:
             RerouteError: not the decision before layer 0.
         """
-        if context.decision.layer:
-            raise RerouteError(
-                "RegionAnchors makes visual tokens of what the vision tower made of a picture, so it has to decide "
-                f"before layer 0, not before layer {context.decision.layer}."
-            )
+        of_samples = albums(self, context)
         assert context.vision is not None
         salience, prominence = self._salience(context.vision)
-        grids, counts = context.vision.grids, context.decision.k
-        shares = [_shares(k, its) for k, its in zip(counts, grids, strict=True)]
-        scores = []
-        for its, sizes, ks in zip(salience, grids, shares, strict=True):
-            images = zip(its.split([r * c for r, c in sizes]), sizes, ks, strict=True)
-            scores.append(_above([are_anchors(*image, self.per_region) for image in images], its.float()))
-        selection = context.best(scores)
-        return selection, self._merge(context, context.vision, selection, prominence, shares)
+        chosen = [
+            [are_anchors(its[image.tokens], image.grid, image.k, self.per_region) for image in album]
+            for its, album in zip(salience, of_samples, strict=True)
+        ]
+        selection = keep(context, chosen, salience)
+        return selection, self._merge(context, context.vision, selection, prominence, of_samples)
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
@@ -114,18 +106,15 @@ class RegionAnchors(Ranker):
         tower = shape.tower
         if tower is None:
             return 0
-        patches, width = candidates * tower.patches_per_token, tower.hidden
+        compared, taken, projected = shape.hidden, shape.hidden, candidates
         if tower.has_cls:
-            attention = 2 * width * width * (patches + 1) + 2 * patches * width
-            compared, taken, projected = width, width * len(tower.features), k
-        else:
-            attention = 4 * patches * width * width + 2 * patches * patches * width
-            compared, taken, projected = shape.hidden, shape.hidden, candidates
-        return attention + 2 * k * candidates * (compared + taken) + 2 * projected * tower.projector
+            compared, taken, projected = tower.hidden, tower.hidden * len(tower.features), k
+        collecting = 2 * k * candidates * (compared + taken) + 2 * projected * tower.projector
+        return tower.attention_flops(candidates) + collecting
 
     def _salience(self, vision: Vision) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Of each sample's tokens (N_b,): what anchors are ranked by, and what makes pillars of them."""
-        layer = _attention_layer(vision.shape)
+        layer = vision.shape.scored_layer
         salience = [attention.sum(0) for attention in vision.attention(layer)]
         if self.convention == "code":
             return salience, salience
@@ -138,7 +127,7 @@ class RegionAnchors(Ranker):
         vision: Vision,
         selection: Selection,
         prominence: list[torch.Tensor],
-        shares: list[list[int]],
+        of_samples: list[list[Picture]],
     ) -> Merge:
         tower, rules = vision.shape, self._rules(vision.shape)
 
@@ -149,18 +138,16 @@ class RegionAnchors(Ranker):
             similar = [torch.stack(its).mean(0) for its in zip(*states, strict=True)]
             sources = context.candidates_of(hidden)
             if tower.has_cls:
-                features = [vision.states(i) for i in tower.features]
-                sources = [torch.cat(its, -1) for its in zip(*features, strict=True)]
-            for b, (source, grids, ks) in enumerate(zip(sources, vision.grids, shares, strict=True)):
+                sources = projector_inputs(vision)
+            for b, (source, album) in enumerate(zip(sources, of_samples, strict=True)):
                 compared = similar[b] if tower.has_cls or not len(source) else vision.project(similar[b])
-                taken, start, done = [], 0, 0
-                for grid, k in zip(grids, ks, strict=True):
-                    image = slice(start, start := start + grid[0] * grid[1])
-                    anchors = selection.kept[b, done : (done := done + k)] - image.start
-                    pillars = _pillars(prominence[b][image].index_select(0, anchors), rules.quantile)
-                    reach = rules.reach * hypot(*_last_cell(grid, tower)) or 1.0  # of a picture of one token
-                    its = (source[image], compared[image], anchors, pillars)
-                    taken.append(aggregate(*its, grid, reach, rules.keeps_self))
+                taken = []
+                for image in album:
+                    anchors = selection.kept[b, image.kept] - image.tokens.start
+                    pillars = _pillars(prominence[b][image.tokens].index_select(0, anchors), rules.quantile)
+                    reach = rules.reach * hypot(*_last_cell(image.grid, tower)) or 1.0  # of a picture of one token
+                    its = (source[image.tokens], compared[image.tokens], anchors, pillars)
+                    taken.append(aggregate(*its, image.grid, reach, rules.keeps_self))
                 if taken:
                     own = torch.cat(taken)
                     merged[b, : len(own)] = vision.project(own) if tower.has_cls else own
@@ -180,17 +167,10 @@ def are_anchors(salience: torch.Tensor, grid: Grid, k: int, per_region: int | No
     Candidates are the ``per_region`` most salient of each region of 2 x 2; at the border regions have fewer tokens. The
     most salient candidates become anchors, and others only where there are too few of them. Of equals the first.
     """
-    rows, columns = grid
-    padded = pad(salience.float().view(grid), (0, columns % 2, 0, rows % 2), value=-torch.inf)
-    regions = padded.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)  # (rows, columns, 4)
-    place = torch.arange(4, device=salience.device).expand_as(regions)
-    rank = torch.empty_like(place).scatter_(-1, regions.sort(dim=-1, descending=True, stable=True).indices, place)
-    per_region = -(-k // (rank.shape[0] * rank.shape[1])) if per_region is None else per_region
-    is_candidate = (rank < per_region).unflatten(2, (2, 2)).transpose(1, 2).flatten(2).flatten(0, 1)
-    is_candidate = is_candidate[:rows, :columns].flatten()
-    order = salience.float().sort(descending=True, stable=True).indices
-    order = order[is_candidate[order].int().sort(descending=True, stable=True).indices]
-    return torch.zeros_like(is_candidate).index_fill(0, order[:k], True)
+    places, across = torch.arange(len(salience), device=salience.device), -(-grid[1] // 2)
+    regions = places // grid[1] // 2 * across + places % grid[1] // 2
+    per_region = -(-k // (-(-grid[0] // 2) * across)) if per_region is None else per_region
+    return best_of_regions(salience, regions, k, per_region)
 
 
 def quantile(values: torch.Tensor, q: float) -> torch.Tensor:
@@ -246,13 +226,6 @@ def collecting_weights(
     return weights.masked_fill(is_self, 1) if keeps_self else weights
 
 
-def _above(chosen: Sequence[torch.Tensor], salience: torch.Tensor) -> torch.Tensor:
-    """The ``salience`` (N,) of a prompt's tokens, but for those not ``chosen``, which are below all others."""
-    if not chosen:
-        return salience
-    return torch.where(torch.cat(list(chosen)), salience, salience - (1 + salience.max() - salience.min()))
-
-
 def _pillars(prominence: torch.Tensor, q: float) -> torch.Tensor:
     """Which of the anchors with this ``prominence`` (K,) reach its quantile ``q``."""
     if not len(prominence):
@@ -260,22 +233,10 @@ def _pillars(prominence: torch.Tensor, q: float) -> torch.Tensor:
     return prominence.float() >= quantile(prominence, q)
 
 
-def _shares(k: int, grids: Sequence[Grid]) -> list[int]:
-    """How many of ``k`` tokens each picture of a prompt may keep: as many of a hundred as of its own."""
-    ends = list(accumulate(rows * columns for rows, columns in grids))
-    marks = [k * end // ends[-1] for end in ends]
-    return [mark - before for mark, before in zip(marks, [0, *marks], strict=False)]
-
-
 def _last_cell(grid: Grid, tower: TowerShape) -> Grid:
     """The place of the last cell of a picture's regions; without CLS they are padded, as in the released code."""
     rows, columns = grid if tower.has_cls else (grid[0] + grid[0] % 2, grid[1] + grid[1] % 2)
     return rows - 1, columns - 1
-
-
-def _attention_layer(tower: TowerShape) -> int:
-    """The layer whose attention ranks: the last one that the projector sees the output of."""
-    return max(0, tower.features[-1] - 1)
 
 
 def _similarity_states(tower: TowerShape) -> range:

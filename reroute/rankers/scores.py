@@ -65,11 +65,21 @@ class ScoreRanker(Ranker):
         Raises:
             RerouteError: ``scores`` did not return one number for each candidate.
         """
-        states, decision = context.hidden(), context.decision
+        return context.best(self.scores_of(context, context.hidden()))
+
+    def scores_of(self, context: RankContext, states: torch.Tensor) -> list[torch.Tensor]:
+        """Scores (N_b,) of each sample's candidates, for ``select`` and for rankers that build on scores.
+
+        ``states`` are those of ``context.hidden()``, which may be asked for once.
+
+        Raises:
+            RerouteError: ``scores`` did not return one number for each candidate.
+        """
+        decision = context.decision
         hidden, query = context.candidates_of(states), states[context.tables.query_rows]
         indices = [row[: len(its)] for row, its in zip(context.visual_indices, hidden, strict=True)]
         inputs = RankInputs(hidden, query, decision.score_layer, decision.stage, indices, context.vision)
-        return context.best(self._checked(inputs))
+        return self._checked(inputs)
 
     def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
         """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""

@@ -20,6 +20,7 @@ class TowerShape:
     - ``num_layers``, ``hidden``, ``heads``: of the tower.
     - ``has_cls``: whether a CLS row attends to all patches of an image.
     - ``patches_per_token``: patches that the projector makes one visual token of.
+    - ``full_attention``: the layers in which all patches of an image attend to each other.
     - ``features``: the hidden states that the projector reads, side by side, numbered from 0 as in
       ``Ranker.tower_states``.
     - ``projector``: multiply-adds of one visual token in the projector.
@@ -30,8 +31,21 @@ class TowerShape:
     heads: int
     has_cls: bool
     patches_per_token: int
+    full_attention: tuple[int, ...]
     features: tuple[int, ...]
     projector: int
+
+    @property
+    def scored_layer(self) -> int:
+        """The layer whose attention published methods rank by: the last one that the projector sees the output of."""
+        return max(0, self.features[-1] - 1)
+
+    def attention_flops(self, tokens: int) -> int:
+        """FLOPs of ``Vision.attention`` of a layer with full attention, as if of one picture."""
+        patches, width = tokens * self.patches_per_token, self.hidden
+        if self.has_cls:
+            return 2 * width * width * (patches + 1) + 2 * patches * width
+        return 4 * patches * width * width + 2 * patches * patches * width
 
 
 class Vision(Protocol):
@@ -54,6 +68,9 @@ class Vision(Protocol):
 
         ``as_run``: each image in the order in which the tower runs its tokens, which with windows is not row by row.
         """
+
+    def cls(self, index: int) -> list[torch.Tensor]:
+        """Hidden states (images, hidden) of the CLS row of each image, of towers that have one."""
 
     def attention(self, layer: int) -> list[torch.Tensor]:
         """What the tower attends to in ``layer``, recomputed from its input, hidden state ``layer``.

@@ -40,7 +40,7 @@ Kwargs = dict[str, Any]
 
 
 class PrefillFactory(Protocol):
-    """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
+    """Makes the prefill once the model's RoPE tables are known, at the first layer whose input is looked at."""
 
     def __call__(
         self,
@@ -162,7 +162,7 @@ class RoutedPrefill(ForwardContext):
         recording: Recording | None = None,
         record_states: bool = False,
     ) -> None:
-        """No row is held until the first decision. ``record_states``: keep logical states for the caller."""
+        """No row is held until the first decision or look. ``record_states``: keep logical states for the caller."""
         super().__init__(adapter, (plan.batch, plan.length))
         self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
@@ -181,9 +181,12 @@ class RoutedPrefill(ForwardContext):
         if self._record:
             self._states[index] = self._logical(hidden)
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
-        if (decision := self._deciding.get(index)) is not None:
-            if self.prefill is None:
-                self.prefill = self._begin(hidden, kwargs)
+        decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
+        if self.prefill is None and (looks or decision is not None):
+            self.prefill = self._begin(hidden, kwargs)
+        if self.prefill is not None and looks:
+            self.prefill.look(index, hidden)
+        if self.prefill is not None and decision is not None:
             vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
             self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)

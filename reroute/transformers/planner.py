@@ -123,7 +123,7 @@ class Planner:
         """
         schedule = plan.schedule
         mask_format_of(self.adapter.text_config)
-        self.adapter.check_layers([decision.score_layer for decision in plan.decisions])
+        self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
         if cache is not None:
             check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
         if plan.past and cache is not None:

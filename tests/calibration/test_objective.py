@@ -16,6 +16,7 @@ from reroute.calibration.dense import Model, answer, refer
 from reroute.calibration.objective import CAP, Objective
 from reroute.calibration.prompts import Prompt, Prompts
 from reroute.core.schedule import Action
+from reroute.rankers import RaterAttention
 from reroute.transformers import adapter_of
 
 Inputs = dict[str, Tensor]
@@ -24,6 +25,7 @@ SCHEDULES = [
     (Schedule((2, 4, 6), (0.5, 0.25, 0.5)), "route"),
     (Schedule((0, 3), (0.25, 0.125)), "route"),
     (Schedule((3, 6), (0.25, 0.125)), "remove"),
+    (Schedule((4,), (0.25,), (RaterAttention(),)), "remove"),  # it looks at the input of layer 0 too
 ]
 
 

@@ -20,8 +20,11 @@ SETTINGS = (
     "methods",
     "rankers/attention.py",
     "rankers/base.py",
+    "rankers/folded.py",
+    "rankers/duplication.py",
     "rankers/last_rows.py",
     "rankers/random.py",
+    "rankers/rater_attention.py",
     "registry.py",
     "schedule_file.py",
 )

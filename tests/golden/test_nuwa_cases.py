@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from given import case, close, llava_around
 from models import CACHE
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import reroute
 from reroute.methods import Nuwa
 from reroute.rankers import RankInputs, ScoreRanker
 from reroute.rankers.region_anchors import _pillars, aggregate, are_anchors, collecting_weights, quantile
-
-HERE = Path(__file__).parent
-
-
-@functools.cache
-def case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Its parameters and its tensors."""
-    parameters: dict[str, Any] = json.loads((HERE / name / "case.json").read_text())["params"]
-    return parameters, load_file(HERE / name / "case.safetensors")
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
 
 # --- stage 1 on given tensors -----------------------------------------------------------------------------------------
 
@@ -101,34 +78,15 @@ class Given(ScoreRanker):
 
 @functools.cache
 def llava() -> Any:
-    """The decoder of the case, in a LLaVA whose tower is never called."""
     its, given = case("nuwa_llava_llm_stage2_n112")
-    text = LlamaConfig(
-        vocab_size=its["vocab"] + 1,
-        hidden_size=its["hidden"],
+    return llava_around(
+        given,
         intermediate_size=its["intermediate"],
         num_hidden_layers=its["layers"],
         num_attention_heads=its["heads"],
         num_key_value_heads=its["kv_heads"],
         rms_norm_eps=its["rms_norm_eps"],
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=8, patch_size=8
-    )
-    model: Any = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=its["vocab"])
-    )
-    weights = {
-        name[8:] if name.startswith("w.model.") else name[2:]: w for name, w in given.items() if name[:2] == "w."
-    }
-    padded = torch.zeros(1, its["hidden"])
-    head = torch.cat([weights.pop("lm_head.weight"), padded])
-    weights["embed_tokens.weight"] = torch.cat([weights["embed_tokens.weight"], padded])
-    model.model.language_model.load_state_dict(weights)
-    model.lm_head.load_state_dict({"weight": head})
-    return model.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -11,10 +11,35 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reroute.methods
 from reroute.core.schedule import Action, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, Diverse, DivPrune, FastV, Method, Nuwa, PDrop, Random, get
-from reroute.rankers import LastTokenAttention, RandomScores, RankInputs, ScoreRanker
+from reroute.methods import (
+    METHODS,
+    CDPruner,
+    Diverse,
+    DivPrune,
+    FastV,
+    Method,
+    Nuwa,
+    Oracle,
+    PDrop,
+    Random,
+    VisionZip,
+    VScan,
+    get,
+)
+from reroute.rankers import (
+    ClipRelevance,
+    ConditionalDiversity,
+    DominantContextual,
+    LastTokenAttention,
+    Norm,
+    RandomScores,
+    Ranker,
+    RankInputs,
+    ScoreRanker,
+)
 
 
 def inputs(*counts: int, stage: int = 0) -> RankInputs:
@@ -103,11 +128,65 @@ def test_official_nuwa() -> None:
         for n in range(1, 3000):
             anchors = math.ceil(n * share)
             assert schedule.counts(n) == (anchors, max(1, math.floor(anchors * of_these)))
+    assert Nuwa().schedule(32, "remove").counts(576) == (112, 16)
     assert Nuwa.official(0.25).schedule(28, "route").layers == (0, 15, 18, 21, 24)
     assert Nuwa.official(64).schedule(32, "route").layers == (0, 16, 20, 24, 28)
     assert Nuwa.official(64).schedule(32, "route").counts(576) == (112, 16, 16, 16, 16)
     with pytest.raises(RerouteError, match=r"released for the averages 64, 128, 192, 0\.25, 0\.5, 0\.75, not for 100"):
         Nuwa.official(100)
+
+
+def test_official_vscan() -> None:
+    """T15; for Qwen2.5-VL counts are shares of what is left, both rounded down."""
+    llava = VScan.official(64).schedule(32, "remove")
+    assert (llava.layers, llava.counts(576), llava.position_mode) == ((0, 16), (96, 32), "renumbered")
+    assert sum(llava.per_layer(576, 32)) / 32 == 64
+    qwen = VScan.official(0.111).schedule(28, "remove")
+    assert qwen.layers == (0, 14)
+    for n in range(1, 3000):
+        first = max(1, math.floor(n * 0.167))
+        assert qwen.counts(n) == (first, max(1, math.floor(first * 0.333)))
+    assert VScan().schedule(32, "route").layers == (0, 16, 20, 24, 28)
+    assert VScan().schedule(32, "route").actions == ("remove", *["route"] * 4)
+    assert VScan(discards=False).schedule(32, "route").counts(576) == (96, 32, 32, 32, 32)
+    with pytest.raises(RerouteError, match=r"VScan was released for the averages 64 and 0\.111, not for 96"):
+        VScan.official(96)
+    with pytest.raises(RerouteError, match=r"VScan takes two ratios .* got ratios=\(0\.5,\)"):
+        VScan((0.5,))  # type: ignore[arg-type]
+
+
+def test_official_visionzip() -> None:
+    for tokens, contextual in ((64, 10), (128, 20), (192, 30)):
+        schedule = VisionZip.official(tokens).schedule(32, "remove")
+        assert (schedule.layers, schedule.counts(576), schedule.position_mode) == ((0,), (tokens,), "renumbered")
+        assert schedule.rankers[0]._counts(tokens) == (tokens - contextual - 1, contextual)  # type: ignore[attr-defined]
+    assert VisionZip().schedule(32, "remove").counts(576) == CDPruner().schedule(32, "remove").counts(576) == (64,)
+    assert VisionZip().schedule(32, "route").layers == (0, 8, 14, 19)
+    with pytest.raises(RerouteError, match=r"VisionZip was released for 64, 128 and 192 tokens, not for 100"):
+        VisionZip.official(100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (DominantContextual, {"contextual": 1.0}, r"a share of contextual tokens below 1, .* not contextual=1\.0"),
+        (DominantContextual, {"contextual": "much"}, r"not contextual='much'"),
+        (DominantContextual, {"as_released": 1}, r"as_released=1"),
+        (ConditionalDiversity, {"relevance": LastTokenAttention()}, r"a ScoreRanker, .* not LastTokenAttention"),
+        (LastTokenAttention, {"rotates": 0}, r"rotates is True or False, not 0"),
+    ],
+)
+def test_settings_of_rankers(kind: type[Ranker], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(RerouteError, match=says):
+        kind(**options)
+
+
+def test_a_ranker_may_be_the_option_of_another() -> None:
+    schedule = CDPruner((0.5,), first=ConditionalDiversity(Norm())).schedule(32, "remove")
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    given = ConditionalDiversity(ClipRelevance(torch.relu, torch.zeros(1, 2)))
+    with pytest.raises(RerouteError, match="ClipRelevance cannot be stored"):
+        CDPruner((0.5,), first=given).schedule(32, "remove").to_json()
 
 
 def test_unreachable_budget() -> None:
@@ -116,15 +195,17 @@ def test_unreachable_budget() -> None:
 
 
 def test_registry() -> None:
-    known = {"divprune": DivPrune, "diverse": Diverse, "fastv": FastV, "nuwa": Nuwa, "pdrop": PDrop, "random": Random}
-    assert known == dict(METHODS)
+    exported = [getattr(reroute.methods, name) for name in reroute.methods.__all__]
+    kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, Method)]
+    known = [kind for kind in kinds if kind not in (Method, Oracle)]  # an oracle needs a record
+    assert {kind.name: kind for kind in known} == dict(METHODS)
     assert all(get(name) == kind() for name, kind in METHODS.items())
     method = FastV(layer=5)
     assert get(method) is method
-    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: diverse, .*, random\. .*'fastv'\?"):
+    with pytest.raises(RerouteError, match=r"Unknown method 'FastVV'; known: cdpruner, .*, vscan\. .*'fastv'\?"):
         get("FastVV")
     kind: Any = FastV
-    with pytest.raises(RerouteError, match=r"one of the names diverse, .*, random or a Method such as FastV\("):
+    with pytest.raises(RerouteError, match=r"one of the names cdpruner, .*, vscan or a Method such as FastV\("):
         get(kind)
 
 

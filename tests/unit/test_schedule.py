@@ -157,7 +157,7 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),
         (
             {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
-            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested\. Did you mean 'floor'\?",
+            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested, nested_floor\. Did you mean 'floor'\?",
         ),
         ({"layers": (2,), "ratios": (0.5,), "actions": ("drop",)}, r"Unknown action 'drop'; known: remove, route"),
         ({"layers": (2,), "ratios": (0.5,), "actions": "route"}, r"one action per routing layer.* got 'route' for 1"),
@@ -205,6 +205,8 @@ def test_nested_counts() -> None:
     assert schedule.counts(10) == (1, 1, 0)
     assert Schedule((0, 3, 5), (0.25, 0.5, 0.5), rounding="nested").counts(10) == (3, 6, 6)
     assert Schedule((0, 3), (1.0, 1.0), rounding="nested").counts(7) == (7, 7)
+    assert Schedule((0, 3, 5), (0.25, 0.125, 0.0), rounding="nested_floor").counts(11) == (2, 1, 0)
+    assert Schedule((0, 3), (0.25, 0.125), rounding="nested_floor").counts(3) == (1, 1)
 
 
 def test_a_decision_has_an_action_of_its_own() -> None:

@@ -141,14 +141,18 @@ class ModelAdapter:
     def input_norm(self, layer: int) -> RMSNorm | None:
         """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
         norm = self.layers[layer].input_layernorm
-        changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
-        if changed or type(norm).__name__ not in self.input_norms:
+        if _is_changed(norm) or type(norm).__name__ not in self.input_norms:
             return None
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """See ``DecoderAdapter``."""
         normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
+        return normed
+
+    def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``DecoderAdapter``."""
+        normed: torch.Tensor = self.text.norm(rows)
         return normed
 
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,6 +162,19 @@ class ModelAdapter:
         query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
+
+    def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``DecoderAdapter``."""
+        attention = self.layers[layer].self_attn
+        projection, heads = attention.k_proj, (-1, attention.head_dim)
+        has_norm = self.attention_spec(layer).key_norm is not None
+        if type(projection) is not torch.nn.Linear or _is_changed(projection) or has_norm:
+            raise RerouteError(
+                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
+                "and FoldedAttention needs that matrix. Merge adapters into weights, or rank by LastTokenAttention."
+            )
+        bias = projection.bias
+        return projection.weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
@@ -213,3 +230,8 @@ def _parameters(module: Any) -> tuple[str, ...]:
 def _holds(module: Any, part: Any) -> bool:
     """Whether ``module`` is ``part``, or was put around it."""
     return module is part or any(inner is part for inner in module.modules())
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether calling ``module`` does more than its class says."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)

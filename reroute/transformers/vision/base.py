@@ -60,6 +60,10 @@ class Tower(ABC):
     def tokens(self, run: TowerRun, index: int, *, as_run: bool) -> torch.Tensor:
         """See ``Vision.states``."""
 
+    def cls(self, run: TowerRun, index: int) -> torch.Tensor:
+        """See ``Vision.cls``; of all images of the run. RerouteError if there is no such row."""
+        raise RerouteError(f"{type(self.module).__name__} has no CLS row. Choose rankers that do not look at it.")
+
     @abstractmethod
     def attention(self, run: TowerRun, layer: int) -> torch.Tensor:
         """See ``Vision.attention``."""

@@ -38,6 +38,7 @@ class ClipTower(Tower):
             heads=vision.num_attention_heads,
             has_cls=True,
             patches_per_token=1,
+            full_attention=tuple(range(len(self.layers))),
             features=tuple(map(self.state_number, [layer] if isinstance(layer, int) else layer)),
             projector=self._projector_size,
         )
@@ -66,6 +67,10 @@ class ClipTower(Tower):
         """See ``Tower``."""
         patches = run.states[index][:, 1:]
         return patches.flatten(0, 1)
+
+    def cls(self, run: TowerRun, index: int) -> torch.Tensor:
+        """See ``Tower``."""
+        return run.states[index][:, 0]
 
     def attention(self, run: TowerRun, layer: int) -> torch.Tensor:
         """See ``Tower``. The row of CLS alone, as the layer's eager attention computes it."""

@@ -35,6 +35,7 @@ class Qwen25VLTower(Tower):
             heads=vision.num_heads,
             has_cls=False,
             patches_per_token=self._merged,
+            full_attention=tuple(i for i in range(len(self.layers)) if i in self.module.fullatt_block_indexes),
             features=(len(self.layers),),
             projector=self._projector_size,
         )

@@ -161,6 +161,13 @@ class Recording:
         number = self._kept(index)
         return self._per_sample(lambda run: self.tower.tokens(run, number, as_run=as_run))
 
+    def cls(self, index: int) -> list[torch.Tensor]:
+        """See ``Vision``."""
+        number = self._kept(index)
+        of_runs = [(self.tower.cls(run, number).to(self._device).split(1), order) for run, order in self._runs]
+        rows = torch.cat([images[i] for images, order in of_runs for i in order])
+        return list(rows.split([len(grids) for grids in self.grids]))
+
     def attention(self, layer: int) -> list[torch.Tensor]:
         """See ``Vision``."""
         number = self._kept(layer)
