@@ -135,6 +135,14 @@ def test_a_method_that_is_registered_has_cells_and_makes_no_other_anew(
     assert {cell.setup.action for cell in after if cell.setup.method == "mine"} == {"remove", "route"}
 
 
+def test_what_the_model_cannot_run_is_no_cell(checkpoint: Checkpoint) -> None:
+    """It has no text tower, and is asked before anything runs for hours."""
+    found = grid(checkpoint, ["clean"], ["cdpruner"])
+    assert "cdpruner" not in {cell.setup.method for cell in found.cells}
+    assert all("no text tower" in why for _, why in found.missing)
+    assert len(found.missing) == 8
+
+
 @dataclass(frozen=True)
 class Mine(Diverse):
     """A method of another package."""
