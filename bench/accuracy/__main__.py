@@ -67,13 +67,13 @@ def _write(models: dict[str, tuple[Runs, Grid]], options: argparse.Namespace) ->
             continue
         found[name] = (results, cells.missing)
         for cost, (label, _) in COSTS.items():
-            path = options.docs / "figures" / f"accuracy-{name}-{cost}.svg"
+            path = options.docs / "results" / f"accuracy-{name}-{cost}.svg"
             try:
                 draw(results, cost, path)
             except ImportError:
                 print("No curves: they need matplotlib, pip install .[figures]")
                 break
-            figures[f"../figures/{path.name}"] = f"{name}: accuracy against {label}"
+            figures[path.name] = f"{name}: accuracy against {label}"
     if not found:
         return
     target = options.docs / "results" / "accuracy.md"
