@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Results], cost: str, path: Path) -> None:
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def _panel(panel: Any, results: Results, measure: Callable[[Cost], float]) -> None:
