@@ -26,7 +26,6 @@ from ..report import (
     text_table,
     write,
 )
-from ..schedule_file import ScheduleFile
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, written
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from ..demo.tinyvlm.evaluation import Outcome
     from ..demo.tinyvlm.examples import Example
     from ..report import Cost, Scene
+    from ..schedule_file import ScheduleFile
     from .loading import Loaded
     from .tower import Seen
 
@@ -98,6 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, measure, print, write."""
+    from ..schedule_file import ScheduleFile
+
     check_writable(options.out)
     extra = None if options.schedule is None else ScheduleFile.read(options.schedule)
     print("Loading the demo model …", flush=True)
