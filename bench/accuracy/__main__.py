@@ -67,18 +67,21 @@ def _write(models: dict[str, tuple[Runs, Grid]], options: argparse.Namespace) ->
             continue
         found[name] = (results, cells.missing)
         for cost, (label, _) in COSTS.items():
-            path = options.docs / "figures" / f"accuracy-{name}-{cost}.svg"
+            path = options.docs / "results" / f"accuracy-{name}-{cost}.svg"
             try:
                 draw(results, cost, path)
             except ImportError:
                 print("No curves: they need matplotlib, pip install .[figures]")
                 break
-            figures[f"../figures/{path.name}"] = f"{name}: accuracy against {label}"
+            figures[path.name] = f"{name}: accuracy against {label}"
     if not found:
         return
     target = options.docs / "results" / "accuracy.md"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, page(found, f"Questions of `{options.split}`, seed {options.seed}.", figures))
+    about = f"Questions of `{options.split}`, seed {options.seed}."
+    if options.methods:
+        about += f" Of the methods only {', '.join(options.methods)} in this run."
+    write_text(target, page(found, about, figures))
     print(f"Page: {target.resolve()}")
 
 

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from reroute.cli.measure import routed
 from reroute.cli.setups import ACTIONS, BUDGETS, Depth, Maker, at_budget, calibrated, first_cuts, own
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.conditions import CONDITIONS
+from reroute.demo.tinyvlm.evaluation import prompts
+from reroute.demo.tinyvlm.examples import examples
 from reroute.errors import RerouteError
 from reroute.methods import METHODS
 from reroute.report import Setup
@@ -34,6 +39,12 @@ class Checkpoint:
         model, processor = tinyvlm.load(checkpoint=place)
         return cls("tinyvlm" if folder is None else place.name, place, model, processor)
 
+    def check(self, setup: Setup) -> None:
+        """Run a prompt. RerouteError if this model cannot be run in that way, as it lacks what a ranker looks at."""
+        inputs = prompts(self.model, self.processor, examples("validation", {"attr": 1}))
+        with torch.no_grad(), routed(self.model, setup, "torch"):
+            self.model(**inputs, logits_to_keep=1)
+
     @property
     def depth(self) -> Depth:
         """Its layers, and the visual tokens of a picture."""
@@ -52,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of one checkpoint. ``missing``: setups whose budget is out of reach, each with the reason."""
+    """The cells of one checkpoint. ``missing``: setups that cannot be, each with the reason."""
 
     cells: tuple[Cell, ...]
     missing: tuple[tuple[Setup, str], ...]
@@ -71,7 +82,9 @@ def grid(
     setups, missing = [Setup()], []
     for setup, make in _asked(checkpoint, [*METHODS, "calibrated"] if methods is None else methods):
         try:
-            setups.append(at_budget(setup, make, checkpoint.depth))
+            found = at_budget(setup, make, checkpoint.depth)
+            checkpoint.check(found)
+            setups.append(found)
         except RerouteError as error:
             missing.append((setup, str(error)))
     cuts = list(first_cuts(checkpoint.depth))

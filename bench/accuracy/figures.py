@@ -36,12 +36,14 @@ def draw(results: Mapping[str, Results], cost: str, path: Path) -> None:
             panel.set(title=condition, xlabel=label)
         panels[0].set_ylabel("mean accuracy of six families, %")
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=2 * len(results), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 def _panel(panel: Any, results: Results, measure: Callable[[Cost], float]) -> None:
+    from matplotlib import colormaps
+
     dense = results.dense
     share: Callable[[Row], float] = lambda row: 100 * measure(row.cost) / measure(dense.cost)
     methods = list(dict.fromkeys(row.setup.method for row in results.rows if row.setup.method))
@@ -54,7 +56,7 @@ def _panel(panel: Any, results: Results, measure: Callable[[Cost], float]) -> No
                     [share(row) for row in rows],
                     [100 * results.accuracy(row) for row in rows],
                     [100 * results.error(row) for row in rows],
-                    color=f"C{number % 10}",
+                    color=colormaps["tab20"](number % 20),
                     linestyle=line,
                     marker=mark,
                     markersize=3,

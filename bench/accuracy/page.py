@@ -27,7 +27,7 @@ def page(models: Mapping[str, tuple[Mapping[str, Results], Missing]], about: str
     """The whole page.
 
     Args:
-        models: of each checkpoint the results by condition, and what is out of reach.
+        models: of each checkpoint the results by condition, and what cannot be.
         about: a sentence on how it was made.
         figures: titles by the path that a link takes.
     """
@@ -45,7 +45,7 @@ def page(models: Mapping[str, tuple[Mapping[str, Results], Missing]], about: str
         parts.append(f"### {name}: what the rows cost\n")
         parts.append(_table(_costs(next(iter(conditions.values())))))
         if missing:
-            parts.append("Out of reach:\n")
+            parts.append("Not possible:\n")
             parts.append("\n".join(f"- {s.name} at {s.share}: {why}" for s, why in missing) + "\n")
     return "\n".join(parts)
 

@@ -115,14 +115,10 @@ def at_budget(setup: Setup, make: Maker, depth: Depth) -> Setup:
     """
     most = 2 / depth.visual
     found: list[Schedule] = []
-    refusal = None
     for step in range(_STEPS):
-        try:
+        with suppress(RerouteError):
             found.append(make(min(1.0, setup.keep * (1 - TOLERANCE) + most * step / _STEPS)))
-        except RerouteError as error:
-            refusal = error
-    if not found:
-        raise RerouteError(str(refusal))
+    found = found or [make(setup.keep)]  # which says why not
     off: Callable[[Schedule], float] = lambda schedule: abs(depth.measured(schedule) - setup.keep)
     nearest = min(found, key=off)
     if off(nearest) > TOLERANCE * setup.keep:

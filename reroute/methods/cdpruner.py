@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..core.schedule import Action
+from ..core.schedule import Action, Schedule
 from ..rankers import ConditionalDiversity, Ranker
 from .diverse import Diverse
 
@@ -27,3 +27,13 @@ class CDPruner(Diverse):
     proportions: ClassVar[dict[Action, tuple[float, ...]]] = {**Diverse.proportions, "remove": (1,)}
 
     first: Ranker = field(default=ConditionalDiversity(), kw_only=True)
+
+    def schedule(self, num_layers: int, action: Action) -> Schedule:
+        """See ``Method``.
+
+        Raises:
+            RerouteError: there is no relevance.
+        """
+        if isinstance(self.first, ConditionalDiversity):
+            self.first.given()
+        return super().schedule(num_layers, action)

@@ -39,7 +39,7 @@ class ConditionalDiversity(Ranker):
     It decides before layer 0.
 
     - ``relevance``: what scores the tokens. The authors' is ``ClipRelevance``, which has to be given CLIP's embeddings
-      of the question: the routed model can compute none, so without a relevance no call is routed.
+      of the question: the routed model can compute none, so without a relevance nothing is routed.
     """
 
     needs_vision: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class ConditionalDiversity(Ranker):
         Raises:
             RerouteError: there is no relevance.
         """
-        return self._given().tower_states(tower) if self._given().needs_vision else ()
+        return self.given().tower_states(tower) if self.given().needs_vision else ()
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``.
@@ -69,7 +69,7 @@ class ConditionalDiversity(Ranker):
             RerouteError: not the decision before layer 0.
         """
         of_samples, states = albums(self, context), context.hidden()
-        relevances = self._given().scores_of(context, states)
+        relevances = self.given().scores_of(context, states)
         scores, chosen = [], []
         for hidden, relevance, album in zip(context.candidates_of(states), relevances, of_samples, strict=True):
             scaled = [normalised_relevance(relevance[image.tokens]) for image in album]
@@ -89,7 +89,12 @@ class ConditionalDiversity(Ranker):
         picking = 2 * candidates * k * shape.hidden + candidates * k * max(0, k - 1)
         return picking + (self.relevance.flops(shape, rows, candidates, k) if self.relevance is not None else 0)
 
-    def _given(self) -> ScoreRanker:
+    def given(self) -> ScoreRanker:
+        """The relevance.
+
+        Raises:
+            RerouteError: there is none.
+        """
         if self.relevance is None:
             raise RerouteError(
                 "CDPruner ranks by the likeness of CLIP's embeddings of patches and question, and this model has no "

@@ -150,19 +150,22 @@ class DominantContextual(Ranker):
                 for i, (image, choice) in enumerate(zip(album, of_album, strict=True)):
                     kept = selection.kept[b, image.kept] - image.tokens.start
                     its = states[b][image.tokens]
-                    out = its.index_select(0, kept)
-                    if choice is not None:
-                        made = absorb(features[b][image.tokens], choice.contextual, choice.takes)
-                        if self.as_released:
-                            made = vision.project(torch.cat([cls[b][i : i + 1], made]))
-                            out = torch.cat([made[:1], its.index_select(0, choice.dominant), made[1:]])
-                        else:
-                            at = torch.searchsorted(kept, choice.contextual.contiguous())
-                            out = out.index_copy(0, at, vision.project(made))
-                    merged[b, image.kept] = out
+                    if choice is None:
+                        merged[b, image.kept] = its.index_select(0, kept)
+                        continue
+                    made = absorb(features[b][image.tokens], choice.contextual, choice.takes)
+                    made = vision.project(torch.cat([cls[b][i : i + 1], made]) if self.as_released else made)
+                    merged[b, image.kept] = self._ordered(its, kept, choice, made.to(its.dtype))
             return merged
 
         return merge
+
+    def _ordered(self, states: torch.Tensor, kept: torch.Tensor, choice: Choice, made: torch.Tensor) -> torch.Tensor:
+        """A picture's kept tokens (k, C), of its ``states`` (N, C) and those ``made``: contextual ones, maybe CLS."""
+        if self.as_released:
+            return torch.cat([made[:1], states.index_select(0, choice.dominant), made[1:]])
+        at = torch.searchsorted(kept, choice.contextual.contiguous())
+        return states.index_select(0, kept).index_copy(0, at, made)
 
 
 def choose(salience: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int) -> Choice:

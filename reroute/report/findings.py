@@ -60,8 +60,9 @@ def _on_the_best(results: Results) -> str:
         head = f"With the best that was tried for each action, removing is ahead at {_listed(behind)}" + (
             f" and routing at {_listed(ahead)}" if ahead else ""
         )
+    name = results.name_of
     points = "; ".join(
-        f"{share} {_points(gain)} ({route.setup.name} {gain.first:.0%}, {remove.setup.name} {gain.second:.0%})"
+        f"{share} {_points(gain)} ({name(route)} {gain.first:.0%}, {name(remove)} {gain.second:.0%})"
         for share, gain, (route, remove) in zip(shares, gains, results.best, strict=True)
     )
     return f"{head}. Routed minus removed: {points}; dense {results.accuracy(results.dense):.0%}."

@@ -182,10 +182,11 @@ class Results:
 
     @cached_property
     def best(self) -> list[tuple[Row, Row]]:
-        """For each budget, the (route, remove) rows that answered most questions."""
+        """For each budget, the (route, remove) rows that answered most questions, other first cuts included."""
         found = []
         for keep in self.keeps:
-            rows = [row for row in self.rows if row.setup.method and row.setup.keep == keep]
+            tried = (*self.rows, *self.first_cuts)
+            rows = [row for row in tried if row.setup.method and row.setup.keep == keep]
             best = [
                 max((row for row in rows if row.setup.action == action), key=self.accuracy, default=None)
                 for action in ("route", "remove")
@@ -193,6 +194,11 @@ class Results:
             if best[0] is not None and best[1] is not None:
                 found.append((best[0], best[1]))
         return found
+
+    def name_of(self, row: Row) -> str:
+        """Method and action, or what ranks the first decision and the action."""
+        is_cut = any(row is cut for cut in self.first_cuts)
+        return f"first cut by {row.setup.name}" if is_cut else row.setup.name
 
     @cached_property
     def chances(self) -> list[tuple[Row, Row]]:

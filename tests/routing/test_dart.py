@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import models
 import pytest
@@ -74,18 +76,19 @@ def test_pivots_and_what_is_unlike_them(tiny: Tiny, action: Any, layer: int | No
             assert stage.kept[b].tolist() == by_loops(tiny, sample, own, stage.layer, list(range(n)), int(n * ratio))
 
 
-def test_among_what_a_removal_left(tiny: Tiny) -> None:
-    """Notes are made before the removal on the same input, and read after it."""
+@pytest.mark.parametrize("layer", [3, 5])
+def test_among_what_a_removal_left(tiny: Tiny, layer: int) -> None:
+    """Notes are made before a removal on the same input and read after it, or made of what it left."""
     samples = batch(tiny)
     given, rankers = tiny.inputs(samples), (RandomScores(), Duplication())
-    plan = reroute.Schedule((2, 3), (0.75, 0.5), rankers)
+    plan = reroute.Schedule((2, layer), (0.75, 0.5), rankers)
     with reroute.enable(tiny.model, schedule=plan, action="remove", trace=True) as handle:
         states = tiny.model(**given, output_hidden_states=True).hidden_states
     assert handle.trace is not None
     for b, sample in enumerate(samples[:2]):
         own = tuple(state[b, given["input_ids"].shape[1] - len(sample) :] for state in states)
         there = handle.trace[0].kept[b].tolist()
-        expected = by_loops(tiny, sample, own, 3, there, len(sample.visual) // 2)
+        expected = by_loops(tiny, sample, own, layer, there, len(sample.visual) // 2)
         assert handle.trace[1].kept[b].tolist() == expected
 
 
@@ -206,6 +209,44 @@ def test_notes_of_one_prefill(tiny: Tiny, action: Any, offset: int) -> None:
         for b, sample in enumerate(samples):
             places = [given["input_ids"].shape[1] - len(sample) + i for i in sample.visual]
             assert torch.equal(hidden[b], states[layer][b, places])
+
+
+def test_each_ranker_has_its_own_notes(tiny: Tiny) -> None:
+    read: list[Any] = []
+    rankers = Diary((0,), read), Diary((0, 1), read)
+    with reroute.enable(tiny.model, schedule=reroute.Schedule((2, 4), (0.5, 0.25), rankers)):
+        tiny.model(**tiny.inputs(batch(tiny)))
+    (_, first), (_, second) = read
+    assert (first.keys(), second.keys()) == ({0}, {0, 1})
+    assert first[0] is not second[0]
+
+
+class Note:
+    """Something that a weak reference can be made to."""
+
+
+@dataclass(frozen=True)
+class Passing(Diary):
+    """Knows its notes for as long as somebody else holds them."""
+
+    def note(self, context: RankContext) -> Note:
+        self.read.add(note := Note())
+        return note
+
+    def select(self, context: RankContext) -> Selection:
+        assert set(context.notes.values()) == set(self.read)
+        return context.backend.select(context.rows.candidates.float(), context.rows)
+
+
+def test_nothing_holds_notes_after_the_call(tiny: Tiny) -> None:
+    notes: WeakSet[Note] = WeakSet()
+    schedule = reroute.Schedule((2, 4), (0.5, 0.25), (Passing((0, 1), notes),))
+    with reroute.enable(tiny.model, schedule=schedule, trace=True):
+        for _ in range(2):
+            output = tiny.model(**tiny.inputs(batch(tiny)), use_cache=True)
+            gc.collect()
+            assert not notes
+    assert output.logits.isfinite().all()
 
 
 def test_notes_of_a_call_that_fails_are_gone(tiny: Tiny) -> None:

@@ -105,6 +105,7 @@ def test_more_questions_are_those_that_were_asked_and_others(
 def test_what_is_remembered_of_the_tower_changes_no_answer(
     checkpoint: Checkpoint, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(running, "BATCH", 3)  # two batches, which must not be taken for one another
     ran: list[int] = []
     patches = next(x for x in checkpoint.model.model.vision_tower.modules() if isinstance(x, torch.nn.Conv2d))
     hook = patches.register_forward_hook(lambda *given: ran.append(1))
@@ -114,7 +115,7 @@ def test_what_is_remembered_of_the_tower_changes_no_answer(
     ask(checkpoint, cells, tmp_path / "run", 1)
     hook.remove()
     assert lines(tmp_path / "remembered") == lines(tmp_path / "run")
-    assert len(ran) - with_memory == with_memory + len(cells) - 1
+    assert len(ran) - with_memory == with_memory + 2 * (len(cells) - 1)
 
 
 def test_rankers_that_look_into_the_tower_see_it_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -132,6 +133,14 @@ def test_a_method_that_is_registered_has_cells_and_makes_no_other_anew(
     after = grid(checkpoint, ["clean"]).cells
     assert [cell for cell in after if cell.setup.method != "mine"] == list(before)
     assert {cell.setup.action for cell in after if cell.setup.method == "mine"} == {"remove", "route"}
+
+
+def test_what_the_model_cannot_run_is_no_cell(checkpoint: Checkpoint) -> None:
+    """It has no text tower, and is asked before anything runs for hours."""
+    found = grid(checkpoint, ["clean"], ["cdpruner"])
+    assert "cdpruner" not in {cell.setup.method for cell in found.cells}
+    assert all("no text tower" in why for _, why in found.missing)
+    assert len(found.missing) == 8
 
 
 @dataclass(frozen=True)
