@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench gpu-check test-oldest test-triton weekly test-week mutants train clean
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings mutants train \
+	clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 \
+	--numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -19,7 +21,7 @@ help: ## Show this list
 demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, removed and rerouted
 	$(BIN)/reroute demo
 
-check: lint ## While you work, under three minutes: style, types and the quick tests, on one model and one executor
+check: lint ## While you work: style, types and the quick tests, on one model and one executor
 	$(PYTEST) tests/unit tests/reference tests/golden tests/routing -m "not slow" -k "not qwen and not llava-gqa"
 	$(PYTEST) tests/kernels --executor interpreter --sample
 
@@ -36,6 +38,9 @@ lint: $(VENV)/.dev ## Check style, types and which part imports which
 bench: $(VENV)/.dev ## Measure prefill, decode and memory on this machine
 	$(BIN)/python -m bench.end_to_end
 
+accuracy: $(VENV)/.dev ## Every method, routed and removed, on 3000 questions, also under noise and clutter (hours; goes on)
+	$(BIN)/python -m bench.accuracy $(ACCURACY)
+
 gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, and how fast are prefills and operations
 	$(BIN)/python -m bench.gpu_check
 
@@ -47,7 +52,7 @@ test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel test
 $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
-weekly: $(TRITON_ALL:%=all-triton-%) test-week mutants ## All executors on all releases of Triton, random cases, mutants (hours)
+weekly: $(TRITON_ALL:%=all-triton-%) test-week interleavings mutants ## All executors and Tritons, random cases, mutants (hours)
 
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
@@ -55,6 +60,9 @@ $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interpreter: seven seeds, one for each day of a week
 	for day in 1 2 3 4 5 6 7; do $(BIN)/python -m pytest tests/kernels -k test_any_ \
 		--executor interpreter --examples 480 --hypothesis-seed $$day || exit; done
+
+interleavings: $(VENV)/.dev ## Run 100 000 random steps of two threads that share a model (under an hour)
+	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
 
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants

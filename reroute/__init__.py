@@ -1,4 +1,4 @@
-"""Recoverable visual-token routing: faster prefill for vision-language models, nothing lost.
+"""Recoverable visual-token routing: faster prefill for vision-language models, no cut final.
 
 ``reroute.enable(model, method="pdrop", keep=0.33)`` switches it on; see ``enable`` for the rest.
 """
@@ -9,24 +9,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .core.schedule import Schedule
 
 if TYPE_CHECKING:
-    from . import methods, rankers
+    from . import calibration, methods, rankers
     from .api import disable, enable, handle_of
+    from .calibration import calibrate
     from .config import RoutingConfig
+    from .core.schedule import Schedule
     from .handle import Handle
+    from .oracle import record_attention
 
-__all__ = ["Handle", "RoutingConfig", "Schedule", "disable", "enable", "errors", "handle_of", "methods", "rankers"]
+__all__ = [
+    "Handle",
+    "RoutingConfig",
+    "Schedule",
+    "calibrate",
+    "calibration",
+    "disable",
+    "enable",
+    "errors",
+    "handle_of",
+    "methods",
+    "rankers",
+    "record_attention",
+]
 
 __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
-_LAZY = {"Handle": ".handle", "RoutingConfig": ".config", "disable": ".api", "enable": ".api", "handle_of": ".api"}
+_LAZY = {
+    "Handle": ".handle",
+    "RoutingConfig": ".config",
+    "Schedule": ".core.schedule",
+    "calibrate": ".calibration",
+    "disable": ".api",
+    "enable": ".api",
+    "handle_of": ".api",
+    "record_attention": ".oracle",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "rankers"):
+    if name in ("calibration", "methods", "rankers"):
         return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)

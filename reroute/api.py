@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from .config import RoutingConfig, check_arguments
 from .core.schedule import Action, Schedule
 from .errors import RerouteError
 from .methods import Method
+from .schedule_file import ScheduleFile, is_file
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -37,7 +39,7 @@ def enable(
     method: str | Method | None = ...,
     action: Action = ...,
     keep: float | None = ...,
-    schedule: Schedule | None = ...,
+    schedule: Schedule | str | os.PathLike[str] | None = ...,
     backend: str = ...,
     pool: PagedPool | None = ...,
     trace: bool = ...,
@@ -65,7 +67,7 @@ def enable(
     method: str | Method | None = None,
     action: Action = "route",
     keep: float | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | os.PathLike[str] | None = None,
     backend: str = "auto",
     pool: PagedPool | None = None,
     trace: bool = False,
@@ -78,7 +80,8 @@ def enable(
         action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
             ratios are solved for it. Default: the method's own ratios.
-        schedule: routing layers and ratios, instead of ``method``'s and ``keep``.
+        schedule: decisions (layers, ratios, rankers), instead of ``method`` and ``keep``; or the file that
+            ``calibrate`` wrote for this model, whose budget must then be ``keep`` if that is given.
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
             Chosen for the device of the decoder, and again if it moves to one of another type.
         trace: keep the decisions of the last prefill in ``handle.trace``.
@@ -94,7 +97,10 @@ def enable(
         reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
     """
     check_arguments(config, pool)
-    given = RoutingConfig(method, action, keep, schedule, backend, trace)
+    explicit: Any = schedule
+    if is_file(schedule):
+        explicit, keep = _schedule_in(schedule, model, keep), None
+    given = RoutingConfig(method, action, keep, explicit, backend, trace)
     if config is not None and given != RoutingConfig():
         raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
     chosen = given if config is None else config
@@ -137,6 +143,15 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle if handle is not None and handle.is_enabled else None
 
 
+def _schedule_in(path: str | os.PathLike[str], model: nn.Module | None, keep: float | None) -> Schedule:
+    """The schedule in a file, for ``model`` and, if it is given, the budget ``keep``."""
+    from .transformers import adapter_of
+
+    if model is None:
+        raise RerouteError(f"The schedule {os.fspath(path)} is that of one model: pass the model that it is for.")
+    return ScheduleFile.read(path).for_model(len(adapter_of(_unwrapped(model)).layers), keep)
+
+
 def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None) -> Handle:
     from .handle import Handle
     from .transformers import adapter_of
@@ -160,7 +175,8 @@ def _enable_all(config: RoutingConfig) -> None:
         try:
             _enable_one(model, config, None)
         except (RerouteError, BackendUnavailable) as error:
-            logger.warning("%s is not routed: %s", type(model).__name__, error)
+            # Its text alone: a handler may keep the record, and an error keeps the frames that it went through.
+            logger.warning("%s is not routed: %s", type(model).__name__, str(error))
 
     process_wide.stop()
     process_wide.start(route)

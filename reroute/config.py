@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS, PagedPool
 
 from .checks import check_name, shown
-from .core.ranking import Ranker
 from .core.schedule import Action, Schedule
 from .core.solver import check_keep
-from .errors import RerouteError, unknown
+from .errors import RerouteError
 from .methods import METHODS, Method, get
-from .rankers import RANKERS, LastTokenAttention
 
 __all__ = ["RoutingConfig", "Settings", "check_arguments"]
 
@@ -31,7 +29,7 @@ class RoutingConfig:
     - ``method``: a name, a ``Method``, or None, which is ``"pdrop"`` unless there is a ``schedule``.
     - ``action``: ``"route"`` or ``"remove"``.
     - ``keep``: budget avg_T / N, or None for the ratios of the method.
-    - ``schedule``: routing layers and ratios, instead of those of ``method`` and ``keep``.
+    - ``schedule``: decisions, instead of those of ``method`` and ``keep``.
     - ``backend``: ``"auto"``, ``"torch"`` or ``"triton"``.
     - ``trace``: keep the decisions of the last prefill.
 
@@ -58,6 +56,11 @@ class RoutingConfig:
             raise RerouteError(f"trace must be True or False, not {shown(self.trace)}.")
         if self.schedule is not None and self.keep is not None:
             raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
+        if self.schedule is not None and self.method is not None:
+            raise RerouteError(
+                "Give either schedule= or method=, not both: a method is a name for a schedule and its rankers. To "
+                "rank a schedule's decisions by something else, pass Schedule(…, rankers=(RandomScores(),))."
+            )
         if self.method is not None:
             get(self.method)
         if self.keep is not None:
@@ -67,16 +70,9 @@ class RoutingConfig:
     @property
     def method_name(self) -> str:
         """Of the method; ``"schedule"`` if there is only a schedule."""
-        if self.method is None and self.schedule is not None:
+        if self.schedule is not None:
             return "schedule"
         return get(self.method or DEFAULT_METHOD).name
-
-    @property
-    def ranker(self) -> Ranker:
-        """Of the method; attention of the last prompt token if there is only a schedule."""
-        if self.method is None and self.schedule is not None:
-            return LastTokenAttention()
-        return get(self.method or DEFAULT_METHOD).ranker
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of ``num_layers`` decoder layers.
@@ -99,17 +95,17 @@ class RoutingConfig:
         keep: float | None = None,
         schedule: Schedule | None = None,
     ) -> RoutingConfig:
-        """The settings with those that are given. A ``schedule`` ends ``keep``; ``method`` or ``keep`` ends one."""
+        """The settings with those that are given. A ``schedule`` ends ``method`` and ``keep``; these end one."""
         if schedule is None:
             schedule = self.schedule if method is None and keep is None else None
             keep = self.keep if keep is None else keep
-        method = self.method if method is None else method
+            method = self.method if method is None else method
         action = self.action if action is None else action
         return replace(self, method=method, action=action, keep=keep, schedule=schedule)
 
     def for_model(self, num_layers: int) -> Settings:
         """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""
-        return Settings(self, self.schedule_for(num_layers), self.ranker)
+        return Settings(self, self.schedule_for(num_layers))
 
     def to_json(self) -> str:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
@@ -119,10 +115,9 @@ class RoutingConfig:
         """
         written: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.method, Method):
-            written["method"] = _named(self.method, METHODS, "reroute.methods.METHODS")
-            written["method"]["ranker"] = _named(self.method.ranker, RANKERS, "reroute.rankers.RANKERS")
+            written["method"] = METHODS.named(self.method)
         if self.schedule is not None:
-            written["schedule"] = asdict(self.schedule)
+            written["schedule"] = self.schedule.as_dict()
         try:
             return json.dumps({"version": VERSION, **written})
         except TypeError as error:
@@ -146,10 +141,9 @@ class RoutingConfig:
             )
         try:
             if isinstance(read.get("method"), dict):
-                read["method"]["ranker"] = _built(read["method"]["ranker"], RANKERS, "ranker")
-                read["method"] = _built(read["method"], METHODS, "method")
+                read["method"] = METHODS.built(read["method"])
             if read.get("schedule") is not None:
-                read["schedule"] = Schedule(**read["schedule"])
+                read["schedule"] = Schedule.from_dict(read["schedule"])
             return cls(**read)
         except RerouteError:
             raise
@@ -163,12 +157,16 @@ class Settings:
 
     config: RoutingConfig
     schedule: Schedule
-    ranker: Ranker
 
     @property
     def keeps_all(self) -> bool:
         """Whether no visual token is ever left out: the plain model, whatever the prompt."""
         return min(self.schedule.ratios) == 1
+
+    @property
+    def needs_vision(self) -> bool:
+        """Whether a ranker looks at the pictures."""
+        return not self.keeps_all and any(ranker.needs_vision for ranker in self.schedule.rankers)
 
 
 def check_arguments(config: object, pool: object) -> None:
@@ -191,20 +189,3 @@ def check_arguments(config: object, pool: object) -> None:
 
 def _unreadable(error: Exception) -> RerouteError:
     return RerouteError(f"Not a routing configuration: {error}. Pass what RoutingConfig.to_json wrote.")
-
-
-def _named(chosen: Any, registry: dict[str, Any], where: str) -> dict[str, Any]:
-    """A method or ranker, a dataclass, as its name and its options."""
-    name = next((name for name, kind in registry.items() if kind is type(chosen)), None)
-    if name is None or not is_dataclass(chosen):
-        raise RerouteError(f"{type(chosen).__name__} cannot be stored: it must be a dataclass with a name in {where}.")
-    return {"name": name, **{field.name: getattr(chosen, field.name) for field in fields(chosen)}}
-
-
-def _built(written: dict[str, Any], registry: dict[str, Any], kind: str) -> Any:
-    options = dict(written)
-    name = options.pop("name")
-    if name not in registry:
-        raise unknown(kind, name, registry)
-    # JSON has lists where options are tuples.
-    return registry[name](**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})

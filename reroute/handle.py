@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,6 @@ from .core.schedule import Action, Schedule
 from .core.workspace import Workspace
 from .errors import RerouteError
 from .methods import Method
-from .rankers import LastTokenAttention, RandomScores
 from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import ModelAdapter, Prompt, Router
@@ -140,7 +140,7 @@ class Handle:
             with handle.at(keep=0.2):
                 model.generate(**inputs)
 
-        What is not given stays as it is; a ``schedule`` replaces the ratios of ``method`` and ``keep``, and either of
+        What is not given stays as it is; a ``schedule`` replaces ``method`` and ``keep``, and either of
         them a ``schedule``. ``config`` gives all at once. The backend and whether decisions are traced belong to the
         model. A thread that is started inside does not inherit them.
 
@@ -241,10 +241,7 @@ class Handle:
         pool = self._place(short.hidden, short.tables)
         if settings.keeps_all:
             return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
-        ranker = settings.ranker
-        if not isinstance(ranker, LastTokenAttention):
-            ranker = RandomScores()  # one's own may not like prompts of a few tokens; any scores need the same kernels
-        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, ranker, batch))
+        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, batch))
 
     def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
@@ -276,16 +273,18 @@ class Handle:
         else:
             pool = self._place(hidden, tables)
             home = PooledHome(plan, self.backend, pool, workspace)
-        return Prefill(plan, home, adapter, settings.ranker, tables, trace=self.config.trace)
+        return Prefill(plan, home, adapter, tables, trace=self.config.trace)
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings
         layers = () if forward.cache is None else forward.cache.layers
-        scores = prefill is not None and settings.ranker.scores_attention
         names = self._names(settings, self.backend if prefill is None else prefill.backend)
+        shape = self._shape
+        if settings.needs_vision:
+            shape = replace(shape, tower=self._router.adapter.tower.shape)
         with self._recording:
             count = self._totals.prefills + 1
-            stats = make_stats(forward.plan, self._shape, names, layers, scores=scores, prefills=count)
+            stats = make_stats(forward.plan, shape, names, layers, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks

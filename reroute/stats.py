@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from .core.cost import ModelShape, prefill_cost
+from .core.decision import Decision
 from .core.plan import Plan
 
 __all__ = ["Stats", "Totals", "make_stats"]
@@ -20,8 +22,8 @@ class Stats:
     ``avg_tokens`` is a mean over the samples that have visual tokens.
 
     FLOPs count two per multiply-add and every pair of a query and a key, those of earlier turns included, over all
-    layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of attention
-    scores. They are 0 for a ranker of another kind: what that costs cannot be known and is not counted.
+    layers and samples, with fillers, without the LM head and the vision tower. ``scoring_flops`` are those of ranking,
+    as each ranker counts its own; what one's own ranker does not say is not counted.
     ``prefill_flops_dense`` and ``kv_bytes_dense`` are what the plain model would have run and stored, with no earlier
     turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
 
@@ -142,7 +144,6 @@ def make_stats(
     names: dict[str, Any],
     cache_layers: Sequence[Any],
     *,
-    scores: bool,
     prefills: int,
 ) -> Stats:
     """Stats of one prefill.
@@ -152,24 +153,24 @@ def make_stats(
         shape: the decoder.
         names: the descriptive fields.
         cache_layers: the layers of the cache after the prefill, none without a cache.
-        scores: whether the decisions computed attention scores.
         prefills: how many prefills were recorded, this one included.
     """
-    layers = range(shape.num_layers)
-    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
-    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(layers)
+    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in range(shape.num_layers)]
+    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(stages)
     width_of = {stage: plan.width(stage) for stage in set(stages)}
     widths = [width_of[stage] for stage in stages]
-    # Layers under gradient checkpointing store nothing.
-    filled = {i: layer for i, layer in enumerate(cache_layers) if layer.keys is not None}
-    tensors = [t for layer in filled.values() for t in (layer.keys, layer.values)]
-    stored = tuple(int(filled[i].keys.shape[-2]) if i in filled else widths[i] for i in layers)
-    size = tensors[0].element_size() if tensors else 0
-    routed = prefill_cost(shape, widths, stored, _scored(plan) if scores else (), batch=plan.batch)
-    whole, first = [plan.length for _ in layers], plan.schedule.layers[0]
+    # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
+    tensors = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache_layers]
+    kept = zip_longest(tensors[: len(widths)], widths)
+    stored = tuple(width if pair is None else int(pair[0].shape[-2]) for pair, width in kept)
+    filled = [tensor for pair in tensors if pair is not None for tensor in pair]
+    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
+    routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing, which may be a sliding window.
-    all_keys = [stored[i] if i < first else plan.past + plan.length for i in layers]
-    dense = prefill_cost(shape, whole, all_keys, batch=plan.batch, bytes_per_element=size)
+    first, length = plan.schedule.layers[0], plan.length
+    all_keys = [*stored[:first], *[plan.past + length] * (len(widths) - first)]
+    size = filled[0].element_size() if filled else 0
+    dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
         **names,
         layers=plan.schedule.layers,
@@ -180,16 +181,26 @@ def make_stats(
         prefill_flops=float(routed.prefill_flops),
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
-        kv_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        kv_bytes=sum(tensor.nbytes for tensor in filled),
         kv_bytes_dense=dense.kv_bytes,
         layer_lengths=stored,
         prefills=prefills,
     )
 
 
-def _scored(plan: Plan) -> list[int]:
-    """Rows that are scored, per decision and sample: rows of this prompt only, whatever the cache holds."""
-    rows: list[int] = []
+def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
+    """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
+    flops = 0
     for decision in plan.decisions:
-        rows += plan.lengths if decision.from_pool else [plan.width(decision.stage - 1)] * plan.batch
-    return rows
+        for row_count, candidates, k in zip(_scored_rows(plan, decision), decision.candidates, decision.k, strict=True):
+            flops += decision.ranker.flops(shape, row_count, candidates, k)
+    for layer, rankers in plan.schedule.looks.items():
+        decision = plan.decisions[plan.schedule.next_stage(layer)]
+        for row_count, candidates in zip(_scored_rows(plan, decision), decision.candidates, strict=True):
+            flops += sum(ranker.note_flops(shape, row_count, candidates) for ranker in rankers)
+    return flops
+
+
+def _scored_rows(plan: Plan, decision: Decision) -> Sequence[int]:
+    """Of each sample."""
+    return plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -11,8 +13,9 @@ from .config import Settings
 from .core.home import PooledHome
 from .core.plan import Plan, make_plan
 from .core.prefill import PositionTables, Prefill
-from .core.ranking import Ranker
+from .core.schedule import Schedule
 from .core.workspace import Workspace
+from .rankers import RANKERS, RandomScores, Ranker
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
 
@@ -37,15 +40,16 @@ class ShortPrefills:
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         self.hidden: torch.Tensor = embedding(ids)
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        self.tables = PositionTables(*adapter.rope_tables(self.hidden, self._positions), self._positions)
+        ids = self._positions if adapter.renumbers else self._positions.expand(3, -1, -1)
+        self.tables = PositionTables(*adapter.rope_tables(self.hidden, ids), self._positions)
 
-    def run(self, backend: Backend, pool: PagedPool, ranker: Ranker, batch: int) -> None:
+    def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""
         for prompts in range(1, min(batch, 2) + 1):
             for has_ids in (True, False) if self._adapter.may_lack_position_ids else (True,):
-                self._prefill(prompts, has_ids, backend, pool, ranker)
+                self._prefill(prompts, has_ids, backend, pool)
 
-    def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool, ranker: Ranker) -> None:
+    def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool) -> None:
         def start(
             plan: Plan,
             settings: Settings,
@@ -53,9 +57,9 @@ class ShortPrefills:
             tables: PositionTables,
             workspace: Workspace | None = None,
         ) -> Prefill:
-            return Prefill(plan, PooledHome(plan, backend, pool, workspace), self._adapter, ranker, tables)
+            return Prefill(plan, PooledHome(plan, backend, pool, workspace), self._adapter, tables)
 
-        schedule, action = self._settings.schedule, self._settings.config.action
+        schedule, action = _with_known_rankers(self._settings.schedule), self._settings.config.action
         ids = np.tile(PROMPT, (prompts, 1))
         plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), schedule, action)
         assert plan is not None
@@ -71,3 +75,16 @@ class ShortPrefills:
                 hidden = forward.after_layer(layer, hidden)
         finally:
             forward.close()
+
+
+def _with_known_rankers(schedule: Schedule) -> Schedule:
+    """One's own rankers may not like prompts of a few tokens, and others have no pictures here.
+
+    Any scores need the same kernels.
+    """
+    known = tuple(RANKERS.values())
+
+    def usable(ranker: Ranker) -> bool:
+        return type(ranker) in known and not ranker.needs_vision
+
+    return replace(schedule, rankers=tuple(r if usable(r) else RandomScores() for r in schedule.rankers))

@@ -46,7 +46,7 @@ class Admit(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The five operations, as specified by ``reroute_kernels.reference``."""
+    """The six operations, as specified by ``reroute_kernels.reference``."""
 
     name: str
     reason: str
@@ -55,6 +55,7 @@ class Backend:
     defer_rmsnorm: Callable[[Lease, Tensor, Tensor, Tensor, RMSNorm], Tensor]
     select: Callable[[Tensor, SelectRows], Selection]
     score_topk: Callable[[Tensor, Tensor, RopeTables, SelectRows, AttentionSpec], Selection]
+    diverse_topk: Callable[[Tensor, SelectRows], Selection]
 
     @classmethod
     def of(cls, name: str, reason: str, operations: Any) -> Backend:

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .pool import Lease
+from .ranking import picks_per_round
 from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows
 from .triton_kernels import defer_rmsnorm as _defer_rmsnorm
+from .triton_kernels import diverse as _diverse
 from .triton_kernels import rows as _rows
 from .triton_kernels import score as _score
 from .triton_kernels import select as _select
@@ -117,7 +119,7 @@ def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Ten
     return normed
 
 
-# --- select and score_topk -------------------------------------------------------------------
+# --- select, score_topk and diverse_topk -----------------------------------------------------
 
 # Operators take no objects: arguments are flat, and a SelectMetadata is a tensor and one list of integers.
 _COUNTS = "Tensor counts, int[] host_counts"
@@ -161,6 +163,18 @@ def _run_score_topk(*arguments: Any) -> Selection:
     return _score.score_topk(query, keys, RopeTables(cos, sin, query_rows), rows, _attention_spec(*spec), counts=counts)
 
 
+def _fake_diverse_topk(*arguments: Any) -> Selection:
+    states, candidates, _, positions, _, host_counts = arguments
+    _diverse.check_inputs(states)
+    return _fake_selection(candidates, positions, host_counts)
+
+
+def _run_diverse_topk(*arguments: Any) -> Selection:
+    states, candidates, texts, positions, counts, host_counts = arguments
+    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts)))
+    return _diverse.diverse_topk(states, rows, counts=counts)
+
+
 def _attention_spec(scale: float, rope: Any, weight: Tensor | None, eps: float) -> AttentionSpec:
     return AttentionSpec(scale, rope, None if weight is None else RMSNorm(weight, eps))
 
@@ -169,6 +183,13 @@ def _score_flops(*arguments: Any, **_: object) -> int:
     """Of the logits: 2 H D for every key row of a sample with candidates."""
     query, metadata = arguments[0], _metadata(tuple(arguments[9]))
     return 2 * query[1] * query[2] * sum(n for n, c in zip(metadata.kv_lens, metadata.num_candidates, strict=True) if c)  # type: ignore[no-any-return]
+
+
+def _diverse_flops(*arguments: Any, **_: object) -> int:
+    """Of each candidate: its norm, its part in the sum of all, and 2 C for that sum and every pick that is compared."""
+    states, metadata = arguments[0], _metadata(tuple(arguments[5]))
+    rounds = [(n, picks_per_round(k)) for n, k in zip(metadata.num_candidates, metadata.k, strict=True) if k]
+    return 2 * states[1] * sum(n * (3 + sum(counts[:-1])) for n, counts in rounds)  # type: ignore[no-any-return]
 
 
 _select_op = _register(
@@ -187,6 +208,14 @@ _score_op = _register(
 )
 
 
+_diverse_op = _register(
+    f"diverse_topk(Tensor states, Tensor candidates, Tensor text_rows, Tensor positions, {_COUNTS}) -> {_SELECTION}",
+    _run_diverse_topk,
+    _fake_diverse_topk,
+    _diverse_flops,
+)
+
+
 def select(scores: Tensor, rows: SelectRows) -> Selection:
     """``reroute_kernels.reference.select`` by the Triton kernel."""
     *lists, metadata = rows
@@ -199,3 +228,9 @@ def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows
     tensors = query, keys, *tables, *lists, metadata.counts(query.device)
     norm = spec.key_norm or (None, 0.0)
     return Selection(*_score_op(*tensors, metadata.flat, spec.scale, spec.rope, *norm))
+
+
+def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
+    """``reroute_kernels.reference.diverse_topk`` by the Triton kernels."""
+    *lists, metadata = rows
+    return Selection(*_diverse_op(states, *lists, metadata.counts(states.device), metadata.flat))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .ranking import diversity_scores, top
 from .upload import upload
 
 if TYPE_CHECKING:
@@ -271,12 +272,11 @@ def select(scores: Tensor, rows: SelectRows) -> Selection:
         rows: what is selected from.
     """
     candidates, text_rows, positions, metadata = rows
-    keys = _rankable(scores.float())
     kept, active = [], []
     inverse_index = torch.full_like(positions, -1)
     counts = zip(metadata.starts, metadata.num_candidates, metadata.num_texts, metadata.k, strict=True)
     for b, (start, n, m, k) in enumerate(counts):
-        best = torch.sort(keys[b, :n], stable=True, descending=True).indices[:k].sort().values
+        best = top(scores[b, :n].float(), k).sort().values
         kept.append(best)
         sample = torch.cat((text_rows[b, :m], candidates[b].index_select(0, best))).sort().values + start
         end = (b + 1) * metadata.compact_length
@@ -337,17 +337,28 @@ def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows
     return select(padded, rows)
 
 
+def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
+    """Select K_b candidates of each sample that are unlike each other, by ``ranking.diversity_scores``.
+
+    Args:
+        states: (R, C) of all scored rows, fp16, bf16 or fp32.
+        rows: what is selected from.
+    """
+    candidates, metadata = rows.candidates, rows.metadata
+    # One sample at a time: its result cannot depend on its neighbours in the batch.
+    scores = [
+        diversity_scores(states.index_select(0, candidates[b, :n] + start), k)
+        for b, (start, n, k) in enumerate(zip(metadata.starts, metadata.num_candidates, metadata.k, strict=True))
+    ]
+    return select(_stack(scores, candidates.shape[1], float("-inf")), rows)
+
+
 def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Head mean (L,) of the softmax of rotated query (1, H, D) against rotated keys (L, G, D)."""
     num_qo_heads, num_kv_heads = query.shape[1], keys.shape[1]
     grouped = query.float().view(num_kv_heads, num_qo_heads // num_kv_heads, -1)
     logits = grouped @ keys.float().permute(1, 2, 0) * scale
     return logits.softmax(-1).view(num_qo_heads, -1).mean(0)
-
-
-def _rankable(scores: Tensor) -> Tensor:
-    """Equal scores as equal bits, +0.0 for -0.0 and one NaN for all: sorting on a device may look at bits."""
-    return (scores + 0.0).masked_fill_(scores.isnan(), torch.nan)
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:

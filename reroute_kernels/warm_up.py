@@ -91,7 +91,13 @@ def _at_every_width(backend: Backend, visual: int) -> Backend:
             backend.score_topk(query, keys, tables, rows._replace(candidates=candidates), spec)
         return selection
 
-    return replace(backend, select=select, score_topk=score_topk)
+    def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
+        selection = backend.diverse_topk(states, rows)
+        for candidates in padded(rows.candidates, -1):
+            backend.diverse_topk(states, rows._replace(candidates=candidates))
+        return selection
+
+    return replace(backend, select=select, score_topk=score_topk, diverse_topk=diverse_topk)
 
 
 def _loaded_by(run: Callable[[], None]) -> list[LoadedKernel]:

@@ -164,6 +164,7 @@ def llava(
     kv_heads: int = 2,
     layers: int = LAYERS,
     side: int = 4,
+    tower_layers: int = 2,
     attention: str = "sdpa",
     seed: int = 0,
 ) -> Tiny:
@@ -182,7 +183,7 @@ def llava(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=tower_layers,
             num_attention_heads=2,
             image_size=8 * side,
             patch_size=8,
@@ -194,8 +195,10 @@ def llava(
     return Tiny(_filled(LlavaForConditionalGeneration, config, attention, seed), (side, side))
 
 
-def qwen(*, layers: int = LAYERS, attention: str = "sdpa", seed: int = 0) -> Tiny:
-    """Qwen2.5-VL: M-RoPE, biases, two query heads per key/value head, pictures of any size."""
+def qwen(*, layers: int = LAYERS, tower_layers: int = 2, attention: str = "sdpa", seed: int = 0) -> Tiny:
+    """Qwen2.5-VL: M-RoPE, biases, two query heads per key/value head, pictures of any size; every other layer of its
+    tower attends to all patches.
+    """
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY,
@@ -209,8 +212,8 @@ def qwen(*, layers: int = LAYERS, attention: str = "sdpa", seed: int = 0) -> Tin
             **_special_tokens(),
         },
         vision_config={
-            "depth": 2,
-            "fullatt_block_indexes": [1],
+            "depth": tower_layers,
+            "fullatt_block_indexes": list(range(1, tower_layers, 2)),
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_heads": 2,

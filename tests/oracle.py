@@ -32,6 +32,11 @@ class Rules:
     rounding: str = "floor"
     position_mode: str = "preserved"
     score_layer_offset: int = 0
+    actions: tuple[Literal["route", "remove"], ...] = ()
+
+    def removes(self, layer: int) -> bool:
+        """Whether the decision before ``layer`` removes."""
+        return (self.actions or (self.action,) * len(self.layers))[self.layers.index(layer)] == "remove"
 
     def steps(self, layer: int) -> list[str]:
         """What happens before ``layer``, in this order."""
@@ -42,6 +47,8 @@ class Rules:
     def count(self, n: int, stage: int) -> int:
         """How many of ``n`` visual tokens stay."""
         exact = n * self.ratios[stage]
+        if exact == 0:
+            return 0
         if self.rounding == "half_even":
             return min(n, round(exact))
         least = 1 if self.rounding == "floor" else 0
@@ -139,7 +146,7 @@ def run(
     """
     length, depth = len(states), len(decoder.layers)
     causal = torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible
-    active = torch.ones(length, dtype=torch.bool)
+    active, gone = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.bool)
     rope = _rope(decoder, states, positions)
     decisions: list[list[Decision]] = [[] for _ in turns]
     chosen: list[Decision | None] = [None] * len(turns)
@@ -154,10 +161,12 @@ def run(
                     stage = its.layers.index(index - its.score_layer_offset)
                     with torch.no_grad():
                         weights = _attention(layer.self_attn, layer.input_layernorm(states), rope)
-                        chosen[i] = _decide(its, stage, weights, turn, active)
+                        chosen[i] = _decide(its, stage, weights, turn, gone)
                 elif (decision := chosen[i]) is not None:
                     active[turn.visual] = False
                     active[[turn.visual[k] for k in decision.kept]] = True
+                    if its.removes(index):
+                        gone[turn.visual] = ~active[turn.visual]
                     decisions[i].append(decision)
                     if its.position_mode == "renumbered":
                         rope = _rope(decoder, states, ((causal & active).sum(1) - 1).clamp(min=0))
@@ -169,12 +178,9 @@ def run(
     return Result(head(hidden[-1]), hidden, decisions, torch.stack(history))
 
 
-def _decide(rules: Rules, stage: int, weights: Any, turn: _Turn, active: Tensor) -> Decision:
-    pool = list(range(turn.start, turn.query + 1))
-    candidates = list(range(len(turn.visual)))
-    if rules.action == "remove":
-        pool = [i for i in pool if active[i]]
-        candidates = [i for i in candidates if active[turn.visual[i]]]
+def _decide(rules: Rules, stage: int, weights: Any, turn: _Turn, gone: Tensor) -> Decision:
+    pool = [i for i in range(turn.start, turn.query + 1) if not gone[i]]
+    candidates = [i for i in range(len(turn.visual)) if not gone[turn.visual[i]]]
     row = weights(queries=[turn.query], keys=pool)[:, 0].mean(0)  # (H, 1, P) -> (P,): mean of probabilities
     score = dict(zip(pool, row.tolist(), strict=True))
     ranked = sorted(candidates, key=lambda i: (-score[turn.visual[i]], i))

@@ -37,7 +37,7 @@ CASES = (
     *(KernelCase("Qwen2.5-VL-72B", 16384), KernelCase("Qwen2.5-VL-7B", 65536)),
 )
 """The most telling first."""
-ORDER = ("step", "score_topk", "defer_rmsnorm", "select", "admit", "restore", "defer")
+ORDER = ("step", "score_topk", "defer_rmsnorm", "select", "diverse_topk", "admit", "restore", "defer")
 EMPTY = {"1 empty launch": 1, "4 empty launches": 4}
 TOPK, COPY = "torch.topk, sort", "copy of a step's floor"
 ROUNDS = {"graph": 30, "eager": 15}

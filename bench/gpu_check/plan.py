@@ -84,7 +84,10 @@ def _prefills(model: str, seconds: float) -> Step:
     return Step(f"prefill/{model}", (_module("prefill", "--model", model),), seconds, seconds, least=45, measures=True)
 
 
-KERNELS = ("_defer_kernel", "_admit_kernel", "_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel")
+KERNELS = (
+    *("_defer_kernel", "_admit_kernel", "_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel"),
+    *("_diverse_norm_kernel", "_diverse_sum_kernel", "_diverse_first_kernel", "_diverse_round_kernel"),
+)
 """Names of the launches, for tools that would else look at those of PyTorch too."""
 SANITIZED = (
     "few or page_tails or fillers or odd_addresses or (odd_widths and 127) or (broken and nan) or ragged_batches"
@@ -94,7 +97,7 @@ SANITIZED = (
 
 def _sanitizer(tool: str) -> Step:
     """A few tests under one tool of compute-sanitizer."""
-    files = [("rows", "defer_rmsnorm"), ("score_topk",), ("select",)]
+    files = [("rows", "defer_rmsnorm"), ("score_topk",), ("select", "diverse_topk")]
     paths = [[f"tests/kernels/test_{name}.py" for name in names] for names in files]
     tests = [_pytest(100, *some, "-k", SANITIZED, "-x") for some in paths]
     return _sanitized(tool, tool, tests, estimate=65, evidence="(ERROR|RACECHECK) SUMMARY: 0 ")
@@ -154,6 +157,7 @@ STEPS = (
     Step("smoke", (_module("smoke"),), estimate=30, limit=90, least=0),
     _kernel_tests("select", 50, parts=2),
     _kernel_tests("score_topk", 50, parts=3, also="score_dtypes"),
+    _kernel_tests("diverse_topk", 50),
     _kernel_tests("rows", 50, parts=2),
     _kernel_tests("defer_rmsnorm", 50),
     _kernel_tests("ops", 40),

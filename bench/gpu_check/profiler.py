@@ -12,7 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["OURS", "kernel_times", "profiled"]
 
-OURS = ("_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel", "_defer_kernel")
+OURS = (
+    *("_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel", "_defer_kernel"),
+    *("_diverse_norm_kernel", "_diverse_sum_kernel", "_diverse_first_kernel", "_diverse_round_kernel"),
+)
 """The kernels of ``reroute_kernels``."""
 LARGEST = 8  # kernels of others that are named
 NAME = 80  # characters of a name: those of templates are long

@@ -37,6 +37,16 @@ def _score_topk(kernels: Backend, reference: Backend, inputs: KernelInputs) -> s
     return "" if apart < NEAR else f"scores differ by {apart:.1e} from those of the torch backend"
 
 
+def _diverse_topk(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
+    """Exact for the kernel's own scores. Where similarities are nearly equal picks may part, sorted scores hardly."""
+    got, wanted = (OPERATIONS["diverse_topk"](backend, inputs) for backend in (kernels, reference))
+    again = reference.select(got.scores, inputs.select_rows)
+    if not all(map(torch.equal, got[:4], again[:4])):
+        return "selects others than a stable sort of its own scores does"
+    apart = (got.scores.sort(1).values - wanted.scores.sort(1).values).abs().max().item()
+    return "" if apart < NEAR else f"scores differ by up to {apart:.1e} from those of the torch backend"
+
+
 def _select(kernels: Backend, reference: Backend, inputs: KernelInputs) -> str:
     got, wanted = (OPERATIONS["select"](backend, inputs) for backend in (kernels, reference))
     return "" if all(map(torch.equal, got, wanted)) else "selects others than a stable sort does"
@@ -70,6 +80,7 @@ CHECKS: dict[str, Check] = {
     "defer_rmsnorm": _defer_rmsnorm,
     "score_topk": _score_topk,
     "select": _select,
+    "diverse_topk": _diverse_topk,
 }
 """What is wrong with a kernel, or nothing."""
 

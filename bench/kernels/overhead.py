@@ -22,7 +22,6 @@ from reroute import Schedule
 from reroute.core.home import PooledHome
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
-from reroute.rankers import LastTokenAttention
 from reroute_kernels import AttentionSpec, Backend, PagedPool, RMSNorm, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
@@ -79,8 +78,14 @@ class Ready:
     def normalise(self, layer: int, rows: Tensor) -> Tensor:
         return self._norm(rows)
 
+    def final_norm(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError("no ranker here asks for it")
+
     def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._projected
+
+    def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("keys are there already")
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         return AttentionSpec(0.1)
@@ -102,11 +107,11 @@ def prefill_step(inputs: KernelInputs, rounds: int = 100) -> tuple[float, float]
     steps, starts = [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        prefill = Prefill(plan, PooledHome(plan, BACKEND, pool), adapter, LastTokenAttention(), tables)
+        prefill = Prefill(plan, PooledHome(plan, BACKEND, pool), adapter, tables)
         made = time.perf_counter()
         hidden = logical
         for decision in plan.decisions:
-            hidden = prefill.advance(decision, prefill.decide(decision, hidden), hidden)
+            hidden = prefill.advance(prefill.decide(decision, hidden), hidden)
         steps.append((time.perf_counter() - made) / STAGES)
         starts.append(made - begin)
         prefill.close()

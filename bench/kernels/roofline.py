@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reroute_kernels.ranking import picks_per_round
 from reroute_kernels.testing.cases import MODELS, OPERATIONS, PAGE, TEXT, VISUAL, KernelCase, KernelInputs
 from reroute_kernels.testing.find_simt import MISSING, simt_path
 from reroute_kernels.testing.traffic import Traffic, count_traffic
@@ -21,12 +22,12 @@ __all__ = [
     "BANDWIDTH",
     "GRAPH_LAUNCH",
     "ITEM",
-    "LAUNCHES",
     "KernelTime",
     "counted",
     "distinct_bytes",
     "floor_bytes",
     "kernel_time",
+    "num_launches",
 ]
 
 BANDWIDTH = 3.35e12 * 0.85  # bytes a second: H100 SXM, and the share that coalesced loads are reported to reach
@@ -36,6 +37,12 @@ ITEM, INT, FLOAT = 2, 8, 4  # bytes of a hidden feature (bf16), an index, a scor
 ACCESS = 0.7e-6  # seconds until a load that misses the L1 cache is there
 # Loads that wait for each other: index, page, row; page or place, row; counts, query row, angles, query, keys.
 WAITS = {"rows": 3, "defer_rmsnorm": 2, "score": 5}
+# The same of a diverse selection's first three launches, and of a round before its tiles: counts, picks, rows' numbers.
+DIVERSE_WAITS, ROUND_WAITS = 10, 4
+L2_BANDWIDTH = 5.5e12  # bytes a second, as reported: what the tiles of many picks are read again with
+SM_BANDWIDTH = 109e9  # bytes a second from L2 to one multiprocessor: 64 a clock
+# Seconds of the program that picks, and of it for each chunk of so many candidates (docs/design/benchmarks.md).
+PICK, PICK_CHUNK = 5e-6, {1024: 1.4e-6, 2048: 2.3e-6}
 # Seconds of the selection by the number of candidates: waits, barriers, instructions (docs/design/benchmarks.md).
 SELECTION = {1024: 12e-6, 4096: 14.7e-6, 32768: 21.1e-6, 1 << 22: 29.1e-6}
 BINS = 512 * INT // 2  # bytes of a histogram
@@ -63,13 +70,20 @@ class KernelTime:
 
 def kernel_time(operation: str, case: KernelCase) -> KernelTime:
     """By formula."""
-    launches, size = LAUNCHES[operation], distinct_bytes(operation, case)
+    launches, size = num_launches(operation, case), distinct_bytes(operation, case)
     hidden = launches * GRAPH_LAUNCH + size / BANDWIDTH
+    if operation == "diverse_topk":
+        hidden += _rereading(case)
     graph = hidden + latency(operation, case)
     # Eagerly the host launches one after the other while the device works.
     least, most = (max(graph, launches * cost) for cost in EAGER_LAUNCH)
     floor = floor_bytes(operation, case) / BANDWIDTH
     return KernelTime(operation, case, launches, size, floor, hidden, graph, (least, most))
+
+
+def num_launches(operation: str, case: KernelCase) -> int:
+    """Of an operation: three, one for each round but the first, and a selection, if it is diverse."""
+    return 3 + len(picks_per_round(case.kept)) if operation == "diverse_topk" else LAUNCHES[operation]
 
 
 def latency(operation: str, case: KernelCase) -> float:
@@ -79,6 +93,12 @@ def latency(operation: str, case: KernelCase) -> float:
     selection = next(seconds for most, seconds in SELECTION.items() if case.visual <= most)
     if operation == "score_topk":
         return WAITS["score"] * ACCESS + selection
+    if operation == "diverse_topk":
+        rounds = len(picks_per_round(case.kept)) - 1
+        chunk = 1024 if case.visual <= 1024 else 2048
+        pick = PICK + PICK_CHUNK[chunk] * -(-case.visual // chunk)
+        waits = (DIVERSE_WAITS + ROUND_WAITS * rounds) * ACCESS
+        return waits + rounds * pick + _of_one_program(case) + selection
     return selection if operation == "select" else WAITS.get(operation, WAITS["rows"]) * ACCESS
 
 
@@ -92,6 +112,8 @@ def floor_bytes(operation: str, case: KernelCase) -> int:
         return case.batch * case.length * case.shape.kv_heads * case.shape.head_dim * ITEM
     if operation == "select":
         return case.batch * case.visual * FLOAT
+    if operation == "diverse_topk":
+        return case.batch * _passes(case) * case.visual * case.shape.hidden * ITEM
     rows = 2 * (case.width if operation in ("defer", "admit") else case.length)
     if operation == "defer_rmsnorm":  # all are read and written, and what ran goes home
         rows += case.width
@@ -106,6 +128,8 @@ def distinct_bytes(operation: str, case: KernelCase) -> int:
         return case.batch * (_score(case) + _selection(case, heads=case.shape.heads))
     if operation == "select":
         return case.batch * _selection(case, heads=1)
+    if operation == "diverse_topk":
+        return case.batch * _diverse(case)
     if operation == "defer_rmsnorm":  # whole pages, and the weight; page ids and places
         rows = case.pages * PAGE
         indices = (case.pages + rows) * INT
@@ -143,6 +167,52 @@ def _selection(case: KernelCase, heads: int) -> int:
     places = case.pages // case.batch * PAGE
     indices = (2 * TEXT + case.kept + 2 * case.width + places) * INT
     return case.visual * per_candidate + indices + 2 * BINS + (_statistics(case) if heads > 1 else 0)
+
+
+def _passes(case: KernelCase) -> int:
+    """Over the candidates' states: for norms, centrality, and after each round but the last."""
+    return 1 + len(picks_per_round(case.kept))
+
+
+def _diverse(case: KernelCase) -> int:
+    """Of one sample: states and row lists of each pass; norms, partial sums and their sum, scores and keys; the
+    selection.
+    """
+    from reroute_kernels.triton_kernels.diverse import split_size
+
+    rounds = _passes(case) - 2
+    sums = (2 * -(-case.visual // split_size(case.visual)) + 2) * case.shape.hidden * FLOAT
+    # Norms are written once and read in each other pass; a first pick writes a score and a key, a round reads and
+    # writes both, the last one no key.
+    per_candidate = INT * _passes(case) + FLOAT * (_passes(case) + 2 + 4 * rounds - 1)
+    states = floor_bytes("diverse_topk", case) // case.batch
+    return states + sums + case.visual * per_candidate + _selection(case, heads=1)
+
+
+def _of_one_program(case: KernelCase) -> float:
+    """Seconds by which one program's rows and picks take longer to reach it than all states take to arrive."""
+    from reroute_kernels.triton_kernels.diverse import split_size, tiling
+
+    row = case.shape.hidden * ITEM
+    arriving = case.batch * case.visual * row / BANDWIDTH
+    rows = [split_size(case.visual)] * 2
+    rows += [tiling(case.shape.hidden, ITEM).block_n + m for m in picks_per_round(case.kept)[:-1]]
+    return sum(max(count * row / SM_BANDWIDTH - arriving, 0) for count in rows)
+
+
+def _rereading(case: KernelCase) -> float:
+    """Seconds by which the tiles of a round's picks and candidates take longer to cross the L2 cache than the states
+    take to arrive.
+    """
+    from reroute_kernels.triton_kernels.diverse import tiling
+
+    tile, row = tiling(case.shape.hidden, ITEM), case.shape.hidden * ITEM
+    arriving = case.batch * case.visual * row / BANDWIDTH
+    again = (
+        case.batch * row * (-(-m // tile.block_m) * case.visual + -(-case.visual // tile.block_n) * m) / L2_BANDWIDTH
+        for m in picks_per_round(case.kept)[:-1]
+    )
+    return sum(max(seconds - arriving, 0) for seconds in again)
 
 
 def counted(operation: str, case: KernelCase) -> Traffic:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUT = Path(__file__).with_name("api.md")
-MODULES = ("reroute", "reroute.methods", "reroute.rankers", "reroute.errors", "reroute_kernels")
+MODULES = ("reroute", "reroute.calibration", "reroute.methods", "reroute.rankers", "reroute.errors", "reroute_kernels")
 HEAD = """\
 # API
 

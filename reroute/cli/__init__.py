@@ -1,4 +1,4 @@
-"""The command ``reroute``: ``demo``, ``run`` and ``doctor``.
+"""The command ``reroute``: ``demo``, ``run``, ``calibrate`` and ``doctor``.
 
 Torch and Transformers take seconds to import: commands do so when they run, so that ``--help`` is instant.
 """
@@ -15,7 +15,7 @@ from ..errors import RerouteError
 
 __all__ = ["main"]
 
-COMMANDS: Final = ("demo", "run", "doctor")
+COMMANDS: Final = ("demo", "run", "calibrate", "doctor")
 """One module each, with ``add_arguments(parser)`` and ``run(options) -> int``."""
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import RerouteError, UnsupportedModelError
 from .common import refusals, shorten
@@ -15,8 +15,12 @@ from .common import refusals, shorten
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from transformers import BatchFeature
 
-__all__ = ["Loaded", "Prompt", "load_model", "load_tinyvlm", "open_image"]
+__all__ = ["DTYPES", "Loaded", "Prompt", "load_model", "load_tinyvlm", "open_image"]
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+"""That a model may be loaded in; ``auto`` is that of its file."""
 
 
 def open_image(path: Path) -> Image.Image:
@@ -57,22 +61,29 @@ class Loaded:
     is_tinyvlm: bool
 
     def prompt(self, image: Image.Image, question: str) -> Prompt:
-        """One question about one picture, in the model's own chat format, on its device.
+        """One question about one picture, on the model's device. Raises what ``inputs`` does."""
+        question = _known_words(question) if self.is_tinyvlm else question
+        inputs = self.inputs([image], question)
+        return Prompt(question, self._seen(inputs, image), inputs.to(self.model.device, self.model.dtype))
+
+    def inputs(self, images: Sequence[Image.Image], question: str) -> BatchFeature:
+        """What the model takes for a question about pictures, in its own chat format: a batch of one on the CPU.
 
         Raises:
-            RerouteError: the model has no chat format.
+            RerouteError: the model has no chat format, or is tinyvlm and does not know a word.
         """
         if getattr(self.processor, "chat_template", None) is None:
             raise RerouteError(f"{self.name} has no chat template, so it is not made for questions. Use a chat model.")
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = self.processor.apply_chat_template(
+        text = _known_words(question) if self.is_tinyvlm else question
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        inputs: BatchFeature = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        return Prompt(question, self._seen(inputs, image), inputs.to(self.model.device, self.model.dtype))
+        return inputs
 
     def _seen(self, inputs: Mapping[str, Any], image: Image.Image) -> Image.Image:
         """What the processor made of ``image``, where that can be read off its output."""
@@ -86,6 +97,24 @@ class Loaded:
         mean, std = (torch.tensor(values)[:, None, None] for values in (prepare.image_mean, prepare.image_std))
         colours = (pixels[0].float().cpu() * std + mean).clamp(0, 1) * 255
         return Image.fromarray(colours.round().byte().permute(1, 2, 0).numpy())
+
+
+def _known_words(question: str) -> str:
+    """The question as tinyvlm was taught to read: lower case, words apart.
+
+    Raises:
+        RerouteError: it holds words that the model never saw.
+    """
+    from ..demo.tinyvlm.vocabulary import TOKENS
+
+    words = re.findall(r"[^\s?]+|\?", question.lower())
+    strange = [word for word in words if word not in TOKENS]
+    if strange:
+        raise RerouteError(
+            f"The demo model does not know {', '.join(map(repr, strange))}. It answers questions about scenes of "
+            'coloured digits, such as "where is the red seven ?"; for others name another model.'
+        )
+    return " ".join(words)
 
 
 def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:

@@ -7,22 +7,27 @@ ran where.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from ..core.schedule import Action
+from ..core.action import Action
 from ..errors import RerouteError
-from ..report import Answer, Cost, Page, Scene, Setup, check_writable, html_costs, text_costs, write
+from ..files import check_writable
+from ..report import Answer, Cost, Page, Scene, Setup, html_costs, text_costs, write
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals, written
-from .loading import Loaded, load_model, open_image
+from .loading import DTYPES, Loaded, load_model, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..schedule_file import ScheduleFile
+
 __all__ = ["add_arguments", "run"]
 
+METHOD: Final = "pdrop"
+KEEP: Final = 0.33
 MAX_NEW_TOKENS: Final = 64
 ROUNDS: Final = 5
 TIMING_S: Final = 20.0
@@ -44,11 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("image", type=Path, metavar="IMAGE", help="a picture file")
     add("question", metavar="QUESTION", help='such as "where is the red seven ?"')
     add("--model", metavar="PATH_OR_ID", help="a folder, or a name on the Hub (default: the demo model)")
-    add("--method", default="pdrop", help="how visual tokens are ranked: fastv, pdrop, … (default: %(default)s)")
+    add("--method", help=f"how visual tokens are ranked: fastv, pdrop, … (default: {METHOD})")
+    add("--schedule", type=Path, metavar="FILE", help="decisions that reroute calibrate found, instead of a method's")
     add("--action", choices=get_args(Action), help="only this one (default: both, and dense)")
     add("--compare", action="store_true", help="with --action: answer densely too")
-    add("--keep", type=float, default=0.33, help="budget: share of the visual tokens per layer (default: %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: %(default)s")
+    add("--keep", type=float, help=f"budget: share of the visual tokens per layer (default: {KEEP}, or the schedule's)")
+    add("--dtype", default="auto", choices=DTYPES, help="default: %(default)s")
     add("--max-new-tokens", type=positive, metavar="N", help=f"default: the model's own, else {MAX_NEW_TOKENS}")
     add("--out", type=Path, default=Path("page.html"), metavar="HTML", help="default: %(default)s")
     add_device_arguments(parser)
@@ -58,17 +64,17 @@ def run(options: argparse.Namespace) -> int:
     """Check what can be checked early; then load, answer, print and write."""
     check_writable(options.out)
     image = open_image(options.image)
-    if not 0 < options.keep < 1:
+    if options.keep is not None and not 0 < options.keep < 1:
         raise RerouteError(f"--keep must lie between 0 and 1 (1 is the dense model), not {options.keep:g}.")
+    chosen = _chosen(options)
     device = choose_device(options.device, options.threads)
     backend = backend_of(options.backend, device)
     import torch
 
-    Setup(options.method, keep=options.keep).config()  # an unknown method is refused before a model is loaded
     print(f"Loading {options.model or 'the demo model'} …", flush=True)
     with quiet(), refusals(torch.OutOfMemoryError):
         loaded = load_model(options.model, options.dtype, device)
-        scene, costs = _answer(loaded, image, options)
+        scene, costs = _answer(loaded, image, chosen, options)
     about = f"{loaded.name}: {scene.layers} layers, {costs[0][1].visual:.0f} visual tokens"
     about += f"; backend {backend.name} ({backend.reason})"
     write(_page(scene, costs, about), options.out)
@@ -77,16 +83,50 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(loaded: Loaded, image: Image.Image, options: argparse.Namespace) -> tuple[Scene, list[tuple[Setup, Cost]]]:
+def _chosen(options: argparse.Namespace) -> ScheduleFile | Setup:
+    """What was asked for, checked before a model is loaded.
+
+    Raises:
+        RerouteError: the method is unknown, the file holds no schedule, or both are given.
+    """
+    if options.schedule is None:
+        setup = Setup(options.method or METHOD, keep=options.keep or KEEP)
+        setup.config()
+        return setup
+    if options.method is not None:
+        raise RerouteError("Give either --schedule or --method, which has a schedule of its own.")
+    from ..schedule_file import ScheduleFile
+
+    return ScheduleFile.read(options.schedule)
+
+
+def _setups(chosen: ScheduleFile | Setup, num_layers: int, options: argparse.Namespace) -> list[Setup]:
+    """The ways to route: under both actions, if none is asked for and no ratio of the schedule grows."""
+    actions: Sequence[Action] = (options.action,) if options.action else ("remove", "route")
+    if isinstance(chosen, Setup):
+        return [replace(chosen, action=action) for action in actions]
+    schedule = chosen.for_model(num_layers, options.keep)
+    if options.action is None:
+        try:
+            schedule.validate(num_layers, "remove")
+        except RerouteError as error:
+            print(f"Only routed, not removed too: {error}")
+            actions = ("route",)
+    return [Setup("schedule", action, chosen.keep_on(num_layers), schedule) for action in actions]
+
+
+def _answer(
+    loaded: Loaded, image: Image.Image, chosen: ScheduleFile | Setup, options: argparse.Namespace
+) -> tuple[Scene, list[tuple[Setup, Cost]]]:
+    from ..transformers import adapter_of
     from .measure import costs, routed
     from .scenes import make_scene, read_tinyvlm
 
-    actions: Sequence[Action] = (options.action,) if options.action else ("remove", "route")
-    setups = [Setup(options.method, action, options.keep) for action in actions]
+    setups = _setups(chosen, len(adapter_of(loaded.model).layers), options)
     for setup in setups:
         with routed(loaded.model, setup, options.backend):
             pass  # a budget out of reach is refused before anything runs
-    prompt = loaded.prompt(image, _known_words(options.question) if loaded.is_tinyvlm else options.question)
+    prompt = loaded.prompt(image, options.question)
     asked = setups if options.action and not options.compare else [Setup(), *setups]
     longest = options.max_new_tokens or loaded.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
     read = read_tinyvlm if loaded.is_tinyvlm else Answer
@@ -94,24 +134,6 @@ def _answer(loaded: Loaded, image: Image.Image, options: argparse.Namespace) -> 
     timed = [Setup(), *setups]
     spent = costs(loaded.model, [prompt.inputs], timed, options.backend, rounds=ROUNDS, limit_s=TIMING_S)
     return scene, list(zip(timed, spent, strict=True))
-
-
-def _known_words(question: str) -> str:
-    """The question as tinyvlm was taught to read: lower case, words apart.
-
-    Raises:
-        RerouteError: it holds words that the model never saw.
-    """
-    from ..demo.tinyvlm.vocabulary import TOKENS
-
-    words = re.findall(r"[^\s?]+|\?", question.lower())
-    strange = [word for word in words if word not in TOKENS]
-    if strange:
-        raise RerouteError(
-            f"The demo model does not know {', '.join(map(repr, strange))}. It answers questions about scenes of "
-            'coloured digits, such as "where is the red seven ?"; for others name a model with --model.'
-        )
-    return " ".join(words)
 
 
 def _print(scene: Scene, costs: Sequence[tuple[Setup, Cost]], about: str) -> None:

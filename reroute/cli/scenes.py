@@ -88,9 +88,12 @@ def _boxed(box: Box) -> Answer:
     return Answer(f"box x {x0:.0f}-{x1:.0f}, y {y0:.0f}-{y1:.0f}", (x0 / SIDE, y0 / SIDE, x1 / SIDE, y1 / SIDE))
 
 
-def demo_scenes(loaded: Loaded, examples: Sequence[Example], results: Results, backend: str) -> list[Scene]:
-    """The scenes that ``pick`` chooses, in all setups but the random ones."""
-    setups = [row.setup for row in results.rows if row.setup.method != "random"]
+def demo_scenes(
+    loaded: Loaded, examples: Sequence[Example], results: Results, keep: float, backend: str
+) -> list[Scene]:
+    """The scenes that ``pick`` chooses, in all setups of the budget ``keep`` that were both routed and removed."""
+    pairs = [pair for pair in results.pairs if pair[0].setup.keep == keep]
+    setups = [results.dense.setup, *(row.setup for route, remove in pairs for row in (remove, route))]
     scenes = []
     for index, why in pick(results):
         example = examples[index]

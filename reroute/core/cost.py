@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import RerouteError, unknown
-from .schedule import Action, Schedule
+from ..rankers import TowerShape
+from .action import Action
+from .schedule import Schedule
 
 __all__ = [
     "Attention",
@@ -20,7 +22,6 @@ __all__ = [
     "kv_bytes",
     "layer_flops",
     "prefill_cost",
-    "scoring_flops",
 ]
 
 Attention = Literal["dense", "causal"]
@@ -29,7 +30,10 @@ Attention = Literal["dense", "causal"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices)."""
+    """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
+
+    ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
+    """
 
     num_layers: int
     hidden: int
@@ -38,6 +42,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    tower: TowerShape | None = None
 
     @classmethod
     def from_config(cls, text_config: Any) -> ModelShape:
@@ -76,12 +81,6 @@ def layer_flops(shape: ModelShape, tokens: int, keys: int | None = None, *, atte
     return 2 * tokens * weights + 4 * q * pairs
 
 
-def scoring_flops(shape: ModelShape, pool: int) -> int:
-    """FLOPs of one decision: one query row, the keys of ``pool`` tokens, and their logits."""
-    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return 2 * d * q + 2 * pool * d * kv + 2 * q * pool
-
-
 def kv_bytes(shape: ModelShape, lengths_per_layer: Sequence[int], bytes_per_element: int = 2) -> int:
     """Bytes of a KV cache whose layer i holds ``lengths_per_layer[i]`` tokens."""
     return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * sum(lengths_per_layer)
@@ -104,8 +103,8 @@ def prefill_cost(
     shape: ModelShape,
     tokens: Sequence[int],
     keys: Sequence[int] | None = None,
-    scored: Sequence[int] = (),
     *,
+    scoring: int = 0,
     batch: int = 1,
     attention: Attention = "dense",
     lm_head: bool = False,
@@ -117,7 +116,7 @@ def prefill_cost(
         shape: the decoder.
         tokens: rows of a sample that each layer runs.
         keys: rows of a sample that each layer's cache then holds, earlier turns included (default: ``tokens``).
-        scored: rows that are scored, one entry per decision and sample; none if nothing computes attention scores.
+        scoring: FLOPs of ranking in all decisions and samples.
         batch: samples that run and store as many rows; fillers are rows.
         attention: see ``Attention``.
         lm_head: add the output head, on the one row per sample that generation needs.
@@ -127,7 +126,6 @@ def prefill_cost(
     alike = Counter(zip(tokens, keys, strict=True))
     layers = sum(count * layer_flops(shape, t, k, attention=attention) for (t, k), count in alike.items())
     head = 2 * shape.hidden * shape.vocab * lm_head
-    scoring = sum(scoring_flops(shape, rows) for rows in scored)
     stored = batch * kv_bytes(shape, keys, bytes_per_element)
     return PrefillCost(batch * (layers + head) + scoring, scoring, stored)
 
@@ -157,28 +155,32 @@ def estimate_cost(
     *,
     attention: Attention = "dense",
     lm_head: bool = False,
-    scores: bool = True,
     bytes_per_element: int = 2,
 ) -> CostEstimate:
     """What a prompt of ``visual`` and ``text`` tokens costs under a schedule.
 
-    A decision scores the whole prompt with ``route``, what is left of it with ``remove``, and
-    nothing if no token is to be deferred. ``scores=False``: a ranker that computes no attention scores, whose cost is
-    not known and not counted.
+    A decision ranks the whole prompt with ``route``, what is left of it with ``remove``, and nothing if no token is to
+    be deferred.
 
     Raises:
         RerouteError: the schedule does not fit the model or the action.
     """
     schedule.validate(shape.num_layers, action)
     counts = schedule.counts(visual)
-    pools = [visual] * len(counts) if action == "route" else [visual, *counts[:-1]]
-    decides = scores and any(kept < visual for kept in counts)
+    scoring, left, competing = 0, visual, []
+    for ranker, kept, does in zip(schedule.rankers, counts, schedule.each_action(action), strict=True):
+        competing.append(left)
+        scoring += ranker.flops(shape, text + left, left, kept)
+        left = kept if does == "remove" else left
+    for layer, rankers in schedule.looks.items():
+        left = competing[schedule.next_stage(layer)]
+        scoring += sum(ranker.note_flops(shape, text + left, left) for ranker in rankers)
     per_layer = schedule.per_layer(visual, shape.num_layers)
     average = average_tokens(per_layer)
     cost = prefill_cost(
         shape,
         [text + kept for kept in per_layer],
-        scored=[text + pool for pool in pools] if decides else (),
+        scoring=scoring if any(kept < visual for kept in counts) else 0,
         attention=attention,
         lm_head=lm_head,
         bytes_per_element=bytes_per_element,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..rankers import Ranker
+    from .action import Action
 
 __all__ = ["Decision"]
 
@@ -13,11 +18,13 @@ class Decision:
 
     - ``stage``: its number, from 0.
     - ``layer``: the routing layer, the first one that runs on the result.
-    - ``score_layer``: the layer before which it is made, with whose query and keys candidates are ranked by attention.
+    - ``score_layer``: the layer before which it is made, on whose input.
+    - ``ranker``: what orders the candidates.
     - ``candidates``: visual tokens that compete.
     - ``k``: how many of them stay.
-    - ``from_pool``: whether the rows of the whole prompt are scored, in the pool; else the compact rows of the stage
-      that ends. ``route`` always scores the whole prompt. ``remove`` does so once; later only survivors are left.
+    - ``action``: what becomes of the others.
+    - ``left_by``: the stage whose decision left the rows that are scored, the last one before that removed any; -1 if
+      none did, and all of the prompt is scored.
     """
 
     stage: int
@@ -25,4 +32,11 @@ class Decision:
     score_layer: int
     candidates: tuple[int, ...]
     k: tuple[int, ...]
-    from_pool: bool
+    ranker: Ranker
+    action: Action
+    left_by: int
+
+    @property
+    def from_pool(self) -> bool:
+        """Whether the rows of the whole prompt are scored, in the pool."""
+        return self.left_by < 0

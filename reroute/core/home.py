@@ -56,7 +56,7 @@ class Home(ABC):
 
     @abstractmethod
     def states(self) -> torch.Tensor:
-        """All rows (R, C), without gradients and to read only."""
+        """All rows (R, C), to read only."""
 
     @abstractmethod
     def admit(self, rows: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -163,11 +163,11 @@ class RecordedHome(Home):
     ) -> torch.Tensor:
         """See ``Home``."""
         self.defer(rows, hidden)
-        return norm(self.states())
+        return norm(self.states().detach())
 
     def states(self) -> torch.Tensor:
         """See ``Home``."""
-        return self._states[:-1].detach()
+        return self._states[:-1]
 
     def admit(self, rows: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See ``Home``."""

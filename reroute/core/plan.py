@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-
-from reroute_kernels import SelectMetadata
 
 from ..errors import RerouteError
 from .decision import Decision
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
+
+Counts: TypeAlias = tuple[int, ...]
+"""One per sample."""
 
 __all__ = ["Plan", "make_plan", "visual_mask"]
 
@@ -40,7 +41,6 @@ class Plan:
     """
 
     schedule: Schedule
-    action: Action
     past: int
     order: Ints = field(repr=False)
     visual: tuple[Ints, ...] = field(repr=False)
@@ -75,15 +75,20 @@ class Plan:
         """Text tokens M of each sample: always active."""
         return tuple(len(t) for t in self.text_rows)
 
-    def metadata(self, decision: Decision, starts: Sequence[int]) -> SelectMetadata:
-        """What ``decision`` scores and how many it selects; ``starts`` are the samples' first pool rows."""
+    @cached_property
+    def question_lengths(self) -> tuple[int, ...]:
+        """Rows of each sample from behind its visual tokens to its query; 0 without visual tokens."""
+        return tuple(last - int(v[-1]) if len(v) else 0 for v, last in zip(self.visual, self.query, strict=True))
+
+    def counts(self, decision: Decision, starts: Sequence[int]) -> tuple[Counts, Counts, Counts, Counts, Counts]:
+        """The counts of ``decision`` for ``SelectMetadata``; ``starts`` are the samples' first pool rows."""
         if decision.from_pool:
-            kv_lens = tuple(row + 1 for row in self.query)
+            kv_lens = [row + 1 for row in self.query]
         else:
-            before = decision.stage - 1
-            starts = [(b + 1) * self.width(before) - rows for b, rows in enumerate(self.active(before))]
-            kv_lens = tuple(self.visible_texts(b) + n for b, n in enumerate(decision.candidates))
-        return SelectMetadata(tuple(starts), kv_lens, decision.candidates, self.text_counts, decision.k)
+            left = decision.left_by
+            starts = [(b + 1) * self.width(left) - rows for b, rows in enumerate(self.active(left))]
+            kv_lens = [self.visible_texts(b) + n for b, n in enumerate(decision.candidates)]
+        return tuple(starts), tuple(kv_lens), decision.candidates, self.text_counts, decision.k
 
     @cached_property
     def changes_nothing(self) -> bool:
@@ -169,7 +174,7 @@ def make_plan(
     visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
     text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
     query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
-    plan = Plan(schedule, action, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
+    plan = Plan(schedule, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
     if not plan.changes_nothing:
         _check_questions(plan)
     return plan
@@ -191,8 +196,11 @@ def _decisions(schedule: Schedule, action: Action, visual: Sequence[Ints]) -> tu
     visual_counts = tuple(map(len, visual))
     counts = zip(*map(schedule.counts, visual_counts), strict=True)
     decisions: list[Decision] = []
-    for stage, (layer, k) in enumerate(zip(schedule.layers, counts, strict=True)):
-        from_pool = action == "route" or stage == 0
-        candidates = visual_counts if from_pool else decisions[-1].k
-        decisions.append(Decision(stage, layer, layer + schedule.score_layer_offset, candidates, k, from_pool))
+    left_by, candidates = -1, visual_counts
+    columns = zip(schedule.layers, schedule.rankers, counts, schedule.each_action(action), strict=True)
+    for stage, (layer, ranker, k, does) in enumerate(columns):
+        score_layer = layer + ranker.layer_offset
+        decisions.append(Decision(stage, layer, score_layer, candidates, k, ranker, does, left_by))
+        if does == "remove":
+            left_by, candidates = stage, k
     return tuple(decisions)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,61 +26,57 @@ class PlanTensors:
 
     - ``metadata``: of each decision, its counts.
     - ``uploaded``: the upload in the queue of its CUDA stream. Another stream has to ``join`` before it reads.
+    - ``starts`` (B,): first pool row of each sample.
+    - ``queries`` (stages, B): row of each sample's query among the rows that are scored for that stage.
+    - ``dropped`` (stages, B): how many of each sample's rows do not run in that stage.
     - ``rows`` (B, L): pool row of each logical position, -1 for padding.
     - ``tokens`` (R,): flat logical index ``b * L + position`` of each pool row (page tails point at 0).
     - ``inverse_index`` (R,): the same, and -1 for page tails.
     - ``positions`` (R,): logical position of each pool row.
-    - ``starts`` (B, 1): first pool row of each sample.
     - ``candidates`` (B, N), ``text_rows`` (B, M): sample rows, ascending, padded with -1.
     - ``visual_indices`` (1, N): 0, 1, 2, …
-    - ``queries`` (stages, B): row of each sample's query among the rows that are scored for that stage.
-    - ``dropped`` (stages, B): how many of each sample's rows do not run in that stage.
     """
 
     metadata: tuple[SelectMetadata, ...]
     uploaded: Mark | None
+    starts: torch.Tensor
+    queries: torch.Tensor
+    dropped: torch.Tensor
     rows: torch.Tensor
     tokens: torch.Tensor
     inverse_index: torch.Tensor
     positions: torch.Tensor
-    starts: torch.Tensor
     candidates: torch.Tensor
     text_rows: torch.Tensor
     visual_indices: torch.Tensor
-    queries: torch.Tensor
-    dropped: torch.Tensor
 
     @classmethod
     def of(cls, plan: Plan, starts: Sequence[int], num_rows: int, device: torch.device) -> PlanTensors:
         """Upload those of ``plan`` for samples that start at pool rows ``starts``, of ``num_rows``."""
-        offsets = np.asarray(starts, dtype=np.int64)[:, None]
-        rows = np.where(plan.order >= 0, plan.order + offsets, -1)
-        inverse_index = np.full(num_rows, -1, dtype=np.int64)
+        order = plan.order
+        rows = np.where(order >= 0, order + np.array(starts, dtype=np.int64)[:, None], -1)
         flat = rows.ravel()
-        inverse_index[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-        tokens = inverse_index.clip(min=0)
-        metadata = tuple(plan.metadata(decision, starts) for decision in plan.decisions)
+        inverse_index = np.full(num_rows, -1, dtype=np.int64)
+        used = np.flatnonzero(flat >= 0)
+        inverse_index[flat[used]] = used
+        tokens = np.maximum(inverse_index, 0)
         candidates, text_rows = _padded(plan.visual), _padded(plan.text_rows)
+        counts = [plan.counts(decision, starts) for decision in plan.decisions]
+        queries = [[start + n - 1 for start, n in zip(begin, kv_lens, strict=True)] for begin, kv_lens, *_ in counts]
         active = [plan.active(decision.stage) for decision in plan.decisions]
-        parts = (
-            rows,
-            tokens,
-            inverse_index,
-            tokens % plan.length,
-            offsets,
-            candidates,
-            text_rows,
-            np.arange(candidates.shape[1], dtype=np.int64)[None],
-            np.array([np.add(m.starts, m.kv_lens) - 1 for m in metadata], dtype=np.int64),
-            np.array([np.subtract(plan.lengths, counts) for counts in active], dtype=np.int64),
-            np.array([m.as_tuple() for m in metadata], dtype=np.int64),
-        )
-        ends = list(accumulate(part.size for part in parts))
+        dropped = [[all_rows - n for all_rows, n in zip(plan.lengths, some, strict=True)] for some in active]
+        visual_indices = np.arange(candidates.shape[1], dtype=np.int64)[None]
+        tables = (rows, tokens, inverse_index, tokens % plan.length, candidates, text_rows, visual_indices)
+        counts_of_samples = np.array([*chain.from_iterable(counts), starts, *queries, *dropped], dtype=np.int64)
+        parts = (*tables, counts_of_samples)
         packed = upload(np.concatenate([part.ravel() for part in parts]), device)
-        pieces = torch.tensor_split(packed, ends[:-1])
-        *tensors, on_device = (p.view(part.shape) for p, part in zip(pieces, parts, strict=True))
-        metadata = tuple(replace(m, on_device=c) for m, c in zip(metadata, on_device, strict=True))
-        return cls(metadata, mark(stream_of(packed)), *tensors)
+        pieces = packed.split([part.size for part in parts])
+        *views, per_sample = (piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+        *on_device, starts_there, queries_there, dropped_there = per_sample.split(
+            [*map(len, counts), 1, len(queries), len(dropped)]
+        )
+        metadata = tuple(SelectMetadata(*its, on_device=there) for its, there in zip(counts, on_device, strict=True))
+        return cls(metadata, mark(stream_of(packed)), starts_there[0], queries_there, dropped_there, *views)
 
     def join(self) -> None:
         """Let the current CUDA stream wait for the upload, and keep the tables for all that it is asked to do.

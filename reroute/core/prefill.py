@@ -9,19 +9,20 @@ Of a model that is spread over several GPUs the home is where RoPE tables and ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
+from ..rankers import DecoderAdapter, Merge, RankContext, Ranker, Vision
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
 from .plan import Plan
-from .ranking import DecoderAdapter, RankContext, Ranker
 
-__all__ = ["PositionTables", "Prefill"]
+__all__ = ["Decided", "PositionTables", "Prefill"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,27 @@ class _Competitors:
     visual_indices: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What a removal left: pool rows (B, S), their logical positions (B, S), and their tables."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    tables: PositionTables
+
+
+class Decided(NamedTuple):
+    """A decision that was made: which rows its stage runs, and how they take up others, if they do."""
+
+    decision: Decision
+    selection: Selection
+    merge: Merge | None
+
+
 class Prefill:
-    """One routed prefill. Call ``decide`` before a scoring layer, ``advance`` before a routing layer, ``restore`` at
-    the end, and ``close`` in any case. The first three raise RerouteError if the home cannot take the hidden states
-    (``Home.check``).
+    """One routed prefill. Call ``look`` before the layers of ``Schedule.looks``, ``decide`` before a scoring layer,
+    ``advance`` before a routing layer, ``restore`` at the end, and ``close`` in any case. All but the last raise
+    RerouteError if the home cannot take the hidden states (``Home.check``).
     """
 
     def __init__(
@@ -53,7 +71,6 @@ class Prefill:
         plan: Plan,
         home: Home,
         adapter: DecoderAdapter,
-        ranker: Ranker,
         tables: PositionTables,
         *,
         trace: bool = False,
@@ -61,9 +78,11 @@ class Prefill:
         """Take over ``home`` and sort the logical ``tables`` (batch dimension B or 1) into the order of its rows."""
         self.plan, self.stage, self.tables = plan, -1, tables
         self._home, self._tensors = home, home.tensors
-        self._adapter, self._ranker = adapter, ranker
+        self._adapter = adapter
         self._positions: torch.Tensor | None = None
+        self._left: _Left | None = None
         self._is_home = False
+        self._notes: list[tuple[Ranker, int, Any]] = []
         self._trace: list[StageTrace] | None = [] if trace else None
         try:
             self._pool_tables = [self._to_pool_order(t) for t in (tables.cos, tables.sin, tables.ids) if t is not None]
@@ -106,35 +125,52 @@ class Prefill:
         """The decisions so far, if tracing."""
         if self._trace is None:
             return None
-        starts = self._tensors.starts
-        rows = (self._tensors.candidates + starts).clamp(min=0)
+        rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
-    def decide(self, decision: Decision, hidden: torch.Tensor) -> Selection:
-        """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``."""
+    def look(self, layer: int, hidden: torch.Tensor) -> None:
+        """Let rankers make notes on ``hidden`` (B, S, C), the input of ``layer``, for their later decisions."""
+        self._home.check(hidden, f"The hidden states before layer {layer}")
+        schedule = self.plan.schedule
+        decision = replace(self.plan.decisions[schedule.next_stage(layer)], score_layer=layer)
+        for ranker in schedule.looks[layer]:
+            with torch.no_grad():
+                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, None))
+            self._notes.append((ranker, layer, note))
+
+    def decide(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None = None) -> Decided:
+        """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``.
+
+        ``vision``: the pictures of this call, if the ranker needs them.
+        """
         self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
         with torch.no_grad():
-            selection = self._ranker.select(self._rank_context(decision, hidden))
+            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden, vision))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)
-        return selection
+        return Decided(decision, selection, merge)
 
-    def advance(self, decision: Decision, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+    def advance(self, decided: Decided, hidden: torch.Tensor) -> torch.Tensor:
         """Enter the decided stage: ``hidden`` (B, S, C) goes home, the selected rows (B, S', C) come out."""
+        decision, selection, merge = decided
         if decision.score_layer != decision.layer:  # else ``decide`` has written it
             self._home.check(hidden, f"The hidden states before layer {decision.layer}")
             self._defer(hidden)
-        self._rows = self._pool_rows(decision, selection.active_rows)
+        if merge is not None:
+            self._merge(decision, selection, merge(self._ranked(hidden)))
+        self._rows = self._pool_rows(selection.active_rows)
         self._positions, self._inverse_index = selection.active_positions, selection.inverse_index
-        if self.plan.action == "remove":
+        if decision.action == "remove":
             self._competitors = self._survivors(selection.kept)
         self.stage = decision.stage
         admitted, cos, sin, *ids = self._home.admit(self._rows, *self._pool_tables)
         self.tables = PositionTables(cos, sin, ids[0].squeeze(-1) if ids else None)
         if self.plan.schedule.position_mode == "renumbered":
             self.tables = self._renumbered(admitted)
+        if decision.action == "remove":
+            self._left = _Left(self._rows, self._positions, self.tables)
         return admitted.to(hidden.device)
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -153,22 +189,37 @@ class Prefill:
         """Write ``hidden`` home; and what will be scored, after the input norm of ``decision.score_layer``."""
         layer = decision.score_layer
         norm = self._adapter.input_norm(layer)
-        if norm is None or norm.weight.device != self._home.device or not decision.from_pool:
-            return self._adapter.normalise(layer, self._defer_and_read(decision, hidden))
+        if norm is None or norm.weight.device != self._home.device or self._left is not None:
+            return self._adapter.normalise(layer, self._defer_and_read(hidden))
         self._is_home = True
         return self._home.defer_rmsnorm(self._rows, self._inverse_index, hidden, norm)
 
-    def _defer_and_read(self, decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
+    def _defer_and_read(self, hidden: torch.Tensor) -> torch.Tensor:
         """Write ``hidden`` home; and what will be scored."""
         self._defer(hidden)
-        return self._home.states() if decision.from_pool else hidden.detach().flatten(0, 1)
+        return self._ranked(hidden).detach()
 
-    def _rank_context(self, decision: Decision, hidden: torch.Tensor) -> RankContext:
+    def _ranked(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The rows (R, C) that are ranked, once ``hidden`` is home; gradients pass where they are recorded."""
+        if self._left is None:
+            return self._home.states()
+        if self._left.rows is self._rows:
+            return hidden.flatten(0, 1).to(self._home.device)
+        return self._home.admit(self._left.rows)[0].flatten(0, 1)
+
+    def _merge(self, decision: Decision, selection: Selection, merged: torch.Tensor) -> None:
+        """Let the kept tokens go on with ``merged`` (B, K, C)."""
+        kept = selection.kept
+        starts = self._tensors.metadata[decision.stage].counts(kept.device)[0]
+        rows = self._competitors.candidates.gather(1, kept.clamp(min=0)) + starts[:, None]
+        self._home.defer(self._pool_rows(rows.masked_fill(kept < 0, -1)), merged)
+
+    def _rank_context(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None) -> RankContext:
         cos, sin = self._pool_tables[:2]
         positions = self._tensors.positions
-        if not decision.from_pool:
-            cos, sin = self.tables.cos.flatten(0, 1), self.tables.sin.flatten(0, 1)
-            positions = self.positions.flatten()
+        if self._left is not None:
+            cos, sin = self._left.tables.cos.flatten(0, 1), self._left.tables.sin.flatten(0, 1)
+            positions = self._left.positions.flatten()
         return RankContext(
             decision,
             self.backend,
@@ -180,8 +231,12 @@ class Prefill:
                 positions,
                 self._tensors.metadata[decision.stage],
             ),
-            hidden=lambda: self._defer_and_read(decision, hidden).to(self._home.device),
+            self._competitors.visual_indices,
+            hidden=lambda: self._defer_and_read(hidden).to(self._home.device),
             normed=lambda: self._defer_and_normalise(decision, hidden),
+            questions=self.plan.question_lengths,
+            vision=vision,
+            notes={layer: note for ranker, layer, note in self._notes if ranker == decision.ranker},
         )
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------
@@ -192,11 +247,11 @@ class Prefill:
         flat = table.expand(self.plan.batch, -1, -1).reshape(-1, table.shape[-1])
         return flat.index_select(0, self._tensors.tokens)
 
-    def _pool_rows(self, decision: Decision, active: torch.Tensor) -> torch.Tensor:
+    def _pool_rows(self, active: torch.Tensor) -> torch.Tensor:
         """Pool rows (B, S) of the selected rows ``active``, which are numbered among those that were scored."""
-        if decision.from_pool:
+        if self._left is None:
             return active
-        return self._rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
+        return self._left.rows.flatten()[active.clamp(min=0)].masked_fill(active < 0, -1)
 
     def _survivors(self, kept: torch.Tensor) -> _Competitors:
         """What competes after a removal: ``kept`` (B, K) are indices into the former candidates, padded with -1."""

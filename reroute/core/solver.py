@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
 from ..checks import check_name, number, shown
 from ..errors import RerouteError
-from .schedule import Schedule
+from .schedule import Schedule, tidy
 
-__all__ = ["RatioFamily", "check_keep", "scale_layers", "solve"]
+__all__ = ["RatioFamily", "budget_of", "check_keep", "scale_layers", "scale_ratios", "solve"]
 
 RatioFamily = Literal["uniform", "pyramid", "geometric"]
 """How ratios follow from one parameter: r, r, r… or a, a, a/2, a/4… or r, r², r³…"""
@@ -65,6 +64,45 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
     keep = check_keep(keep)
     if keep == 1:
         return (1.0,) * len(layers)
+
+    def ratios(free: float) -> tuple[float, ...]:
+        return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(layers)))
+
+    return ratios(tidy(_smallest(ratios, 2.0 ** len(layers), layers, num_layers, keep)))
+
+
+def scale_ratios(ratios: Sequence[float], layers: Sequence[int], num_layers: int, keep: float) -> tuple[float, ...]:
+    """``ratios`` times one factor, clipped to 1, for the budget ``keep`` = avg_T / N; see ``solve``.
+
+    Raises:
+        RerouteError: no factor reaches the budget, or the layers before the first decision alone exceed it.
+    """
+    keep, highest = check_keep(keep), max(ratios, default=0.0)
+
+    def scaled(factor: float) -> tuple[float, ...]:
+        return tuple(min(1.0, factor * ratio) for ratio in ratios)
+
+    least = min((ratio for ratio in ratios if ratio > 0), default=0.0)
+    if not highest or budget_of(layers, [float(ratio > 0) for ratio in ratios], num_layers) < keep:
+        raise RerouteError(
+            f"keep = {keep} is out of reach of the ratios {tuple(ratios)}: stages that keep nothing stay as they are. "
+            "Choose a smaller keep or let more stages keep something."
+        )
+    if keep == 1:
+        return (1.0,) * len(ratios)
+    return tuple(map(tidy, scaled(_smallest(scaled, 1 / least, layers, num_layers, keep))))
+
+
+def budget_of(layers: Sequence[int], ratios: Sequence[float], num_layers: int) -> float:
+    """The budget ``keep`` = avg_T / N of a schedule on ``num_layers`` layers, before rounding to counts."""
+    widths = (end - start for start, end in pairwise((*layers, num_layers)))
+    return (layers[0] + sum(width * ratio for width, ratio in zip(widths, ratios, strict=True))) / num_layers
+
+
+def _smallest(
+    ratios: Callable[[float], tuple[float, ...]], high: float, layers: Sequence[int], num_layers: int, keep: float
+) -> float:
+    """The smallest parameter up to ``high`` whose ``ratios``, which grow with it, reach the budget ``keep``."""
     target = keep * num_layers - layers[0]
     if target <= 0:
         raise RerouteError(
@@ -74,20 +112,10 @@ def solve(family: RatioFamily, layers: Sequence[int], num_layers: int, keep: flo
             "Choose a larger keep or an earlier first routing layer."
         )
     widths = [end - start for start, end in pairwise((*layers, num_layers))]
-
-    def ratios(free: float) -> tuple[float, ...]:
-        return tuple(min(1.0, _RATIO[family](free, stage)) for stage in range(len(widths)))
-
-    low, high = 0.0, 2.0 ** len(widths)
+    low = 0.0
     while low < (middle := (low + high) / 2) < high:
         if sum(w * r for w, r in zip(widths, ratios(middle), strict=True)) < target:
             low = middle
         else:
             high = middle
-    return ratios(_tidy(high))
-
-
-def _tidy(value: float) -> float:
-    """The simple fraction that ``value`` misses by rounding: floor(576 * 0.4999…) loses a token."""
-    near = float(Fraction(value).limit_denominator(10_000))
-    return near if near > 0 and abs(near - value) < 1e-12 else value
+    return high

@@ -1,39 +1,66 @@
-"""Methods by name: a policy of schedules and a ranker. One file each; see ``Method`` for how to write another."""
+"""Methods by name: one file each; see ``Method`` for how to write another."""
 
 from __future__ import annotations
 
 from ..checks import shown
-from ..core.ranking import Ranker
-from ..errors import RerouteError, unknown
+from ..errors import RerouteError
+from ..rankers import RANKERS
+from ..registry import Registry
 from .base import Method
+from .cdpruner import CDPruner
+from .dart import DART
+from .diverse import Diverse
+from .divprune import DivPrune
 from .fastv import FastV
+from .nuwa import Nuwa
+from .oracle import Oracle
 from .pdrop import PDrop
 from .random import Random
+from .sparsevlm import SparseVLM
+from .visionzip import VisionZip
+from .vscan import VScan
 
-__all__ = ["METHODS", "FastV", "Method", "PDrop", "Random", "get"]
+__all__ = [
+    "DART",
+    "METHODS",
+    "CDPruner",
+    "DivPrune",
+    "Diverse",
+    "FastV",
+    "Method",
+    "Nuwa",
+    "Oracle",
+    "PDrop",
+    "Random",
+    "SparseVLM",
+    "VScan",
+    "VisionZip",
+    "get",
+]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FastV, PDrop, Random)}
-"""Every method that can be asked for by name. Register your own here."""
+METHODS: Registry[Method] = Registry(
+    "method",
+    "reroute.methods",
+    {
+        method.name: method
+        for method in (CDPruner, DART, DivPrune, Diverse, FastV, Nuwa, PDrop, Random, SparseVLM, VisionZip, VScan)
+    },
+    RANKERS,
+)
+"""Every method that can be asked for by name. Register your own here. ``Oracle`` is none, as it needs a record."""
 
 
 def get(method: str | Method) -> Method:
     """The method itself, or the one of this name with its default settings.
 
     Raises:
-        RerouteError: no such method, which lists the known ones; or one whose ranker is none.
+        RerouteError: no such method, which lists the known ones.
     """
     if isinstance(method, Method):
-        if not isinstance(method.ranker, Ranker):
-            raise RerouteError(
-                f"The ranker of {type(method).__name__} must be a Ranker such as RandomScores(), not "
-                f"{shown(method.ranker)}."
-            )
         return method
     if not isinstance(method, str):
         raise RerouteError(
             f"method must be one of the names {', '.join(sorted(METHODS))} or a Method such as "
             f"FastV(ratio=0.25), not {shown(method)}."
         )
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    return METHODS[method]()
+    return METHODS.find(method)()

@@ -1,14 +1,11 @@
-"""What a method is: a name for a policy of schedules and a ranker."""
+"""What a method is: a name for schedules."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, is_dataclass
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from ..core.ranking import Ranker
-from ..rankers import LastTokenAttention
 
 if TYPE_CHECKING:
     from typing import Self
@@ -20,20 +17,16 @@ __all__ = ["Method"]
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """When decisions are made and how many visual tokens they keep, and what ranks them.
-
-    ``ranker`` of any method can be replaced: ``FastV(ranker=Norm())``, see ``reroute.rankers.ScoreRanker``.
-    """
+    """A name for schedules: before which layers decisions are made, how many tokens they keep, ranked by what."""
 
     name: ClassVar[str]
-
-    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse ``ranker = …`` without an annotation, which a dataclass would ignore."""
         super().__init_subclass__(**kwargs)
-        if "ranker" in vars(cls) and "ranker" not in get_annotations(cls):
-            raise TypeError(f"{cls.__name__}.ranker is a field of a dataclass: write 'ranker: Ranker = …'")
+        settings = {field.name for base in cls.__bases__ if is_dataclass(base) for field in fields(base)}
+        for name in settings & vars(cls).keys() - get_annotations(cls).keys():
+            raise TypeError(f"{cls.__name__}.{name} is a field of a dataclass: write '{name}: … = …'")
 
     @abstractmethod
     def schedule(self, num_layers: int, action: Action) -> Schedule:

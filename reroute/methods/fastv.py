@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from ..checks import number, shown, whole
 from ..core.schedule import Action, Rounding, Schedule
 from ..core.solver import scale_layers, solve
 from ..errors import RerouteError
+from ..rankers import LastTokenAttention, Ranker
+from ..rankers.base import check_ranker
 from .base import Method
 
 if TYPE_CHECKING:
@@ -25,18 +27,20 @@ class FastV(Method):
     - ``route``: the same, and new decisions before layers 7, 15 and 23 of 32, scaled to the depth.
 
     ``layer`` is taken literally; None is layer 3, moved forward only in shallow models. ``ratio``,
-    the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers.
+    the share of the N visual tokens at each decision, averages 192 of 576 over 32 layers. ``ranker`` may be one's own.
     """
 
     name = "fastv"
+    layers_of_32: ClassVar[tuple[int, ...]] = (3, 7, 15, 23)
 
     layer: int | None = None
     ratio: float = 0.2644
-    score_layer_offset: int = 0
     rounding: Rounding = "floor"
+    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the types."""
+        check_ranker(self.ranker)
         try:
             object.__setattr__(self, "layer", None if self.layer is None else whole(self.layer))
             object.__setattr__(self, "ratio", number(self.ratio))
@@ -52,13 +56,12 @@ class FastV(Method):
 
         Meant for ``remove``.
         """
-        return cls(layer=2, ratio=0.5, score_layer_offset=-1, rounding="half_even")
+        return cls(layer=2, ratio=0.5, rounding="half_even", ranker=LastTokenAttention(layer_offset=-1))
 
     def schedule(self, num_layers: int, action: Action) -> Schedule:
         """See ``Method``."""
         layers = self._layers(num_layers, action)
-        ratios = (self.ratio,) * len(layers)
-        return Schedule(layers, ratios, self.rounding, score_layer_offset=self.score_layer_offset)
+        return Schedule(layers, (self.ratio,) * len(layers), (self.ranker,), self.rounding)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""
@@ -66,6 +69,6 @@ class FastV(Method):
         return replace(self, ratio=ratios[0])
 
     def _layers(self, num_layers: int, action: Action) -> tuple[int, ...]:
-        first, *later = scale_layers((3, 7, 15, 23), num_layers)
+        first, *later = scale_layers(self.layers_of_32, num_layers)
         first = first if self.layer is None else self.layer
         return (first, *(x for x in later if x > first)) if action == "route" else (first,)

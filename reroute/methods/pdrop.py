@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import floor
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from ..checks import finite, items, shown
 from ..core.schedule import Action, PositionMode, Rounding, Schedule
 from ..core.solver import RatioFamily, scale_layers, solve
 from ..errors import RerouteError
+from ..rankers import LastTokenAttention, Ranker
+from ..rankers.base import check_ranker
 from .base import Method
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class PDrop(Method):
 
     ``layers`` are routing layers, or where below 1 shares of the depth; None is (2, 7, 15, 23) of
     32, scaled to the depth. ``ratios`` has one per layer, relative to the N visual tokens; None
-    is those whose budget avg_T / N is 1/3: on 32 layers the ones released for 192 of 576 tokens.
+    is those whose budget avg_T / N is 1/3: on 32 layers the ones released for 192 of 576 tokens. ``ranker`` may
+    be one's own.
     """
 
     name = "pdrop"
@@ -36,9 +39,11 @@ class PDrop(Method):
     ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"
     position_mode: PositionMode = "preserved"
+    ranker: Ranker = field(default=LastTokenAttention(), kw_only=True)
 
     def __post_init__(self) -> None:
         """Turn sequences into tuples and check their types."""
+        check_ranker(self.ranker)
         try:
             for name in ("layers", "ratios"):
                 if (given := getattr(self, name)) is not None:
@@ -61,7 +66,7 @@ class PDrop(Method):
         """See ``Method``."""
         if self.ratios is None:
             return self.with_budget(1 / 3, num_layers, action).schedule(num_layers, action)
-        return Schedule(self._layers(num_layers), self.ratios, self.rounding, self.position_mode)
+        return Schedule(self._layers(num_layers), self.ratios, (self.ranker,), self.rounding, self.position_mode)
 
     def with_budget(self, keep: float, num_layers: int, action: Action) -> Self:
         """See ``Method``."""

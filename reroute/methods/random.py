@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..core.ranking import Ranker
-from ..rankers import RandomScores
+from ..rankers import RandomScores, Ranker
 from .fastv import FastV
 
 __all__ = ["Random"]

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
 
 from reroute_kernels import Selection
 
-from ..core.ranking import RankContext, Ranker
+from ..checks import shown, whole
+from ..errors import RerouteError
+from .base import RankContext, Ranker
+
+if TYPE_CHECKING:
+    from ..core.cost import ModelShape
 
 __all__ = ["LastTokenAttention"]
 
 
 @dataclass(frozen=True)
 class LastTokenAttention(Ranker):
-    """Score of a candidate: mean over heads of the attention that the last prompt token pays it in ``score_layer``."""
+    """Score of a candidate: mean over heads of the attention that the last prompt token pays it.
 
-    scores_attention = True
+    - ``layer_offset``: 0 scores with the routing layer's own query and keys, on its input; -1 with those of the layer
+      before (FastV's original).
+    - ``rotates``: whether query and keys are rotated by their positions, as in the layer (VScan for Qwen2.5-VL: not).
+    """
+
+    layer_offset: int = 0
+    rotates: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not isinstance(self.rotates, bool):
+            raise RerouteError(f"rotates is True or False, not {shown(self.rotates)}.")
+        try:
+            object.__setattr__(self, "layer_offset", whole(self.layer_offset))
+        except TypeError:
+            object.__setattr__(self, "layer_offset", 1)
+        if self.layer_offset not in (0, -1):
+            raise RerouteError(
+                "layer_offset must be 0 (score with the routing layer) or -1 (with the layer before it), not "
+                f"{shown(self.layer_offset)}."
+            )
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
@@ -23,10 +51,18 @@ class LastTokenAttention(Ranker):
         query, keys = adapter.project(layer, context.normed(), context.tables.query_rows)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
+        tables = context.tables
+        if not self.rotates:
+            tables = tables._replace(cos=torch.ones_like(tables.cos), sin=torch.zeros_like(tables.sin))
         return context.backend.score_topk(
             query,
             keys,
-            context.tables,
+            tables,
             context.rows,
             adapter.attention_spec(layer),
         )
+
+    def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
+        """One query row, the keys of all ``rows``, and their logits."""
+        d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        return 2 * d * q + 2 * rows * d * kv + 2 * q * rows

@@ -1,89 +1,181 @@
-"""A ranker that gives each candidate a number: the base of your own."""
+"""What a decision needs of the model, and what a ranker gets."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from reroute_kernels import Selection
+from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables, Selection, SelectRows
 
-from ..core.ranking import RankContext, Ranker
+from ..checks import shown
 from ..errors import RerouteError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ..core.cost import ModelShape
+    from ..core.decision import Decision
+    from .vision import TowerShape, Vision
 
-__all__ = ["RankInputs", "ScoreRanker"]
+__all__ = ["DecoderAdapter", "Merge", "RankContext", "Ranker", "check_ranker"]
 
 
-@dataclass(frozen=True)
-class RankInputs:
-    """What scores are computed from.
+class DecoderAdapter(Protocol):
+    """What scoring needs from the model."""
 
-    - ``hidden[b]`` (N_b, C): latest hidden states of sample ``b``'s candidates, in prompt order.
-    - ``query`` (B, C): hidden state of each sample's last prompt token.
-    - ``layer``: the layer whose input this is. ``stage``: the stage that is decided, from 0.
+    def input_norm(self, layer: int) -> RMSNorm | None:
+        """The norm of rows before the attention of ``layer``, or None if there is more to it than its formula."""
+
+    def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (R, C) after that norm, by the model itself."""
+
+    def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` (R, C) after the norm behind the last layer."""
+
+    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, D) of ``normed[query_rows]`` and keys (R, G, D) of ``normed`` (R, C), both before RoPE.
+
+        Queries come after the layer's query norm, keys before its key norm.
+        """
+
+    def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights (G, D, C) and bias (G, D), if there is one, with which ``project`` makes keys of ``layer``.
+
+        Raises:
+            RerouteError: keys of ``layer`` are not made by one matrix alone.
+        """
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """Scale, rotation and key norm of the attention of ``layer``."""
+
+    def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin (B, S, rot) at position ids (B, S)."""
+
+
+class RankContext(NamedTuple):
+    """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
+
+    - ``tables``: of the R scored rows; the last prompt token of each sample is its query.
+    - ``rows``: what competes.
+    - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
+    - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
+    - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
+    - ``questions``: of each sample, how many of the last rows that its query sees come after all visual tokens.
+    - ``vision``: the pictures, for rankers that need them.
+    - ``notes``: what the ranker noted earlier in this prefill, by the layer before which it did (``Ranker.note``).
     """
 
-    hidden: list[torch.Tensor]
-    query: torch.Tensor
-    layer: int
-    stage: int
+    decision: Decision
+    backend: Backend
+    adapter: DecoderAdapter
+    tables: RopeTables
+    rows: SelectRows
+    visual_indices: torch.Tensor
+    hidden: Callable[[], torch.Tensor]
+    normed: Callable[[], torch.Tensor]
+    questions: tuple[int, ...] = ()
+    vision: Vision | None = None
+    notes: Mapping[int, Any] = MappingProxyType({})
+
+    def candidates_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that are its candidates', (N_b, …) in prompt order."""
+        return self._of(states, self.rows.candidates, self.rows.metadata.num_candidates)
+
+    def texts_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that are its text tokens', (M_b, …) in prompt order."""
+        return self._of(states, self.rows.text_rows, self.rows.metadata.num_texts)
+
+    def questions_of(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each sample, those of ``states`` (R, …) that come after all visual tokens, up to its query."""
+        counts = self.rows.metadata
+        ends = [start + length for start, length in zip(counts.starts, counts.kv_lens, strict=True)]
+        return [states[end - n : end].clone() for end, n in zip(ends, self.questions, strict=True)]
+
+    def best(self, scores: Iterable[torch.Tensor]) -> Selection:
+        """The candidates of the highest ``scores``, (N_b,) for each sample; of equal ones the first."""
+        padded = torch.full_like(self.rows.candidates, -torch.inf, dtype=torch.float32)
+        for target, score, n in zip(padded, scores, self.rows.metadata.num_candidates, strict=True):
+            target[:n] = score
+        return self.backend.select(padded, self.rows)
+
+    def _of(self, states: torch.Tensor, rows: torch.Tensor, counts: tuple[int, ...]) -> list[torch.Tensor]:
+        starts = self.rows.metadata.starts
+        return [states[start + its[:n]] for start, its, n in zip(starts, rows, counts, strict=True)]
 
 
-class ScoreRanker(Ranker):
-    """Ranks by numbers that ``scores`` returns; the selection is the exact kernel of all rankers::
+Merge = Callable[[torch.Tensor], torch.Tensor]
+"""From the hidden states (R, C) of the rows that were ranked, as they are when the stage begins, to those (B, K, C)
+with which its kept tokens go on, in the order of ``Selection.kept``; what stands where that is -1 is not read."""
 
-    @dataclass(frozen=True)
-    class Norm(ScoreRanker):
-        def scores(self, inputs: RankInputs) -> list[torch.Tensor]:
-            return [hidden.float().norm(dim=-1) for hidden in inputs.hidden]
 
-    reroute.enable(model, method=FastV(ranker=Norm()), keep=0.33)
+class Ranker(ABC):
+    """What orders the candidates of a decision; one object serves all decisions, samples and threads.
+
+    - ``layer_offset``: 0 decides before the routing layer, -1 before the layer that comes before it.
+    - ``needs_vision``: whether it looks at the pictures, as ``RankContext.vision`` shows them.
     """
+
+    layer_offset: int = 0
+    needs_vision: ClassVar[bool] = False
+
+    def tower_states(self, tower: TowerShape) -> Sequence[int]:
+        """Which hidden states of the vision tower it reads, if it ``needs_vision``; no other is kept.
+
+        As Transformers counts them: 0 is the input of the first layer, n the output of the last of n layers; from the
+        end if negative. Attention and keys of a layer are computed from its input, which has the layer's number.
+        """
+        return ()
+
+    def check(self, adapter: DecoderAdapter, layer: int) -> None:
+        """Refuse a model that it cannot rank in, on the input of ``layer``: at ``enable``, and before a call runs.
+
+        Raises:
+            RerouteError: says why.
+        """
+        return
+
+    def looks_before(self, layer: int) -> Collection[int]:
+        """The layers on whose input it makes a ``note``, ahead of its decision before ``layer`` and no later."""
+        return ()
+
+    def note(self, context: RankContext) -> Any:
+        """What its decisions in this prefill, and no others, find in ``RankContext.notes``.
+
+        Equal rankers share one note for each layer. ``context.decision.score_layer`` is that layer; ``candidates`` are
+        what competes there, before a decision is made on the same input. Rules are those of ``select``; there are no
+        pictures, and what ``hidden`` returns is written to later: note copies of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.looks_before asks for notes, and there is no note().")
+
+    def decide(self, context: RankContext) -> tuple[Selection, Merge | None]:
+        """What ``select`` returns, and how the tokens that are kept take up others, if they do.
+
+        Rules are those of ``select``. Merging runs when the stage begins; gradients pass there if they are recorded.
+        """
+        return self.select(context), None
 
     @abstractmethod
-    def scores(self, inputs: RankInputs) -> Sequence[torch.Tensor]:
-        """Scores (N_b,) of each sample's candidates, the highest kept first. Other shapes are refused.
+    def select(self, context: RankContext) -> Selection:
+        """The ``decision.k`` best candidates of each sample. Asks for ``hidden`` or ``normed`` of ``context``, once.
 
         Runs under ``torch.no_grad()``, as a selection has no gradient. Must not wait for the device, and must not let a
         sample depend on its batch neighbours.
         """
 
-    def select(self, context: RankContext) -> Selection:
-        """See ``Ranker``.
+    def flops(self, shape: ModelShape, rows: int, candidates: int, k: int) -> int:
+        """FLOPs of keeping ``k`` of a sample's ``candidates``, among ``rows`` rows. 0: not known, so not counted."""
+        return 0
 
-        Raises:
-            RerouteError: ``scores`` did not return one number for each candidate.
-        """
-        states, rows = context.hidden(), context.rows
-        counts = rows.metadata.num_candidates
-        samples = zip(rows.metadata.starts, rows.candidates, counts, strict=True)
-        hidden = [states[start + candidates[:n]] for start, candidates, n in samples]
-        query, decision = states[context.tables.query_rows], context.decision
-        inputs = RankInputs(hidden, query, decision.score_layer, decision.stage)
-        scores = torch.full_like(rows.candidates, -torch.inf, dtype=torch.float32)
-        for target, score, n in zip(scores, self._checked(inputs), counts, strict=True):
-            target[:n] = score
-        return context.backend.select(scores, rows)
+    def note_flops(self, shape: ModelShape, rows: int, candidates: int) -> int:
+        """FLOPs of one ``note`` on a sample's ``candidates``, among ``rows`` rows."""
+        return 0
 
-    def _checked(self, inputs: RankInputs) -> list[torch.Tensor]:
-        """The scores, if they are one number per candidate: anything else might be broadcast. Never waits."""
-        returned = self.scores(inputs)
-        scores = [] if returned is None else list(returned)
-        if len(scores) != len(inputs.hidden):
-            raise RerouteError(
-                f"{type(self).__name__} scored {len(scores)} samples instead of {len(inputs.hidden)}. Return one "
-                "tensor for each of inputs.hidden."
-            )
-        for sample, (score, hidden) in enumerate(zip(scores, inputs.hidden, strict=True)):
-            came = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-            if came != (len(hidden),):
-                raise RerouteError(
-                    f"{type(self).__name__} scored sample {sample} with {came} instead of ({len(hidden)},). "
-                    "Return one number for each row of inputs.hidden[b]."
-                )
-        return scores
+
+def check_ranker(value: object) -> None:
+    """RerouteError unless ``value`` is a ranker."""
+    if not isinstance(value, Ranker):
+        raise RerouteError(
+            f"A ranker must be a Ranker such as reroute.rankers.LastTokenAttention(), not {shown(value)}."
+        )

@@ -8,7 +8,7 @@ import torch
 
 from ..checks import shown, whole
 from ..errors import RerouteError
-from .base import RankInputs, ScoreRanker
+from .scores import RankInputs, ScoreRanker
 
 __all__ = ["RandomScores"]
 

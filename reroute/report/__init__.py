@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from .chart import charts
 from .findings import findings
-from .page import Page, check_writable, write
-from .results import Cost, Results, Row, Setup
+from .page import Page, write
+from .results import Cost, Difference, Results, Row, Setup, paired
 from .scene import Answer, Routed, Scene, Stage
-from .table import html_costs, html_table, text_costs, text_table
+from .table import html_costs, html_cuts, html_table, text_costs, text_cuts, text_table
 
 __all__ = [
     "Answer",
     "Cost",
+    "Difference",
     "Page",
     "Results",
     "Routed",
@@ -20,11 +21,13 @@ __all__ = [
     "Setup",
     "Stage",
     "charts",
-    "check_writable",
     "findings",
     "html_costs",
+    "html_cuts",
     "html_table",
+    "paired",
     "text_costs",
+    "text_cuts",
     "text_table",
     "write",
 ]

@@ -12,7 +12,7 @@ __all__ = ["charts"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 160, 130, 26, 4, 8, 22
 KEY: Final = (
-    "<p>Right answers in % against the budget avg_T / N; bars and band: ± one standard error.</p>"
+    "<p>Right answers in % against the budget avg_T / N in %; bars and band: ± one standard error.</p>"
     '<ul class="key"><li class="route"><b>●</b> route</li><li class="remove"><b>■</b> remove</li>'
     '<li class="random"><b>✕</b> random, remove</li><li class="dense"><b>━</b> dense</li></ul>'
 )
@@ -39,16 +39,16 @@ def _panel(results: Results, method: str, family: str) -> str:
         ("route", _rows(results, method, "route")),
     ]
     shown = [row for _, rows in lines for row in rows]
-    budgets = [row.setup.budget for row in lines[-1][1]]
+    keeps = results.keeps
     low, high = _y(dense.accuracy - dense.standard_error), _y(dense.accuracy + dense.standard_error)
     band = f'<rect class="band" x="{LEFT}" y="{high:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{low - high:.1f}"/>'
-    series = "".join(_series(name, rows, family) for name, rows in lines if rows)
-    figures = (f"{row.setup.name} at {row.setup.budget} {row.tallies[family].accuracy:.0%}" for row in shown)
+    series = "".join(_series(name, rows, family, keeps) for name, rows in lines if rows)
+    figures = (f"{row.setup.name} at {row.setup.share} {row.tallies[family].accuracy:.0%}" for row in shown)
     label = f"{family}: {'; '.join(figures)}"
     return (
         f"<figure><figcaption>{escape(family)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{_axes(budgets)}{band}{_line('dense', [(LEFT, _y(dense.accuracy)), (WIDTH - RIGHT, _y(dense.accuracy))])}"
+        f"{_axes(keeps)}{band}{_line('dense', [(LEFT, _y(dense.accuracy)), (WIDTH - RIGHT, _y(dense.accuracy))])}"
         f"{series}</svg></figure>"
     )
 
@@ -57,21 +57,23 @@ def _rows(results: Results, method: str, action: str) -> list[Row]:
     return [row for row in results.rows if row.setup.method == method and row.setup.action == action]
 
 
-def _axes(budgets: Sequence[str]) -> str:
+def _axes(keeps: Sequence[float]) -> str:
     grid = "".join(
         f'<path class="grid" d="M{LEFT} {_y(v / 100):.1f}H{WIDTH - RIGHT}"/>'
         f'<text class="y" x="{LEFT - 5}" y="{_y(v / 100) + 3.5:.1f}">{v}</text>'
         for v in (0, 50, 100)
     )
     names = "".join(
-        f'<text class="x" x="{_x(i, len(budgets)):.1f}" y="{HEIGHT - 7}">{b}</text>' for i, b in enumerate(budgets)
+        f'<text class="x" x="{_x(i, len(keeps)):.1f}" y="{HEIGHT - 7}">{100 * k:.0f}</text>'
+        for i, k in enumerate(keeps)
     )
     return grid + names
 
 
-def _series(name: str, rows: Sequence[Row], family: str) -> str:
+def _series(name: str, rows: Sequence[Row], family: str, keeps: Sequence[float]) -> str:
     tallies = [row.tallies[family] for row in rows]
-    points = [(_x(i, len(rows)), _y(t.accuracy)) for i, t in enumerate(tallies)]
+    places = [_x(keeps.index(row.setup.keep), len(keeps)) for row in rows]
+    points = [(x, _y(t.accuracy)) for x, t in zip(places, tallies, strict=True)]
     errors = "".join(
         f'<path class="error {name}" d="M{x:.1f} {_y(t.accuracy - t.standard_error):.1f}'
         f'V{_y(t.accuracy + t.standard_error):.1f}"/>'

@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from .results import FAMILIES, Difference, Results
 
 __all__ = ["findings"]
 
-HARD: Final = [family for family in FAMILIES if not family.startswith("one-hop")]
-EASY: Final = [family for family in FAMILIES if family.startswith("one-hop")]
-
 
 def findings(results: Results) -> tuple[str, ...]:
-    """On accuracy, on cost and, if removing at random was tried, on chance; all follow from ``results`` alone."""
-    chance = (_on_chance(results),) if results.chances else ()
-    return _on_accuracy(results), _on_cost(results), *chance
+    """On first cuts, on the best of each action, on published schedules, on cost and on chance, as far as was tried.
+
+    All of it follows from ``results`` alone.
+    """
+    tried = (
+        (results.cuts, _on_first_cuts),
+        (results.best, _on_the_best),
+        (results.published, _on_published),
+        (results.chances, _on_chance),
+        (results.pairs and results.batch, _on_cost),
+    )
+    return tuple(say(results) for compared, say in tried if compared)
 
 
-def _on_accuracy(results: Results) -> str:
-    hard, easy = (results.difference(families, results.pairs) for families in (HARD, EASY))
-    dense = results.accuracy(results.dense, HARD)
+def _on_first_cuts(results: Results) -> str:
+    gains = [results.difference(FAMILIES, [pair]) for pair in results.cuts]
+    names = [pair[0].setup.title for pair in results.cuts]
     head = {
-        1: "Tokens that may come back help where importance moves with depth",
-        0: "This run shows no clear gain from letting tokens come back",
-        -1: "Against expectation, removing did better than routing",
-    }[hard.verdict]
-    control = {
-        1: f"routing is ahead too, by {_points(easy)}",
-        0: f"the two do not differ clearly ({_points(easy)})",
-        -1: f"removing is ahead ({_points(easy)})",
-    }[easy.verdict]
+        1: "Routing is insurance against a bad first cut",
+        0: "This run shows no clear gain from routing after a bad first cut",
+        -1: "Against expectation, removing did better than routing after a bad first cut",
+    }[gains[0].verdict]
+    tail = {
+        1: f"Routing is ahead even after the best of them, {names[-1]}",
+        0: f"After the best of them, {names[-1]}, the two do not differ clearly: removal holds",
+        -1: f"After the best of them, {names[-1]}, removing is ahead",
+    }[gains[-1].verdict]
+    cuts = "; ".join(
+        f"{name} {_points(gain)} ({gain.first:.0%} against {gain.second:.0%})"
+        for name, gain in zip(names, gains, strict=True)
+    )
     return (
-        f"{head}: on two-hop and riddle questions routing answered {hard.first:.0%} and removing {hard.second:.0%} "
-        f"(dense {dense:.0%}; the same {hard.n} questions, mean over {len(results.pairs)} pairs of equal schedules, "
-        f"difference {_points(hard)}), while on one-hop questions {control}."
+        f"{head}: with the same decisions and counts at {results.cuts[0][0].setup.share} of the visual tokens, routed "
+        f"minus removed, by what ranks the first decision, is {cuts}. {tail}."
+    )
+
+
+def _on_the_best(results: Results) -> str:
+    gains = [results.difference(FAMILIES, [pair]) for pair in results.best]
+    shares = [pair[0].setup.share for pair in results.best]
+    ahead = [share for share, gain in zip(shares, gains, strict=True) if gain.verdict > 0]
+    behind = [share for share, gain in zip(shares, gains, strict=True) if gain.verdict < 0]
+    if not ahead and not behind:
+        head = "With the best that was tried for each action, removal holds as well as routing"
+    elif not behind:
+        head = f"With the best that was tried for each action, routing is ahead at {_listed(ahead)}" + (
+            ", and removal holds at the other budgets" if len(ahead) < len(shares) else ""
+        )
+    else:
+        head = f"With the best that was tried for each action, removing is ahead at {_listed(behind)}" + (
+            f" and routing at {_listed(ahead)}" if ahead else ""
+        )
+    name = results.name_of
+    points = "; ".join(
+        f"{share} {_points(gain)} ({name(route)} {gain.first:.0%}, {name(remove)} {gain.second:.0%})"
+        for share, gain, (route, remove) in zip(shares, gains, results.best, strict=True)
+    )
+    return f"{head}. Routed minus removed: {points}; dense {results.accuracy(results.dense):.0%}."
+
+
+def _on_published(results: Results) -> str:
+    gap = results.difference(FAMILIES, results.published)
+    titles = " and ".join(dict.fromkeys(route.setup.title for route, _ in results.published))
+    verdict = {
+        1: "depends on whether tokens may come back",
+        0: "does not clearly depend on whether tokens may come back",
+        -1: "is better off with removal",
+    }[gap.verdict]
+    keeps = [route.setup.keep for route, _ in results.published]
+    removed = {remove.setup.keep: remove for _, remove in results.best}
+    better = results.difference(
+        FAMILIES, [(removed[k], own) for k, (_, own) in zip(keeps, results.published, strict=True)]
+    )
+    why = ""
+    if gap.verdict > 0 and better.verdict > 0:
+        why = (
+            " That is a fault of these schedules on this model, and not of removal as such: at the same budgets the "
+            f"best removal answers {better.first:.0%}."
+        )
+    return (
+        f"With {titles}, on schedules made for 32 layers and scaled to this model, accuracy {verdict}: routed "
+        f"{gap.first:.0%}, removed {gap.second:.0%} (mean over {len(results.published)} pairs, difference "
+        f"{_points(gap)}).{why}"
     )
 
 
@@ -45,15 +101,9 @@ def _on_chance(results: Results) -> str:
         0: "does not differ clearly from",
         -1: "does worse than",
     }[gap.verdict]
-    why = {
-        1: "",
-        0: "",
-        -1: ": where the first decision falls, the last token does not look at what it will need, and a removed token "
-        "cannot be fetched back",
-    }[gap.verdict]
     return (
-        f"Removing by attention {verdict} removing at random ({gap.first:.0%} against {gap.second:.0%} of all "
-        f"questions, difference {_points(gap)}){why}."
+        f"Removing on these schedules {verdict} removing at random before the first layer ({gap.first:.0%} against "
+        f"{gap.second:.0%} of all questions, difference {_points(gap)})."
     )
 
 
@@ -75,6 +125,11 @@ def _on_cost(results: Results) -> str:
         f"dense prefill and {memory} of its KV cache; on this machine its prefill of one prompt was {single}, that of "
         f"{results.batch} at once {batched}."
     )
+
+
+def _listed(names: list[str]) -> str:
+    """One, two and three."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _pace(ratios: list[float]) -> str:

@@ -6,17 +6,16 @@ A forward is one call of the base model, from the moment its ids are known. It i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
-from reroute_kernels import Selection
-
 from ..config import Settings
 from ..core.decision import Decision
 from ..core.plan import Plan
-from ..core.prefill import PositionTables, Prefill
+from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
@@ -30,10 +29,10 @@ from .cache import (
     guarded_layer,
     past_length,
     route_layer,
-    routed_layer,
     stored_rows,
     tear,
 )
+from .vision import Recording
 
 __all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
@@ -41,7 +40,7 @@ Kwargs = dict[str, Any]
 
 
 class PrefillFactory(Protocol):
-    """Makes the prefill once the model's RoPE tables are known, at the first routing layer."""
+    """Makes the prefill once the model's RoPE tables are known, at the first layer whose input is looked at."""
 
     def __call__(
         self,
@@ -55,7 +54,12 @@ class PrefillFactory(Protocol):
 
 
 class ForwardContext:
-    """One forward of the base model, seen from its decoder and its layers."""
+    """One forward of the base model, seen from its decoder and its layers.
+
+    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    """
+
+    recording: Recording | None = None
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
@@ -64,7 +68,7 @@ class ForwardContext:
         self._writable: GuardedLayer | None = None
         self._kept: tuple[Cache, int] | None = None
 
-    @property
+    @cached_property
     def _mask_format(self) -> MaskFormat:
         """Of the present attention, which the planner has checked; a dense prefill may have any."""
         return mask_format_of(self._adapter.text_config)
@@ -72,6 +76,10 @@ class ForwardContext:
     def keep(self, cache: Cache | None) -> None:
         """The caller has ``cache``, whatever becomes of the call."""
         self._kept = None if cache is None else (cache, past_length(cache))
+
+    def is_of(self, adapter: ModelAdapter) -> bool:
+        """Whether it is one of the model of ``adapter``."""
+        return self._adapter is adapter
 
     def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
         """Whether this call of ``decoder`` is the one that the base model makes.
@@ -120,11 +128,12 @@ class ForwardContext:
         if self._writable is not None:
             self._writable.forbid_update()  # it failed before its layer stored anything
 
-    def _allow_update(self, cache: Cache | None, index: int) -> None:
-        """Let layer ``index`` store the tokens of this forward, which is adapted to what the cache holds."""
-        self._writable = guarded_layer(cache, index)
-        if self._writable is not None:
-            self._writable.allow_update()
+    def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
+        """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""
+        self._writable = layer = guarded_layer(cache, index)
+        if layer is not None:
+            layer.allow_update()
+        return layer if isinstance(layer, RoutedLayer) else None
 
 
 @dataclass(frozen=True)
@@ -150,17 +159,18 @@ class RoutedPrefill(ForwardContext):
         start: PrefillFactory,
         workspace: Workspace | None = None,
         *,
+        recording: Recording | None = None,
         record_states: bool = False,
     ) -> None:
-        """Nothing is held until the first decision. ``record_states``: keep logical states for the caller."""
+        """No row is held until the first decision or look. ``record_states``: keep logical states for the caller."""
         super().__init__(adapter, (plan.batch, plan.length))
-        self.plan, self.settings = plan, settings
+        self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
         self.cache: Cache | None = None
         self._states: dict[int, torch.Tensor] = {}
         self._start, self._workspace, self._record = start, workspace, record_states
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
-        self._pending: tuple[Decision, Selection] | None = None
+        self._pending: Decided | None = None
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._running: _Stage | None = None
         self._is_restored = False
@@ -171,11 +181,16 @@ class RoutedPrefill(ForwardContext):
         if self._record:
             self._states[index] = self._logical(hidden)
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
-        if (decision := self._deciding.get(index)) is not None:
-            if self.prefill is None:
-                self.prefill = self._begin(hidden, kwargs)
-            self._pending = decision, self.prefill.decide(decision, hidden)
+        decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
+        if self.prefill is None and (looks or decision is not None):
+            self.prefill = self._begin(hidden, kwargs)
+        if self.prefill is not None and looks:
+            self.prefill.look(index, hidden)
+        if self.prefill is not None and decision is not None:
+            vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
+            self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)
+            self._forget_pictures(decision)
         if self.prefill is None or self.prefill.stage < 0:
             return self._earlier_turns.before_layer(index, hidden, kwargs)
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
@@ -220,6 +235,7 @@ class RoutedPrefill(ForwardContext):
         """Free what the prefill holds. Idempotent."""
         super().close()
         self._earlier_turns.close()
+        self.recording = None
         if self.prefill is not None:
             self.prefill.close()
 
@@ -228,12 +244,20 @@ class RoutedPrefill(ForwardContext):
 
     def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of layer ``index``: of a new stage, if one was decided that begins there."""
-        if self.prefill is None or self._pending is None or self._pending[0].layer != index:
+        if self.prefill is None or self._pending is None or self._pending.decision.layer != index:
             return hidden
-        decision, selection = self._pending
-        self._pending = None
+        decided, self._pending = self._pending, None
         self._stages.clear()
-        return self.prefill.advance(decision, selection, hidden)
+        return self.prefill.advance(decided, hidden)
+
+    def _forget_pictures(self, decision: Decision) -> None:
+        """Let go of what is kept of them if no ranker after ``decision`` looks, and nothing waits to be merged."""
+        later = self.plan.decisions[decision.stage + 1 :]
+        if self.recording is None or self._pending is not None or any(d.ranker.needs_vision for d in later):
+            return
+        if self.cache is not None:  # else generate comes with the same features again
+            self.recording.release()
+        self.recording = None
 
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         self.cache = cache_of(kwargs)
@@ -242,8 +266,7 @@ class RoutedPrefill(ForwardContext):
         return self._start(self.plan, self.settings, hidden, tables, self._workspace)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        self._allow_update(self.cache, index)
-        layer = routed_layer(self.cache, index)
+        layer = self._allow_update(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
@@ -304,8 +327,7 @@ class RoutedDecode(ForwardContext):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         cache = cache_of(kwargs)
-        self._allow_update(cache, index)
-        layer = routed_layer(cache, index)
+        layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
         mask = kwargs.get("attention_mask")

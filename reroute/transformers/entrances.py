@@ -1,8 +1,9 @@
-"""Where calls enter a routed model: the whole model, its base, its decoder, a decoder layer.
+"""Where calls enter a routed model: the whole model, its base, its decoder, the vision tower, layers of both.
 
 Nothing of a call is kept on the modules. The end of a prompt that ``generate`` continues comes in keyword arguments,
 and labels in a context variable, to the base model, which opens the forward. That waits in a context variable for the
-decoder, which hands it to its layers in keyword arguments. Whatever is opened here ends here, in ``finally``.
+decoder, which hands it to its layers in keyword arguments; a run of the vision tower waits in another for the layers
+of that. Whatever is opened here ends here, in ``finally``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ import torch
 
 from .generation import PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
+from .vision import TowerRun, attach
 
 if TYPE_CHECKING:
     from .context import ForwardContext
     from .router import Router
 
-__all__ = ["Call", "RoutedBase", "RoutedDecoder", "RoutedDecoderLayer", "RoutedGenerator", "RoutedModel"]
+__all__ = [
+    "Call",
+    "RoutedBase",
+    "RoutedDecoder",
+    "RoutedDecoderLayer",
+    "RoutedGenerator",
+    "RoutedModel",
+    "RoutedTower",
+    "RoutedTowerLayer",
+]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -34,6 +45,9 @@ _labels: ContextVar[tuple[Router, torch.Tensor | None] | None] = ContextVar("rer
 
 _forward: ContextVar[ForwardContext | None] = ContextVar("reroute_forward", default=None)
 """Of the base model's call."""
+
+_tower_run: ContextVar[TowerRun | None] = ContextVar("reroute_tower_run", default=None)
+"""Of the vision tower's call."""
 
 
 def _eager(function: Function, *, recursive: bool = False) -> Function:
@@ -142,6 +156,24 @@ class RoutedDecoderLayer(Intercepted):
         return _leave_layer(self, forward, proceed(*args, **kwargs))
 
 
+class RoutedTower(Intercepted):
+    """The vision tower: runs as it is, and what rankers will read of the run is kept."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the tower."""
+        router, proceed = _active(self), own_method(RoutedTower, self, "__call__")
+        return proceed(*args, **kwargs) if router is None else _run_tower(router, proceed, args, kwargs)
+
+
+class RoutedTowerLayer(Intercepted):
+    """A layer of the vision tower: the run may keep what goes in or comes out."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer."""
+        router, proceed = _active(self), own_method(RoutedTowerLayer, self, "__call__")
+        return proceed(*args, **kwargs) if router is None else _run_tower_layer(self, proceed, args, kwargs)
+
+
 def _active(module: Any) -> Router | None:
     """The router of ``module``, unless compiled code may run without it."""
     role = role_of(module)
@@ -159,6 +191,7 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
     try:
         router = call.begin(model)
         if router is not None:
+            router.check_base(model)
             _labels.set((router, router.labels_of(args, kwargs)) if has_labels else None)
         return proceed(*args, **kwargs)
     finally:
@@ -200,6 +233,39 @@ def _run_decoder(decoder: Any, proceed: Callable[..., Any], args: Args, kwargs: 
     if forward is None or not forward.claim(decoder, args, kwargs):
         return proceed(*args, **kwargs)
     return forward.after_decoder(proceed(*args, **kwargs, **{FORWARD: forward}))
+
+
+@_eager
+def _run_tower(router: Router, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    outer, forward = _tower_run.get(), _forward.get()
+    if forward is not None and not forward.is_of(router.adapter):
+        forward = None  # that of a model that calls this one
+    run = None
+    if forward is None or forward.recording is not None:
+        run = router.tower_run(args, kwargs, is_for_one=prompt_end(router) is not None)
+    try:
+        _tower_run.set(run)
+        output = proceed(*args, **kwargs)
+    finally:
+        _tower_run.set(outer)
+    if run is None:
+        return output
+    if forward is None:
+        attach(run, output)  # to features that are made ahead of their forward
+    elif forward.recording is not None:
+        forward.recording.add(run)
+    return output
+
+
+@_eager
+def _run_tower_layer(layer: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    run, index = _tower_run.get(), layer._reroute.layer
+    if run is None or run.tower.layers[index] is not layer:
+        return proceed(*args, **kwargs)
+    run.before_layer(index, args[0] if args else kwargs["hidden_states"], kwargs)
+    output = proceed(*args, **kwargs)
+    run.after_layer(index, output)
+    return output
 
 
 @_eager_throughout

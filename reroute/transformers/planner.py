@@ -19,7 +19,7 @@ from ..core.plan import Plan, make_plan, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
-from .cache import cache_of, check_cache, check_whole, past_length
+from .cache import cache_of, check_cache, check_whole, is_renumbered, past_length
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -78,6 +78,10 @@ class Planner:
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
+        if settings.needs_vision:
+            adapter.tower.wanted_by(schedule.rankers)
+        for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
+            ranker.check(adapter, layer + ranker.layer_offset)
         mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
 
     def plan(self, prompt: Prompt, settings: Settings) -> Plan | None:
@@ -121,12 +125,14 @@ class Planner:
         """
         schedule = plan.schedule
         mask_format_of(self.adapter.text_config)
-        self.adapter.check_layers([decision.score_layer for decision in plan.decisions])
+        self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
+        for decision in plan.decisions:
+            decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
             check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
         if plan.past and cache is not None:
             check_whole(cache, len(self.adapter.layers))
-        if plan.past and schedule.position_mode == "renumbered":
+        if plan.past and (schedule.position_mode == "renumbered" or is_renumbered(cache)):
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
 
     def plan_call(
@@ -172,14 +178,15 @@ class Planner:
                 f"cache; this call has {batch, length} after {past}. Make a plan of its own for it, or call the model "
                 "outside of handle.using(plan)."
             )
+        if plan.changes_nothing:
+            return  # nothing is ranked
         if labels is not None and not plan.knows_labels:
             raise RerouteError(
                 "The plan in use does not know the labels of this call, whose answer would rank the picture. Pass "
                 "labels= to handle.plan too."
             )
-        if not plan.changes_nothing:
-            self.check_call(plan, cache)
-            self._check_others(kwargs, plan)
+        self.check_call(plan, cache)
+        self._check_others(kwargs, plan)
 
     def check_follower(self, kwargs: Kwargs, cache: Cache, tokens: torch.Tensor) -> None:
         """Check a call of the base model with ``tokens`` (B, L, …) after a routed ``cache``, with a plan or without.

@@ -17,10 +17,20 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
-from .entrances import Call, RoutedBase, RoutedDecoder, RoutedDecoderLayer, RoutedGenerator, RoutedModel
+from .entrances import (
+    Call,
+    RoutedBase,
+    RoutedDecoder,
+    RoutedDecoderLayer,
+    RoutedGenerator,
+    RoutedModel,
+    RoutedTower,
+    RoutedTowerLayer,
+)
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
 from .scopes import Given, Scopes
+from .vision import TowerRun, recording_of
 
 __all__ = ["Router"]
 
@@ -59,7 +69,7 @@ class Router:
         self._entrances = ExitStack()
         self._lock = threading.RLock()
         self._scopes = Scopes()
-        self._is_attached, self._blocks = False, 0
+        self._is_attached, self._is_tower_attached, self._blocks = False, False, 0
         self._running: WeakSet[Call] = WeakSet()
 
     # --- the model ------------------------------------------------------------------------------------------------
@@ -70,7 +80,8 @@ class Router:
         Raises:
             RerouteError: two models share a part.
         """
-        for module in (model, self.adapter.base, self.adapter.text, *self.adapter.layers):
+        tower = self._tower_parts() if self._settings.needs_vision else ()
+        for module in (model, self.adapter.base, self.adapter.text, *self.adapter.layers, *tower):
             role = role_of(module)
             if role is not None and role.router is not replaced:
                 raise RerouteError(
@@ -109,7 +120,23 @@ class Router:
             self._is_attached = True
             for module, kind, its in parts:
                 entrances.callback(intercept(module, kind, its, replaced))
+            if self._settings.needs_vision:
+                self._attach_tower(entrances, replaced)
             self._entrances = entrances.pop_all()
+
+    def _attach_tower(self, entrances: ExitStack, replaced: Router | None = None) -> None:
+        """Put entrances before the vision tower too, once some settings ask for what happens there."""
+        *layers, tower = self._tower_parts()
+        with ExitStack() as its:
+            for index, layer in enumerate(layers):
+                its.callback(intercept(layer, RoutedTowerLayer, Role(self, index), replaced))
+            its.callback(intercept(tower, RoutedTower, Role(self), replaced))
+            entrances.enter_context(its.pop_all())
+        self._is_tower_attached = True
+
+    def _tower_parts(self) -> tuple[Any, ...]:
+        """The layers of the vision tower, and the tower."""
+        return *self.adapter.tower.layers, self.adapter.tower.module
 
     def detach(self) -> None:
         """Undo ``attach`` and let go of the model. Idempotent.
@@ -185,6 +212,10 @@ class Router:
             RerouteError: the model cannot be routed by them, or routing is disabled.
         """
         self._active_planner.check(settings)
+        with self._lock:
+            if settings.needs_vision and self._is_attached and not self._is_tower_attached:
+                _forget_compiled()
+                self._attach_tower(self._entrances)
         return self._attached(self._scopes.at(settings))
 
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
@@ -232,6 +263,11 @@ class Router:
             )
         return False
 
+    def check_base(self, model: Any) -> None:
+        """Check that the whole ``model`` calls what is routed. RerouteError if it would be routed, and does not."""
+        if not self.settings.keeps_all:
+            self.adapter.check_base(model)
+
     def labels_of(self, args: Args, kwargs: Kwargs) -> Any:
         """The labels in a call of the whole model."""
         return _named(self.adapter.model_parameters, args, kwargs).get("labels")
@@ -259,7 +295,10 @@ class Router:
             record = named.get("output_hidden_states")
             record = getattr(self.adapter.text_config, "output_hidden_states", False) if record is None else record
             states = record is not False  # or which ones
-            forward = RoutedPrefill(plan, settings, self.adapter, self._start, workspace, record_states=states)
+            recording = recording_of(self.adapter, plan, named)
+            forward = RoutedPrefill(
+                plan, settings, self.adapter, self._start, workspace, recording=recording, record_states=states
+            )
             forward.keep(cache)
             return forward
         if plan is not None:
@@ -269,6 +308,20 @@ class Router:
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward
+
+    def tower_run(self, args: Args, kwargs: Kwargs, *, is_for_one: bool) -> TowerRun | None:
+        """What to keep of a run of the vision tower that begins here and now; None if nobody will look at it.
+
+        ``is_for_one``: whether ``generate`` makes features of it, for one prefill.
+
+        Raises:
+            RerouteError: features are made of it in another way than is known.
+        """
+        settings, tower = self.settings, self.adapter.tower
+        if not settings.needs_vision:
+            return None
+        wanted = tower.wanted_by(settings.schedule.rankers)
+        return TowerRun(tower, tower.images(args, kwargs), wanted, is_for_one=is_for_one)
 
     def finish(self, forward: ForwardContext) -> None:
         """End a forward that succeeded."""

@@ -141,6 +141,11 @@ class KernelInputs:
         return torch.rand(self.case.batch, self.case.visual, generator=self._random, device=self.device)
 
     @cached_property
+    def states(self) -> Tensor:
+        """Of all lease rows, (rows, C), at acute angles as those of a model are."""
+        return self._draw(self.lease.num_rows, self.case.shape.hidden) + 1
+
+    @cached_property
     def active(self) -> Tensor:
         """Lease rows of a random selection."""
         order = torch.rand(self.select_rows.candidates.shape, generator=self._random, device=self.device).argsort(1)
@@ -192,6 +197,10 @@ def _score_topk(backend: Backend, inputs: KernelInputs) -> Any:
     return backend.score_topk(inputs.query, inputs.keys, inputs.tables, inputs.select_rows, spec)
 
 
+def _diverse_topk(backend: Backend, inputs: KernelInputs) -> Any:
+    return backend.diverse_topk(inputs.states, inputs.select_rows)
+
+
 def _step(backend: Backend, inputs: KernelInputs) -> Any:
     """A whole stage boundary, without the model's own projection."""
     _defer_rmsnorm(backend, inputs)
@@ -211,6 +220,7 @@ OPERATIONS: dict[str, Operation] = {
     "defer_rmsnorm": _defer_rmsnorm,
     "select": _select,
     "score_topk": _score_topk,
+    "diverse_topk": _diverse_topk,
     "step": _step,
 }
 """The kernels, and the whole routing step: defer_rmsnorm, score_topk, admit."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectMetadata, SelectRows
-from . import defer_rmsnorm, rows, score, select
+from . import defer_rmsnorm, diverse, rows, score, select
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,19 @@ def _select(visual: int) -> Callable[[], object]:
     return launch
 
 
+def _diversity(visual: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """Of one sample with ``visual`` candidates and 64 text rows, two of which are picked."""
+
+    def launch() -> object:
+        row = torch.arange(visual + 64)[None]
+        metadata = SelectMetadata((0,), (visual + 64,), (visual,), (64,), (2,))
+        rows = SelectRows(row[:, :visual], row[:, visual:], row[0], metadata)
+        states = torch.empty(visual + 64, features, dtype=dtype)
+        return diverse.diversity_scores(states, rows, metadata.counts(states.device))
+
+    return launch
+
+
 CASES = (
     Case("defer, 7B bf16", _defer(3584)),
     Case("defer, 7B fp32", _defer(3584, torch.float32)),
@@ -121,6 +134,10 @@ CASES = (
     Case("score_topk, 256 features", _score_topk(8, 4, 576, 256)),
     Case("select, 576", _select(576)),
     Case("select, 16384", _select(16384)),
+    Case("diversity, 7B bf16, 576", _diversity(576, 3584)),
+    Case("diversity, 7B bf16, 2304", _diversity(2304, 3584)),
+    Case("diversity, 72B bf16, 576", _diversity(576, 8192)),
+    Case("diversity, 7B fp32, 576", _diversity(576, 3584, torch.float32)),
 )
 
 # Every kernel once, of those variants that use most of Triton's language one that compiles quickly.
@@ -128,5 +145,6 @@ SMALLEST = (
     Case("defer", _defer(16)),
     Case("admit", _admit(16)),
     Case("defer_rmsnorm", _defer_rmsnorm(16)),
+    Case("diversity", _diversity(16, 16)),
     Case("score_topk", _score_topk(1, 1, select.MAX_ONE_PROGRAM + 1, 16, normed=True)),
 )

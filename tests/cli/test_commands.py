@@ -14,8 +14,9 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from reroute.cli import demo, doctor, main
+from reroute.cli import demo, doctor, main, setups
 from reroute.cli.scenes import pick
+from reroute.core.schedule import Schedule
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.examples import examples
 from reroute.demo.tinyvlm.questions import KINDS
@@ -53,7 +54,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("demo", "run", "doctor"))
+    assert all(name in done.stdout for name in ("demo", "run", "calibrate", "doctor"))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -134,7 +135,7 @@ def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "fastw"], r"Unknown method 'fastw'; known: fastv, pdrop, random"),
+        (["--method", "fastw"], r"Unknown method 'fastw'; known: cdpruner, .*, fastv, .*, vscan"),
         (["--keep", "0.05"], r"keep = 0.05 is out of reach"),
         (["--keep", "1"], r"--keep must lie between 0 and 1"),
         (["--model", "./nowhere"], r"\./nowhere is no model folder"),
@@ -196,19 +197,30 @@ def test_run_refuses_models_and_questions_it_cannot_treat(
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_prints_the_table_and_writes_the_page(
-    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_demo_prints_the_tables_and_writes_the_page(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "TIMED_PROMPTS", 1)
+    monkeypatch.setattr(demo, "TIMED_BATCH", 2)
     monkeypatch.setattr(demo, "ROUNDS", 1)
-    assert main(["demo", "--questions", "2", "--out", str(out)]) == 0
+    monkeypatch.setattr(setups, "BUDGETS", (0.11, 0.049))
+    schedule = tmp_path / "mine.json"
+    schedule.write_text(Schedule((0, 4), (0.2, 0.05)).to_json())
+    options = ["--questions", "1", "--condition", "noise-1", "--schedule", str(schedule), "--out", str(out)]
+    assert main(["demo", *options]) == 0
     said = capsys.readouterr().out
-    assert len(re.findall(r"^  (?:FastV|PDrop|Random) ", said, re.MULTILINE)) == 15
-    assert "n = 2 questions per column" in said
+    rows = re.findall(
+        r"^  (?:FastV|PDrop|Calibrated|Diverse|DivPrune|Random|mine) +(?:route|remove)", said, re.MULTILINE
+    )
+    assert len(rows) == 2 * 11 + 2
+    assert len(re.findall(r"^  .* out of reach", said, re.MULTILINE)) == 4
+    assert "10 % of the visual tokens per layer" in said  # the schedule's own
+    assert re.search(r"^  norm +[\d.]+ +[\d.]+ +[+-]", said, re.MULTILINE)
+    assert "n = 1 questions per column; demo model 'labels'; gaussian noise of sigma 1 rms" in said
     assert f"Page: {out}" in said
     scenes = data_of(out)
     assert {"two-hop grounding", "riddle grounding", "one-hop grounding"} <= {scene["kind"] for scene in scenes}
-    assert all(len(scene["runs"]) == 12 for scene in scenes)
+    assert all(len(scene["runs"]) == 10 for scene in scenes)
     routes = [run for run in scenes[0]["runs"] if run["action"] == "route"]
     assert all(set(stage["back"]) <= set(stage["kept"]) for run in routes for stage in run["stages"])
 
@@ -220,7 +232,7 @@ def test_demo_refuses_before_it_works(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_every_kind_gets_its_share() -> None:
     families: Counter[str] = Counter()
-    for kind, count in demo._counts(7).items():
+    for kind, count in demo.family_counts(7).items():
         families[KINDS[kind].family] += count
     assert dict(families) == dict.fromkeys(FAMILIES, 7)
 
@@ -231,7 +243,8 @@ def test_scenes_are_picked_for_and_against_routing(make_results: Callable[..., R
     kinds = [results.families[i] for i, _ in chosen]
     assert kinds[:5] == ["two-hop grounding", "two-hop grounding", "riddle grounding", "two-hop VQA", "riddle VQA"]
     assert kinds[5] == "one-hop grounding"
-    leads = [int(a) - int(b) for _, why in chosen for a, b in re.findall(r"in (\d) of 6 routed and (\d)", why)]
+    counts = rf"in (\d+) of {len(results.pairs)} routed and (\d+)"
+    leads = [int(a) - int(b) for _, why in chosen for a, b in re.findall(counts, why)]
     assert min(leads[:5]) > 0
     assert leads[-1] < 0
     assert len({i for i, _ in chosen}) == len(chosen)

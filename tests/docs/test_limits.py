@@ -12,10 +12,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reference/limits.md").read_text()
 KINDS = ("RerouteError", "UnsupportedModelError", "UnsupportedCacheError")
-SETTINGS = ("config.py", "errors.py", "core/schedule.py", "core/solver.py", "methods", "rankers/random.py")
+SETTINGS = (
+    "config.py",
+    "errors.py",
+    "core/schedule.py",
+    "core/solver.py",
+    "methods",
+    "rankers/attention.py",
+    "rankers/base.py",
+    "rankers/folded.py",
+    "rankers/duplication.py",
+    "rankers/last_rows.py",
+    "rankers/random.py",
+    "rankers/rater_attention.py",
+    "registry.py",
+    "schedule_file.py",
+)
 """Where settings are refused that no model could have; the page does not quote them one by one."""
-COMMANDS = ("cli", "report")
-"""What refuses to a person at a terminal. The page is of the library."""
+COMMANDS = ("calibration", "cli", "files.py", "report")
+"""What refuses to a person who waits for a result. The page is of the routing of models."""
 
 
 def words(node: ast.expr, names: dict[str, ast.expr]) -> str:

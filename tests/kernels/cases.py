@@ -120,7 +120,7 @@ class StageBoundary:
             torch.arange(24, device=device) * 3,
             SelectMetadata(*columns, on_device=integers(*columns)),  # as a plan does: a capture uploads nothing
         )
-        self.scores = random(2, 10)
+        self.scores, self.states = random(2, 10), random(24, 16)
 
     @property
     def inverse(self) -> Tensor:
@@ -140,7 +140,9 @@ class StageBoundary:
         operations.defer(pages, self.table, self.rows, hidden * 2)
         selection = operations.score_topk(self.query, self.keys, self.tables, self.select_rows, AttentionSpec(0.25))
         again = operations.select(selection.scores, self.select_rows)
-        return *operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1)), *again
+        diverse = operations.diverse_topk(self.states, self.select_rows)
+        admitted = operations.admit(pages, self.table, selection.active_rows, self.cos, self.rows.new_ones(24, 1))
+        return *admitted, *again, *diverse
 
 
 def make_rows_long(select: Any, patch: pytest.MonkeyPatch, crowd: int) -> None:

@@ -1,7 +1,7 @@
 """``pytest tests/kernels --executor NAME`` chooses how Triton kernels run in a process (executors.py).
 
 A test runs on executors if it uses the fixture ``executor`` or ``device``. Without --executor those tests are
-left to one process for each executor that can run here. They start first, and test_executors.py waits for them last.
+left to test_executors.py, which starts a process for each executor that can run here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from executor_runs import ExecutorRun, start
 from executors import NAMES, Executor, poisoned
 from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
-RUNS = pytest.StashKey[dict[str, ExecutorRun]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,35 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         first = {_function(item): item for item in reversed(kept)}
         kept = [item for item in kept if first[_function(item)] is item]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = sorted(kept, key=_waits_for_an_executor)
+    items[:] = sorted(kept, key=lambda item: item.path != HERE / "test_executors.py")  # the longest ones first
 
 
 def _function(item: pytest.Item) -> str:
     return item.nodeid.partition("[")[0]
-
-
-def _waits_for_an_executor(item: pytest.Item) -> bool:
-    return item.path == HERE / "test_executors.py"
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    names = [item.callspec.params["name"] for item in session.items if _waits_for_an_executor(item)]  # type: ignore[attr-defined]
-    if names and not session.config.option.collectonly:
-        option = session.config.getoption
-        session.config.stash[RUNS] = start(
-            names, sample=option("--sample", False), in_full=option("--all-executors", False)
-        )
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    for run in session.config.stash.get(RUNS, {}).values():
-        run.kill()
-
-
-@pytest.fixture(scope="session")
-def executor_runs(pytestconfig: pytest.Config) -> dict[str, ExecutorRun]:
-    """Of this session, by the names of their executors."""
-    return pytestconfig.stash[RUNS]
 
 
 @pytest.fixture(scope="session")

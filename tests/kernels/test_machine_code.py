@@ -33,12 +33,18 @@ class Budget:
 # Of a norm: rows and weight; narrow are the page id and the place.
 # Of a score: keys, cos and sin are wide, but 8 rows of cos and sin are fewer than that; narrow are also counts and
 # statistics. A selection moves 4-byte scores and keys and 8-byte indices, and its 16 warps can have 128 registers each.
+# Of a diverse selection: rows, sums and tiles of rows are wide; narrow are row numbers, norms, scores and keys, and all
+# that the picking program moves.
 # Triton 3.7 to 3.9 differ by a few percent; the budgets hold for all of them.
 DEFER = Budget(registers=40, barriers=3, instructions=170, wide=8, narrow=2, occupancy=1)
 NORM = Budget(registers=56, barriers=3, instructions=210, wide=8, narrow=2, occupancy=0.5)
 SCORE = Budget(registers=116, barriers=14, instructions=790, wide=22, narrow=6, occupancy=0.25)
 SCORE_JOINED = Budget(registers=140, barriers=12, instructions=760, wide=19, narrow=8, occupancy=0.16)
 SELECT = Budget(registers=118, barriers=42, instructions=1900, wide=4, narrow=71, occupancy=0.25)
+ROW_NORMS = Budget(registers=96, barriers=7, instructions=760, wide=6, narrow=9, occupancy=0.25)
+ROW_SUM = Budget(registers=50, barriers=5, instructions=250, wide=8, narrow=3, occupancy=0.5)
+FIRST_PICK = Budget(registers=92, barriers=49, instructions=1420, wide=6, narrow=45, occupancy=0.25)
+ROUND = Budget(registers=108, barriers=51, instructions=1430, wide=13, narrow=61, occupancy=0.25)
 BUDGETS = {
     ("defer, 7B bf16", "_defer_kernel"): DEFER,
     ("defer, 7B fp32", "_defer_kernel"): DEFER,
@@ -79,6 +85,24 @@ BUDGETS = {
     ("select, 576", "_select_kernel"): replace(SELECT, registers=92, barriers=29, instructions=1410, wide=0, narrow=53),
     ("select, 16384", "_select_kernel"): replace(
         SELECT, registers=108, barriers=67, instructions=3420, wide=0, narrow=116
+    ),
+    ("diversity, 7B bf16, 576", "_diverse_norm_kernel"): ROW_NORMS,
+    ("diversity, 7B bf16, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B bf16, 576", "_diverse_first_kernel"): FIRST_PICK,
+    ("diversity, 7B bf16, 576", "_diverse_round_kernel"): ROUND,
+    ("diversity, 7B bf16, 2304", "_diverse_norm_kernel"): ROW_NORMS,
+    ("diversity, 7B bf16, 2304", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B bf16, 2304", "_diverse_first_kernel"): replace(FIRST_PICK, instructions=1960, narrow=55),
+    ("diversity, 7B bf16, 2304", "_diverse_round_kernel"): replace(ROUND, registers=120, instructions=2220, narrow=89),
+    ("diversity, 72B bf16, 576", "_diverse_norm_kernel"): replace(ROW_NORMS, wide=8),
+    ("diversity, 72B bf16, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 72B bf16, 576", "_diverse_first_kernel"): replace(FIRST_PICK, wide=8),
+    ("diversity, 72B bf16, 576", "_diverse_round_kernel"): ROUND,
+    ("diversity, 7B fp32, 576", "_diverse_norm_kernel"): replace(ROW_NORMS, wide=10),
+    ("diversity, 7B fp32, 576", "_diverse_sum_kernel"): ROW_SUM,
+    ("diversity, 7B fp32, 576", "_diverse_first_kernel"): replace(FIRST_PICK, wide=10),
+    ("diversity, 7B fp32, 576", "_diverse_round_kernel"): replace(
+        ROUND, registers=84, instructions=1460, wide=4, narrow=47
     ),
 }
 

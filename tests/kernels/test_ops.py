@@ -1,4 +1,4 @@
-"""The five operations as PyTorch operators, on every executor."""
+"""The six operations as PyTorch operators, on every executor."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def test_opcheck(executor: Any, ops: Any, device: torch.device) -> None:
     norm = torch.ones(16, device=device), 1e-6
     torch.library.opcheck(registered.defer_rmsnorm, (p.pages, p.table, p.inverse, p.hidden, *norm))
     torch.library.opcheck(registered.select, (p.scores, *p.flat_rows))
+    torch.library.opcheck(registered.diverse_topk, (p.states, *p.flat_rows))
     scored = p.query, p.keys, *p.tables, *p.flat_rows
     torch.library.opcheck(registered.score_topk, (*scored, 0.25, "half", None, 0.0))
     norm = torch.ones(p.head_dim, device=device), 1e-6
@@ -67,7 +68,7 @@ def test_opcheck(executor: Any, ops: Any, device: torch.device) -> None:
 
 def test_no_autograd_history(ops: Any, device: torch.device) -> None:
     p = StageBoundary(device)
-    for tensor in (p.hidden, p.cos, p.query, p.keys, p.scores):
+    for tensor in (p.hidden, p.cos, p.query, p.keys, p.scores, p.states):
         tensor.requires_grad_()
     outputs = p.step(ops, p.pages, p.hidden)
     assert not any(t.requires_grad for t in (p.pages, *outputs))
@@ -77,9 +78,9 @@ def test_flops(ops: Any, device: torch.device) -> None:
     p = StageBoundary(device)
     with FlopCounterMode(display=False) as counter:
         p.step(ops, p.pages, p.hidden)
-    assert (
-        counter.get_total_flops() == 2 * p.num_qo_heads * p.head_dim * 14
-    )  # the logits of the sample that has candidates
+    # Of the sample that has candidates: logits; norms, sum, centrality, and similarities to two of three picks.
+    logits, diversity = 2 * p.num_qo_heads * p.head_dim * 14, 2 * 16 * 10 * (3 + 2)
+    assert counter.get_total_flops() == logits + diversity
 
 
 def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
@@ -88,8 +89,9 @@ def test_fake_tensors_read_no_value(ops: Any, executor: Any) -> None:
     with FakeTensorMode():
         boundary = StageBoundary(torch.device("cpu"))
         with PagedPool(16, torch.float32, "cpu", page_size=8).lease([14, 3]) as lease:
-            hidden, cos, _, *selection = boundary.step(ops, lease.pages, boundary.hidden)
-            kept, active, positions, inverse, scores = Selection(*selection)
+            hidden, cos, _, *selections = boundary.step(ops, lease.pages, boundary.hidden)
+            kept, active, positions, inverse, scores = Selection(*selections[:5])
+            assert [t.shape for t in selections[5:]] == [t.shape for t in selections[:5]]
             rows = lease.table.new_empty(2, 6), lease.table.new_empty(lease.num_rows)
             normed = ops.defer_rmsnorm(lease, *rows, boundary.hidden, RMSNorm(torch.ones(16), 1e-6))
     assert (hidden.shape, cos.shape) == ((2, 7, 16), (2, 7, boundary.head_dim))
@@ -113,6 +115,7 @@ def test_fake_tensors_are_refused_like_real_ones(ops: Any, executor: Any) -> Non
                 (ops._admit, (p.pages.transpose(0, 1), *index, [])),
                 (ops._defer_rmsnorm_op, (p.pages, p.table, inverse, p.hidden.half(), norm, 1e-6)),
                 (ops._defer_rmsnorm_op, (p.pages, p.table, inverse, p.hidden, norm[:3], 1e-6)),
+                (ops._diverse_op, (p.states.double(), *lists)),
                 (ops._score_op, (p.query, p.keys.int(), *p.tables, *lists, 0.25, "half", None, 0.0)),
                 (ops._score_op, (p.query[:, :3], p.keys, *p.tables, *lists, 0.25, "half", None, 0.0)),
                 (ops._score_op, (p.query, p.keys, *p.tables, *lists, 0.25, "half", norm.int(), 1e-6)),

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroute_kernels import AttentionSpec, PagedPool, RopeTables, SelectMetadata, SelectRows
-from reroute_kernels.reference import admit, defer, score_topk
+from reroute_kernels.reference import admit, defer, diverse_topk, score_topk
 
 
 def run_all(device: str) -> None:
@@ -17,19 +17,22 @@ def run_all(device: str) -> None:
     pool = PagedPool(16, torch.bfloat16, device, page_size=4)
     with pool.lease([9, 3]) as lease, torch.device(device):
         metadata = SelectMetadata(lease.starts, (9, 3), (6, 0), (3, 3), (2, 0))
+        rows = SelectRows(
+            torch.arange(6).repeat(2, 1), torch.arange(6, 9).repeat(2, 1), torch.arange(lease.num_rows), metadata
+        )
         selection = score_topk(
             torch.randn(2, 4, 8, dtype=torch.bfloat16),
             torch.randn(lease.num_rows, 2, 8, dtype=torch.bfloat16),
             RopeTables(
                 torch.randn(lease.num_rows, 8), torch.randn(lease.num_rows, 8), torch.zeros(2, dtype=torch.int64)
             ),
-            SelectRows(
-                torch.arange(6).repeat(2, 1), torch.arange(6, 9).repeat(2, 1), torch.arange(lease.num_rows), metadata
-            ),
+            rows,
             AttentionSpec(0.5),
         )
         assert selection.kept.shape == (2, 2)
         assert selection.active_rows.shape == selection.active_positions.shape == (2, metadata.compact_length) == (2, 5)
+        diverse = diverse_topk(lease.rows(), rows)
+        assert [t.shape for t in diverse] == [t.shape for t in selection]
         hidden, cos = admit(lease.pages, lease.table, selection.active_rows, torch.randn(lease.num_rows, 8))
         assert (hidden.shape, cos.shape) == ((2, 5, 16), (2, 5, 8))
         defer(lease.pages, lease.table, selection.active_rows, hidden)

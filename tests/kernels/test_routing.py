@@ -11,6 +11,7 @@ import torch
 from models import Tiny
 
 import reroute
+from reroute.rankers import LastTokenAttention
 from reroute_kernels import Backend, SelectMetadata
 
 
@@ -35,7 +36,7 @@ def backend(executor: Any) -> Iterator[Backend]:
 SCHEDULES = (
     (reroute.Schedule((1, 2, 4), (0.5, 0.25, 0.25)), "route"),
     (reroute.Schedule((1, 2, 4), (0.5, 0.3, 0.1)), "remove"),
-    (reroute.Schedule((1, 3), (0.25, 0.5), score_layer_offset=-1), "route"),
+    (reroute.Schedule((1, 3), (0.25, 0.5), (LastTokenAttention(-1),)), "route"),
 )
 
 

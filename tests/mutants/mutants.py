@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diverse_mutants
 import row_mutants
 import score_mutants
 import select_mutants
@@ -9,6 +10,7 @@ import stage_mutants
 from mutation import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
+    *diverse_mutants.MUTANTS,
     *row_mutants.MUTANTS,
     *score_mutants.MUTANTS,
     *select_mutants.MUTANTS,

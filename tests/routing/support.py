@@ -20,14 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute
 from reroute.methods import FastV
-from reroute.rankers import RankInputs, ScoreRanker
+from reroute.rankers import LastTokenAttention, Ranker, RankInputs, ScoreRanker
 
 RULES = (
     Rules((2, 4, 6), (0.5, 0.25, 0.125)),
     Rules((0, 3), (0.3, 0.6)),
     Rules((2, 4, 6), (0.5, 0.25, 0.125), action="remove"),
+    Rules((0, 3, 5), (0.6, 0.3, 0.5), actions=("remove", "route", "route")),
 )
-"""A pyramid, a growing schedule from layer 0 on, and pruning."""
+"""A pyramid, a growing schedule from layer 0 on, pruning, and routing among what a removal left."""
 
 
 class NoWaiting(TorchDispatchMode):
@@ -48,15 +49,35 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def schedule(rules: Rules) -> reroute.Schedule:
+def never_waits(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], *owners: type) -> list[str]:
+    """From now on these methods run under ``NoWaiting``; the list fills with the names of those that ran."""
+    ran: list[str] = []
+
+    def guard(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def guarded(*args: Any) -> Any:
+            ran.append(name)
+            with NoWaiting():
+                return original(*args)
+
+        return guarded
+
+    for owner in owners:
+        for name in names:
+            monkeypatch.setattr(owner, name, guard(getattr(owner, name), name))
+    return ran
+
+
+def schedule(rules: Rules, ranker: Ranker | None = None) -> reroute.Schedule:
     fields = asdict(rules)
     del fields["action"]
-    return reroute.Schedule(**fields)
+    attention = LastTokenAttention(fields.pop("score_layer_offset"))
+    ranker = attention if ranker is None else ranker
+    return reroute.Schedule(**fields, rankers=(ranker,))
 
 
-def enable(tiny: Tiny, rules: Rules, **settings: Any) -> Any:
+def enable(tiny: Tiny, rules: Rules, ranker: Ranker | None = None, **settings: Any) -> Any:
     model: torch.nn.Module = tiny.model
-    return reroute.enable(model, schedule=schedule(rules), action=rules.action, trace=True, **settings)
+    return reroute.enable(model, schedule=schedule(rules, ranker), action=rules.action, trace=True, **settings)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -138,7 +159,7 @@ class Fixed(FastV):
 
     def schedule(self, num_layers: int, action: Any) -> reroute.Schedule:
         layers, ratios = zip(*self.stages, strict=True)
-        return reroute.Schedule(layers, ratios)
+        return reroute.Schedule(layers, ratios, (self.ranker,))
 
 
 @dataclass(frozen=True)
@@ -170,13 +191,17 @@ def any_rules(draw: st.DrawFn, *, renumbered: bool = False) -> Rules:
     action: Any = "remove" if renumbered else draw(st.sampled_from(["route", "remove"]))
     offset = draw(st.sampled_from([0, 0, -1]))
     layers = sorted(draw(st.sets(st.integers(-offset, LAYERS - 1), min_size=1, max_size=4)))
-    ratio = st.one_of(st.sampled_from([0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
+    ratio = st.one_of(st.sampled_from([0.0, 0.01, 0.25, 0.5, 1.0]), st.floats(0.02, 1.0))
     keep = draw(st.lists(ratio, min_size=len(layers), max_size=len(layers)))
-    if action == "remove":
-        keep.sort(reverse=True)
+    some: Any = st.lists(st.sampled_from(["route", "remove"]), min_size=len(layers), max_size=len(layers))
+    actions = () if renumbered else tuple(draw(st.one_of(st.just(()), st.just(()), some)))
+    left = 1.0
+    for stage, does in enumerate(actions or [action] * len(layers)):
+        keep[stage] = min(left, keep[stage])
+        left = keep[stage] if does == "remove" else left
     rounding = draw(st.sampled_from(["floor", "floor0", "half_even"]))
     positions = "renumbered" if renumbered else "preserved"
-    return Rules(tuple(layers), tuple(keep), action, rounding, positions, offset)
+    return Rules(tuple(layers), tuple(keep), action, rounding, positions, offset, actions)
 
 
 @st.composite

@@ -122,6 +122,20 @@ def test_a_decoder_that_is_replaced_after_enable(own: Tiny) -> None:
         check(own, handle)
 
 
+def test_a_base_model_that_is_replaced_after_enable(own: Tiny) -> None:
+    base, inputs = own.model.model, own.inputs([prompt(own)])
+    with enable(own, FEW) as handle:
+        own.model.model = copy.deepcopy(base)
+        with pytest.raises(RerouteError, match=r"has changed since reroute\.enable"):
+            own.model(**inputs)
+        with pytest.raises(RerouteError, match=r"has changed since reroute\.enable"):
+            own.model.generate(**inputs, max_new_tokens=1)
+        with handle.at(keep=1.0):
+            own.model(**inputs)
+        own.model.model = base
+        check(own, handle)
+
+
 def test_layers_that_are_left_alone_in_another_list(own: Tiny) -> None:
     with enable(own, FEW) as handle:
         decoder(own).layers = nn.ModuleList(list(decoder(own).layers))

@@ -26,6 +26,7 @@ from support import (
 
 import reroute
 from reroute.methods import FastV, PDrop
+from reroute.rankers import LastTokenAttention
 
 
 def scores_of(n: int, best: tuple[int, ...]) -> tuple[float, ...]:
@@ -93,7 +94,7 @@ def test_the_layer_before_can_rank(tiny: Tiny) -> None:
     kept = []
     for offset in (0, -1):
         rules = Rules((3,), (0.25,), "remove", score_layer_offset=offset)
-        method = FastV(layer=3, ratio=0.25, score_layer_offset=offset)
+        method = FastV(layer=3, ratio=0.25, ranker=LastTokenAttention(offset))
         with reroute.enable(tiny.model, method=method, action="remove", trace=True) as handle:
             output = tiny.model(**tiny.inputs([sample]), use_cache=True)
         same_decisions(handle.trace, [predict(tiny, sample, rules)])

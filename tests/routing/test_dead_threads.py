@@ -15,7 +15,6 @@ from models import Tiny
 from oracle import predict
 from support import RULES, close, enable, same_decisions
 
-from reroute.methods import FastV
 from reroute.rankers import RankInputs, ScoreRanker
 from reroute_kernels import PagedPool
 
@@ -81,7 +80,7 @@ class Interrupted(ScoreRanker):
 def test_rows_of_threads_that_end_in_a_decision_come_back(tiny: Tiny) -> None:
     sample = tiny.prompt(0, 4, tiny.grid, 3)
     pool, inputs = pool_for(len(sample)), tiny.inputs([sample])
-    with enable(tiny, RULES[0], pool=pool, method=FastV(ranker=Interrupted())):
+    with enable(tiny, RULES[0], pool=pool, ranker=Interrupted()):
         for _ in range(3):
             die(lambda: tiny.model(**inputs))
     assert (pool.stats().leases, pool.stats().pages_in_use) == (0, 0)

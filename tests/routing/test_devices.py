@@ -22,8 +22,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_map_only
 
 from reroute.core.prefill import PositionTables
-from reroute.methods import FastV, Method
-from reroute.rankers import RankInputs, ScoreRanker
+from reroute.rankers import Ranker, RankInputs, ScoreRanker
 from reroute_kernels import Backend, resolve
 
 LAYERS = 6
@@ -92,9 +91,9 @@ def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
         Rules((1, 2, 4), (0.5, 0.25, 0.125), "remove"),
     ],
 )
-@pytest.mark.parametrize("method", [None, FastV(ranker=Norm())])
+@pytest.mark.parametrize("ranker", [None, Norm()])
 def test_a_model_on_two_devices(
-    name: str, rules: Rules, attention: str, method: Method | None, monkeypatch: pytest.MonkeyPatch
+    name: str, rules: Rules, attention: str, ranker: Ranker | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch with fillers and padding, and a decoding step on its cache."""
     tiny = getattr(models, name)(layers=LAYERS, attention=attention)
@@ -109,7 +108,7 @@ def test_a_model_on_two_devices(
                 put(part, first, mode)
         for index, layer in enumerate(text.layers):
             put(layer, second if index >= LAYERS // 2 else first, mode)
-    with enable(tiny, rules, method=method) as handle:
+    with enable(tiny, rules, ranker) as handle:
         plan = handle.plan(given["input_ids"], given["attention_mask"])
         monkeypatch.setattr(torch, "tensor", valueless)
         with handle.using(plan), mode:

@@ -144,6 +144,8 @@ def same(made: Made, expected: Made) -> bool:
 @pytest.mark.parametrize("case", CASES)
 def test_what_routing_refuses(few: Tiny, case: str) -> None:
     """Plain with ``keep=1``, for the model or for the call; and a refusal otherwise, so the case is one."""
+    if case == "chunked prefill" and few.model.config.model_type == "qwen2_5_vl" and models.TRANSFORMERS < (5, 24):
+        pytest.skip("this release of Transformers splits a prompt of Qwen2.5-VL without its pictures' rows, and fails")
     run, message = CASES[case]
     plain = run(few)
     for settings in SETTINGS.values():
@@ -306,11 +308,13 @@ def test_compiled_generation(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
-def test_continuous_batching(family: str) -> None:
+def test_continuous_batching(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``generate_batch`` has a paged cache and takes text only: it is the plain model's whatever ``keep`` is."""
     batching = pytest.importorskip("transformers.generation.configuration_utils")
-    if not hasattr(batching, "ContinuousBatchingConfig"):
-        pytest.skip("this release of Transformers configures it in another way")
+    if models.TRANSFORMERS < (5, 24):
+        pytest.skip("this release of Transformers finds no memory for it on a CPU")
+    # Elsewhere among the tests a device of no module is made up.
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: torch.cpu)
     tiny = small(family)
     made: Any = GenerationConfig
     config = made(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=models.PAD)

@@ -20,6 +20,7 @@ from support import (
 )
 from torch import Tensor, nn
 
+import reroute
 from reroute.errors import RerouteError
 
 PROMPT, ANSWER = 26, 4
@@ -190,3 +191,17 @@ def test_a_plan_of_text_knows_all_labels(few: Tiny) -> None:
     plain = few.model(**given, labels=given["input_ids"]).logits
     with enable(few, FEW) as handle, handle.using(handle.plan(given["input_ids"])):
         assert torch.equal(few.model(**given, labels=given["input_ids"]).logits, plain)
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_plan_that_keeps_everything_knows_all_labels(few: Tiny, labelled: Any, is_planned: bool) -> None:
+    """Nothing is ranked, whether the plan was made with them or without."""
+    _, given, labels = labelled
+    plain = few.model(**given, labels=labels)
+    with reroute.enable(few.model, keep=1) as handle:
+        plan = handle.plan(given["input_ids"], given["attention_mask"], labels=labels if is_planned else None)
+        with handle.using(plan):
+            output = few.model(**given, labels=labels)
+        assert torch.equal(output.logits, plain.logits)
+        assert torch.equal(output.loss, plain.loss)
+        assert handle.totals().prefills == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import models
@@ -76,6 +78,10 @@ def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
                 small.model(**small.inputs([small.prompt(0, 5, small.grid, 4)]))
         assert len(caplog.records) == 1
         assert "is not routed: Routing layer 3 does not exist" in caplog.text
+        gone = weakref.ref(small.model)
+        del small
+        gc.collect()
+        assert gone() is None  # though the record is still there
     finally:
         reroute.disable()
 

@@ -8,11 +8,9 @@ import pytest
 import torch
 from models import Tiny
 from oracle import Rules
-from support import RULES, schedule
+from support import RULES, enable
 from torch import Tensor
 
-import reroute
-from reroute.methods import FastV
 from reroute.rankers import RankContext, Ranker, RankInputs, ScoreRanker
 from reroute_kernels import Selection
 
@@ -20,6 +18,8 @@ from reroute_kernels import Selection
 @dataclass(frozen=True)
 class InOrder(ScoreRanker):
     """The first ones are the best."""
+
+    layer_offset: int = 0
 
     def scores(self, inputs: RankInputs) -> list[Tensor]:
         return [-torch.arange(len(hidden), dtype=torch.float32) for hidden in inputs.hidden]
@@ -29,6 +29,8 @@ class InOrder(ScoreRanker):
 class Blind(Ranker):
     """The same without a look at hidden states."""
 
+    layer_offset: int = 0
+
     def select(self, context: RankContext) -> Selection:
         return context.backend.select(-context.rows.candidates.float(), context.rows)
 
@@ -36,6 +38,8 @@ class Blind(Ranker):
 @dataclass(frozen=True)
 class Curious(Ranker):
     """The same after a look at all there is, several times."""
+
+    layer_offset: int = 0
 
     def select(self, context: RankContext) -> Selection:
         assert torch.equal(context.hidden(), context.hidden())
@@ -48,8 +52,8 @@ def test_states_are_home_whatever_a_ranker_asks_for(tiny: Tiny, rules: Rules) ->
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)])
     logits, kept = [], []
     for ranker in (InOrder(), Blind(), Curious()):
-        config = reroute.RoutingConfig(FastV(ranker=ranker), rules.action, schedule=schedule(rules), trace=True)
-        with reroute.enable(tiny.model, config=config) as handle:
+        own = replace(ranker, layer_offset=rules.score_layer_offset)
+        with enable(tiny, rules, own) as handle:
             logits.append(tiny.model(**given).logits)
             assert handle.trace is not None
             kept.append([stage.kept[0].tolist() for stage in handle.trace])

@@ -11,24 +11,25 @@ import models
 import pytest
 import torch
 from models import CACHE, Tiny
-from oracle import Rules
-from support import RULES, close, enable, generate, refuses, snapshot
+from support import RULES, cache_of, close, enable, generate, refuses, snapshot, state_of, unchanged
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import reroute
 from reroute.core.prefill import PositionTables
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
-from reroute.methods import FastV, PDrop
-from reroute.rankers import RankInputs, ScoreRanker
+from reroute.methods import METHODS, FastV, PDrop
+from reroute.rankers import LastTokenAttention, RankInputs, ScoreRanker
 from reroute_kernels import Backend, BackendUnavailable, PagedPool, PoolLimitError, resolve
+
+KNOWN = ", ".join(sorted(METHODS))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "fastvv"}, "Unknown method 'fastvv'; known: fastv, pdrop, random. Did you mean 'fastv'"),
-        ({"method": 3}, "fastv, pdrop, random"),
+        ({"method": "fastvv"}, f"Unknown method 'fastvv'; known: {KNOWN}. Did you mean 'fastv'"),
+        ({"method": 3}, KNOWN),
         ({"action": "prune"}, "Unknown action 'prune'; known: remove, route"),
         ({"backend": "cuda"}, "Unknown backend 'cuda'; known: auto, torch, triton"),
         ({"keep": 0.01}, "out of reach"),
@@ -54,12 +55,12 @@ def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     [
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
         ({"layers": (4, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, "0 or later"),
-        ({"layers": (2,), "ratios": (0.0,)}, "above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (1.01,)}, "above 0 and at most 1"),
+        ({"layers": (-1,), "ratios": (0.5,)}, "from layer 0 on"),
+        ({"layers": (2,), "ratios": (-0.1,)}, "from 0 to 1"),
+        ({"layers": (2,), "ratios": (1.01,)}, "from 0 to 1"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
         ({"layers": (2,), "ratios": (0.5,), "position_mode": "gone"}, "known: preserved, renumbered"),
-        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, "1 or later"),
+        ({"layers": (0,), "ratios": (0.5,), "rankers": LastTokenAttention(-1)}, "from layer 0 on"),
     ],
 )
 def test_schedules(fields: dict[str, Any], message: str) -> None:
@@ -258,7 +259,7 @@ def test_scores_of_another_shape(tiny: Tiny, rank: Callable[[list[Tensor]], Any]
     """They would be broadcast, and nobody would notice."""
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 9)])
     with (
-        enable(tiny, RULES[0], method=FastV(ranker=Own(rank))),
+        enable(tiny, RULES[0], ranker=Own(rank)),
         pytest.raises(RerouteError, match=f"Own {message}"),
     ):
         tiny.model(**given)
@@ -325,12 +326,18 @@ def test_pool_of_another_kind(tiny: Tiny) -> None:
 
 
 def test_renumbered_later_turn() -> None:
+    """Whether the earlier turn is renumbered, or the later one, or both."""
     tiny = models.tiny("llava-gqa")
     first, second = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)
-    with enable(tiny, Rules((2,), (0.5,), "remove", position_mode="renumbered")):
-        cache = getattr(tiny.model(**tiny.inputs([first]), use_cache=True), CACHE)
-        with pytest.raises(RerouteError, match="one prompt only"):
-            tiny.model(**tiny.follow([first], [second]), **{CACHE: cache})
+    renumbered = {"schedule": reroute.Schedule((2,), (0.5,), position_mode="renumbered"), "action": "remove"}
+    for one, two in ((renumbered, renumbered), ({}, renumbered), (renumbered, {}), (renumbered, {"keep": 0.9})):
+        with reroute.enable(tiny.model) as handle:
+            with handle.at(**one):
+                cache = cache_of(tiny.model(**tiny.inputs([first]), use_cache=True))
+            before, follow = state_of(cache), tiny.follow([first], [second])
+            with handle.at(**two), pytest.raises(RerouteError, match="one prompt only"):
+                tiny.model(**follow, **{CACHE: cache})
+            unchanged(cache, before)
 
 
 def test_trace_is_off() -> None:

@@ -20,7 +20,6 @@ from unfit_models import MODELS, decoder, whole
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
-from reroute.methods import FastV
 from reroute.rankers import RankInputs, ScoreRanker
 from reroute_kernels import PagedPool
 
@@ -41,6 +40,13 @@ def caches(few: Tiny) -> dict[str, tuple[Any, int]]:
     again = of(samples[:1])
     few.model(**few.follow(samples[:1], [few.prompt(3, 2, few.grid, 6)]), **{CACHE: again})
     made["a later picture"] = again, 6
+    handle = reroute.handle_of(few.model)
+    assert handle is not None
+    with handle.at(schedule=reroute.Schedule((0,), (0.5,))):
+        other = of(samples[:1])
+    with handle.at(schedule=reroute.Schedule((2,), (0.5,))):  # the first two layers are not routed again
+        few.model(**few.follow(samples[:1], [few.prompt(3, 2, few.grid, 6)]), **{CACHE: other})
+    made["a later picture with other routing layers"] = other, 6
     moved = of(samples)
     moved.reorder_cache(torch.tensor([1, 0, 0]))
     made["moved samples"] = moved, 3
@@ -245,7 +251,7 @@ MIDWAY: dict[str, tuple[dict[str, Any], Callable[[Tiny], Any], type[Exception]]]
         MemoryError,
     ),
     "a pool of another dtype": ({"pool": PagedPool(64, torch.float16, "cpu")}, nullcontext, RerouteError),
-    "scores of another shape": ({"method": FastV(layer=1, ranker=Odd())}, nullcontext, RerouteError),
+    "scores of another shape": ({"schedule": schedule(FEW, Odd())}, nullcontext, RerouteError),
     "another dtype in the midst": ({}, widened, RerouteError),
 }
 

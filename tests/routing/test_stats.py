@@ -16,8 +16,9 @@ from support import RULES, cache_of, enable, fixed, generate, kv_lengths, schedu
 from torch import nn
 
 import reroute
-from reroute.core.cost import ModelShape, estimate_cost, prefill_cost, scoring_flops
+from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
 from reroute.methods import FastV, Random
+from reroute.rankers import LastTokenAttention
 from reroute.stats import Stats, Totals, make_stats
 from reroute_kernels import PagedPool
 
@@ -80,7 +81,7 @@ def test_own_scores_are_not_charged_for_attention(tiny: Tiny, method: FastV) -> 
             tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
         stats.append(handle.stats())
     attention, own = stats
-    assert attention.scoring_flops == scoring_flops(shape_of(tiny), 25)
+    assert attention.scoring_flops == LastTokenAttention().flops(shape_of(tiny), 25, 16, 4)
     assert own.scoring_flops == 0
     assert own.prefill_flops == attention.prefill_flops - attention.scoring_flops
 
@@ -223,7 +224,7 @@ def test_a_window_before_the_first_routing_layer_saves_nothing(tiny: Tiny) -> No
     stored = [torch.zeros(1, shape.kv_heads, n, shape.head_dim) for n in rows]
     layers = [SimpleNamespace(keys=tensor, values=tensor) for tensor in stored]
     names = {"method": "", "action": "route", "backend": "", "backend_reason": ""}
-    stats = make_stats(plan, shape, names, layers, scores=False, prefills=1)
+    stats = make_stats(plan, shape, names, layers, prefills=1)
     assert stats.prefill_flops == stats.prefill_flops_dense
     assert stats.kv_bytes == stats.kv_bytes_dense
 

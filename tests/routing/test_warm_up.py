@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import FastV, PDrop, Random
-from reroute.rankers import RandomScores
+from reroute.rankers import LastTokenAttention, RandomScores
 from reroute_kernels import Backend, PagedPool
 from reroute_kernels.testing.compile_only import new_device
 
@@ -42,7 +42,7 @@ SETUPS = {
         "llava-gqa", {"method": PDrop(LAYERS, KEEP[:1] * 3, "floor0", "renumbered"), "action": "remove"}, 8 + 3
     ),
     "scores of the layer before": Setup(
-        "llava-gqa", {"schedule": reroute.Schedule(LAYERS, KEEP, score_layer_offset=-1)}, 8 + 3
+        "llava-gqa", {"schedule": reroute.Schedule(LAYERS, KEEP, (LastTokenAttention(-1),))}, 8 + 3
     ),
     "own scores": Setup("llava-gqa", {"method": Random(1, 0.3)}, 8),
     "three position ids": Setup("qwen", {"method": FastV(1, 0.3)}, 8 + 3 + 1),  # admit without ids in a plain forward

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,11 @@ from reroute.core.cost import (
     kv_bytes,
     layer_flops,
     prefill_cost,
-    scoring_flops,
 )
 from reroute.core.schedule import Action, Schedule
-from reroute.core.solver import RatioFamily, scale_layers, solve
+from reroute.core.solver import RatioFamily, budget_of, scale_layers, scale_ratios, solve
 from reroute.errors import RerouteError
+from reroute.rankers import LastTokenAttention, RandomScores
 
 LLAVA = ModelShape(32, 4096, 11008, 32, 32, 128, 32064)
 QWEN = ModelShape(28, 3584, 18944, 28, 4, 128, 152064)
@@ -96,6 +97,14 @@ def released(name: str, tier: int, shape: ModelShape) -> Schedule:
     return Schedule(LAYERS[name][shape.num_layers], ratios)
 
 
+def scoring_flops(shape: ModelShape, rows: int) -> int:
+    return LastTokenAttention().flops(shape, rows, rows, 1)
+
+
+def layers_of(cost: CostEstimate) -> int:
+    return cost.prefill_flops - cost.scoring_flops
+
+
 def cost(name: str, tier: int, shape: ModelShape, text: int = 60, **options: Any) -> CostEstimate:
     action: Action = "route" if name.startswith("ours") else "remove"
     return estimate_cost(shape, released(name, tier, shape), action, 576, text, **options)
@@ -114,11 +123,11 @@ def test_released_schedules(
     shape: ModelShape,
 ) -> None:
     schedule = Schedule(LAYERS[name][shape.num_layers], ratios)
-    result = cost(name, tier, shape, scores=False)
+    result = cost(name, tier, shape)
     assert schedule.counts(576) == counts
     assert result.avg_tokens == pytest.approx(averages[column], abs=0.005)
     assert result.keep == result.avg_tokens / 576
-    assert result.prefill_flops / 1e12 == pytest.approx(costs[column], abs=6e-5)
+    assert layers_of(result) / 1e12 == pytest.approx(costs[column], abs=6e-5)
     assert result.kv_bytes / 2**20 == pytest.approx(costs[2 + column], abs=0.051)
 
 
@@ -134,7 +143,7 @@ def test_full_model() -> None:
 
 def test_without_text() -> None:
     def teraflops(name: str, tier: int) -> float:
-        return cost(name, tier, LLAVA, text=0, scores=False).prefill_flops / 1e12
+        return layers_of(cost(name, tier, LLAVA, text=0)) / 1e12
 
     assert prefill_cost(LLAVA, [576] * 32).prefill_flops / 1e12 == pytest.approx(7.6343, abs=5e-5)
     assert teraflops("fastv", 192) == pytest.approx(2.5108, abs=5e-5)
@@ -158,9 +167,9 @@ def test_without_text() -> None:
     ],
 )
 def test_agreement_of_the_released_pairs(shape: ModelShape, text: int, tier: int, percent: float) -> None:
-    ours, theirs = (cost(name, tier, shape, text, scores=False) for name in ("ours_vs_pdrop", "pdrop"))
-    assert 100 * (ours.prefill_flops / theirs.prefill_flops - 1) == pytest.approx(percent, abs=0.05)
-    pair = [cost(name, tier, shape, text, scores=False) for name in ("ours_vs_fastv", "fastv")]
+    ours, theirs = (layers_of(cost(name, tier, shape, text)) for name in ("ours_vs_pdrop", "pdrop"))
+    assert 100 * (ours / theirs - 1) == pytest.approx(percent, abs=0.05)
+    pair = [layers_of(cost(name, tier, shape, text)) for name in ("ours_vs_fastv", "fastv")]
     assert pair[0] == pair[1]
 
 
@@ -182,7 +191,7 @@ def test_nothing_is_scored_where_nothing_is_deferred() -> None:
     text_only = estimate_cost(TOY, schedule, "route", 0, 3)
     assert text_only.scoring_flops == 0
     assert text_only.keep == 1
-    assert estimate_cost(TOY, schedule, "route", 8, 3, scores=False).scoring_flops == 0
+    assert estimate_cost(TOY, replace(schedule, rankers=(RandomScores(),)), "route", 8, 3).scoring_flops == 0
     with pytest.raises(RerouteError, match="does not exist"):
         estimate_cost(TOY, Schedule((4,), (0.5,)), "route", 8, 3)
 
@@ -209,7 +218,7 @@ def test_earlier_turns_are_keys() -> None:
     weights = layer_flops(TOY, 5) - 32 * 25
     assert layer_flops(TOY, 5, 8) == weights + 32 * 40
     assert layer_flops(TOY, 5, 8, attention="causal") == weights + 32 * 30
-    cost = prefill_cost(TOY, [5, 3, 3, 2], [8, 6, 4, 2], scored=[5, 4], batch=2)
+    cost = prefill_cost(TOY, [5, 3, 3, 2], [8, 6, 4, 2], scoring=scoring_flops(TOY, 5) + scoring_flops(TOY, 4), batch=2)
     layers = sum(layer_flops(TOY, t, k) for t, k in zip([5, 3, 3, 2], [8, 6, 4, 2], strict=True))
     assert cost.scoring_flops == scoring_flops(TOY, 5) + scoring_flops(TOY, 4)
     assert cost.prefill_flops == 2 * layers + cost.scoring_flops
@@ -338,3 +347,61 @@ def test_impossible_budgets() -> None:
         solve("uniform", (3,), 3, 0.5)
     with pytest.raises(RerouteError, match="strictly increasing"):
         solve("uniform", (3, 3), 32, 0.5)
+
+
+# --- one factor for given ratios --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "layers", "num_layers", "keep", "expected"),
+    [
+        ((0.4, 0.2), (2, 6), 10, 0.5, (0.5, 0.25)),  # 2 + 4 * 2r + 4 * r = 5
+        ((1.0, 0.1), (0, 5), 10, 0.75, (1.0, 0.5)),  # the first is clipped, the second makes up for it
+        ((0.0, 0.3, 0.0), (1, 4, 5), 12, 1 / 9, (0.0, 1 / 3, 0.0)),
+        ((0.3, 0.3), (0, 2), 4, 1.0, (1.0, 1.0)),
+    ],
+)
+def test_ratios_are_scaled_to_the_budget(
+    ratios: tuple[float, ...], layers: tuple[int, ...], num_layers: int, keep: float, expected: tuple[float, ...]
+) -> None:
+    found = scale_ratios(ratios, layers, num_layers, keep)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert budget_of(layers, found, num_layers) == pytest.approx(keep, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["uniform", "pyramid"])
+def test_scaling_what_was_solved_changes_nothing(family: RatioFamily) -> None:
+    solved = solve(family, (2, 7, 15, 23), 32, 1 / 9)
+    assert scale_ratios(solved, (2, 7, 15, 23), 32, 1 / 9) == pytest.approx(solved, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "layers", "keep", "said"),
+    [
+        ((0.0, 0.0), (1, 4), 0.5, "stages that keep nothing stay as they are"),
+        ((0.5, 0.0), (0, 5), 0.6, "stages that keep nothing stay as they are"),
+        ((0.5, 0.5), (5, 6), 0.5, "layers before the first routing layer run all"),
+        ((0.5, 0.5), (1, 6), 0, "must be a number above 0"),
+    ],
+)
+def test_budgets_that_no_factor_reaches(
+    ratios: tuple[float, ...], layers: tuple[int, ...], keep: float, said: str
+) -> None:
+    with pytest.raises(RerouteError, match=said):
+        scale_ratios(ratios, layers, 10, keep)
+
+
+def test_a_removal_leaves_less_to_rank() -> None:
+    """Routing among what it left ranks that alone, at each decision."""
+    ranked: dict[tuple[str, ...], int] = {}
+    each: list[tuple[Action, ...]] = [("route",) * 3, ("remove", "route", "route"), ("remove",) * 3]
+    for actions in each:
+        schedule = Schedule((1, 2, 3), (0.5, 0.25, 0.25), actions=actions)
+        ranked[actions[:2]] = estimate_cost(TOY, schedule, "route", 8, 3).scoring_flops
+    ranker = LastTokenAttention()
+    whole, left, rest = (ranker.flops(TOY, n + 3, n, 0) for n in (8, 4, 2))
+    assert ranked == {
+        ("route", "route"): 3 * whole,
+        ("remove", "route"): whole + 2 * left,
+        ("remove", "remove"): whole + left + rest,
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ CONFIGS = [
     RoutingConfig(PDrop((2, 4), (0.5, 0.25), "floor0")),
     RoutingConfig(Random(ranker=RandomScores(seed=3)), keep=0.5),
     RoutingConfig(FastV(ratio=0.1, ranker=RandomScores())),
-    RoutingConfig(schedule=Schedule((2, 7), (0.5, 0.25), "half_even")),
+    RoutingConfig(schedule=Schedule((2, 7), (0.5, 0.25), (RandomScores(), LastTokenAttention(-1)), "half_even")),
 ]
 
 
@@ -52,8 +52,12 @@ def test_json_there_and_back(config: RoutingConfig) -> None:
         ('{"version": 1, "keep": 2}', "at most 1"),
         ('{"version": 1, "method": {"name": "fastvv", "ranker": {"name": "random_scores"}}}', "Did you mean 'fastv'"),
         ('{"version": 1, "method": {"name": "fastv", "ranker": {"name": "randm_scores"}}}', "Unknown ranker"),
-        ('{"version": 1, "method": {"name": "fastv"}}', "Not a routing configuration: 'ranker'"),
-        ('{"version": 1, "method": {"name": "fastv", "ranker": "random"}}', "Not a routing configuration"),
+        ('{"version": 1, "method": {"ranker": {"name": "random_scores"}}}', "Not a routing configuration: 'name'"),
+        (
+            '{"version": 1, "method": {"name": "fastv", "ranker": "random"}}',
+            "'random'",
+        ),
+        ('{"version": 1, "schedule": {"layers": [2], "ratios": [0.5], "rankers": ["random"]}}', "Not a routing conf"),
     ],
 )
 def test_what_cannot_be_read(text: str, message: str) -> None:
@@ -81,6 +85,7 @@ def test_what_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "fastvv"}, "Did you mean 'fastv'"),
         ({"keep": 0.0}, "above 0"),
         ({"keep": 0.5, "schedule": Schedule((2,), (0.5,))}, "not both"),
+        ({"method": "fastv", "schedule": Schedule((2,), (0.5,))}, "not both: a method is a name"),
         ({"backend": "cuda"}, "Unknown backend"),
     ],
 )
@@ -93,13 +98,8 @@ def test_what_settings_mean_for_a_model() -> None:
     assert RoutingConfig(keep=1 / 3).schedule_for(32) == PDrop().with_budget(1 / 3, 32, "route").schedule(32, "route")
     schedule = Schedule((2,), (0.5,))
     explicit = RoutingConfig(schedule=schedule)
-    assert (explicit.schedule_for(8), explicit.method_name, explicit.ranker) == (
-        schedule,
-        "schedule",
-        LastTokenAttention(),
-    )
-    ranked = replace(explicit, method=Random())
-    assert (ranked.schedule_for(8), ranked.method_name, ranked.ranker) == (schedule, "random", RandomScores())
+    assert (explicit.schedule_for(8), explicit.method_name) == (schedule, "schedule")
+    assert schedule.rankers == (LastTokenAttention(),)
     assert {RoutingConfig(name).method_name for name in METHODS} == set(METHODS)
 
 
@@ -117,7 +117,7 @@ REMOVING = RoutingConfig(action="remove", schedule=SCHEDULE, trace=True)
     [
         (RoutingConfig(keep=0.3), {"keep": 0.2}, RoutingConfig(keep=0.2)),
         (RoutingConfig("fastv", keep=0.3), {"method": "pdrop"}, RoutingConfig("pdrop", keep=0.3)),
-        (RoutingConfig("random", keep=0.3), {"schedule": SCHEDULE}, RoutingConfig("random", schedule=SCHEDULE)),
+        (RoutingConfig("random", keep=0.3), {"schedule": SCHEDULE}, RoutingConfig(schedule=SCHEDULE)),
         (RoutingConfig(schedule=SCHEDULE), {"keep": 0.2}, RoutingConfig(keep=0.2)),
         (RoutingConfig(schedule=SCHEDULE), {"method": "fastv"}, RoutingConfig("fastv")),
         (RoutingConfig(schedule=SCHEDULE, trace=True), {"action": "remove"}, REMOVING),

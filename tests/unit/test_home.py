@@ -41,7 +41,7 @@ def homes(plan: Plan, dtype: torch.dtype = torch.float32) -> tuple[PooledHome, R
 def rows_of(home: Home, places: list[list[int]]) -> Tensor:
     """Rows (B, S) of these sample rows, -1 for fillers."""
     index = torch.tensor(places, dtype=torch.int64)
-    return (index + home.tensors.starts).masked_fill(index < 0, -1)
+    return (index + home.tensors.starts[:, None]).masked_fill(index < 0, -1)
 
 
 @settings(max_examples=60)
@@ -87,7 +87,7 @@ def test_norms_and_states() -> None:
             normed = home.defer_rmsnorm(home.tensors.rows, home.tensors.inverse_index, hidden, norm)
         assert normed.shape == home.states().shape
         assert not normed.requires_grad
-        assert not home.states().requires_grad
+        assert home.states().requires_grad == home.is_recorded
         valid = home.tensors.rows[home.tensors.rows >= 0]
         results.append((normed[valid], home.states()[valid]))
     for ours, theirs in zip(*results, strict=True):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroute.core.schedule import Rounding, Schedule, count
+from reroute.core.schedule import Action, Rounding, Schedule, count
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError, unknown
+from reroute.rankers import LastTokenAttention, RandomScores
 
 ratios = st.floats(min_value=1e-6, max_value=1.0)
 ROUNDINGS: tuple[Rounding, ...] = ("floor", "floor0", "half_even")
@@ -22,8 +23,9 @@ roundings = st.sampled_from(ROUNDINGS)
 def schedules(draw: st.DrawFn) -> Schedule:
     layers = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=6)))
     keep = draw(st.lists(ratios, min_size=len(layers), max_size=len(layers)))
-    offset = draw(st.sampled_from([0, -1]))
-    return Schedule(tuple(layers), tuple(keep), draw(roundings), score_layer_offset=offset)
+    rankers = draw(st.sampled_from([(LastTokenAttention(),), (LastTokenAttention(-1),), (RandomScores(3),)]))
+    actions: tuple[Action, ...] = draw(st.sampled_from([(), ("remove", *["route"] * (len(layers) - 1))]))
+    return Schedule(tuple(layers), tuple(keep), rankers, draw(roundings), actions=actions)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,10 @@ def test_json_round_trip(schedule: Schedule) -> None:
 )
 def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
     offset: Any = np.int64(-1)
-    schedule = Schedule(layers, ratios, score_layer_offset=offset)
-    assert schedule == Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1)
-    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5), score_layer_offset=-1))
+    rankers: Any = [LastTokenAttention(offset), RandomScores()]
+    schedule = Schedule(layers, ratios, rankers)
+    assert schedule == Schedule((2, 7), (1.0, 0.5), (LastTokenAttention(-1), RandomScores()))
+    assert hash(schedule) == hash(Schedule((2, 7), (1.0, 0.5), (LastTokenAttention(-1), RandomScores())))
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
@@ -133,22 +136,32 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2, 7), "ratios": (0.5,)}, r"one ratio per routing layer: got ratios \(0.5,\)"),
         ({"layers": (7, 2), "ratios": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, r"strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, r"must be 0 or later .* not -1"),
-        ({"layers": (0,), "ratios": (0.5,), "score_layer_offset": -1}, r"must be 1 or later .* not 0"),
-        ({"layers": (2,), "ratios": (0.0,)}, r"above 0 and at most 1, not \(0.0,\)"),
-        ({"layers": (2,), "ratios": (1.01,)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (float("nan"),)}, r"above 0 and at most 1"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": 1}, r"must be 0 .* or -1 .* not 1"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": "-1"}, r"must be 0 .* not '-1'"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": -1.0}, r"must be 0 .* not -1\.0"),
-        ({"layers": (2,), "ratios": (0.5,), "score_layer_offset": False}, r"must be 0 .* not False"),
+        ({"layers": (-1,), "ratios": (0.5,)}, r"from layer 0 on; .* before the layers \(-1,\)"),
+        ({"layers": (0,), "ratios": (0.5,), "rankers": LastTokenAttention(-1)}, r"from layer 0 on; .* layers \(-1,\)"),
+        (
+            {"layers": (2, 3), "ratios": (0.5, 0.5), "rankers": (LastTokenAttention(), LastTokenAttention(-1))},
+            r"one after the other, .* layers \(2, 3\) would be made before the layers \(2, 2\)",
+        ),
+        ({"layers": (2,), "ratios": (-0.1,)}, r"from 0 to 1, not \(-0.1,\)"),
+        ({"layers": (2,), "ratios": (1.01,)}, r"from 0 to 1"),
+        ({"layers": (2,), "ratios": (float("nan"),)}, r"from 0 to 1"),
+        (
+            {"layers": (2,), "ratios": (0.5,), "rankers": "random_scores"},
+            r"must be a Ranker such as .* not 'random_scores'",
+        ),
+        ({"layers": (2,), "ratios": (0.5,), "rankers": LastTokenAttention}, r"must be a Ranker such as .* not <class"),
+        ({"layers": (2,), "ratios": (0.5,), "rankers": ()}, r"one ranker, or one per routing layer: got 0 for 1"),
+        ({"layers": (2, 3, 4), "ratios": (1, 1, 1), "rankers": (RandomScores(),) * 2}, r"got 2 for 3 layers"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": None}, r"Unknown rounding None; known: floor"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": ["floor"]}, r"Unknown rounding \['floor'\]; known: floor"),
         ({"layers": (2,), "ratios": (0.5,), "position_mode": np.array(["preserved"])}, r"Unknown position mode"),
         (
             {"layers": (2,), "ratios": (0.5,), "rounding": "flor"},
-            r"Unknown rounding 'flor'; known: floor, floor0, half_even\. Did you mean 'floor'\?",
+            r"Unknown rounding 'flor'; known: floor, floor0, half_even, nested, nested_floor\. Did you mean 'floor'\?",
         ),
+        ({"layers": (2,), "ratios": (0.5,), "actions": ("drop",)}, r"Unknown action 'drop'; known: remove, route"),
+        ({"layers": (2,), "ratios": (0.5,), "actions": "route"}, r"one action per routing layer.* got 'route' for 1"),
+        ({"layers": (2, 3), "ratios": (1, 1), "actions": ("route",)}, r"one action per routing layer.* for 2 of them"),
         (
             {"layers": (2,), "ratios": (0.5,), "position_mode": "kept"},
             r"Unknown position mode 'kept'; known: preserved, renumbered",
@@ -183,6 +196,32 @@ BAD_JSON = ["", b"\xff", {"layers": [3]}, "[1, 2]", '{"layers": [3]}', '{"layers
 def test_bad_json(text: Any) -> None:
     with pytest.raises(RerouteError, match=r"Not a schedule: .* such as \{"):
         Schedule.from_json(text)
+
+
+def test_nested_counts() -> None:
+    """Shares of the stage before are what they were before they became shares of all: (0.01 · 0.03) / 0.01 is below."""
+    schedule = Schedule((0, 3, 5), (0.01, 0.01 * 0.03, 0.0), rounding="nested")
+    assert schedule.counts(10_000) == (100, 3, 0)
+    assert schedule.counts(10) == (1, 1, 0)
+    assert Schedule((0, 3, 5), (0.25, 0.5, 0.5), rounding="nested").counts(10) == (3, 6, 6)
+    assert Schedule((0, 3), (1.0, 1.0), rounding="nested").counts(7) == (7, 7)
+    assert Schedule((0, 3, 5), (0.25, 0.125, 0.0), rounding="nested_floor").counts(11) == (2, 1, 0)
+    assert Schedule((0, 3), (0.25, 0.125), rounding="nested_floor").counts(3) == (1, 1)
+
+
+def test_a_decision_has_an_action_of_its_own() -> None:
+    schedule = Schedule((0, 3, 5), (0.5, 0.2, 0.5), actions=("remove", "route", "route"))
+    schedule.validate(8, "route")
+    schedule.validate(8, "remove")
+    assert schedule.each_action("remove") == ("remove", "route", "route")
+    assert Schedule((0, 3), (0.5, 0.2)).each_action("remove") == ("remove", "remove")
+    with pytest.raises(RerouteError, match=r"must not grow \(0\.5, then 0\.6\)"):
+        Schedule((0, 3, 5), (0.5, 0.2, 0.6), actions=("remove", "route", "route")).validate(8, "route")
+    with pytest.raises(RerouteError, match="Renumbered positions need action 'remove'"):
+        Schedule((0, 3), (0.5, 0.2), (LastTokenAttention(),), "floor", "renumbered", ("remove", "route")).validate(
+            8, "remove"
+        )
+    assert "actions" not in Schedule((0, 3), (0.5, 0.2)).to_json()
 
 
 def test_errors() -> None:

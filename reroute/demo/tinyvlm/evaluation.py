@@ -117,7 +117,12 @@ def tally(outcomes: Sequence[Outcome]) -> Tally:
 
 def summarise(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> dict[str, Tally]:
     """Accuracy by family of questions."""
-    return _grouped([example.family for example in examples], outcomes)
+    return summarise_families([example.family for example in examples], outcomes)
+
+
+def summarise_families(families: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Tally]:
+    """Accuracy by family, of outcomes of questions of these `families`."""
+    return _grouped(families, outcomes)
 
 
 def summarise_kinds(examples: Sequence[Example], outcomes: Sequence[Outcome]) -> dict[str, Tally]:

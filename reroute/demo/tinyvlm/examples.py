@@ -16,7 +16,7 @@ from PIL import Image
 from .boxes import Box
 from .digits import Split
 from .questions import KINDS, Question, ask
-from .scenes import Digit, Scene, draw
+from .scenes import STROKES, Digit, Scene, draw
 
 COUNTS: Final[dict[str, int]] = {
     "attr": 100,
@@ -32,6 +32,9 @@ COUNTS: Final[dict[str, int]] = {
     "riddle": 200,
     "riddlecol": 160,
 }
+
+CLUTTER: Final = (20, 40)
+"""As `scenes.STROKES`."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,30 @@ class Example:
     referent: int | None = None
 
 
-def examples(split: Split = "test", counts: Mapping[str, int] | None = None, seed: int = 777) -> list[Example]:
+def examples(
+    split: Split = "test", counts: Mapping[str, int] | None = None, seed: int = 777, clutter: bool = False
+) -> list[Example]:
     """So many examples of each kind, one per picture, by default `COUNTS`.
 
-    Deterministic: the first n of a kind do not depend on the other kinds nor on how many follow.
+    Deterministic: the first n of a kind do not depend on the other kinds nor on how many follow. `clutter` asks about
+    fuller pictures than any of the training: 9 or 10 digits, and `CLUTTER` strokes behind them.
     """
     counts = COUNTS if counts is None else counts
     known = [kind for kind, about in KINDS.items() if about.family != "curriculum"]
     for kind in counts:
         if kind not in known:
             raise ValueError(f"unknown kind {kind!r}; known kinds are {', '.join(known)}")
-    return [e for kind, count in counts.items() for e in _of_kind(split, kind, count, seed)]
+    return [e for kind, count in counts.items() for e in _of_kind(split, kind, count, seed, clutter)]
 
 
-def _of_kind(split: Split, kind: str, count: int, seed: int) -> list[Example]:
-    name = f"{split} {kind}".encode()
+def _of_kind(split: Split, kind: str, count: int, seed: int, clutter: bool) -> list[Example]:
+    name = f"{split} {kind}{' clutter' * clutter}".encode()
     rng = np.random.default_rng([seed, zlib.crc32(name)])
     paired = KINDS[kind].paired
+    number, strokes = ((4, 8) if paired else (5, 8), STROKES) if not clutter else ((9, 10), CLUTTER)
     found: list[Example] = []
     while len(found) < count:
-        scene = draw(rng, split, (4, 8) if paired else (5, 8), paired)
+        scene = draw(rng, split, number, paired, strokes)
         choices = ask(scene, kind, rng)
         if choices:
             found.append(_example(scene, choices[int(rng.integers(len(choices)))]))

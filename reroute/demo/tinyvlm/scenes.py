@@ -29,6 +29,7 @@ GRID: Final = SIDE // PATCH
 PATCHES: Final = GRID * GRID
 VISIBLE: Final = 0.2  # share of a patch that a digit's box must cover for the patch to show it
 
+STROKES: Final = (4, 10)  # least, and one more than the most, in a background
 GLYPH_SIZES: Final = (14, 16, 18, 20)
 INK: Final = 0.35  # a glyph's box holds the pixels at least this opaque
 GAP: Final = 2  # pixels between the boxes of two digits
@@ -72,7 +73,13 @@ class Scene:
         return Image.fromarray((self.pixels * 255).round().astype(np.uint8))
 
 
-def draw(rng: np.random.Generator, split: Split, count: tuple[int, int], paired: bool) -> Scene:
+def draw(
+    rng: np.random.Generator,
+    split: Split,
+    count: tuple[int, int],
+    paired: bool,
+    strokes: tuple[int, int] = STROKES,
+) -> Scene:
     """Draw a scene of `count` (least, most) digits whose images come from one split.
 
     Digits that find no free place are left out. `paired` scenes have distinct classes and
@@ -80,7 +87,7 @@ def draw(rng: np.random.Generator, split: Split, count: tuple[int, int], paired:
     random with repeats.
     """
     texture = int(rng.integers(len(TEXTURES)))
-    pixels = _background(rng, texture)
+    pixels = _background(rng, texture, strokes)
     number = int(rng.integers(count[0], count[1] + 1))
     placed: list[Digit] = []
     for label, colour in _paired(rng, number) if paired else _mixed(rng, number):
@@ -119,7 +126,7 @@ def _paired(rng: np.random.Generator, number: int) -> list[tuple[int, int]]:
     return [content[i] for i in rng.permutation(number)]
 
 
-def _background(rng: np.random.Generator, texture: int) -> Floats:
+def _background(rng: np.random.Generator, texture: int, strokes: tuple[int, int]) -> Floats:
     """A tinted texture with translucent strokes of clutter, float32 (SIDE, SIDE, 3)."""
     period, phase, strength = rng.uniform(7, 12), rng.uniform(0, 2 * np.pi), rng.uniform(0.06, 0.12)
     wave = np.sin(np.arange(SIDE) * (2 * np.pi / period) + phase)
@@ -134,7 +141,7 @@ def _background(rng: np.random.Generator, texture: int) -> Floats:
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
     pixels[:] = (strength * pattern)[..., None]
     pixels += rng.uniform(0.12, 0.38, 3).astype(np.float32)
-    for _ in range(rng.integers(4, 10)):
+    for _ in range(rng.integers(*strokes)):
         x, y = rng.integers(0, SIDE - 4, 2)
         long, short = rng.integers(2, 16), rng.integers(1, 4)
         width, height = (short, long) if rng.random() < 0.5 else (long, short)

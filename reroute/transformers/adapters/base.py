@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import is_not
 from typing import Any, ClassVar
 
@@ -12,9 +13,15 @@ import torch
 from reroute_kernels import AttentionSpec, RMSNorm, Rope
 
 from ...errors import RerouteError, UnsupportedModelError
+from ..vision import Tower
 from .scoring_layer import check_parts, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
+
+_CHANGED = (
+    "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
+    "reroute.enable again on the model as it is now."
+)
 
 
 class ModelAdapter:
@@ -68,6 +75,15 @@ class ModelAdapter:
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
         self._check_structure()
 
+    def check_base(self, model: Any) -> None:
+        """Check at a call that ``model``, the whole model, still calls the base model that is routed.
+
+        Raises:
+            RerouteError: it was replaced.
+        """
+        if not _holds(model.model, self.base):
+            raise RerouteError(_CHANGED)
+
     def check_layers(self, scoring: Sequence[int]) -> None:
         """Check at a call that the decoder is still what it was, and that the ``scoring`` layers can be asked to score.
 
@@ -76,10 +92,7 @@ class ModelAdapter:
         """
         now = self._layers_now() if _holds(self.base.language_model, self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
-            raise RerouteError(
-                "The decoder has changed since reroute.enable: it, or one of its layers, was replaced. Call "
-                "reroute.enable again on the model as it is now."
-            )
+            raise RerouteError(_CHANGED)
         for index in scoring:
             check_scoring_layer(self.layers[index], index)
 
@@ -128,14 +141,18 @@ class ModelAdapter:
     def input_norm(self, layer: int) -> RMSNorm | None:
         """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
         norm = self.layers[layer].input_layernorm
-        changed = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
-        if changed or type(norm).__name__ not in self.input_norms:
+        if _is_changed(norm) or type(norm).__name__ not in self.input_norms:
             return None
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """See ``DecoderAdapter``."""
         normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
+        return normed
+
+    def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``DecoderAdapter``."""
+        normed: torch.Tensor = self.text.norm(rows)
         return normed
 
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,6 +162,19 @@ class ModelAdapter:
         query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
+
+    def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``DecoderAdapter``."""
+        attention = self.layers[layer].self_attn
+        projection, heads = attention.k_proj, (-1, attention.head_dim)
+        has_norm = self.attention_spec(layer).key_norm is not None
+        if type(projection) is not torch.nn.Linear or _is_changed(projection) or has_norm:
+            raise RerouteError(
+                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
+                "and FoldedAttention needs that matrix. Merge adapters into weights, or rank by LastTokenAttention."
+            )
+        bias = projection.bias
+        return projection.weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
@@ -157,6 +187,15 @@ class ModelAdapter:
         """See ``DecoderAdapter``."""
         cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
         return cos, sin
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, for rankers that look at it.
+
+        Raises:
+            UnsupportedModelError: it is not one that is known.
+        """
+        raise NotImplementedError
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """Per sample, per image: (rows, columns) of its visual tokens, in prompt order."""
@@ -191,3 +230,8 @@ def _parameters(module: Any) -> tuple[str, ...]:
 def _holds(module: Any, part: Any) -> bool:
     """Whether ``module`` is ``part``, or was put around it."""
     return module is part or any(inner is part for inner in module.modules())
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether calling ``module`` does more than its class says."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)

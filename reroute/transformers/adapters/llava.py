@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ...errors import RerouteError
+from ..vision import ClipTower, Tower
 from .base import ModelAdapter
 
 __all__ = ["Llava"]
@@ -18,6 +20,12 @@ class Llava(ModelAdapter):
 
     model_types = ("llava",)
     text_model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+
+    @cached_property
+    def tower(self) -> Tower:
+        """See ``ModelAdapter``."""
+        projector = self._child(self.base, "multi_modal_projector")
+        return ClipTower(self._child(self.base, "vision_tower"), projector, self.config)
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[Grid]]:
         """See ``ModelAdapter``. Images that follow one another without text between them form one run of placeholders.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+from ..vision import Qwen25VLTower, Tower
 from .base import ModelAdapter
 
 __all__ = ["Qwen25VL"]
@@ -18,6 +20,12 @@ class Qwen25VL(ModelAdapter):
     renumbers = False
     may_lack_position_ids = True
     may_stop_early = False
+
+    @cached_property
+    def tower(self) -> Tower:
+        """See ``ModelAdapter``."""
+        module = self._child(self.base, "visual")
+        return Qwen25VLTower(module, self._child(module, "merger"), self.config)
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``ModelAdapter``. A video counts as its frames, one grid each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -16,11 +17,11 @@ __all__ = [
     "check_whole",
     "guard",
     "guarded_layer",
+    "is_renumbered",
     "is_routed",
     "is_torn",
     "past_length",
     "route_layer",
-    "routed_layer",
     "stored_rows",
     "tear",
 ]
@@ -78,6 +79,12 @@ def is_routed(cache: Cache | None) -> bool:
     return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
 
 
+def is_renumbered(cache: Cache | None) -> bool:
+    """Whether the positions of some rows of ``cache`` were counted anew."""
+    layers = getattr(cache, "layers", ())
+    return any(isinstance(layer, RoutedLayer) and layer.rows.position_offset is not None for layer in layers)
+
+
 def is_torn(cache: Cache | None) -> bool:
     """Whether a forward has left ``cache`` half filled."""
     return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
@@ -101,12 +108,6 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
     return layer if isinstance(layer, GuardedLayer) else None
 
 
-def routed_layer(cache: Cache | None, index: int) -> RoutedLayer | None:
-    """Layer ``index`` of ``cache`` if it lacks rows, else None."""
-    layer = guarded_layer(cache, index)
-    return layer if isinstance(layer, RoutedLayer) else None
-
-
 def stored_rows(cache: Cache, index: int) -> int:
     """Rows that layer ``index`` of ``cache`` stores."""
     layers: Sequence[Any] = cache.layers
@@ -115,12 +116,14 @@ def stored_rows(cache: Cache, index: int) -> int:
 
 
 def guard(cache: Cache, floor: int) -> None:
-    """Make the layers of a routed ``cache`` that hold everything refuse what the others must, before any changes.
+    """Make all layers of a routed ``cache`` refuse what one of them must, before any changes.
 
     ``floor``: see ``GuardedLayer``.
     """
     layer: Any
     for layer in cache.layers:
+        if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
+            layer.rows = replace(layer.rows, floor=floor)
         if type(layer) in (DynamicLayer, GuardedLayer) and layer.keys is not None:
             layer.__class__, layer.floor = GuardedLayer, floor
 

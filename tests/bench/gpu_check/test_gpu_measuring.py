@@ -62,6 +62,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "a row goes home wrongly": ("defer_rmsnorm", lambda arguments, _: first(arguments[0].pages)),
     "another norm": ("defer_rmsnorm", lambda _, result: first(result)),
     "another token": ("select", lambda _, result: first(result.kept)),
+    "another token by diversity": ("diverse_topk", lambda _, result: first(result.kept)),
     "another token by attention": ("score_topk", lambda _, result: first(result.kept)),
     "other scores, in the same order": ("score_topk", lambda _, result: result.scores.mul_(2)),
 }

@@ -93,7 +93,8 @@ def test_operators_launch_where_their_tensors_are(gpu: Emulation, backend: Backe
     with checked(gpu) as launches:
         boundary.step(backend, boundary.pages, boundary.hidden)
         backend.defer_rmsnorm(lease, boundary.rows, boundary.inverse, boundary.hidden, norm)
-    names = "defer", "score", "select", "select", "admit", "defer_rmsnorm"
+    diverse = "diverse_norm", "diverse_sum", "diverse_first", "diverse_round", "diverse_round", "select"
+    names = "defer", "score", "select", "select", *diverse, "admit", "defer_rmsnorm"
     assert [launch.kernel.name for launch in launches] == [f"_{name}_kernel" for name in names]
     assert {(launch.device, launch.stream) for launch in launches} == {(device, gpu.streams[device])}
     assert gpu.device == current

@@ -1,0 +1,165 @@
+"""What is searched over: lists of decisions that meet the budget. Whatever a decision gets besides belongs here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil
+from random import Random
+from typing import Any, NamedTuple
+
+from ..core.schedule import Action, Schedule
+from ..core.solver import scale_ratios
+from ..errors import RerouteError
+from ..methods import FastV, PDrop
+
+__all__ = ["Proposal", "Space", "Step"]
+
+ALLOW_NONE = False
+"""Whether a stage may keep no visual token."""
+MAX_DECISIONS = 6
+"""A decision costs FLOPs that the budget does not count."""
+FACTORS = (1 / 4, 1 / 2, 2 / 3, 3 / 2, 2.0, 4.0)
+"""By which a move scales the share of one stage, before all are scaled to the budget again."""
+TRIES = 500
+"""After which all proposals near the best ones count as known."""
+
+
+class Step(NamedTuple):
+    """One decision: before ``layer``, ``ratio`` of the prompt's visual tokens are kept."""
+
+    layer: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Decisions by layer."""
+
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Proposal:
+        """The decisions of ``schedule``."""
+        return cls(tuple(map(Step, schedule.layers, schedule.ratios)))
+
+    @classmethod
+    def read(cls, written: Any) -> Proposal:
+        """The proposal that ``written`` was."""
+        return cls(tuple(Step(int(layer), float(ratio)) for layer, ratio in written))
+
+    def written(self) -> list[list[float]]:
+        """As JSON holds it."""
+        return [list(step) for step in self.steps]
+
+    @property
+    def schedule(self) -> Schedule:
+        """As models are routed by it."""
+        return Schedule(tuple(s.layer for s in self.steps), tuple(s.ratio for s in self.steps))
+
+    def __str__(self) -> str:
+        """Layer by layer, such as ``2: 0.312, 7: 0.156``."""
+        return ", ".join(f"{step.layer}: {step.ratio:.3f}" for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The proposals of a budget: all run ``keep`` = avg_T / N on ``num_layers`` layers.
+
+    ``visual``: the numbers N of visual tokens that prompts have. Proposals with equal counts are one.
+    """
+
+    keep: float
+    num_layers: int
+    action: Action
+    visual: tuple[int, ...]
+
+    @property
+    def last_first_layer(self) -> int:
+        """The last layer before which a first decision still meets the budget."""
+        return ceil(self.keep * self.num_layers) - 1
+
+    def published(self) -> dict[str, Schedule]:
+        """The schedules of the methods at this budget, where they reach it, by name."""
+        found: dict[str, Schedule] = {}
+        for method in (PDrop(), FastV()):
+            try:
+                solved = method.with_budget(self.keep, self.num_layers, self.action)
+            except RerouteError:
+                continue
+            found[method.name] = solved.schedule(self.num_layers, self.action)
+        return found
+
+    def starts(self) -> list[Proposal]:
+        """Where a search begins: the published schedules, or where none reaches the budget one that does."""
+        found = [Proposal.of(schedule) for schedule in self.published().values()]
+        return found or [self.refilled([Step(0, 1.0), Step(self.num_layers // 4 or 1, 0.5)])]
+
+    def refilled(self, steps: Iterable[Step]) -> Proposal:
+        """A proposal with the proportions of ``steps`` that meets the budget.
+
+        Raises:
+            RerouteError: there is none.
+        """
+        steps = sorted(steps)
+        ratios: Sequence[float] = [step.ratio for step in steps]
+        if self.action == "remove":  # no token comes back
+            ratios = list(accumulate(ratios, min))
+        layers = [step.layer for step in steps]
+        return Proposal(tuple(map(Step, layers, scale_ratios(ratios, layers, self.num_layers, self.keep))))
+
+    def key(self, proposal: Proposal) -> Any:
+        """Equal for proposals that run the same."""
+        return proposal.schedule.layers, tuple(proposal.schedule.counts(n) for n in self.visual)
+
+    def near(self, parents: Sequence[Proposal], known: set[Any], random: Random) -> Proposal | None:
+        """A proposal a move or more away from one of ``parents`` whose key is not in ``known``, if one is found."""
+        for _ in range(TRIES):
+            steps = list(random.choice(parents).steps)
+            steps = self._moved(steps, random)
+            while random.random() < 1 / 3:
+                steps = self._moved(steps, random)
+            try:
+                proposal = self.refilled(steps)
+            except RerouteError:
+                continue
+            if self._is_sound(proposal) and self.key(proposal) not in known:
+                return proposal
+        return None
+
+    def _is_sound(self, proposal: Proposal) -> bool:
+        """Whether no stage keeps more than its share, as one that is rounded up to a token does."""
+        least = min(self.visual)
+        return all(step.ratio * least >= 1 or (ALLOW_NONE and step.ratio == 0) for step in proposal.steps)
+
+    def _moved(self, steps: list[Step], random: Random) -> list[Step]:
+        move = random.choice((self._shift, self._scale, self._add, self._drop))
+        return move(steps, random)
+
+    def _shift(self, steps: list[Step], random: Random) -> list[Step]:
+        index = random.randrange(len(steps))
+        layer = steps[index].layer + random.choice((-1, 1))
+        if not 0 <= layer < self.num_layers or layer in (step.layer for step in steps):
+            return steps
+        return [*steps[:index], steps[index]._replace(layer=layer), *steps[index + 1 :]]
+
+    def _scale(self, steps: list[Step], random: Random) -> list[Step]:
+        index = random.randrange(len(steps))
+        factor = random.choice((0.0, *FACTORS) if ALLOW_NONE else FACTORS)
+        ratio = steps[index].ratio * factor or factor / min(self.visual)  # from none to a few
+        return [*steps[:index], steps[index]._replace(ratio=ratio), *steps[index + 1 :]]
+
+    def _add(self, steps: list[Step], random: Random) -> list[Step]:
+        free = sorted(set(range(self.num_layers)) - {step.layer for step in steps})
+        if len(steps) >= MAX_DECISIONS or not free:
+            return steps
+        layer = random.choice(free)
+        before = max((step for step in steps if step.layer < layer), default=steps[0])
+        return sorted([*steps, before._replace(layer=layer, ratio=before.ratio * random.choice(FACTORS))])
+
+    def _drop(self, steps: list[Step], random: Random) -> list[Step]:
+        if len(steps) == 1:
+            return steps
+        index = random.randrange(len(steps))
+        return steps[:index] + steps[index + 1 :]

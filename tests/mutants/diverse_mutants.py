@@ -1,0 +1,177 @@
+"""Of diverse selection: diverse.py, topk/pick.py."""
+
+from __future__ import annotations
+
+from mutation import COMPILED, DIVERSE, INTERPRETED, Mutant
+
+MUTANTS = (
+    # --- norms and centrality --------------------------------------------------------------------
+    Mutant(
+        "diverse-zero-rows-are-nan",
+        "diverse.py",
+        "inverse_norm = tl.where(square == 0, 0.0, tl.div_rn(square * 0 + 1, tl.sqrt_rn(square)))",
+        "inverse_norm = tl.div_rn(square * 0 + 1, tl.sqrt_rn(square))",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-overflows-are-zero-rows",
+        "diverse.py",
+        "tl.div_rn(square * 0 + 1, tl.sqrt_rn(square))",
+        "tl.div_rn(1.0, tl.sqrt_rn(square))",
+        f"{DIVERSE} -k broken",
+    ),
+    Mutant(
+        "diverse-zero-rows-are-far",
+        "diverse.py",
+        "tl.where(inverse_norm == 0, n * 0.5, 0.0)",
+        "tl.where(inverse_norm == 0, 0.0, 0.0)",
+        f"{DIVERSE} -k first_pick",
+    ),
+    Mutant(
+        "diverse-sum-of-rows-beyond",
+        "diverse.py",
+        "partial = tl.load(partial_ptrs, mask=mask, other=0.0)",
+        "partial = tl.load(partial_ptrs, mask=(offs_c < HIDDEN_SIZE)[None, :] & (offs_s < max_splits)[:, None], other=0.0)",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-one-row-more-in-a-split",
+        "diverse.py",
+        "begin, end = split * step, tl.minimum(split * step + step, n)\n    if (begin < n) & (k > 0):",
+        "begin, end = split * step, tl.minimum(split * step + step + 1, n)\n    if (begin < n) & (k > 0):",
+        f"{DIVERSE} -k first_pick",
+    ),
+    Mutant(
+        "diverse-first-pick-is-most-central",
+        "diverse.py",
+        "key = to_ordered(0.0 - centrality)",
+        "key = to_ordered(centrality)",
+        f"{DIVERSE} -k first_pick",
+    ),
+    Mutant(
+        "diverse-scores-hide-nan",
+        "diverse.py",
+        "tl.abs(centrality) * 0, mask=mask_n)",
+        "tl.zeros([BLOCK_R], tl.float32), mask=mask_n)",
+        f"{DIVERSE} -k broken",
+    ),
+    # --- rounds ----------------------------------------------------------------------------------
+    Mutant(
+        "diverse-only-the-last-picks-count",
+        "diverse.py",
+        "score = tl.minimum(score, 0.0 - similarity, propagate_nan=tl.PropagateNan.ALL)",
+        "score = 0.0 - similarity + score * 0",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-picks-are-not-frozen",
+        "diverse.py",
+        "tl.store(score_ptrs, score, mask=mask_open)",
+        "tl.store(score_ptrs, score, mask=mask_n)",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-picks-again",
+        "topk/pick.py",
+        "tl.store(state.keys_ptr + base + offs, tl.full([CHUNK], TAKEN, tl.uint32), mask=mask_pick)",
+        "",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-one-pick-less-compared",
+        "diverse.py",
+        "picks_ptr + earlier, begin - earlier, offs_n",
+        "picks_ptr + earlier, tl.maximum(begin - earlier - 1, 1), offs_n",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-picks-of-the-first-tile-only",
+        "diverse.py",
+        "for first in range(0, num_picks, BLOCK_M):",
+        "for first in range(0, BLOCK_M, BLOCK_M):",
+        f"{DIVERSE} -k tile_of_them",
+    ),
+    Mutant(
+        "diverse-rounds-of-another-size",
+        "diverse.py",
+        "size = tl.maximum(k // 8, 1)",
+        "size = tl.maximum((k + 7) // 8, 1)",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-picks-are-not-scaled",
+        "diverse.py",
+        "tl.max(product * inverse_norm[:, None], 0)",
+        "tl.max(product, 0)",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-rows-of-the-next-sample",
+        "diverse.py",
+        "row = start + tl.load(rows_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]",
+        "row = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)  # [BLOCK_N]",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "diverse-strides-int32",
+        "diverse.py",
+        "pick_ptrs = states_ptr + pick_row[:, None] * stride_states",
+        "pick_ptrs = states_ptr + pick_row.to(tl.int32)[:, None] * stride_states.to(tl.int32)",
+        f"{DIVERSE} -k gibibytes",
+        INTERPRETED,
+    ),
+    # --- who picks ------------------------------------------------------------------------------
+    Mutant(
+        "diverse-stores-while-others-read",
+        "diverse.py",
+        "        tl.debug_barrier()  # several threads hold the same candidates: all have read before one writes\n",
+        "",
+        f"{DIVERSE} -k exactly",
+        COMPILED,
+    ),
+    Mutant(
+        "diverse-the-first-to-arrive-picks",
+        "diverse.py",
+        "if arrive(state.scored_ptr) == tl.cdiv(n, BLOCK_N) - 1:",
+        "if arrive(state.scored_ptr) == 0:",
+        f"{DIVERSE} -k exactly",
+        COMPILED,
+    ),
+    Mutant(
+        "diverse-counts-of-the-round-before",
+        "diverse.py",
+        "                tl.debug_barrier()  # all have read the counts\n                clear_counters(counters_ptr, sample)",
+        "                tl.debug_barrier()  # all have read the counts",
+        f"{DIVERSE} -k exactly",
+    ),
+    Mutant(
+        "pick-first-chunk-only",
+        "topk/pick.py",
+        "gt_before += tl.sum((mask & (key < pivot)).to(tl.int32), 0)",
+        "gt_before += 0",
+        f"{DIVERSE} -k long_rows",
+    ),
+    Mutant(
+        "pick-ties-of-each-chunk",
+        "topk/pick.py",
+        "eq_before += tl.sum((mask & (key == pivot)).to(tl.int32), 0)",
+        "eq_before += 0",
+        f"{DIVERSE} -k long_rows",
+    ),
+    Mutant(
+        "pick-buckets-over-each-other",
+        "topk/pick.py",
+        "bucket_keys_ptr = state.bucket_keys_ptr + bucket_count",
+        "bucket_keys_ptr = state.bucket_keys_ptr",
+        f"{DIVERSE} -k long_rows",
+    ),
+    Mutant(
+        "pick-reads-before-others-wrote",
+        "topk/pick.py",
+        "    tl.debug_barrier()  # the bucket keys are read by other threads\n",
+        "",
+        f"{DIVERSE} -k any_cosines",
+        COMPILED,
+        equivalent="what is read follows from reductions over the whole program, which come after the store and pass barriers",
+    ),
+)

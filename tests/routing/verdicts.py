@@ -1,0 +1,180 @@
+"""What must come of a call: worked out before it is made, from what is true in the world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conversations import NEW, Conversation, Row, Say, sample_of
+from lanes import Lane
+from models import Sample
+from oracle import Rules
+from torch import Tensor
+from world import Plans, World, rules_of
+
+__all__ = ["Act", "Asked", "Call", "Verdict", "changes_nothing", "labels_of", "plan_ahead"]
+
+ANSWER, LONGEST = 2, 110
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something happens at a place: pause, interrupt, enable, disable, twin, or a call."""
+
+    place: str
+    what: Any
+    nth: int = 0
+    after: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """``names``: the kind of the sample of each row. ``follows``: which conversation goes on, None for a new one.
+
+    - ``way``: model, forward, base, decoder, generate.
+    - ``answer``: whether there are labels, for the last tokens.
+    - ``cache``: own (the model makes one), given (an empty one), none.
+    - ``at``: settings for this call alone.
+    - ``listener``: whether what is told of the prefill raises.
+    """
+
+    way: str
+    names: tuple[str, ...]
+    subject: int = 0
+    follows: int | None = None
+    side: str = "left"
+    answer: bool = False
+    cache: str = "own"
+    positions: bool = True
+    spelling: str = "all"
+    at: str | None = None
+    listener: bool = False
+    acts: tuple[Act, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``refusal``: a name in REFUSALS. ``rules``: None for a plain call. ``is_recorded``: in stats, if it succeeds."""
+
+    refusal: str | None = None
+    rules: Rules | None = None
+    queries: tuple[int | None, ...] = ()
+    is_recorded: bool = False
+
+
+def changes_nothing(rules: Rules | None) -> bool:
+    return rules is None or set(rules.ratios) == {1.0}
+
+
+def labels_of(given: dict[str, Tensor]) -> Tensor:
+    """The last tokens of each row are its answer."""
+    ids = given["input_ids"]
+    mask = given["attention_mask"][:, -ids.shape[1] :]
+    later = mask.flip(1).cumsum(1).flip(1)  # how many tokens from here on
+    return ids.masked_fill((mask == 0) | (later > ANSWER), -100)
+
+
+def plan_ahead(world: World, lane: Lane, call: Call) -> Plans:
+    """A plan of a prompt, by the settings that count in ``lane``."""
+    subject = world.subject(call.subject)
+    _, samples = _samples(world, call.names, len(call.names))
+    given = subject.tiny.inputs(samples, call.side)
+    labels = labels_of(given) if call.answer else None
+    plan = subject.handle.plan(given["input_ids"], given["attention_mask"], labels=labels)
+    rules = rules_of(world.settings(lane, subject), world.family)
+    if not any(sample.visual for sample in samples):
+        rules = None
+    assert (plan is None) == (rules is None)
+    queries = tuple(len(sample) - 1 - ANSWER * call.answer for sample in samples)
+    return Plans() if plan is None else Plans(plan, _shape(samples, call.side), rules, queries, call.answer)
+
+
+def _samples(world: World, names: Sequence[str], rows: int) -> tuple[list[str], list[Sample]]:
+    numbered = [f"{names[b % len(names)]}{b}" for b in range(rows)]
+    return numbered, [sample_of(world.family, name) for name in numbered]
+
+
+def _shape(samples: Sequence[Sample], side: str) -> tuple[Any, ...]:
+    shapes = [(len(sample), sample.visual) for sample in samples]
+    return (*shapes, side if len({length for length, _ in shapes}) > 1 else "")
+
+
+class Asked:
+    """A call that is asked for in ``lane``."""
+
+    def __init__(self, world: World, lane: Lane, call: Call) -> None:
+        self.world, self.lane, self.call = world, lane, call
+        self.subject = world.subject(call.subject)
+        self.tiny = self.subject.tiny
+        self.conversation: Conversation | None = None if call.follows is None else world.conversation(call.follows)
+        rows = len(call.names) if self.conversation is None else len(self.conversation.rows)
+        self.names, self.samples = _samples(world, call.names, rows)
+        self.length = max(map(len, self.samples))
+        self.is_labelled = call.answer and call.way in ("model", "forward") and min(map(len, self.samples)) > ANSWER
+
+    @property
+    def past(self) -> int:
+        return 0 if self.conversation is None else self.conversation.length
+
+    def is_possible(self) -> bool:
+        """Whether it is a call that the plain model could take."""
+        call, talk = self.call, self.conversation
+        follows = all(name in NEW for name in call.names)
+        if (talk is not None) != follows or self.past > LONGEST:
+            return False
+        if call.way == "decoder":
+            has_no_picture = not any(sample.visual for sample in self.samples)
+            return has_no_picture and (talk is None or talk.is_routed or talk.is_broken)
+        return call.way != "generate" or talk is None or not (talk.is_broken or call.cache == "none")
+
+    def verdict(self) -> Verdict | None:
+        """None if what is asked for is an error of the test's own."""
+        subject, talk = self.subject, self.conversation
+        if talk is not None and talk.is_broken:
+            return Verdict("half filled")
+        if not subject.is_enabled or self.call.way == "decoder":
+            return Verdict("without routing" if talk is not None and talk.is_routed else None)
+        plans = self.plans()
+        verdict = self._by_settings() if plans is None else self._by_plan(plans)
+        if verdict is None or verdict.refusal is not None or changes_nothing(verdict.rules):
+            return verdict
+        assert verdict.rules is not None
+        is_renumbered = verdict.rules.position_mode == "renumbered" or (talk is not None and talk.is_renumbered)
+        return Verdict("renumbered") if self.past and is_renumbered else verdict
+
+    def plans(self) -> Plans | None:
+        """Those in use, which steps of a decode go on without."""
+        is_step = self.length == 1 and self.past > 0
+        plans: Plans | None = self.world.innermost(self.lane, self.subject, "using")
+        return None if is_step else plans
+
+    def _by_settings(self) -> Verdict:
+        if not any(sample.visual for sample in self.samples):
+            return Verdict()
+        rules = rules_of(self.world.settings(self.lane, self.subject), self.world.family)
+        queries = tuple(len(sample) - 1 - ANSWER * self.is_labelled for sample in self.samples)
+        return Verdict(None, rules, queries, rules is not None)
+
+    def _by_plan(self, plans: Plans) -> Verdict | None:
+        plan = plans.plan
+        if plan is None:
+            return Verdict()
+        if (len(self.samples), self.length, self.past) != (plan.batch, plan.length, 0):
+            return Verdict("shape")
+        if _shape(self.samples, self.call.side) != plans.shape:
+            return None
+        if self.is_labelled and not plans.knows_labels and not changes_nothing(plans.rules):
+            return Verdict("labels")
+        return Verdict(None, plans.rules, plans.queries, is_recorded=True)
+
+    def rows(self, verdict: Verdict) -> list[Row]:
+        """What each row has been told once the call has succeeded."""
+        before: list[Row] = [()] * len(self.samples) if self.conversation is None else self.conversation.rows
+        rules = None if changes_nothing(verdict.rules) else verdict.rules
+        queries = verdict.queries or (None,) * len(before)
+        said = [
+            Say(name, rules, query) if sample.visual and rules else Say(name)
+            for name, sample, query in zip(self.names, self.samples, queries, strict=True)
+        ]
+        return [(*row, say) for row, say in zip(before, said, strict=True)]
