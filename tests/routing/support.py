@@ -31,6 +31,21 @@ RULES = (
 """A pyramid, a growing schedule from layer 0 on, pruning, and routing among what a removal left."""
 
 
+def tiny_models(*names: str) -> Any:
+    """A fixture: the tiny models of these names in turn."""
+
+    @pytest.fixture(name="tiny", params=names)
+    def each(request: pytest.FixtureRequest) -> Tiny:
+        return tiny(request.param)
+
+    return each
+
+
+def mixed_batch(tiny: Tiny) -> list[Sample]:
+    """One picture, two, none."""
+    return [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2), tiny.prompt(2, 6)]
+
+
 class NoWaiting(TorchDispatchMode):
     """Refuses operations whose result the host must have before it can go on, and those named ``also``."""
 

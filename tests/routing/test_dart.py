@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import Sample, Tiny
 from oracle import _rope
-from support import close, generate, never_waits
+from support import close, generate, never_waits, tiny_models
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -23,10 +23,7 @@ from reroute.rankers import Duplication, RandomScores, RankContext, Ranker
 from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import Selection
 
-
-@pytest.fixture(params=["llava-mha", "qwen"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return models.tiny(request.param)
+tiny = tiny_models("llava-mha", "qwen")
 
 
 def batch(tiny: Tiny) -> list[Sample]:

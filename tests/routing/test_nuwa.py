@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import close, generate, never_waits
+from support import close, generate, mixed_batch, never_waits, tiny_models
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from towers import UNROLLED, outputs_of_tower, tower_of
@@ -21,17 +21,9 @@ from reroute.methods import Nuwa
 from reroute.rankers import LastRowsAttention, LastTokenAttention, RegionAnchors
 from reroute.transformers.context import RoutedPrefill
 
+tiny = tiny_models("llava-gqa", "qwen")
+
 NUWA = Nuwa((0.25, 0.125))
-
-
-@pytest.fixture(params=["llava-gqa", "qwen"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return models.tiny(request.param)
-
-
-def batch(tiny: Tiny) -> list[Sample]:
-    """One picture, two, none."""
-    return [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2), tiny.prompt(2, 6)]
 
 
 def by_loops(tiny: Tiny, sample: Sample, k: int, *, paper: bool = False) -> tuple[list[int], Tensor]:
@@ -96,7 +88,7 @@ def keys(tiny: Tiny, states: Tensor, layer: int) -> Tensor:
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_anchors_take_up_what_is_around_them(tiny: Tiny, action: Any, paper: bool) -> None:
     """In a batch: the decoder begins with what loops make of each picture by itself."""
-    samples, began = batch(tiny), []
+    samples, began = mixed_batch(tiny), []
     layer = tiny.model.model.language_model.layers[0]
     hook = layer.register_forward_pre_hook(lambda module, args: began.append(args[0]))
     method = replace(NUWA, first=RegionAnchors(convention="paper" if paper else "code"))
@@ -120,7 +112,7 @@ def test_anchors_take_up_what_is_around_them(tiny: Tiny, action: Any, paper: boo
 @pytest.mark.parametrize("discards", [True, False])
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_a_row_of_a_batch_is_the_sample_alone(tiny: Tiny, action: Any, discards: bool) -> None:
-    samples = batch(tiny)
+    samples = mixed_batch(tiny)
     with reroute.enable(tiny.model, method=replace(NUWA, discards=discards), action=action, trace=True):
         together = torch.stack(generate(tiny, samples, 4).logits, 1)
         alone = [torch.stack(generate(tiny, [sample], 4).logits, 1)[0] for sample in samples]
@@ -249,7 +241,7 @@ def test_no_operation_waits(tiny: Tiny, action: Any, monkeypatch: pytest.MonkeyP
     ran = never_waits(monkeypatch, ["before_layer"], RoutedPrefill)
     for second in (LastTokenAttention(layer_offset=-1), LastRowsAttention(layer_offset=-1)):
         with reroute.enable(tiny.model, method=replace(NUWA, second=second), action=action):
-            tiny.model(**tiny.inputs(batch(tiny)))
+            tiny.model(**tiny.inputs(mixed_batch(tiny)))
     assert len(ran) == 2 * tiny.num_layers
 
 
@@ -258,7 +250,7 @@ def test_no_operation_waits(tiny: Tiny, action: Any, monkeypatch: pytest.MonkeyP
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
     tiny = models.llava() if family == "llava" else models.qwen()
     tiny.model.to(dtype)
-    given: dict[str, Any] = tiny.inputs(batch(tiny))
+    given: dict[str, Any] = tiny.inputs(mixed_batch(tiny))
     given["pixel_values"] = given["pixel_values"].to(dtype)
     with reroute.enable(tiny.model, method=NUWA, action="remove") as handle:
         assert tiny.model(**given).logits.isfinite().all()
@@ -286,7 +278,7 @@ def test_anchors_are_made_before_the_decoder(tiny: Tiny) -> None:
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_attention_of_the_last_rows(tiny: Tiny, action: Any, offset: int) -> None:
     """Of the plain model, as it returns it; in a batch, and with a decision before that."""
-    samples, rows = batch(tiny)[:2], 3
+    samples, rows = mixed_batch(tiny)[:2], 3
     tiny.model.set_attn_implementation("eager")
     try:
         given = tiny.inputs(samples)

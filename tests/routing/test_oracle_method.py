@@ -8,22 +8,14 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import close, generate, snapshot
+from support import close, generate, mixed_batch, snapshot, tiny_models
 from torch import Tensor
 
 import reroute
 from reroute.errors import RerouteError
 from reroute.methods import FastV, Oracle, PDrop
 
-
-@pytest.fixture(params=["llava-gqa", "qwen"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return models.tiny(request.param)
-
-
-def batch(tiny: Tiny) -> list[Sample]:
-    """One picture, two, none."""
-    return [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2), tiny.prompt(2, 6)]
+tiny = tiny_models("llava-gqa", "qwen")
 
 
 def attended(tiny: Tiny, given: dict[str, Tensor], samples: list[Sample]) -> list[Tensor]:
@@ -39,7 +31,7 @@ def attended(tiny: Tiny, given: dict[str, Tensor], samples: list[Sample]) -> lis
 
 
 def test_a_record_is_the_attention_of_the_plain_model(tiny: Tiny) -> None:
-    samples = batch(tiny)
+    samples = mixed_batch(tiny)
     given = tiny.inputs(samples)
     tiny.model(**given)
     before = snapshot(tiny.model)
@@ -53,7 +45,7 @@ def test_a_record_is_the_attention_of_the_plain_model(tiny: Tiny) -> None:
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_it_decides_by_all_layers_that_a_decision_is_for(tiny: Tiny, action: Any) -> None:
     """By those of the stage, or by all from there on where nothing comes back."""
-    samples = batch(tiny)
+    samples = mixed_batch(tiny)
     given = tiny.inputs(samples)
     expected = attended(tiny, given, samples)
     method = Oracle(reroute.record_attention(tiny.model, given), like=PDrop((1, 4), (0.5, 0.25)))
@@ -73,7 +65,7 @@ def test_it_decides_by_all_layers_that_a_decision_is_for(tiny: Tiny, action: Any
 @pytest.mark.parametrize("action", ["route", "remove"])
 @pytest.mark.parametrize("keep", [0.3, 1.0])
 def test_a_row_of_a_batch_is_the_sample_alone(tiny: Tiny, action: Any, keep: float) -> None:
-    samples = batch(tiny)
+    samples = mixed_batch(tiny)
     plain = tiny.model(**tiny.inputs(samples)).logits
     logits = []
     for some in (samples, samples[:1], samples[1:2]):
@@ -97,7 +89,7 @@ def test_answers_that_are_there_do_not_rank(tiny: Tiny) -> None:
 
 
 def test_what_it_cannot_serve(tiny: Tiny) -> None:
-    one, two, none = batch(tiny)
+    one, two, none = mixed_batch(tiny)
     record = reroute.record_attention(tiny.model, tiny.inputs([one]))
     with reroute.enable(tiny.model, method=Oracle(record, like=FastV()), action="remove") as handle:
         for others in ([two], [one, one]):

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import close, generate, never_waits
+from support import close, generate, never_waits, tiny_models
 from torch import Tensor
 
 import reroute
@@ -20,13 +20,10 @@ from reroute.rankers import RaterAttention, rater_attention
 from reroute.rankers.recycling import recycle
 from reroute.transformers.context import RoutedPrefill
 
+tiny = tiny_models("llava-gqa", "qwen")
+
 METHOD = SparseVLM((0.75, 0.5))
 """Of 16 tokens 12 and 8: at the first decision 11 and a cluster, at the second 7 and a cluster."""
-
-
-@pytest.fixture(params=["llava-gqa", "qwen"])
-def tiny(request: pytest.FixtureRequest) -> Tiny:
-    return models.tiny(request.param)
 
 
 def batch(tiny: Tiny) -> list[Sample]:

@@ -1,17 +1,42 @@
-"""What the vision towers of tiny models compute, by Transformers' own eager attention."""
+"""What the vision towers of tiny models compute, by Transformers' own eager attention; a ranker that looks at them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from models import Sample, Tiny
+from oracle import Rules
 from torch import Tensor
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
+from reroute.rankers import RankInputs, ScoreRanker, TowerShape, Vision
+
 UNROLLED = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
 """Where the tokens of a picture of 4 x 4, row by row, are among those that run in windows of 2 x 2."""
+
+RULES = Rules((0, 3), (0.5, 0.25))
+
+
+@dataclass(frozen=True)
+class Looking(ScoreRanker):
+    """Ranks by the attention of the tower, after ``look`` has had its turn."""
+
+    needs_vision: ClassVar[bool] = True
+    look: Callable[[Vision], None] | None = field(default=None, compare=False)
+    asks_for: tuple[int, ...] | None = None
+
+    def tower_states(self, tower: TowerShape) -> tuple[int, ...]:
+        return tuple(range(tower.num_layers + 1)) if self.asks_for is None else self.asks_for
+
+    def scores(self, inputs: RankInputs) -> list[Tensor]:
+        assert inputs.vision is not None
+        if self.look is not None:
+            self.look(inputs.vision)
+        attention = inputs.vision.attention(0)
+        return [its.sum(0)[index].float() for its, index in zip(attention, inputs.visual_indices, strict=True)]
 
 
 def tower_of(tiny: Tiny) -> Any:
