@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reroute.core.cost import average_tokens
-from reroute.core.schedule import Action, Schedule
+from reroute.core.schedule import Schedule
 from reroute.core.solver import RatioFamily, budget_of, scale_layers, scale_ratios, solve
 from reroute.errors import RerouteError
 
