@@ -157,14 +157,15 @@ def _measure(
     with tqdm(total=len(setups) * len(chosen) + prefills, desc="demo", smoothing=0, dynamic_ncols=True) as bar:
 
         def rows(setups: Sequence[Setup], single: Sequence[Cost], many: Sequence[Cost]) -> list[Row]:
-            outcomes = [_evaluate(loaded, chosen, setup, options.backend, seen, bar.update) for setup in setups]
-            columns = zip(setups, single, many, outcomes, strict=True)
-            return [Row(setup, one, all_.time_ratio, own, summarise(chosen, own)) for setup, one, all_, own in columns]
+            return [
+                Row(setup, one, all_.time_ratio, outcomes[setup], summarise(chosen, outcomes[setup]))
+                for setup, one, all_ in zip(setups, single, many, strict=True)
+            ]
 
         time = partial(costs, loaded.model, backend=options.backend, progress=bar.update)
         with condition.on(loaded.model):
-            timed = [time(inputs, ways.table, rounds=ROUNDS) for inputs in (single, batch)]
-            table = rows(ways.table, *timed)
+            outcomes = {setup: _evaluate(loaded, chosen, setup, options.backend, seen, bar.update) for setup in setups}
+            table = rows(ways.table, *(time(inputs, ways.table, rounds=ROUNDS) for inputs in (single, batch)))
             counted = time(single[:1], (Setup(), *ways.first_cuts), rounds=1)[1:]
             cuts = rows(ways.first_cuts, counted, counted)
             families = [example.family for example in chosen]
