@@ -13,10 +13,11 @@ from typing import Any, get_args
 from ..api import enable, handle_of
 from ..checks import check_name, is_count, shown
 from ..core.cost import ModelShape
-from ..core.schedule import Action
+from ..core.schedule import Action, Schedule
 from ..core.solver import check_keep
 from ..errors import RerouteError
 from ..files import check_writable
+from ..methods import Method, get
 from ..schedule_file import ScheduleFile
 from ..transformers import adapter_of
 from .dense import Model, answer, refer
@@ -41,6 +42,7 @@ def calibrate(
     *,
     keep: float,
     action: Action = "route",
+    methods: Sequence[str | Method] = ("pdrop", "fastv", "diverse"),
     out: str | os.PathLike[str] | None = None,
     evaluations: int = 80,
     max_new_tokens: int = 32,
@@ -53,8 +55,8 @@ def calibrate(
 
     The plain model answers every prompt greedily. A schedule is as good as the mean over prompts of min(5, mean over
     the answer's tokens of KL(dense || routed)), in nats, given the answer so far. A hill climb moves, adds, drops and
-    scales decisions of the best schedules so far, from those of PDrop and FastV; all of them run the budget exactly.
-    A random half of the prompts chooses, and all figures of the report are of the other half.
+    scales decisions of the best schedules so far, and lets others rank them, from those of ``methods``; all of them run
+    the budget exactly. A random half of the prompts chooses, and all figures of the report are of the other half.
 
     Args:
         model: a supported ``…ForConditionalGeneration`` that is not routed now. Nobody else may call it meanwhile.
@@ -63,6 +65,9 @@ def calibrate(
             question can fail at others.
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N).
         action: what the schedule is for: ``"route"``, or ``"remove"``, whose ratios only fall.
+        methods: names or methods with whose schedules the search begins, as far as they reach the budget, and which are
+            compared with what is found. Whatever ranks one of their decisions may rank any; without ``"diverse"`` the
+            last token's attention ranks all.
         out: a file for the schedule, which ``reroute.enable(model, schedule=out)`` takes. An interrupted calibration
             leaves ``OUT.state`` beside it, and the same call goes on from there.
         evaluations: how many schedules are tried.
@@ -87,13 +92,15 @@ def calibrate(
     _check_plain(model)
     adapter = adapter_of(model)
     read = Prompts.read(prompts, adapter.visual_ids)
-    space = Space(keep, len(adapter.layers), action, tuple(sorted({prompt.visual for prompt in read.all})))
-    about = {"keep": keep, "action": action, "seed": seed, "max_new_tokens": max_new_tokens}
+    space = Space(keep, len(adapter.layers), action, tuple(sorted({p.visual for p in read.all})), _chosen(methods))
+    about: dict[str, Any] = {"keep": keep, "action": action, "seed": seed, "max_new_tokens": max_new_tokens}
+    published = space.published()
+    _check_decoder_alone(published)
+    about["methods"] = {name: schedule.to_json() for name, schedule in published.items()}
     state = State.beside(path, {"model": digest_of(model), "prompts": read.digest, **about})
     answers, history = state.read()
     choosing, judging = _halves(len(read.all), seed)
     shape, plain = ModelShape.from_config(adapter.text_config), Model.of(model, adapter)
-    published = space.published()
     tell: Progress = logger.info if progress is None else progress
     runs = (max(0, evaluations - len(history)), 2 * (1 + len(published)))
     parts = [[read.all[i] for i in half] for half in (choosing, judging)]
@@ -150,6 +157,22 @@ def _check_plain(model: Any) -> None:
         raise RerouteError("This model is routed now: call reroute.disable(model), as calibrate needs the plain one.")
     if model.training:
         raise RerouteError("The model is in training mode, in which answers are random: call model.eval() first.")
+
+
+def _chosen(methods: Sequence[str | Method]) -> tuple[Method, ...]:
+    """The methods to begin with. RerouteError if there is none, or one is not known."""
+    if isinstance(methods, str) or not methods:
+        raise RerouteError(f"methods must be several, such as ('pdrop', 'diverse'), not {shown(methods)}.")
+    return tuple(map(get, methods))
+
+
+def _check_decoder_alone(published: Mapping[str, Schedule]) -> None:
+    """RerouteError if a decision needs more than the decoder, which alone runs, or has an action of its own."""
+    for name, schedule in published.items():
+        if any(ranker.needs_vision for ranker in schedule.rankers):
+            raise RerouteError(f"{name} looks at the vision tower, which does not run again for each schedule.")
+        if schedule.actions:
+            raise RerouteError(f"{name} has actions of its own, and calibrate finds schedules for one action.")
 
 
 def _budget(keep: float, action: str, evaluations: int, max_new_tokens: int, batch_tokens: int) -> float:

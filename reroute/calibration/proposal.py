@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import ceil
 from random import Random
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 from ..core.schedule import Action, Schedule
 from ..core.solver import scale_ratios
 from ..errors import RerouteError
-from ..methods import FastV, PDrop
+from ..methods import Diverse, FastV, Method, PDrop
+from ..rankers import RANKERS, LastTokenAttention, Ranker
 
 __all__ = ["Proposal", "Space", "Step"]
 
@@ -27,10 +29,11 @@ TRIES = 500
 
 
 class Step(NamedTuple):
-    """One decision: before ``layer``, ``ratio`` of the prompt's visual tokens are kept."""
+    """One decision: before ``layer``, ``ratio`` of the prompt's visual tokens are kept, the best by ``ranker``."""
 
     layer: int
     ratio: float
+    ranker: Ranker = LastTokenAttention()
 
 
 @dataclass(frozen=True)
@@ -42,38 +45,50 @@ class Proposal:
     @classmethod
     def of(cls, schedule: Schedule) -> Proposal:
         """The decisions of ``schedule``."""
-        return cls(tuple(map(Step, schedule.layers, schedule.ratios)))
+        return cls(tuple(map(Step, schedule.layers, schedule.ratios, schedule.rankers)))
 
     @classmethod
     def read(cls, written: Any) -> Proposal:
         """The proposal that ``written`` was."""
-        return cls(tuple(Step(int(layer), float(ratio)) for layer, ratio in written))
+        return cls(tuple(Step(int(layer), float(ratio), RANKERS.built(by)) for layer, ratio, by in written))
 
-    def written(self) -> list[list[float]]:
+    def written(self) -> list[list[Any]]:
         """As JSON holds it."""
-        return [list(step) for step in self.steps]
+        return [[step.layer, step.ratio, RANKERS.named(step.ranker)] for step in self.steps]
 
     @property
     def schedule(self) -> Schedule:
         """As models are routed by it."""
-        return Schedule(tuple(s.layer for s in self.steps), tuple(s.ratio for s in self.steps))
+        layers, ratios, rankers = zip(*self.steps, strict=True)
+        return Schedule(layers, ratios, rankers)
 
     def __str__(self) -> str:
-        """Layer by layer, such as ``2: 0.312, 7: 0.156``."""
-        return ", ".join(f"{step.layer}: {step.ratio:.3f}" for step in self.steps)
+        """Layer by layer, such as ``2: 0.3125, 7: 0.1562``; what ranks only where not all are ranked alike."""
+        alike = len({step.ranker for step in self.steps}) == 1
+        return ", ".join(
+            f"{step.layer}: {step.ratio:.4g}{'' if alike else f' {type(step.ranker).__name__}'}" for step in self.steps
+        )
 
 
 @dataclass(frozen=True)
 class Space:
     """The proposals of a budget: all run ``keep`` = avg_T / N on ``num_layers`` layers.
 
-    ``visual``: the numbers N of visual tokens that prompts have. Proposals with equal counts are one.
+    ``visual``: the numbers N of visual tokens that prompts have. Proposals with equal counts are one. ``methods``: a
+    search begins with their schedules; whatever ranks one of their decisions may rank any.
     """
 
     keep: float
     num_layers: int
     action: Action
     visual: tuple[int, ...]
+    methods: tuple[Method, ...] = (PDrop(), FastV(), Diverse())
+
+    @cached_property
+    def rankers(self) -> tuple[Ranker, ...]:
+        """What may rank a decision."""
+        found = (step.ranker for start in self.starts() for step in start.steps)
+        return tuple(dict.fromkeys(found))
 
     @property
     def last_first_layer(self) -> int:
@@ -83,7 +98,7 @@ class Space:
     def published(self) -> dict[str, Schedule]:
         """The schedules of the methods at this budget, where they reach it, by name."""
         found: dict[str, Schedule] = {}
-        for method in (PDrop(), FastV()):
+        for method in self.methods:
             try:
                 solved = method.with_budget(self.keep, self.num_layers, self.action)
             except RerouteError:
@@ -97,7 +112,7 @@ class Space:
         return found or [self.refilled([Step(0, 1.0), Step(self.num_layers // 4 or 1, 0.5)])]
 
     def refilled(self, steps: Iterable[Step]) -> Proposal:
-        """A proposal with the proportions of ``steps`` that meets the budget.
+        """A proposal with the proportions and the rankers of ``steps`` that meets the budget.
 
         Raises:
             RerouteError: there is none.
@@ -107,11 +122,13 @@ class Space:
         if self.action == "remove":  # no token comes back
             ratios = list(accumulate(ratios, min))
         layers = [step.layer for step in steps]
-        return Proposal(tuple(map(Step, layers, scale_ratios(ratios, layers, self.num_layers, self.keep))))
+        scaled = scale_ratios(ratios, layers, self.num_layers, self.keep)
+        return Proposal(tuple(step._replace(ratio=ratio) for step, ratio in zip(steps, scaled, strict=True)))
 
     def key(self, proposal: Proposal) -> Any:
         """Equal for proposals that run the same."""
-        return proposal.schedule.layers, tuple(proposal.schedule.counts(n) for n in self.visual)
+        schedule = proposal.schedule
+        return schedule.layers, schedule.rankers, tuple(schedule.counts(n) for n in self.visual)
 
     def near(self, parents: Sequence[Proposal], known: set[Any], random: Random) -> Proposal | None:
         """A proposal a move or more away from one of ``parents`` whose key is not in ``known``, if one is found."""
@@ -122,9 +139,10 @@ class Space:
                 steps = self._moved(steps, random)
             try:
                 proposal = self.refilled(steps)
-            except RerouteError:
+                is_new = self.key(proposal) not in known
+            except RerouteError:  # out of reach, or a ranker that cannot decide there
                 continue
-            if self._is_sound(proposal) and self.key(proposal) not in known:
+            if is_new and self._is_sound(proposal):
                 return proposal
         return None
 
@@ -134,8 +152,10 @@ class Space:
         return all(step.ratio * least >= 1 or (ALLOW_NONE and step.ratio == 0) for step in proposal.steps)
 
     def _moved(self, steps: list[Step], random: Random) -> list[Step]:
-        move = random.choice((self._shift, self._scale, self._add, self._drop))
-        return move(steps, random)
+        moves = [self._shift, self._scale, self._add, self._drop]
+        if len(self.rankers) > 1:
+            moves.append(self._rank)
+        return random.choice(moves)(steps, random)
 
     def _shift(self, steps: list[Step], random: Random) -> list[Step]:
         index = random.randrange(len(steps))
@@ -157,6 +177,11 @@ class Space:
         layer = random.choice(free)
         before = max((step for step in steps if step.layer < layer), default=steps[0])
         return sorted([*steps, before._replace(layer=layer, ratio=before.ratio * random.choice(FACTORS))])
+
+    def _rank(self, steps: list[Step], random: Random) -> list[Step]:
+        index = random.randrange(len(steps))
+        others = [ranker for ranker in self.rankers if ranker != steps[index].ranker]
+        return [*steps[:index], steps[index]._replace(ranker=random.choice(others)), *steps[index + 1 :]]
 
     def _drop(self, steps: list[Step], random: Random) -> list[Step]:
         if len(steps) == 1:

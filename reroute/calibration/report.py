@@ -12,6 +12,7 @@ from ..core.schedule import Action, Schedule
 from ..errors import RerouteError
 from .objective import Objective
 from .prompts import Prompt
+from .proposal import Proposal
 
 __all__ = ["Calibration", "Comparison", "compare", "doubts"]
 
@@ -77,14 +78,11 @@ class Calibration:
     def __str__(self) -> str:
         """A table and what is to be said of it."""
         held = len(self.best.divergences)
-        stages = ", ".join(
-            f"{layer}: {ratio:.4g}" for layer, ratio in zip(self.schedule.layers, self.schedule.ratios, strict=True)
-        )
         lines = [
             f"keep {self.keep:.4g} on {self.num_layers} layers, action {self.action}: nearest to the plain model on "
             f"{self.chosen_on} prompts,",
             f"of {self.evaluations} schedules, is (before layer: ratio)",
-            f"  {stages}",
+            f"  {Proposal.of(self.schedule)}",
             f"KL from the plain model on {held} other prompts, in nats, ± standard error:",
             f"  {'':20}{'KL':>16}{'minus calibrated':>20}{'avg_T':>8}{'FLOPs':>8}",
         ]

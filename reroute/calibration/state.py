@@ -18,7 +18,7 @@ from .search import Evaluation
 
 __all__ = ["State", "digest_of"]
 
-VERSION = 1
+VERSION = 2
 """Of the file."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

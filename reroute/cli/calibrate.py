@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="JSON lines (default for the demo model: questions of its own)")
     add("--keep", type=float, required=True, help="budget: share of the visual tokens per layer, such as 0.22")
     add("--action", default="route", choices=get_args(Action), help="default: %(default)s")
+    add("--methods", nargs="+", default=["pdrop", "fastv", "diverse"], metavar="NAME", help="default: %(default)s")
     add("--out", type=Path, default=Path("schedule.json"), metavar="JSON", help="default: %(default)s")
     add("--evaluations", type=positive, default=80, metavar="N", help="schedules to try (default: %(default)s)")
     add("--max-new-tokens", type=positive, default=32, metavar="N", help="of an answer (default: %(default)s)")
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
             (_inputs(loaded, ask) for ask in asked),
             keep=options.keep,
             action=options.action,
+            methods=options.methods,
             out=options.out,
             evaluations=options.evaluations,
             max_new_tokens=options.max_new_tokens,

@@ -18,6 +18,8 @@ from reroute.calibration import Calibration, driver
 from reroute.calibration.dense import refer
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
+from reroute.methods import PDrop
+from reroute.rankers import Norm
 
 Inputs = dict[str, Tensor]
 SETTINGS: dict[str, Any] = {"keep": 0.4, "evaluations": 12, "max_new_tokens": 4}
@@ -45,7 +47,21 @@ def test_what_is_found_meets_the_budget_and_is_no_worse_than_the_start(result: C
     assert budget_of(schedule.layers, schedule.ratios, 8) == pytest.approx(0.4, abs=1e-12)
     assert (result.evaluations, result.chosen_on, len(result.best.divergences)) == (12, 6, 6)
     assert result.best.schedule == schedule
-    assert [row.name for row in result.comparisons if row.action == "route"] == ["calibrated", "pdrop", "fastv"]
+    names = [row.name for row in result.comparisons if row.action == "route"]
+    assert names == ["calibrated", "pdrop", "fastv", "diverse"]
+
+
+def test_decisions_may_be_ranked_by_what_a_method_brings(few: Tiny, prompts: list[Inputs], tmp_path: Path) -> None:
+    """Found, reported, written and read with its rankers."""
+    file = tmp_path / "found.json"
+    methods = ("diverse", PDrop(ranker=Norm()))
+    found = reroute.calibrate(few.model, prompts, methods=methods, out=file, **SETTINGS)
+    assert [row.name for row in found.comparisons if row.action == "route"] == ["calibrated", "diverse", "pdrop"]
+    by = {type(ranker).__name__ for ranker in found.schedule.rankers}
+    assert by <= {"Diversity", "LastTokenAttention", "Norm"}
+    assert by == {"Norm"} or all(f" {name}" in str(found) for name in by)
+    with reroute.enable(few.model, schedule=file) as handle:
+        assert handle.schedule == found.schedule
 
 
 def test_the_model_is_as_it_was(few: Tiny, result: Calibration, prompts: list[Inputs]) -> None:
@@ -76,7 +92,8 @@ def test_under_remove_ratios_only_fall(few: Tiny, prompts: list[Inputs]) -> None
     found = reroute.calibrate(few.model, prompts, action="remove", **SETTINGS)
     found.schedule.validate(8, "remove")
     assert found.best.action == "remove"
-    assert {row.name for row in found.comparisons if row.action == "route"} == {"calibrated", "pdrop", "fastv"}
+    names = {row.name for row in found.comparisons if row.action == "route"}
+    assert names == {"calibrated", "pdrop", "fastv", "diverse"}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -222,6 +239,10 @@ def without(name: str) -> Callable[[list[Inputs]], Any]:
         (lambda p: p, {"action": "drop"}, "Unknown action 'drop'"),
         (lambda p: p, {"evaluations": 0}, "evaluations must be a whole number of at least 1, not 0"),
         (lambda p: p, {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        (lambda p: p, {"methods": "pdrop"}, "methods must be several, such as ('pdrop', 'diverse'), not 'pdrop'"),
+        (lambda p: p, {"methods": []}, "methods must be several"),
+        (lambda p: p, {"methods": ["pdrop", "nothing"]}, "Unknown method 'nothing'"),
+        (lambda p: p, {"methods": ["visionzip"]}, "visionzip looks at the vision tower"),
         (lambda p: p, {"out": "nowhere/at/all.json"}, "folder nowhere/at does not exist"),
         (lambda p: p[0], {}, "prompts must be a list"),
         (lambda p: p[:3], {}, "3 prompts are too few"),

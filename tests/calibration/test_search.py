@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
@@ -13,6 +14,8 @@ from reroute.calibration.search import Evaluation, best_of, climb
 from reroute.core.schedule import Action, Schedule
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
+from reroute.methods import Diverse, FastV, PDrop
+from reroute.rankers import Diversity, LastTokenAttention
 
 WANTED = (Step(1, 0.02), Step(3, 0.12), Step(5, 0.0076))
 
@@ -64,17 +67,40 @@ def test_all_proposals_meet_the_budget(action: Action, keep: float, layers: int,
 
 
 def test_starts_are_the_published_schedules(space: Space) -> None:
-    assert list(space.published()) == ["pdrop", "fastv"]
+    assert list(space.published()) == ["pdrop", "fastv", "diverse"]
     assert [start.schedule for start in space.starts()] == list(space.published().values())
-    low = Space(0.03, 32, "route", (576,))  # neither gets there: the layers before their first decision cost more
+    # Neither gets there: the layers before their first decision cost more.
+    low = Space(0.03, 32, "route", (576,), (PDrop(), FastV()))
     assert low.published() == {}
     (start,) = low.starts()
     assert budget_of(start.schedule.layers, start.schedule.ratios, 32) == pytest.approx(0.03)
 
 
+def test_rankers_are_those_of_the_methods() -> None:
+    space = Space(1 / 9, 12, "route", (144,), (PDrop(), Diverse()))
+    assert list(space.published()) == ["pdrop", "diverse"]
+    assert space.rankers == (LastTokenAttention(), Diversity())
+    made = space.starts()
+    known = {space.key(start) for start in made}
+    for _ in range(60):
+        new = space.near(made[-6:], known, Random(len(made)))
+        assert new is not None
+        assert Proposal.read(json.loads(json.dumps(new.written()))) == new
+        known.add(space.key(new))
+        made.append(new)
+    pairs = {(step.layer, type(step.ranker)) for proposal in made for step in proposal.steps}
+    assert {layer for layer, ranker in pairs if ranker is Diversity} > {0}
+    start = space.starts()[0]
+    other = Proposal(tuple(step._replace(ranker=Diversity()) for step in start.steps))
+    assert space.key(other) != space.key(start)
+    assert "Diversity" not in str(start)
+    assert str(space.starts()[1]).startswith("0: ")
+    assert " Diversity, 3: " in str(space.starts()[1])
+
+
 def test_a_climb_gets_closer(space: Space) -> None:
     found = climbed(space, 120)
-    starts = found[:2]
+    starts = found[:3]
     assert [entry.proposal for entry in starts] == space.starts()
     assert best_of(found).mean < 0.5 * best_of(starts).mean
     keys = [space.key(entry.proposal) for entry in found]
