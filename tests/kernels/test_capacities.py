@@ -92,7 +92,7 @@ def test_scores_do_not_depend_on_capacities(device: torch.device, executor: Any)
 
 def test_diverse_selections_do_not_depend_on_capacities(device: torch.device, executor: Any) -> None:
     diverse = import_module("reroute_kernels.triton_kernels.diverse")
-    rows = decision([20, 9, 3], [15, 0, 3], device, gaps=2)
+    rows = decision([40, 9, 3], [15, 0, 3], device, gaps=2)
     states = torch.full((rows.positions.shape[0], 32), torch.nan, device=device)
     for b, start in enumerate(rows.metadata.starts):
         own = rows.candidates[b, : rows.metadata.num_candidates[b]] + start
