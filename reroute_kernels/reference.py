@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Rope = Literal["half", "interleaved"]
 
+_LAST = torch.iinfo(torch.int64).max
+"""Sorts behind every row."""
+
 
 class SelectRows(NamedTuple):
     """What is selected from; what lies beyond a sample's counts is never read.
@@ -206,37 +209,37 @@ def select(scores: Tensor, rows: SelectRows) -> Selection:
     """
     candidates, text_rows, positions, metadata = rows
     (batch, max_candidates), max_texts, device = candidates.shape, text_rows.shape[1], candidates.device
-    length, num_rows = metadata.compact_length, positions.shape[0]
-    # Shapes are host integers, counts are read on the device: the operations are the same for every prompt.
+    length, num_rows, max_k = metadata.compact_length, positions.shape[0], max(metadata.k)
+    # Shapes are host integers, counts are read on the device: the operations are the same for every prompt within them.
     starts, _, n, m, k = metadata.counts(device).unsqueeze(-1)  # (B, 1) each
-    beyond = torch.iinfo(torch.int64).max
-    index = torch.arange(max_candidates, device=device)
-    scores = scores.float().masked_fill(index >= n, -torch.inf)
+    is_exact = metadata.static_length is None
+    no_candidate = _beyond(n, max_candidates, metadata.num_candidates if is_exact else None)
+    no_text = _beyond(m, max_texts, metadata.num_texts if is_exact else None)
+    not_kept = _beyond(k, max_k, metadata.k if is_exact else None)
+    scores = _filled(scores.float(), no_candidate, -torch.inf)
     # The sort is stable, so what is no candidate ranks behind all candidates, even those of score -inf.
-    is_kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, ranked(scores), index < k)
-    kept = torch.where(is_kept, index, beyond).sort().values[:, : max(metadata.k)]
-    is_text = torch.arange(max_texts, device=device) < m
+    kept = _filled(ranked(scores)[:, :max_k], not_kept, _LAST).sort().values
+    kept = _filled(kept, not_kept, -1)
     # Where fillers go, they are sorted to.
-    filler, gap = (-1, 0) if metadata.static_length is None else (beyond, max(length - max_texts - max_candidates, 0))
-    listed = (
-        text_rows.masked_fill(~is_text, filler),
-        candidates.masked_fill(~is_kept, filler),
-        candidates.new_full((batch, gap), filler),
-    )
+    filler, gap = (-1, 0) if is_exact else (_LAST, max(length - max_texts - max_k, 0))
+    chosen = candidates.gather(1, kept if not_kept is None else kept.clamp(min=0))
+    listed = [_filled(text_rows, no_text, filler), _filled(chosen, not_kept, filler)]
+    if gap:
+        listed.append(candidates.new_full((batch, gap), filler))
     sample_rows = torch.cat(listed, 1).sort().values
-    surplus = sample_rows.shape[1] - length
-    sample_rows = sample_rows[:, surplus:] if metadata.static_length is None else sample_rows[:, :length]
-    is_filler = sample_rows == filler
-    active_rows = (sample_rows + starts).masked_fill(is_filler, -1)
+    sample_rows = sample_rows[:, sample_rows.shape[1] - length :] if is_exact else sample_rows[:, :length]
+    is_filler = None if is_exact and min(metadata.num_active) == length else sample_rows == filler
+    active_rows = _filled(sample_rows + starts, is_filler, -1)
     # Fillers go to a spare last row.
     inverse_index = positions.new_full((num_rows + 1,), -1).index_copy_(
-        0, active_rows.masked_fill(is_filler, num_rows).flatten(), torch.arange(batch * length, device=device)
+        0, _filled(active_rows, is_filler, num_rows).flatten(), torch.arange(batch * length, device=device)
     )[:num_rows]
-    active_positions = positions.index_select(0, active_rows.clamp(min=0).flatten()).view_as(active_rows)
+    sources = active_rows if is_filler is None else active_rows.clamp(min=0)
+    active_positions = positions.index_select(0, sources.flatten()).view_as(active_rows)
     return Selection(
-        kept=kept.masked_fill(kept == beyond, -1),
+        kept=kept,
         active_rows=active_rows,
-        active_positions=active_positions.masked_fill(is_filler, -1),
+        active_positions=_filled(active_positions, is_filler, -1),
         inverse_index=inverse_index,
         scores=scores,
     )
@@ -317,6 +320,16 @@ def _attention(query: Tensor, keys: Tensor, scale: float, unseen: Tensor | None 
     if unseen is not None:
         logits = logits.masked_fill(unseen, -torch.inf)
     return logits.softmax(-1).view(num_qo_heads, -1).mean(0)
+
+
+def _beyond(counts: Tensor, width: int, known: Sequence[int] | None) -> Tensor | None:
+    """Places of (B, width) beyond ``counts`` (B, 1); None if the host has ``known`` that there are none."""
+    return None if known and min(known) == width else torch.arange(width, device=counts.device) >= counts
+
+
+def _filled(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """``x`` with ``value`` where ``mask`` says so, if there is one."""
+    return x if mask is None else x.masked_fill(mask, value)
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
