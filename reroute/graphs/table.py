@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ..core.plan import Plan
-from ..errors import RerouteError
 from .shape_class import ShapeClass
 
 if TYPE_CHECKING:
@@ -81,11 +80,11 @@ class PromptTable:
         """The array (``size``,) of the prompts of ``plan``.
 
         Raises:
-            RerouteError: they are not of a class that this one dominates.
+            ValueError: they are not of a class that this one dominates.
         """
         own = ShapeClass.of(plan)
         if not self.shape_class.dominates(own):
-            raise RerouteError(f"A graph of {self.shape_class} cannot serve prompts of {own}.")
+            raise ValueError(f"a graph of {self.shape_class} cannot serve prompts of {own}")
         packed = np.empty(self.size, dtype=np.int64)
         ends = accumulate(map(prod, self.shapes.values()))
         pieces = np.split(packed, list(ends)[:-1])
