@@ -5,8 +5,9 @@ specification; ``resolve`` picks the backend that runs it.
 """
 
 from .dispatch import BACKENDS, Backend, BackendUnavailable, check_backend, resolve
+from .metadata import SelectMetadata
 from .pool import Lease, PagedPool, PoolLimitError, PoolStats
-from .reference import AttentionSpec, RMSNorm, Rope, RopeTables, Selection, SelectMetadata, SelectRows
+from .reference import AttentionSpec, RMSNorm, Rope, RopeTables, Selection, SelectRows
 from .warm_up import LoadedKernel, WarmUp, load_kernels
 
 __all__ = [

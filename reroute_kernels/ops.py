@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .metadata import SelectMetadata
 from .pool import Lease
 from .ranking import picks_per_round
-from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectMetadata, SelectRows
+from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectRows
 from .triton_kernels import defer_rmsnorm as _defer_rmsnorm
 from .triton_kernels import diverse as _diverse
 from .triton_kernels import rows as _rows
@@ -121,20 +122,22 @@ def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Ten
 
 # --- select, score_topk and diverse_topk -----------------------------------------------------
 
-# Operators take no objects: arguments are flat, and a SelectMetadata is a tensor and one list of integers.
-_COUNTS = "Tensor counts, int[] host_counts"
+# Operators take no objects: arguments are flat, and a SelectMetadata is a tensor, one list of integers and its length.
+_COUNTS = "Tensor counts, int[] host_counts, int? static_length"
 _SELECTION = "(Tensor kept, Tensor active_rows, Tensor active_positions, Tensor inverse_index, Tensor scores)"
 
 
 @lru_cache(maxsize=256)
-def _metadata(counts: tuple[int, ...]) -> SelectMetadata:
+def _metadata(counts: tuple[int, ...], static_length: int | None) -> SelectMetadata:
     batch = len(counts) // 5
     starts, kv_lens, num_candidates, num_texts, k = (counts[i * batch : (i + 1) * batch] for i in range(5))
-    return SelectMetadata(starts, kv_lens, num_candidates, num_texts, k)
+    return SelectMetadata(starts, kv_lens, num_candidates, num_texts, k, static_length=static_length)
 
 
-def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]) -> Selection:
-    (batch, widest), metadata = candidates.shape, _metadata(tuple(counts))
+def _fake_selection(
+    candidates: Tensor, positions: Tensor, counts: Sequence[int], static_length: int | None
+) -> Selection:
+    (batch, widest), metadata = candidates.shape, _metadata(tuple(counts), static_length)
     return Selection(
         kept=candidates.new_empty(batch, max(metadata.k)),
         active_rows=candidates.new_empty(batch, metadata.compact_length),
@@ -145,33 +148,33 @@ def _fake_selection(candidates: Tensor, positions: Tensor, counts: Sequence[int]
 
 
 def _run_select(*arguments: Any) -> Selection:
-    scores, candidates, texts, positions, counts, host_counts = arguments
-    return _select.select(
-        scores, SelectRows(candidates, texts, positions, _metadata(tuple(host_counts))), counts=counts
-    )
+    scores, candidates, texts, positions, counts, host_counts, static_length = arguments
+    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts), static_length))
+    return _select.select(scores, rows, counts=counts)
 
 
 def _fake_score_topk(*arguments: Any) -> Selection:
-    query, keys, *tables, candidates, _, positions, _, host_counts = arguments[:10]
-    _score.check_inputs(query, keys, RopeTables(*tables), _attention_spec(*arguments[10:]))
-    return _fake_selection(candidates, positions, host_counts)
+    query, keys, *tables, candidates, _, positions, _, host_counts, static_length = arguments[:11]
+    _score.check_inputs(query, keys, RopeTables(*tables), _attention_spec(*arguments[11:]))
+    return _fake_selection(candidates, positions, host_counts, static_length)
 
 
 def _run_score_topk(*arguments: Any) -> Selection:
-    query, keys, cos, sin, query_rows, candidates, texts, positions, counts, host_counts, *spec = arguments
-    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts)))
-    return _score.score_topk(query, keys, RopeTables(cos, sin, query_rows), rows, _attention_spec(*spec), counts=counts)
+    query, keys, *tables, candidates, texts, positions, counts, host_counts, static_length = arguments[:11]
+    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts), static_length))
+    spec = _attention_spec(*arguments[11:])
+    return _score.score_topk(query, keys, RopeTables(*tables), rows, spec, counts=counts)
 
 
 def _fake_diverse_topk(*arguments: Any) -> Selection:
-    states, candidates, _, positions, _, host_counts = arguments
+    states, candidates, _, positions, _, host_counts, static_length = arguments
     _diverse.check_inputs(states)
-    return _fake_selection(candidates, positions, host_counts)
+    return _fake_selection(candidates, positions, host_counts, static_length)
 
 
 def _run_diverse_topk(*arguments: Any) -> Selection:
-    states, candidates, texts, positions, counts, host_counts = arguments
-    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts)))
+    states, candidates, texts, positions, counts, host_counts, static_length = arguments
+    rows = SelectRows(candidates, texts, positions, _metadata(tuple(host_counts), static_length))
     return _diverse.diverse_topk(states, rows, counts=counts)
 
 
@@ -180,14 +183,14 @@ def _attention_spec(scale: float, rope: Any, weight: Tensor | None, eps: float) 
 
 
 def _score_flops(*arguments: Any, **_: object) -> int:
-    """Of the logits: 2 H D for every key row of a sample with candidates."""
-    query, metadata = arguments[0], _metadata(tuple(arguments[9]))
+    """Of the logits: 2 H D for every key row of a sample with candidates; of capacities, as many as there may be."""
+    query, metadata = arguments[0], _metadata(tuple(arguments[9]), arguments[10])
     return 2 * query[1] * query[2] * sum(n for n, c in zip(metadata.kv_lens, metadata.num_candidates, strict=True) if c)  # type: ignore[no-any-return]
 
 
 def _diverse_flops(*arguments: Any, **_: object) -> int:
     """Of each candidate: its norm, its part in the sum of all, and 2 C for that sum and every pick that is compared."""
-    states, metadata = arguments[0], _metadata(tuple(arguments[5]))
+    states, metadata = arguments[0], _metadata(tuple(arguments[5]), arguments[6])
     rounds = [(n, picks_per_round(k)) for n, k in zip(metadata.num_candidates, metadata.k, strict=True) if k]
     return 2 * states[1] * sum(n * (3 + sum(counts[:-1])) for n, counts in rounds)  # type: ignore[no-any-return]
 
@@ -195,7 +198,7 @@ def _diverse_flops(*arguments: Any, **_: object) -> int:
 _select_op = _register(
     f"select(Tensor scores, Tensor candidates, Tensor text_rows, Tensor positions, {_COUNTS}) -> {_SELECTION}",
     _run_select,
-    lambda *arguments: _fake_selection(arguments[1], arguments[3], arguments[5]),
+    lambda *arguments: _fake_selection(arguments[1], arguments[3], *arguments[5:]),
     _no_flops,
 )
 _score_op = _register(
@@ -219,18 +222,20 @@ _diverse_op = _register(
 def select(scores: Tensor, rows: SelectRows) -> Selection:
     """``reroute_kernels.reference.select`` by the Triton kernel."""
     *lists, metadata = rows
-    return Selection(*_select_op(scores, *lists, metadata.counts(scores.device), metadata.flat))
+    counts = metadata.counts(scores.device), metadata.flat, metadata.static_length
+    return Selection(*_select_op(scores, *lists, *counts))
 
 
 def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec) -> Selection:
     """``reroute_kernels.reference.score_topk`` by the Triton kernels."""
     *lists, metadata = rows
-    tensors = query, keys, *tables, *lists, metadata.counts(query.device)
+    counts = metadata.counts(query.device), metadata.flat, metadata.static_length
     norm = spec.key_norm or (None, 0.0)
-    return Selection(*_score_op(*tensors, metadata.flat, spec.scale, spec.rope, *norm))
+    return Selection(*_score_op(query, keys, *tables, *lists, *counts, spec.scale, spec.rope, *norm))
 
 
 def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
     """``reroute_kernels.reference.diverse_topk`` by the Triton kernels."""
     *lists, metadata = rows
-    return Selection(*_diverse_op(states, *lists, metadata.counts(states.device), metadata.flat))
+    counts = metadata.counts(states.device), metadata.flat, metadata.static_length
+    return Selection(*_diverse_op(states, *lists, *counts))

@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["diversity_scores", "picks_per_round", "top"]
+__all__ = ["diversity_scores", "most_rounds", "picks_per_round", "ranked", "top"]
 
 
-def top(scores: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` best of scores (N,): the higher first, then the lower index.
+def ranked(scores: Tensor) -> Tensor:
+    """Indices of scores (..., N) from the best to the worst: the higher first, then the lower index.
 
     -0.0 equals +0.0, and a NaN of any sign ranks above everything.
     """
     # Equal scores as equal bits, and one NaN for all: sorting on a device may look at bits.
     keys = (scores + 0.0).masked_fill_(scores.isnan(), torch.nan)
-    return torch.sort(keys, stable=True, descending=True).indices[:k]
+    return torch.sort(keys, stable=True, descending=True).indices
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` best of scores (N,), as ``ranked``."""
+    return ranked(scores)[:k]
 
 
 def picks_per_round(k: int) -> tuple[int, ...]:
@@ -25,6 +30,11 @@ def picks_per_round(k: int) -> tuple[int, ...]:
     """
     size = max(1, k // 8)
     return tuple(min(size if first else 1, k - first) for first in (0, *range(1, k, size)) if first < k)
+
+
+def most_rounds(k: int) -> int:
+    """The most rounds that a diverse selection of up to ``k`` has: those of 15 are more than those of any larger k."""
+    return min(k, 15)
 
 
 def diversity_scores(states: Tensor, k: int) -> Tensor:

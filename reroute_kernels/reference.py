@@ -1,7 +1,7 @@
 """The same operations in plain PyTorch: the specification, the ``torch`` backend, the test oracle.
 
-Counts are host integers (``SelectMetadata``), so that no operation waits for the device and every
-shape is known before a kernel runs.
+Shapes follow from host integers (``SelectMetadata``), so that no operation waits for the device and every shape is
+known before a kernel runs.
 
 Two kinds of row numbers occur. A *pool row* counts over the whole lease, page tails included; a
 *sample row* counts from its sample's first row. In both, -1 is a filler. Scored rows are mostly all
@@ -11,87 +11,22 @@ rows of a lease, and are numbered like pool rows then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .ranking import diversity_scores, top
-from .upload import upload
+from .metadata import SelectMetadata
+from .ranking import diversity_scores, ranked
 
 if TYPE_CHECKING:
     from .pool import Lease
 
 Rope = Literal["half", "interleaved"]
 
-
-@dataclass(frozen=True)
-class SelectMetadata:
-    """Host integers of one decision, one per sample.
-
-    Attributes:
-        starts: first key row; samples follow one another.
-        kv_lens: key rows the query sees, the pool P of the softmax.
-        num_candidates: N_b.
-        num_texts: M_b, rows that are always active.
-        k: K_b.
-        on_device: the five of them as (5, B) int64, for kernels; a plan uploads those of all its decisions together.
-        flat: the five one after the other.
-
-    Raises:
-        ValueError: the counts contradict each other.
-    """
-
-    starts: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    num_candidates: tuple[int, ...]
-    num_texts: tuple[int, ...]
-    k: tuple[int, ...]
-    on_device: Tensor | None = field(default=None, compare=False, repr=False, kw_only=True)
-    flat: tuple[int, ...] = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Check them."""
-        fields = self.as_tuple()
-        object.__setattr__(self, "flat", tuple(chain.from_iterable(fields)))
-        if not self.starts or len({len(column) for column in fields}) > 1:
-            raise ValueError(f"every field needs one integer per sample: got {self}")
-        if min(map(min, fields)) < 0:
-            raise ValueError(f"counts must not be negative: got {self}")
-        for b, (length, candidates, k) in enumerate(zip(self.kv_lens, self.num_candidates, self.k, strict=True)):
-            if not k <= candidates <= length:
-                raise ValueError(
-                    f"sample {b}: k={k} <= num_candidates={candidates} <= kv_len={length} is violated; a candidate is "
-                    "a row that the query sees"
-                )
-        for b, (start, length, following) in enumerate(zip(self.starts, self.kv_lens, self.starts[1:], strict=False)):
-            if following < start + length:
-                raise ValueError(
-                    f"sample {b} has rows {start} to {start + length} and the next begins at {following}; "
-                    f"samples follow one another"
-                )
-
-    def counts(self, device: torch.device) -> Tensor:
-        """``on_device``, or else a new upload."""
-        return upload(self.as_tuple(), device) if self.on_device is None else self.on_device
-
-    @property
-    def num_active(self) -> tuple[int, ...]:
-        """Rows the stage runs per sample, M_b + K_b."""
-        return tuple(m + k for m, k in zip(self.num_texts, self.k, strict=True))
-
-    def as_tuple(self) -> tuple[tuple[int, ...], ...]:
-        """All counts, field after field."""
-        return self.starts, self.kv_lens, self.num_candidates, self.num_texts, self.k
-
-    @cached_property
-    def compact_length(self) -> int:
-        """The compact length S, the largest of ``num_active``."""
-        return max(self.num_active)
+_LAST = torch.iinfo(torch.int64).max
+"""Sorts behind every row."""
 
 
 class SelectRows(NamedTuple):
@@ -129,7 +64,8 @@ class Selection(NamedTuple):
 
     Attributes:
         kept: (B, Kmax) int64, ascending indices into the sample's candidates, then -1.
-        active_rows: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates.
+        active_rows: (B, S) int64, fillers -1, then the ascending scored rows of text and kept candidates; fillers come
+            last if ``SelectMetadata.static_length`` is set.
         active_positions: (B, S) int64, the position of each active row, and -1 for fillers.
         inverse_index: (R,) int64, where each scored row is in the flattened ``active_rows``, -1 where it is deferred.
         scores: (B, Nmax) fp32 in candidate order, then -inf.
@@ -272,28 +208,40 @@ def select(scores: Tensor, rows: SelectRows) -> Selection:
         rows: what is selected from.
     """
     candidates, text_rows, positions, metadata = rows
-    kept, active = [], []
-    inverse_index = torch.full_like(positions, -1)
-    counts = zip(metadata.starts, metadata.num_candidates, metadata.num_texts, metadata.k, strict=True)
-    for b, (start, n, m, k) in enumerate(counts):
-        best = top(scores[b, :n].float(), k).sort().values
-        kept.append(best)
-        sample = torch.cat((text_rows[b, :m], candidates[b].index_select(0, best))).sort().values + start
-        end = (b + 1) * metadata.compact_length
-        inverse_index.index_copy_(0, sample, torch.arange(end - len(sample), end, device=sample.device))
-        active.append(sample)
+    (batch, max_candidates), max_texts, device = candidates.shape, text_rows.shape[1], candidates.device
+    length, num_rows, max_k = metadata.compact_length, positions.shape[0], max(metadata.k)
+    # Shapes are host integers, counts are read on the device: the operations are the same for every prompt within them.
+    starts, _, n, m, k = metadata.counts(device).unsqueeze(-1)  # (B, 1) each
+    is_exact = metadata.static_length is None
+    no_candidate = _beyond(n, max_candidates, metadata.num_candidates if is_exact else None)
+    no_text = _beyond(m, max_texts, metadata.num_texts if is_exact else None)
+    not_kept = _beyond(k, max_k, metadata.k if is_exact else None)
+    scores = _filled(scores.float(), no_candidate, -torch.inf)
+    # The sort is stable, so what is no candidate ranks behind all candidates, even those of score -inf.
+    kept = _filled(ranked(scores)[:, :max_k], not_kept, _LAST).sort().values
+    kept = _filled(kept, not_kept, -1)
+    # Where fillers go, they are sorted to.
+    filler, gap = (-1, 0) if is_exact else (_LAST, max(length - max_texts - max_k, 0))
+    chosen = candidates.gather(1, kept if not_kept is None else kept.clamp(min=0))
+    listed = [_filled(text_rows, no_text, filler), _filled(chosen, not_kept, filler)]
+    if gap:
+        listed.append(candidates.new_full((batch, gap), filler))
+    sample_rows = torch.cat(listed, 1).sort().values
+    sample_rows = sample_rows[:, sample_rows.shape[1] - length :] if is_exact else sample_rows[:, :length]
+    is_filler = None if is_exact and min(metadata.num_active) == length else sample_rows == filler
+    active_rows = _filled(sample_rows + starts, is_filler, -1)
+    # Fillers go to a spare last row.
+    inverse_index = positions.new_full((num_rows + 1,), -1).index_copy_(
+        0, _filled(active_rows, is_filler, num_rows).flatten(), torch.arange(batch * length, device=device)
+    )[:num_rows]
+    sources = active_rows if is_filler is None else active_rows.clamp(min=0)
+    active_positions = positions.index_select(0, sources.flatten()).view_as(active_rows)
     return Selection(
-        kept=_stack(kept, max(metadata.k), -1),
-        active_rows=_stack(active, metadata.compact_length, -1, align="right"),
-        active_positions=_stack(
-            [positions.index_select(0, rows) for rows in active], metadata.compact_length, -1, align="right"
-        ),
+        kept=kept,
+        active_rows=active_rows,
+        active_positions=_filled(active_positions, is_filler, -1),
         inverse_index=inverse_index,
-        scores=_stack(
-            [scores[b, :n].float() for b, n in enumerate(metadata.num_candidates)],
-            candidates.shape[1],
-            float("-inf"),
-        ),
+        scores=scores,
     )
 
 
@@ -308,7 +256,8 @@ def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows
         keys: (R, G, D) of all scored rows, before rotary embedding and before ``spec.key_norm``; head h uses key head
             h * G // H.
         tables: of the scored rows.
-        rows: what is selected from. Candidates lie below ``kv_lens[b]``, text rows may lie beyond.
+        rows: what is selected from. Candidates lie below ``kv_lens[b]``, text rows may lie beyond. Where the metadata
+            are capacities, all rows within them are read, whatever they hold.
         spec: the layer's attention.
 
     Raises:
@@ -320,6 +269,7 @@ def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows
         raise ValueError(f"{query.shape[1]} query heads cannot share {keys.shape[1]} key heads")
     if key_norm is not None and key_norm.weight.shape != keys.shape[2:]:
         raise ValueError(f"a key norm of {tuple(key_norm.weight.shape)} features is not one of {keys.shape[2]}")
+    kv_lens = None if metadata.static_length is None else metadata.counts(query.device)[1]
     # One sample at a time: its result cannot depend on its neighbours in the batch.
     scores = []
     for b, (start, length, n) in enumerate(
@@ -332,7 +282,11 @@ def score_topk(query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows
         q = rotate(query[b : b + 1], cos.index_select(0, last), sin.index_select(0, last), rope)
         k = keys[span] if key_norm is None else key_norm(keys[span])
         k = rotate(k, cos[span], sin[span], rope)
-        scores.append(_attention(q, k, scale).index_select(0, candidates[b, :n]))
+        if kv_lens is None:
+            scores.append(_attention(q, k, scale).index_select(0, candidates[b, :n]))
+        else:
+            unseen = torch.arange(k.shape[0], device=k.device) >= kv_lens[b]
+            scores.append(_attention(q, k, scale, unseen).index_select(0, candidates[b, :n].clamp(0, k.shape[0] - 1)))
     padded = _stack(scores, candidates.shape[1], float("-inf"))
     return select(padded, rows)
 
@@ -343,8 +297,13 @@ def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
     Args:
         states: (R, C) of all scored rows, fp16, bf16 or fp32.
         rows: what is selected from.
+
+    Raises:
+        ValueError: its metadata are capacities. How many rows a round picks depends on k, which is needed on the host.
     """
     candidates, metadata = rows.candidates, rows.metadata
+    if metadata.static_length is not None:
+        raise ValueError("the torch backend makes a diverse selection by counts on the host, not within capacities")
     # One sample at a time: its result cannot depend on its neighbours in the batch.
     scores = [
         diversity_scores(states.index_select(0, candidates[b, :n] + start), k)
@@ -353,12 +312,24 @@ def diverse_topk(states: Tensor, rows: SelectRows) -> Selection:
     return select(_stack(scores, candidates.shape[1], float("-inf")), rows)
 
 
-def _attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Head mean (L,) of the softmax of rotated query (1, H, D) against rotated keys (L, G, D)."""
+def _attention(query: Tensor, keys: Tensor, scale: float, unseen: Tensor | None = None) -> Tensor:
+    """Head mean (L,) of the softmax of rotated query (1, H, D) against rotated keys (L, G, D), but ``unseen`` ones."""
     num_qo_heads, num_kv_heads = query.shape[1], keys.shape[1]
     grouped = query.float().view(num_kv_heads, num_qo_heads // num_kv_heads, -1)
     logits = grouped @ keys.float().permute(1, 2, 0) * scale
+    if unseen is not None:
+        logits = logits.masked_fill(unseen, -torch.inf)
     return logits.softmax(-1).view(num_qo_heads, -1).mean(0)
+
+
+def _beyond(counts: Tensor, width: int, known: Sequence[int] | None) -> Tensor | None:
+    """Places of (B, width) beyond ``counts`` (B, 1); None if the host has ``known`` that there are none."""
+    return None if known and min(known) == width else torch.arange(width, device=counts.device) >= counts
+
+
+def _filled(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """``x`` with ``value`` where ``mask`` says so, if there is one."""
+    return x if mask is None else x.masked_fill(mask, value)
 
 
 def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
@@ -366,10 +337,9 @@ def _slots(table: Tensor, rows: Tensor, page_size: int) -> Tensor:
     return torch.add(rows % page_size, table.index_select(0, rows // page_size), alpha=page_size)
 
 
-def _stack(parts: Sequence[Tensor], width: int, fill: float, align: Literal["left", "right"] = "left") -> Tensor:
+def _stack(parts: Sequence[Tensor], width: int, fill: float) -> Tensor:
     """Stack vectors to (B, width)."""
-    padded = []
-    for part in parts:
-        gap = width - part.shape[0]
-        padded.append(pad(part, (0, gap) if align == "left" else (gap, 0), value=fill) if gap else part)
-    return torch.stack(padded)
+    gaps = (width - part.shape[0] for part in parts)
+    return torch.stack(
+        [pad(part, (0, gap), value=fill) if gap else part for part, gap in zip(parts, gaps, strict=True)]
+    )

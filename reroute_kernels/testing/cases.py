@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Backend
+from ..metadata import SelectMetadata
 from ..pool import Lease, PagedPool
-from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectMetadata, SelectRows
+from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectRows
 
 __all__ = [
     "BATCHES",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectMetadata, SelectRows
+from ..metadata import SelectMetadata
+from ..reference import AttentionSpec, RMSNorm, RopeTables, SelectRows
 from . import defer_rmsnorm, diverse, rows, score, select
 
 
@@ -90,12 +91,15 @@ def _score_topk(
     return launch
 
 
-def _select(visual: int) -> Callable[[], object]:
-    """Of one sample with ``visual`` candidates and 64 text rows, by scores of any method."""
+def _select(visual: int, *, static: bool = False) -> Callable[[], object]:
+    """Of one sample with ``visual`` candidates and 64 text rows, by scores of any method; ``static``: or fewer."""
 
     def launch() -> object:
         row = torch.arange(visual + 64)[None]
-        metadata = SelectMetadata((0,), (visual + 64,), (visual,), (64,), (visual // 4,))
+        columns = (0,), (visual + 64,), (visual,), (64,), (visual // 4,)
+        metadata = SelectMetadata(*columns)
+        if static:
+            metadata = SelectMetadata(*columns, on_device=torch.tensor(columns), static_length=visual)
         rows = SelectRows(row[:, :visual], row[:, visual:], row[0], metadata)
         return select.select(torch.empty(1, visual), rows)
 
@@ -134,6 +138,8 @@ CASES = (
     Case("score_topk, 256 features", _score_topk(8, 4, 576, 256)),
     Case("select, 576", _select(576)),
     Case("select, 16384", _select(16384)),
+    Case("select, at most 576", _select(576, static=True)),
+    Case("select, at most 16384", _select(16384, static=True)),
     Case("diversity, 7B bf16, 576", _diversity(576, 3584)),
     Case("diversity, 7B bf16, 2304", _diversity(2304, 3584)),
     Case("diversity, 72B bf16, 576", _diversity(576, 8192)),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ranking import picks_per_round
+from ..ranking import most_rounds, picks_per_round
 from ..reference import Selection, SelectRows
 from .launch import SpecializedKernel, last_dim_contiguous
 from .select import select
@@ -331,7 +331,12 @@ def diversity_scores(states: Tensor, rows: SelectRows, counts: Tensor) -> Tensor
     tile = tiling(hidden_size, states.element_size())
     float32, int32 = (partial(torch.empty, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
     inverse_norm, scores = float32(batch, max_candidates), float32(batch, max_candidates)
-    num_splits = max(-(-n // split_size(n)) for n in metadata.num_candidates)
+    if metadata.static_length is None:
+        num_splits = max(-(-n // split_size(n)) for n in metadata.num_candidates)
+        num_rounds = max(len(picks_per_round(k)) for k in metadata.k)
+    else:  # neither grows with n or k throughout, so as many as any prompt within the capacities needs
+        num_splits = min(-(-max(metadata.num_candidates) // int(SPLIT_ROWS.value)), MAX_SPLITS)
+        num_rounds = most_rounds(max_k)
     parts, total = float32(batch, num_splits, hidden_size), float32(batch, hidden_size)
     picks, workspace = int32(batch, max_k), int32(num_state_words(batch, max_candidates, 0))
     counters = int32(num_counters(batch))  # the first launch clears them
@@ -344,7 +349,7 @@ def diversity_scores(states: Tensor, rows: SelectRows, counts: Tensor) -> Tensor
     add((-(-hidden_size // SUM_BLOCK_C), batch, 1), counts, parts, total, batch, num_splits)
     first_pick((num_splits, batch, 1), *lists, inverse_norm, total, *found, *sizes, max_k)
     num_tiles = -(-max(metadata.num_candidates) // tile.block_n)
-    for index in range(1, max(len(picks_per_round(k)) for k in metadata.k)):
+    for index in range(1, num_rounds):
         one_round((num_tiles, batch, 1), *lists, inverse_norm, *found, index, *sizes, max_k)
     return scores
 

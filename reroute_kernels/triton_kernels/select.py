@@ -162,6 +162,7 @@ def _select_kernel(
     CHUNK: tl.constexpr,
     MAX_BUCKET_KEYS: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
+    FILLERS_LAST: tl.constexpr,
 ):
     """``source_ptr``: logits if there are NUM_SPLITS, else scores.
 
@@ -180,8 +181,9 @@ def _select_kernel(
         candidates_ptr, texts_ptr, positions_ptr, counts_ptr, batch, sample, stride_candidates, stride_texts
     )
     outputs = make_row_outputs(
-        inputs, kept_ptr, active_rows_ptr, active_positions_ptr, inverse_ptr, sample, max_k, compact_length
-    )
+        inputs, kept_ptr, active_rows_ptr, active_positions_ptr, inverse_ptr, sample, max_k, compact_length,
+        FILLERS_LAST,
+    )  # fmt: skip
     state = make_row_state(workspace_ptr, counters_ptr, batch, sample, num_chunks, max_candidates)
     sample_i64, n = sample.to(tl.int64), inputs.n
     # The first tile is shorter, so that rows in sequence begin where sectors of 8 logits do.
@@ -193,9 +195,9 @@ def _select_kernel(
         scores_ptr += sample_i64 * max_candidates
         fill(scores_ptr, n, max_candidates, -float("inf"), program, num_score_programs, BLOCK_N)
         fill(outputs.kept_ptr, inputs.k, max_k, -1, program, num_score_programs, BLOCK_N)
-        fill(outputs.active_rows_ptr, sample * compact_length, outputs.first, -1, program, num_score_programs, BLOCK_N)
-        first_place = sample * compact_length
-        fill(outputs.active_positions_ptr, first_place, outputs.first, -1, program, num_score_programs, BLOCK_N)
+        begin, end = outputs.fillers, outputs.end_fillers
+        fill(outputs.active_rows_ptr, begin, end, -1, program, num_score_programs, BLOCK_N)
+        fill(outputs.active_positions_ptr, begin, end, -1, program, num_score_programs, BLOCK_N)
         if program < num_scoring:
             fill_inverse(inputs, outputs, counts_ptr, batch, sample, num_rows, program, num_scoring, BLOCK_N)
             num_tiles = tl.cdiv(tl.load(counts_ptr + batch + sample).to(tl.int32), SPLIT_BLOCK_N)
@@ -257,6 +259,7 @@ def launch_select(source: Logits, rows: SelectRows, counts: Tensor, counters: Te
         chunk,
         MAX_BUCKET_KEYS if num_chunks else -1,
         max_chunks,
+        metadata.static_length is not None,
     )(
         ((num_score_programs + 3 * num_chunks) * batch, 1, 1),
         source.logits,
@@ -323,6 +326,7 @@ def _specialized(
     chunk: int,
     max_bucket_keys: int,
     max_chunks: int,
+    fillers_last: bool,
 ) -> SpecializedKernel:
     constants = {
         "NUM_QO_HEADS": num_qo_heads,
@@ -332,8 +336,9 @@ def _specialized(
         "CHUNK": chunk,
         "MAX_BUCKET_KEYS": max_bucket_keys,
         "MAX_CHUNKS": max_chunks,
+        "FILLERS_LAST": fillers_last,
     }
-    name = f"select, up to {chunk * max(max_chunks, 1)} candidates"
+    name = f"select, up to {chunk * max(max_chunks, 1)} candidates{', fillers last' if fillers_last else ''}"
     return SpecializedKernel(name, _select_kernel, constants, num_warps=16, maxnreg=128, enable_fp_fusion=False)
 
 

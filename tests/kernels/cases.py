@@ -133,7 +133,7 @@ class StageBoundary:
     def flat_rows(self) -> tuple[Any, ...]:
         """``select_rows`` as operators take them."""
         *lists, metadata = self.select_rows
-        return *lists, metadata.counts(self.pages.device), list(metadata.flat)
+        return *lists, metadata.counts(self.pages.device), list(metadata.flat), metadata.static_length
 
     def step(self, operations: Any, pages: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """A stage boundary; ``pages`` changes."""

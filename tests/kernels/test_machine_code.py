@@ -106,6 +106,8 @@ BUDGETS = {
     ),
 }
 
+BUDGETS |= {(f"select, at most {n}", "_select_kernel"): BUDGETS[f"select, {n}", "_select_kernel"] for n in (576, 16384)}
+
 # Triton 3.6 has a barrier for each tensor of a row move and reduction, and gives selections all registers there are.
 SCORE_3_6 = Budget(registers=136, barriers=18, instructions=740, wide=19, narrow=6, occupancy=0.25)
 SCORE_JOINED_3_6 = Budget(registers=128, barriers=14, instructions=680, wide=14, narrow=8, occupancy=0.25)

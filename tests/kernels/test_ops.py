@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from reroute_kernels import AttentionSpec, PagedPool, RMSNorm, Selection, reference
+from reroute_kernels import AttentionSpec, PagedPool, RMSNorm, Selection, metadata, reference
 from reroute_kernels.testing.cuda_graph import captured
 
 
@@ -135,7 +135,7 @@ def test_cuda_graph(ops: Any, executor: Any, device: torch.device, monkeypatch: 
     if executor.kind == "cuda":
         run = captured(run)
     else:
-        monkeypatch.setattr(reference, "upload", None)
+        monkeypatch.setattr(metadata, "upload", None)
     boundary.hidden.normal_()
     boundary.keys.normal_()
     assert_close(run(), boundary.step(reference, boundary.pages.clone(), boundary.hidden))

@@ -10,6 +10,7 @@ KERNELS = Path("reroute_kernels/triton_kernels")
 SCORE = "tests/kernels/test_score_topk.py"
 DTYPES = "tests/kernels/test_score_dtypes.py"
 SELECT = "tests/kernels/test_select.py"
+CAPACITIES = "tests/kernels/test_capacities.py"
 DIVERSE = "tests/kernels/test_diverse_topk.py"
 ROWS = "tests/kernels/test_rows.py"
 NORM = "tests/kernels/test_defer_rmsnorm.py"

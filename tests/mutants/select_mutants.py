@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import COMPILED, SCORE, SELECT, Mutant
+from mutation import CAPACITIES, COMPILED, SCORE, SELECT, Mutant
 
 MUTANTS = (
     # --- keys and bins ---------------------------------------------------------------------------
@@ -183,16 +183,44 @@ MUTANTS = (
     Mutant(
         "select-fillers",
         "select.py",
-        "fill(outputs.active_rows_ptr, sample * compact_length, outputs.first, -1,",
-        "fill(outputs.active_rows_ptr, sample * compact_length, outputs.first - 1, -1,",
+        "fill(outputs.active_rows_ptr, begin, end, -1,",
+        "fill(outputs.active_rows_ptr, begin, end - 1, -1,",
         f"{SELECT} -k different_length",
     ),
     Mutant(
         "select-positions-of-fillers",
         "select.py",
-        "fill(outputs.active_positions_ptr, first_place, outputs.first, -1,",
-        "fill(outputs.active_positions_ptr, first_place, outputs.first, 0,",
+        "fill(outputs.active_positions_ptr, begin, end, -1,",
+        "fill(outputs.active_positions_ptr, begin, end, 0,",
         f"{SELECT} -k different_length",
+    ),
+    Mutant(
+        "select-fillers-last-are-one-short",
+        "topk/emit.py",
+        "fillers, end_fillers = first + inputs.m + inputs.k, first + compact_length",
+        "fillers, end_fillers = first + inputs.m + inputs.k, first + compact_length - 1",
+        f"{CAPACITIES} -k ragged",
+    ),
+    Mutant(
+        "select-active-rows-of-capacities-come-last",
+        "topk/emit.py",
+        "first = sample * compact_length\n",
+        "first = sample * compact_length + compact_length - inputs.m - inputs.k\n",
+        f"{CAPACITIES} -k ragged",
+    ),
+    Mutant(
+        "select-capacities-are-counts",
+        "select.py",
+        "metadata.static_length is not None,",
+        "False,",
+        f"{CAPACITIES} -k ragged",
+    ),
+    Mutant(
+        "diverse-rounds-of-capacities",
+        "diverse.py",
+        "num_rounds = most_rounds(max_k)",
+        "num_rounds = len(picks_per_round(max_k))",
+        f"{CAPACITIES} -k diverse",
     ),
     Mutant(
         "emission-one-tile-of-fillers",

@@ -209,11 +209,20 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
     n_max, m_max = max(counts) + 1, max(text_counts) + 1
     starts, positions = tuple(20 * b for b in range(batch)), torch.randperm(20 * batch)
     metadata = SelectMetadata(starts, (12,) * batch, counts, text_counts, tuple(keep))
+    if is_static := data.draw(st.booleans()):
+        most = starts, (20,) * batch, (n_max,) * batch, (m_max,) * batch, (n_max,) * batch
+        there = torch.tensor(metadata.as_tuple())
+        length = metadata.compact_length + data.draw(st.integers(0, 30))
+        metadata = SelectMetadata(*most, on_device=there, static_length=length)
     given_scores = torch.tensor([row + [NAN] * (n_max - len(row)) for row in scores])  # hostile padding
-    lists = padded(candidates, width=n_max), padded(texts, width=m_max), positions
-    got = select(given_scores, SelectRows(*lists, metadata))
+    lists = padded(candidates, width=n_max), padded(texts, width=m_max)
+    for part, ends in zip(lists, (counts, text_counts), strict=True):
+        for row, end in zip(part, ends, strict=True):
+            row[end:] = 99  # hostile too
+    got = select(given_scores, SelectRows(*lists, positions, metadata))
 
-    assert got.kept.shape == (batch, max(keep))
+    max_k = n_max if is_static else max(keep)
+    assert got.kept.shape == (batch, max_k)
     assert got.active_rows.shape == got.active_positions.shape == (batch, metadata.compact_length)
     assert got.scores.shape == (batch, n_max)
     places = {row: place for place, row in enumerate(got.active_rows.flatten().tolist())}
@@ -230,10 +239,10 @@ def test_select_against_a_loop_on_ragged_batches(data: st.DataObject) -> None:
             best.append(top)
         best.sort()
         active = sorted(20 * b + row for row in texts[b] + [candidates[b][i] for i in best])
-        assert got.kept[b].tolist() == best + [-1] * (max(keep) - keep[b])
+        assert got.kept[b].tolist() == best + [-1] * (max_k - keep[b])
         fillers = [-1] * (metadata.compact_length - len(active))
-        assert got.active_rows[b].tolist() == fillers + active
-        assert got.active_positions[b].tolist() == fillers + positions[active].tolist()
+        for rows, wanted in ((got.active_rows, active), (got.active_positions, positions[active].tolist())):
+            assert rows[b].tolist() == (wanted + fillers if is_static else fillers + wanted)
         assert torch.equal(got.scores[b, : counts[b]].view(torch.int32), given_scores[b, : counts[b]].view(torch.int32))
         assert got.scores[b, counts[b] :].eq(-INF).all()
 

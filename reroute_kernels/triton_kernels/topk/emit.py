@@ -32,6 +32,8 @@ class RowOutputs(NamedTuple):
     active_positions_ptr: Any  # [B * S] their logical positions
     inverse_ptr: Any  # [num_rows] compact index of every row, -1 where it is deferred
     first: Any  # compact index of the sample's first active row
+    fillers: Any  # compact index of its first filler
+    end_fillers: Any  # and behind its last one
 
 
 @triton.jit
@@ -54,11 +56,25 @@ def make_row_inputs(
 
 @triton.jit
 def make_row_outputs(
-    inputs, kept_ptr, active_rows_ptr, active_positions_ptr, inverse_ptr, sample, max_k, compact_length
+    inputs,
+    kept_ptr,
+    active_rows_ptr,
+    active_positions_ptr,
+    inverse_ptr,
+    sample,
+    max_k,
+    compact_length,
+    FILLERS_LAST: tl.constexpr,
 ):
-    """The outputs of a sample, whose active rows are the last ones of its ``compact_length``."""
-    first = sample * compact_length + compact_length - inputs.m - inputs.k
-    return RowOutputs(kept_ptr + sample.to(tl.int64) * max_k, active_rows_ptr, active_positions_ptr, inverse_ptr, first)
+    """The outputs of a sample, whose active rows are the last ones of its ``compact_length``, or else the first."""
+    if FILLERS_LAST:
+        first = sample * compact_length
+        fillers, end_fillers = first + inputs.m + inputs.k, first + compact_length
+    else:
+        first = sample * compact_length + compact_length - inputs.m - inputs.k
+        fillers, end_fillers = sample * compact_length, first
+    kept_ptr += sample.to(tl.int64) * max_k
+    return RowOutputs(kept_ptr, active_rows_ptr, active_positions_ptr, inverse_ptr, first, fillers, end_fillers)
 
 
 @triton.jit
