@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
+
+from reroute_kernels.upload import upload
 
 from ..config import Settings
 from ..core.decision import Decision
@@ -21,12 +24,16 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import MaskFormat, decode_mask, mask_format_of, prefill_mask
 from .cache import (
+    PADDING,
     GuardedLayer,
+    KeptStates,
     RoutedLayer,
     RowPositions,
     cache_of,
+    cut,
     guard,
     guarded_layer,
+    keep_states,
     past_length,
     route_layer,
     stored_rows,
@@ -159,11 +166,16 @@ class RoutedPrefill(ForwardContext):
         start: PrefillFactory,
         workspace: Workspace | None = None,
         *,
+        kept: KeptStates | None = None,
         recording: Recording | None = None,
         record_states: bool = False,
     ) -> None:
-        """No row is held until the first decision or look. ``record_states``: keep logical states for the caller."""
-        super().__init__(adapter, (plan.batch, plan.length))
+        """No row is held until the first decision or look.
+
+        ``kept``: states of earlier turns, which ``plan`` may reopen. ``record_states``: keep logical states for the
+        caller.
+        """
+        super().__init__(adapter, plan.shape)
         self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
         self.cache: Cache | None = None
@@ -174,6 +186,8 @@ class RoutedPrefill(ForwardContext):
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._running: _Stage | None = None
         self._is_restored = False
+        self._dense: Kwargs | None = None
+        self._kept_states = kept if plan.reopened else None
         self._earlier_turns = RoutedDecode(adapter, self._shape)
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
@@ -183,7 +197,7 @@ class RoutedPrefill(ForwardContext):
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
         decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
         if self.prefill is None and (looks or decision is not None):
-            self.prefill = self._begin(hidden, kwargs)
+            self.prefill, hidden = self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden)
         if self.prefill is not None and decision is not None:
@@ -191,8 +205,11 @@ class RoutedPrefill(ForwardContext):
             self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
-        if self.prefill is None or self.prefill.stage < 0:
+        if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
             return self._earlier_turns.before_layer(index, hidden, kwargs)
+        if self.prefill.stage < 0:
+            kwargs.update(self._all_tokens(self.prefill, hidden))
+            return hidden
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         return hidden
 
@@ -229,6 +246,7 @@ class RoutedPrefill(ForwardContext):
             )
         if self.cache is not None:
             guard(self.cache, self.plan.past + self.plan.length - self.plan.tail)
+            keep_states(self.cache, self._kept_states)
         super().finish()
 
     def close(self) -> None:
@@ -240,7 +258,10 @@ class RoutedPrefill(ForwardContext):
             self.prefill.close()
 
     def _logical(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
+        if self.prefill is None:
+            return hidden
+        states = hidden if self.prefill.stage < 0 else self.prefill.restore(hidden)
+        return states[:, self.plan.reopened :] if self.plan.reopened else states
 
     def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of layer ``index``: of a new stage, if one was decided that begins there."""
@@ -259,11 +280,41 @@ class RoutedPrefill(ForwardContext):
             self.recording.release()
         self.recording = None
 
-    def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
-        self.cache = cache_of(kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        tables = PositionTables(cos, sin, kwargs.get("position_ids"))
-        return self._start(self.plan, self.settings, hidden, tables, self._workspace)
+    def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[Prefill, torch.Tensor]:
+        """The prefill, and the input of layer ``index`` with the tokens that it reopens."""
+        self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
+        if self.cache is not None and (plan.reopened or self.settings.config.reopens):
+            is_padding = plan.order < 0
+            kinds = upload(np.where(is_padding, PADDING, plan.is_visual), hidden.device)
+            if self._kept_states is None:
+                self._kept_states = KeptStates.of(index, plan.past, hidden, tables, kinds)
+            else:
+                kept = self._kept_states.followed_by(hidden, tables, kinds[:, plan.reopened :])
+                self._kept_states, hidden, tables = kept, kept.hidden, kept.tables
+                cut(self.cache, index, plan.past)
+        return self._start(plan, self.settings, hidden, tables, self._workspace), hidden
+
+    def _all_tokens(self, prefill: Prefill, hidden: torch.Tensor) -> Kwargs:
+        """What a layer between the first look and the first decision gets, for all tokens that run again."""
+        if self._dense is None:
+            plan, tables = self.plan, prefill.tables
+            rows = upload(np.where(plan.order < 0, -1, np.arange(plan.length)), hidden.device)
+            past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
+            mask = prefill_mask(
+                None,
+                rows,
+                torch.cat([past, torch.where(rows < 0, -1, rows + plan.past)], 1),
+                past=plan.past,
+                has_fillers=bool((plan.order < 0).any()),
+                mask_format=self._mask_format,
+                dtype=hidden.dtype,
+            )
+            self._dense = {
+                "attention_mask": mask,
+                "position_embeddings": (tables.cos, tables.sin),
+                "position_ids": None if self._mask_format == "padding" else tables.ids,
+            }
+        return self._dense
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer = self._allow_update(self.cache, index)
@@ -284,7 +335,7 @@ class RoutedPrefill(ForwardContext):
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             key_positions = torch.cat([past, key_positions], 1)
         mask = prefill_mask(
-            kwargs.get("attention_mask"),
+            None if plan.reopened else kwargs.get("attention_mask"),  # that is of the new tokens alone
             rows,
             key_positions,
             past=plan.past,
@@ -319,14 +370,21 @@ class RoutedDecode(ForwardContext):
     Stages share the mask that their first layer needed.
     """
 
-    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
-        """See ``ForwardContext``."""
+    def __init__(
+        self, adapter: ModelAdapter, shape: tuple[int, int], *, kept: KeptStates | None = None, mask: Any = None
+    ) -> None:
+        """``kept``: what the cache keeps for later turns, and shall keep of the new tokens too, text under ``mask``."""
         super().__init__(adapter, shape)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+        self._kept_states, self._padding = kept, mask
+        self._is_known = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        self._cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
-        cache = cache_of(kwargs)
+        self._cache = cache = cache_of(kwargs)
+        if self._kept_states is not None and index == self._kept_states.layer:
+            self._kept_states = self._with_new(self._kept_states, hidden, kwargs)
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -337,6 +395,21 @@ class RoutedDecode(ForwardContext):
             kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
             kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
         return hidden
+
+    def finish(self) -> None:
+        """See ``ForwardContext``."""
+        if self._kept_states is not None and self._cache is not None:
+            keep_states(self._cache, self._kept_states)
+        super().finish()
+
+    def _with_new(self, kept: KeptStates, hidden: torch.Tensor, kwargs: Kwargs) -> KeptStates | None:
+        if not self._is_known:
+            return None
+        batch, new = self._shape
+        kinds = torch.zeros(batch, new, dtype=torch.int64, device=hidden.device)
+        if self._padding is not None:
+            kinds.masked_fill_(self._padding[:, -new:] == 0, PADDING)
+        return kept.followed_by(hidden, _tables(kwargs), kinds)
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
         if layer.rows.stage_key not in self._masks:
@@ -360,3 +433,8 @@ class DensePrefill(RoutedDecode):
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
         return super().before_layer(index, hidden, kwargs)
+
+
+def _tables(kwargs: Kwargs) -> PositionTables:
+    cos, sin = kwargs["position_embeddings"]
+    return PositionTables(cos, sin, kwargs.get("position_ids"))

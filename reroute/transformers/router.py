@@ -15,7 +15,7 @@ from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .cache import cache_of, is_routed, is_torn, past_length
+from .cache import cache_of, is_routed, is_torn, past_length, states_of
 from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
 from .entrances import (
     Call,
@@ -297,14 +297,23 @@ class Router:
             states = record is not False  # or which ones
             recording = recording_of(self.adapter, plan, named)
             forward = RoutedPrefill(
-                plan, settings, self.adapter, self._start, workspace, recording=recording, record_states=states
+                plan,
+                settings,
+                self.adapter,
+                self._start,
+                workspace,
+                kept=states_of(cache),
+                recording=recording,
+                record_states=states,
             )
             forward.keep(cache)
             return forward
         if plan is not None:
             forward = DensePrefill(plan, settings, self.adapter)
         elif has_routed_cache:
-            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]))
+            forward = RoutedDecode(
+                self.adapter, tuple(tokens.shape[:2]), kept=states_of(cache), mask=named.get("attention_mask")
+            )
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward
