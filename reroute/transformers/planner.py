@@ -198,9 +198,10 @@ class Planner:
         ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
         past = past_length(cache)
-        if (batch, length, past) != (*plan.shape, plan.past + plan.reopened):
+        its_past = plan.past + plan.reopened
+        if (batch, length, past) != (*plan.shape, its_past):
             raise RerouteError(
-                f"The plan in use is for tokens (batch, length) = {plan.shape} after {plan.past + plan.reopened} in the "
+                f"The plan in use is for tokens (batch, length) = {plan.shape} after {its_past} in the "
                 f"cache; this call has {batch, length} after {past}. Make a plan of its own for it, or call the model "
                 "outside of handle.using(plan)."
             )

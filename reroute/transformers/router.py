@@ -16,7 +16,7 @@ from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length, states_of
-from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
+from .context import DensePrefill, PrefillFactory, RoutedDecode, RoutedPrefill
 from .entrances import (
     Call,
     RoutedBase,
@@ -27,6 +27,7 @@ from .entrances import (
     RoutedTower,
     RoutedTowerLayer,
 )
+from .forward import ForwardContext
 from .interception import Role, intercept, role_of
 from .planner import Planner, Prompt
 from .scopes import Given, Scopes

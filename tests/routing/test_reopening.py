@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import CACHE, Sample, Tiny
-from models import tiny as shared
+from attentions import FLASH, attention_of
+from models import CACHE, Sample, Tiny, text
 from oracle import Rules, predict
-from support import RULES, cache_of, close, enable, generate, kv_lengths, same_decisions
+from support import (
+    FEW,
+    RULES,
+    cache_of,
+    close,
+    enable,
+    generate,
+    inside,
+    kv_lengths,
+    labels_after,
+    new_tokens,
+    same_decisions,
+    schedule,
+    state_of,
+    unchanged,
+)
 from torch import Tensor
 
 import reroute
+from reroute.errors import RerouteError, UnsupportedCacheError
 
 EARLY = Rules((3, 5), (0.5, 0.25), score_layer_offset=-1)
 """Scores a layer earlier: a layer between runs all tokens again, dense."""
+
+
+def first(tiny: Tiny, samples: Sequence[Sample], side: str = "left") -> Any:
+    return cache_of(tiny.model(**tiny.inputs(samples, side, positions=True), use_cache=True))
 
 
 def turn(tiny: Tiny, cache: Any, before: Sequence[Sample], new: Sequence[Sample], side: str = "left") -> Tensor:
@@ -26,18 +49,17 @@ def turn(tiny: Tiny, cache: Any, before: Sequence[Sample], new: Sequence[Sample]
     return logits
 
 
-def first(tiny: Tiny, samples: Sequence[Sample], side: str = "left") -> Any:
-    return cache_of(tiny.model(**tiny.inputs(samples, side, positions=True), use_cache=True))
+def is_fresh(logits: Tensor, tiny: Tiny, said: Sample, new: Sample, rules: Rules) -> None:
+    close(logits, predict(tiny, said + new, rules).logits[-len(new) :])
 
 
 @pytest.mark.parametrize("rules", [*RULES, EARLY])
 def test_a_later_turn_is_a_fresh_prompt_of_the_conversation(tiny: Tiny, rules: Rules) -> None:
     """Three turns, the last of them with a new picture: logits, decisions, and what the cache holds."""
-    parts = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 6), tiny.prompt(2, 2, tiny.grid, 3)]
+    said, *parts = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 6), tiny.prompt(2, 2, tiny.grid, 3)
     with enable(tiny, rules, reopens=True) as handle:
-        cache = first(tiny, parts[:1])
-        said = parts[0]
-        for part in parts[1:]:
+        cache = first(tiny, [said])
+        for part in parts:
             logits = turn(tiny, cache, [said], [part])
             said += part
             expected = predict(tiny, said, rules)
@@ -45,3 +67,277 @@ def test_a_later_turn_is_a_fresh_prompt_of_the_conversation(tiny: Tiny, rules: R
             same_decisions(handle.trace, [expected])
             assert kv_lengths(cache) == expected.kv_lengths
             assert cache.get_seq_length() == len(said)
+
+
+def test_it_is_the_same_bit_for_bit_from_layer_0_on(few: Tiny) -> None:
+    """Nothing ran before the first decision, and what runs then is what a fresh prompt runs."""
+    rules = Rules((0, 3), (0.3, 0.6))
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, rules, reopens=True):
+        cache = first(few, [said])
+        fresh = few.model(**few.inputs([said + new], positions=True)).logits
+        assert torch.equal(turn(few, cache, [said], [new]), fresh[:, -len(new) :])
+
+
+@pytest.mark.parametrize("rules", [FEW, Rules((1, 3), (0.5, 0.25), "remove"), Rules((0, 3), (0.3, 0.6))])
+def test_another_question_on_a_cache_that_was_cropped_to_the_picture(few: Tiny, rules: Rules) -> None:
+    said, other = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    picture = Sample(said.ids[:-4], said.visual, said.pixels, said.grids)
+    with enable(few, rules, reopens=True):
+        cache = first(few, [said])
+        turn(few, cache, [said], [few.prompt(3, 2)])
+        cache.crop(-6)
+        logits = turn(few, cache, [picture], [other])
+    is_fresh(logits[0], few, picture, other, rules)
+    assert kv_lengths(cache) == predict(few, picture + other, rules).kv_lengths
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rules", [FEW, Rules((2, 4), (0.5, 0.25), score_layer_offset=-1)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", FLASH])
+def test_batches_with_padding(few: Tiny, side: str, rules: Rules, attention: str) -> None:
+    """One picture, two, and none; rows end where they end."""
+    before = [few.prompt(0, 5, few.grid, 4), few.prompt(1, 1, few.grid, 2, few.grid, 3), few.prompt(2, 9)]
+    new = [few.prompt(10 + i, 3) for i in range(3)]
+    with attention_of(few, attention), enable(few, rules, reopens=True):
+        cache = first(few, before, side)
+        logits = turn(few, cache, before, new, side)
+        step = few.follow(before, [one + text(7) for one in new], side)
+        step = {k: v if k == "attention_mask" else v[..., -1:] for k, v in step.items()}
+        after = few.model(**step, **{CACHE: cache}).logits
+    for b, (said, part) in enumerate(zip(before, new, strict=True)):
+        is_fresh(logits[b], few, said, part, rules)
+        close(after[b, 0], predict(few, said + part, rules, then=[7]).logits[-1])
+
+
+MOVES: dict[str, tuple[Callable[[Any], Any], list[int]]] = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    "copy": (copy.deepcopy, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_what_is_kept_moves_with_the_cache(few: Tiny, move: str) -> None:
+    before = [few.prompt(0, 5, few.grid, 4), few.prompt(1, 1, few.grid, 2, few.grid, 3)]
+    act, order = MOVES[move]
+    new = [few.prompt(10 + i, 3) for i in range(len(order))]
+    mask = few.inputs(before)["attention_mask"][order]
+    with enable(few, FEW, reopens=True):
+        cache = first(few, before)
+        other = act(cache)
+        moved = cache if other is None else other
+        given = few.follow([before[b] for b in order], new)
+        given["attention_mask"] = torch.cat([mask, torch.ones(len(order), 3, dtype=torch.long)], 1)
+        logits = few.model(**given, **{CACHE: moved}).logits
+    for row, b, part in zip(logits, order, new, strict=True):
+        is_fresh(row, few, before[b], part, FEW)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_goes_on_with_a_conversation(few: Tiny, beams: int) -> None:
+    """The second answer, by steps that do not choose again, is that of a fresh prompt; so is a third one."""
+    said = few.prompt(0, 5, few.grid, 4)
+    with enable(few, FEW, reopens=True) as handle:
+        output = generate(few, [said], 4)
+        for seed in (1, 2):
+            whole = Sample(tuple(output.sequences[0].tolist()), said.visual, said.pixels, said.grids)
+            new = whole + few.prompt(seed, 5)
+            given = {k: v for k, v in few.inputs([new]).items() if k in ("input_ids", "attention_mask")}
+            cache, settings = cache_of(output), {"num_beams": beams}
+            if beams > 1:
+                cache = copy.deepcopy(cache)
+                cache.batch_repeat_interleave(beams)
+            prefills = handle.totals().prefills
+            follows = generate(few, given, 4, **settings, past_key_values=cache)
+            assert handle.totals().prefills == prefills + 1
+            fresh = generate(few, [new], 4, **settings)
+            assert new_tokens(follows, len(new)) == new_tokens(fresh, len(new))
+            output = generate(few, given, 4, past_key_values=cache_of(output))
+
+
+def test_answers_do_not_rank(few: Tiny) -> None:
+    """Labels of a later turn end its prompt."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    whole = said + new
+    with enable(few, FEW, reopens=True) as handle:
+        cache = first(few, [said])
+        few.model(**few.follow([said], [new]), labels=labels_after(new, 3), **{CACHE: cache})
+        same_decisions(handle.trace, [predict(few, whole, FEW, query=len(whole) - 4)])
+
+
+def test_a_single_token_is_a_step(few: Tiny) -> None:
+    said, step = few.prompt(0, 5, few.grid, 4), text(9)
+    with enable(few, FEW, reopens=True):
+        logits = turn(few, first(few, [said]), [said], [step])
+    close(logits[0], predict(few, said, FEW, then=step.ids).logits[-1:])
+
+
+def test_hidden_states_are_those_of_the_turn(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True):
+        given = few.follow([said], [new])
+        states = few.model(**given, **{CACHE: first(few, [said])}, output_hidden_states=True).hidden_states
+    for state, expected in zip(states, predict(few, said + new, FEW).hidden, strict=True):
+        close(state[0], expected[-6:])
+
+
+def test_a_picture_after_a_turn_of_text(few: Tiny) -> None:
+    """What came before the first picture stays in the cache as it is."""
+    words, said, new = few.prompt(3, 4), few.prompt(0, 2, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True):
+        cache = first(few, [words])
+        turn(few, cache, [words], [said])
+        logits = turn(few, cache, [words + said], [new])
+    close(logits[0], predict(few, [words, said + new], FEW).logits[-6:])
+
+
+def test_with_a_plan_made_ahead(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True) as handle:
+        cache, given = first(few, [said]), few.follow([said], [new])
+        plan = handle.plan(given["input_ids"], given["attention_mask"], cache)
+        with handle.using(plan):
+            logits = few.model(**given, **{CACHE: cache}).logits
+            with pytest.raises(RerouteError, match="not for this cache"):
+                other = enabled_elsewhere(few, said)
+                few.model(**given, **{CACHE: other})
+    is_fresh(logits[0], few, said, new, FEW)
+
+
+def enabled_elsewhere(few: Tiny, said: Sample) -> Any:
+    """A cache of ``said`` that keeps nothing."""
+    handle = reroute.handle_of(few.model)
+    assert handle is not None
+    with handle.using(None), handle.at(config=replace(handle.config, reopens=False)):
+        return first(few, [said])
+
+
+# --- what it costs, and when nothing is kept ------------------------------------------------------------------------
+
+
+def test_stats(few: Tiny) -> None:
+    """Before the first decision the turn runs alone; states, tables and kinds are counted."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    n = len(said.visual)
+    with enable(few, FEW, reopens=True) as handle:
+        cache = first(few, [said])
+        whole = handle.stats()
+        turn(few, cache, [said], [new])
+        stats = handle.stats()
+    half, quarter = n // 2, n // 4
+    assert whole.avg_tokens == (n + 2 * half + 2 * quarter) / 5
+    assert stats.avg_tokens == (2 * half + 2 * quarter) / 5
+    assert stats.visual == (n,)
+    rope = few.model.config.get_text_config().head_dim
+    per_token = 4 * few.model.config.get_text_config().hidden_size + 2 * 4 * rope + 2 * 8
+    assert whole.state_bytes in (len(said) * per_token, len(said) * (per_token - 8))  # with position ids or without
+    assert stats.state_bytes * len(said) == whole.state_bytes * (len(said) + 6)
+    assert "states for later turns" in str(stats)
+    assert whole.prefill_flops > stats.prefill_flops > stats.prefill_flops_dense
+
+
+def test_nothing_is_kept_unless_wanted(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW) as handle:
+        cache = first(few, [said])
+        assert handle.stats().state_bytes == 0
+        logits = turn(few, cache, [said], [new])
+    close(logits[0], predict(few, [said, new], FEW).logits[-6:])
+    assert all(getattr(layer, "earlier", None) is None for layer in cache.layers)
+
+
+def test_a_call_need_not_choose_again(few: Tiny) -> None:
+    """``handle.at`` goes on with what was chosen, and a later turn may choose again."""
+    said, new, more = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6), few.prompt(2, 3)
+    with enable(few, FEW, reopens=True) as handle:
+        cache = first(few, [said])
+        with handle.at(config=replace(handle.config, reopens=False)):
+            close(turn(few, cache, [said], [new])[0], predict(few, [said, new], FEW).logits[-6:])
+        is_fresh(turn(few, cache, [said + new], [more])[0], few, said + new, more, FEW)
+
+
+def test_it_is_freed_with_the_cache(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True):
+        cache = first(few, [said])
+        kept = [weakref.ref(layer.earlier.hidden) for layer in cache.layers if getattr(layer, "earlier", None)]
+        turn(few, cache, [said], [new])
+        gc.collect()
+        assert [its() for its in kept] == [None]
+        kept = [weakref.ref(layer.earlier.hidden) for layer in cache.layers if getattr(layer, "earlier", None)]
+        cache.reset()
+        gc.collect()
+        assert [its() for its in kept] == [None]
+        logits = few.model(**few.inputs([said], positions=True), **{CACHE: cache}).logits
+    close(logits[0], predict(few, said, FEW).logits)
+
+
+# --- refusals, and turns that are cut short -------------------------------------------------------------------------
+
+
+def without_it(few: Tiny, handle: Any, said: Sample) -> Any:
+    """A cache whose first call ran without it."""
+    with handle.at(config=replace(handle.config, reopens=False)):
+        return first(few, [said])
+
+
+def of_another_schedule(few: Tiny, handle: Any, said: Sample) -> Any:
+    with handle.at(schedule=schedule(Rules((2,), (0.5,)))):
+        return first(few, [said])
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (without_it, "some of its calls ran without reopens=True"),
+        (of_another_schedule, "keeps the states before layer 2, and the schedule begins before layer 1"),
+    ],
+)
+def test_a_cache_that_lacks_the_states(few: Tiny, made: Callable[..., Any], message: str) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True) as handle:
+        cache = made(few, handle, said)
+        before = state_of(cache)
+        with pytest.raises(RerouteError, match=message):
+            turn(few, cache, [said], [new])
+        unchanged(cache, before)
+
+
+def test_embeddings_do_not_show_pictures(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True):
+        cache, given = first(few, [said]), few.follow([said], [new])
+        given["inputs_embeds"] = few.model.get_input_embeddings()(given.pop("input_ids"))
+        given.pop("mm_token_type_ids", None)
+        before = state_of(cache)
+        with pytest.raises(RerouteError, match="must show where its visual tokens are"):
+            few.model(**given, **{CACHE: cache})
+        unchanged(cache, before)
+
+
+def test_rankers_that_look_at_the_tower(few: Tiny) -> None:
+    with pytest.raises(RerouteError, match="With reopens=True later turns choose again"):
+        reroute.enable(few.model, method="nuwa", reopens=True)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_turn_that_was_cut_short(few: Tiny, layer: int, after: bool) -> None:
+    """The cache is refused if anything of it has changed, and goes on if nothing has."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with enable(few, FEW, reopens=True):
+        cache = first(few, [said])
+        module = few.model.model.language_model.layers[layer].self_attn
+        with inside(module, stop, after=after), pytest.raises(KeyboardInterrupt):
+            turn(few, cache, [said], [new])
+        if layer or after:
+            with pytest.raises(UnsupportedCacheError, match="half filled"):
+                turn(few, cache, [said], [new])
+        else:
+            is_fresh(turn(few, cache, [said], [new])[0], few, said, new, FEW)

@@ -36,9 +36,8 @@ class KeptStates:
         cls, layer: int, start: int, hidden: torch.Tensor, tables: PositionTables, kinds: torch.Tensor
     ) -> KeptStates:
         """As the layer gets them, with ``tables`` (B or 1, T, …)."""
-        cos, sin, ids = (None if t is None else t.expand(len(hidden), *t.shape[1:]) for t in _columns(tables))
-        assert cos is not None and sin is not None
-        return cls(layer, start, hidden, PositionTables(cos, sin, ids), kinds)
+        wide = _tables(lambda table: table.expand(len(hidden), *table.shape[1:]), tables)
+        return cls(layer, start, hidden, wide, kinds)
 
     @property
     def count(self) -> int:
@@ -53,18 +52,16 @@ class KeptStates:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for t in (self.hidden, *_columns(self.tables), self.kinds) if t is not None)
+        tables = (self.tables.cos, self.tables.sin, self.tables.ids)
+        return sum(tensor.nbytes for tensor in (self.hidden, *tables, self.kinds) if tensor is not None)
 
     def followed_by(self, hidden: torch.Tensor, tables: PositionTables, kinds: torch.Tensor) -> KeptStates:
         """With the tokens (B, L) that come next. There are position ids if both have them."""
         new = KeptStates.of(self.layer, self.end, hidden, tables, kinds)
-        columns = zip(_columns(self.tables), _columns(new.tables), strict=True)
-        cos, sin, ids = (None if a is None or b is None else torch.cat([a, b], 1) for a, b in columns)
-        assert cos is not None and sin is not None
         return replace(
             self,
             hidden=torch.cat([self.hidden, hidden], 1),
-            tables=PositionTables(cos, sin, ids),
+            tables=_tables(lambda *parts: torch.cat(parts, 1), self.tables, new.tables),
             kinds=torch.cat([self.kinds, kinds], 1),
         )
 
@@ -74,13 +71,15 @@ class KeptStates:
         return self.moved(lambda tensor: tensor[:, :count])
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> KeptStates:
-        """With ``move`` of every tensor, as to pick samples along dimension 0."""
-        cos, sin, ids = (None if t is None else move(t) for t in _columns(self.tables))
-        assert cos is not None and sin is not None
-        return replace(
-            self, hidden=move(self.hidden), tables=PositionTables(cos, sin, ids), kinds=move(self.kinds)
-        )
+        """``move`` of every tensor, as to pick samples along dimension 0."""
+        return replace(self, hidden=move(self.hidden), tables=_tables(move, self.tables), kinds=move(self.kinds))
 
 
-def _columns(tables: PositionTables) -> tuple[torch.Tensor | None, ...]:
-    return tables.cos, tables.sin, tables.ids
+def _tables(change: Callable[..., torch.Tensor], *tables: PositionTables) -> PositionTables:
+    """``change`` of each column of ``tables``; of position ids if all have them."""
+    ids = [table.ids for table in tables]
+    return PositionTables(
+        change(*(table.cos for table in tables)),
+        change(*(table.sin for table in tables)),
+        None if any(i is None for i in ids) else change(*ids),
+    )
