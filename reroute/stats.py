@@ -191,7 +191,7 @@ def make_stats(
         prefill_flops_dense=float(dense.prefill_flops),
         kv_bytes=sum(tensor.nbytes for tensor in filled),
         kv_bytes_dense=dense.kv_bytes,
-        state_bytes=sum(kept.nbytes for layer in cache_layers if (kept := getattr(layer, "earlier", None)) is not None),
+        state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
     )

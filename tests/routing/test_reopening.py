@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 import torch
 from attentions import FLASH, attention_of
-from models import CACHE, Sample, Tiny, text
-from oracle import Rules, predict
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from models import CACHE, NAMES, Sample, Tiny, text
+from models import tiny as shared
+from oracle import MARGIN, Rules, predict
 from support import (
     FEW,
     RULES,
+    NoWaiting,
+    any_prompt,
+    any_rules,
     cache_of,
     close,
     enable,
@@ -34,6 +40,7 @@ from torch import Tensor
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
+from reroute.transformers.context import RoutedDecode, RoutedPrefill
 
 EARLY = Rules((3, 5), (0.5, 0.25), score_layer_offset=-1)
 """Scores a layer earlier: a layer between runs all tokens again, dense."""
@@ -67,6 +74,31 @@ def test_a_later_turn_is_a_fresh_prompt_of_the_conversation(tiny: Tiny, rules: R
             same_decisions(handle.trace, [expected])
             assert kv_lengths(cache) == expected.kv_lengths
             assert cache.get_seq_length() == len(said)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_conversation(data: st.DataObject) -> None:
+    """Any schedule, prompts, turns and steps between them."""
+    name = data.draw(st.sampled_from(NAMES))
+    tiny = shared(name)
+    rules = data.draw(any_rules(renumbered=name != "qwen" and data.draw(st.booleans())))
+    said = data.draw(any_prompt(name, pictures=(1, 2)))
+    with enable(tiny, rules, reopens=True):
+        cache = first(tiny, [said])
+        for _ in range(data.draw(st.integers(1, 3))):
+            new = data.draw(any_prompt(name, pictures=(0, 1)))
+            assume(len(new) > 1)
+            expected = predict(tiny, said + new, rules)
+            assume(expected.margin > MARGIN)
+            close(turn(tiny, cache, [said], [new])[0], expected.logits[-len(new) :])
+            said += new
+            assert kv_lengths(cache) == expected.kv_lengths
+            step = data.draw(st.sampled_from([(), (7,)]))
+            if step:
+                logits = turn(tiny, cache, [said], [text(*step)])
+                close(logits[0], predict(tiny, said, rules, then=step).logits[-1:])
+                said += text(*step)
 
 
 def test_it_is_the_same_bit_for_bit_from_layer_0_on(few: Tiny) -> None:
@@ -128,9 +160,9 @@ def test_what_is_kept_moves_with_the_cache(few: Tiny, move: str) -> None:
         cache = first(few, before)
         other = act(cache)
         moved = cache if other is None else other
-        given = few.follow([before[b] for b in order], new)
-        given["attention_mask"] = torch.cat([mask, torch.ones(len(order), 3, dtype=torch.long)], 1)
-        logits = few.model(**given, **{CACHE: moved}).logits
+        inputs = few.follow([before[b] for b in order], new)
+        inputs["attention_mask"] = torch.cat([mask, torch.ones(len(order), 3, dtype=torch.long)], 1)
+        logits = few.model(**inputs, **{CACHE: moved}).logits
     for row, b, part in zip(logits, order, new, strict=True):
         is_fresh(row, few, before[b], part, FEW)
 
@@ -144,17 +176,14 @@ def test_generate_goes_on_with_a_conversation(few: Tiny, beams: int) -> None:
         for seed in (1, 2):
             whole = Sample(tuple(output.sequences[0].tolist()), said.visual, said.pixels, said.grids)
             new = whole + few.prompt(seed, 5)
-            given = {k: v for k, v in few.inputs([new]).items() if k in ("input_ids", "attention_mask")}
-            cache, settings = cache_of(output), {"num_beams": beams}
-            if beams > 1:
-                cache = copy.deepcopy(cache)
-                cache.batch_repeat_interleave(beams)
-            prefills = handle.totals().prefills
-            follows = generate(few, given, 4, **settings, past_key_values=cache)
+            inputs = {k: v for k, v in few.inputs([new]).items() if k in ("input_ids", "attention_mask")}
+            cache, prefills = copy.deepcopy(cache_of(output)), handle.totals().prefills
+            cache.batch_repeat_interleave(beams)
+            follows = generate(few, inputs, 4, num_beams=beams, **{CACHE: cache})
             assert handle.totals().prefills == prefills + 1
-            fresh = generate(few, [new], 4, **settings)
+            fresh = generate(few, [new], 4, num_beams=beams)
             assert new_tokens(follows, len(new)) == new_tokens(fresh, len(new))
-            output = generate(few, given, 4, past_key_values=cache_of(output))
+            output = generate(few, inputs, 4, **{CACHE: cache_of(output)})
 
 
 def test_answers_do_not_rank(few: Tiny) -> None:
@@ -177,8 +206,8 @@ def test_a_single_token_is_a_step(few: Tiny) -> None:
 def test_hidden_states_are_those_of_the_turn(few: Tiny) -> None:
     said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
     with enable(few, FEW, reopens=True):
-        given = few.follow([said], [new])
-        states = few.model(**given, **{CACHE: first(few, [said])}, output_hidden_states=True).hidden_states
+        inputs = few.follow([said], [new])
+        states = few.model(**inputs, **{CACHE: first(few, [said])}, output_hidden_states=True).hidden_states
     for state, expected in zip(states, predict(few, said + new, FEW).hidden, strict=True):
         close(state[0], expected[-6:])
 
@@ -193,25 +222,51 @@ def test_a_picture_after_a_turn_of_text(few: Tiny) -> None:
     close(logits[0], predict(few, [words, said + new], FEW).logits[-6:])
 
 
+def test_no_operation_waits(few: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is done at layers, in a batch with padding: turn, step, and a turn again."""
+    ran: list[str] = []
+
+    def guard(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def guarded(*args: Any) -> Any:
+            ran.append(name)
+            with NoWaiting():
+                return original(*args)
+
+        monkeypatch.setattr(owner, name, guarded)
+
+    for owner in (RoutedPrefill, RoutedDecode):
+        for name in ("before_layer", "after_layer", "finish"):
+            guard(owner, name)
+    said = [few.prompt(0, 5, few.grid, 4), few.prompt(1, 1, few.grid, 2, few.grid, 3)]
+    mask = few.inputs(said)["attention_mask"]
+    with enable(few, FEW, reopens=True):
+        cache, columns = first(few, said), mask
+        for length in (3, 1, 2):
+            new = [few.prompt(10 + length + i, length) for i in range(2)]
+            inputs = few.follow(said, new)
+            columns = torch.cat([columns, torch.ones(2, length, dtype=torch.long)], 1)
+            inputs["attention_mask"] = columns
+            logits = few.model(**inputs, **{CACHE: cache}).logits
+            said = [a + b for a, b in zip(said, new, strict=True)]
+    for b in range(2):
+        close(logits[b], predict(few, said[b], FEW).logits[-2:])
+    assert len(ran) > 40
+
+
 def test_with_a_plan_made_ahead(few: Tiny) -> None:
     said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
     with enable(few, FEW, reopens=True) as handle:
-        cache, given = first(few, [said]), few.follow([said], [new])
-        plan = handle.plan(given["input_ids"], given["attention_mask"], cache)
+        cache, inputs = first(few, [said]), few.follow([said], [new])
+        plan = handle.plan(inputs["input_ids"], inputs["attention_mask"], cache)
         with handle.using(plan):
-            logits = few.model(**given, **{CACHE: cache}).logits
-            with pytest.raises(RerouteError, match="not for this cache"):
-                other = enabled_elsewhere(few, said)
-                few.model(**given, **{CACHE: other})
+            logits = few.model(**inputs, **{CACHE: cache}).logits
+        with handle.at(config=replace(handle.config, reopens=False)):
+            other = first(few, [said])
+        with handle.using(plan), pytest.raises(RerouteError, match="not for this cache"):
+            few.model(**inputs, **{CACHE: other})
     is_fresh(logits[0], few, said, new, FEW)
-
-
-def enabled_elsewhere(few: Tiny, said: Sample) -> Any:
-    """A cache of ``said`` that keeps nothing."""
-    handle = reroute.handle_of(few.model)
-    assert handle is not None
-    with handle.using(None), handle.at(config=replace(handle.config, reopens=False)):
-        return first(few, [said])
 
 
 # --- what it costs, and when nothing is kept ------------------------------------------------------------------------
@@ -226,16 +281,20 @@ def test_stats(few: Tiny) -> None:
         whole = handle.stats()
         turn(few, cache, [said], [new])
         stats = handle.stats()
+        first(few, [said + new])
+        fresh = handle.stats()
     half, quarter = n // 2, n // 4
     assert whole.avg_tokens == (n + 2 * half + 2 * quarter) / 5
     assert stats.avg_tokens == (2 * half + 2 * quarter) / 5
     assert stats.visual == (n,)
-    rope = few.model.config.get_text_config().head_dim
-    per_token = 4 * few.model.config.get_text_config().hidden_size + 2 * 4 * rope + 2 * 8
+    width, rope = 64, few.model.model.language_model.layers[0].self_attn.head_dim
+    per_token = 4 * width + 2 * 4 * rope + 2 * 8
     assert whole.state_bytes in (len(said) * per_token, len(said) * (per_token - 8))  # with position ids or without
     assert stats.state_bytes * len(said) == whole.state_bytes * (len(said) + 6)
     assert "states for later turns" in str(stats)
-    assert whole.prefill_flops > stats.prefill_flops > stats.prefill_flops_dense
+    assert fresh.prefill_flops > stats.prefill_flops > stats.prefill_flops_dense
+    assert stats.scoring_flops == fresh.scoring_flops
+    assert stats.layer_lengths == fresh.layer_lengths
 
 
 def test_nothing_is_kept_unless_wanted(few: Tiny) -> None:
@@ -305,15 +364,29 @@ def test_a_cache_that_lacks_the_states(few: Tiny, made: Callable[..., Any], mess
         unchanged(cache, before)
 
 
+def test_a_batch_that_began_with_padded_text(few: Tiny) -> None:
+    words = [few.prompt(10, 2), few.prompt(11, 4)]
+    said = [few.prompt(b, 2, few.grid, 4) for b in range(2)]
+    new = [few.prompt(5 + b, 3) for b in range(2)]
+    with enable(few, FEW, reopens=True):
+        cache = first(few, words)
+        turn(few, cache, words, said)
+        inputs = few.follow([a + b for a, b in zip(words, said, strict=True)], new)
+        before = state_of(cache)
+        with pytest.raises(RerouteError, match="began with padded text"):
+            few.model(**inputs, **{CACHE: cache})
+        unchanged(cache, before)
+
+
 def test_embeddings_do_not_show_pictures(few: Tiny) -> None:
     said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
     with enable(few, FEW, reopens=True):
-        cache, given = first(few, [said]), few.follow([said], [new])
-        given["inputs_embeds"] = few.model.get_input_embeddings()(given.pop("input_ids"))
-        given.pop("mm_token_type_ids", None)
+        cache, inputs = first(few, [said]), few.follow([said], [new])
+        inputs["inputs_embeds"] = few.model.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs.pop("mm_token_type_ids", None)
         before = state_of(cache)
         with pytest.raises(RerouteError, match="must show where its visual tokens are"):
-            few.model(**given, **{CACHE: cache})
+            few.model(**inputs, **{CACHE: cache})
         unchanged(cache, before)
 
 
