@@ -20,7 +20,6 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import decode_mask, prefill_mask
 from .cache import (
-    PADDING,
     KeptStates,
     RoutedLayer,
     RowPositions,
@@ -192,12 +191,11 @@ class RoutedPrefill(ForwardContext):
         """The prefill, and the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
         if self.cache is not None and (plan.reopened or self.settings.config.reopens):
-            is_padding = plan.order < 0
-            kinds = upload(np.where(is_padding, PADDING, plan.is_visual), hidden.device)
+            is_visual = upload(plan.is_visual, hidden.device).bool()
             if self._kept_states is None:
-                self._kept_states = KeptStates.of(index, plan.past, hidden, tables, kinds)
+                self._kept_states = KeptStates.of(index, plan.past, hidden, tables, is_visual)
             else:
-                kept = self._kept_states.followed_by(hidden, tables, kinds[:, plan.reopened :])
+                kept = self._kept_states.followed_by(hidden, tables, is_visual[:, plan.reopened :])
                 self._kept_states, hidden, tables = kept, kept.hidden, kept.tables
         prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
         if self.cache is not None and plan.reopened:
@@ -280,21 +278,19 @@ class RoutedDecode(ForwardContext):
     Stages share the mask that their first layer needed.
     """
 
-    def __init__(
-        self, adapter: ModelAdapter, shape: tuple[int, int], *, kept: KeptStates | None = None, mask: Any = None
-    ) -> None:
-        """``kept``: what the cache keeps for later turns, and shall keep of the new tokens too, text under ``mask``."""
+    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int], kept: KeptStates | None = None) -> None:
+        """``kept``: what the cache keeps for later turns, and shall keep of the new tokens too."""
         super().__init__(adapter, shape)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
-        self._kept_states, self._padding = kept, mask
-        self._is_known = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        self._kept_states = kept
         self._cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
-            self._kept_states = self._with_new(self._kept_states, hidden, kwargs)
+            is_visual = torch.zeros(self._shape, dtype=torch.bool, device=hidden.device)
+            self._kept_states = self._kept_states.followed_by(hidden, _tables(kwargs), is_visual)
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -311,15 +307,6 @@ class RoutedDecode(ForwardContext):
         if self._kept_states is not None and self._cache is not None:
             keep_states(self._cache, self._kept_states)
         super().finish()
-
-    def _with_new(self, kept: KeptStates, hidden: torch.Tensor, kwargs: Kwargs) -> KeptStates | None:
-        if not self._is_known:
-            return None
-        batch, new = self._shape
-        kinds = torch.zeros(batch, new, dtype=torch.int64, device=hidden.device)
-        if self._padding is not None:
-            kinds.masked_fill_(self._padding[:, -new:] == 0, PADDING)
-        return kept.followed_by(hidden, _tables(kwargs), kinds)
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
         if layer.rows.stage_key not in self._masks:

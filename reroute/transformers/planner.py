@@ -20,8 +20,6 @@ from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
 from .cache import (
-    PADDING,
-    VISUAL,
     KeptStates,
     cache_of,
     check_cache,
@@ -285,19 +283,19 @@ def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:
 
 
 def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: Any) -> tuple[Any, Any]:
-    """``is_visual``, ``valid`` (B, L) behind those of the earlier tokens (B, T), which the mask may have hidden since.
+    """``is_visual``, ``valid`` (B, L) behind those of the earlier tokens (B, T).
 
     Raises:
         RerouteError: there is padding before them.
     """
-    kinds, mask = earlier.kinds.cpu().numpy(), prompt.mask
-    is_visual = np.concatenate([kinds == VISUAL, is_visual], 1)
+    mask = prompt.mask
+    is_visual = np.concatenate([earlier.is_visual.cpu().numpy(), is_visual], 1)
     if valid is None:
         return is_visual, None
-    known = kinds != PADDING
+    known = np.ones((len(valid), earlier.count), dtype=bool)
     if mask is not None and mask.shape[1] == earlier.end + valid.shape[1]:
         seen = mask[:, : earlier.end].cpu().numpy().astype(bool)
-        known &= seen[:, earlier.start :]
+        known = seen[:, earlier.start :]
         if not seen[:, : earlier.start].all():
             raise RerouteError(
                 "A later turn cannot choose again in a batch that began with padded text, before any picture. Put that "

@@ -312,9 +312,7 @@ class Router:
         if plan is not None:
             forward = DensePrefill(plan, settings, self.adapter)
         elif has_routed_cache:
-            forward = RoutedDecode(
-                self.adapter, tuple(tokens.shape[:2]), kept=states_of(cache), mask=named.get("attention_mask")
-            )
+            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]), states_of(cache))
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward

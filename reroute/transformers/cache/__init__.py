@@ -20,12 +20,9 @@ from .access import (
     tear,
 )
 from .layers import GuardedLayer, RoutedLayer, RowPositions
-from .states import PADDING, TEXT, VISUAL, KeptStates
+from .states import KeptStates
 
 __all__ = [
-    "PADDING",
-    "TEXT",
-    "VISUAL",
     "GuardedLayer",
     "KeptStates",
     "RoutedLayer",

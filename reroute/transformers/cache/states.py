@@ -9,9 +9,7 @@ import torch
 
 from ...core.prefill import PositionTables
 
-__all__ = ["PADDING", "TEXT", "VISUAL", "KeptStates"]
-
-PADDING, TEXT, VISUAL = -1, 0, 1
+__all__ = ["KeptStates"]
 
 
 @dataclass(frozen=True)
@@ -22,22 +20,22 @@ class KeptStates:
     - ``start``: logical position of the first token, that of the first routed call.
     - ``hidden`` (B, T, C).
     - ``tables`` (B, T, …): what goes with it into a layer.
-    - ``kinds`` (B, T) int64: ``PADDING``, ``TEXT`` or ``VISUAL``.
+    - ``is_visual`` (B, T): which are visual tokens. Which are padding, the mask of the later turn says.
     """
 
     layer: int
     start: int
     hidden: torch.Tensor
     tables: PositionTables
-    kinds: torch.Tensor
+    is_visual: torch.Tensor
 
     @classmethod
     def of(
-        cls, layer: int, start: int, hidden: torch.Tensor, tables: PositionTables, kinds: torch.Tensor
+        cls, layer: int, start: int, hidden: torch.Tensor, tables: PositionTables, is_visual: torch.Tensor
     ) -> KeptStates:
         """As the layer gets them, with ``tables`` (B or 1, T, …)."""
         wide = _tables(lambda table: table.expand(len(hidden), *table.shape[1:]), tables)
-        return cls(layer, start, hidden, wide, kinds)
+        return cls(layer, start, hidden, wide, is_visual)
 
     @property
     def count(self) -> int:
@@ -53,16 +51,16 @@ class KeptStates:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         tables = (self.tables.cos, self.tables.sin, self.tables.ids)
-        return sum(tensor.nbytes for tensor in (self.hidden, *tables, self.kinds) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.hidden, *tables, self.is_visual) if tensor is not None)
 
-    def followed_by(self, hidden: torch.Tensor, tables: PositionTables, kinds: torch.Tensor) -> KeptStates:
+    def followed_by(self, hidden: torch.Tensor, tables: PositionTables, is_visual: torch.Tensor) -> KeptStates:
         """With the tokens (B, L) that come next. There are position ids if both have them."""
-        new = KeptStates.of(self.layer, self.end, hidden, tables, kinds)
+        new = KeptStates.of(self.layer, self.end, hidden, tables, is_visual)
         return replace(
             self,
             hidden=torch.cat([self.hidden, hidden], 1),
             tables=_tables(lambda *parts: torch.cat(parts, 1), self.tables, new.tables),
-            kinds=torch.cat([self.kinds, kinds], 1),
+            is_visual=torch.cat([self.is_visual, is_visual], 1),
         )
 
     def cropped(self, newest: int) -> KeptStates:
@@ -72,7 +70,9 @@ class KeptStates:
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> KeptStates:
         """``move`` of every tensor, as to pick samples along dimension 0."""
-        return replace(self, hidden=move(self.hidden), tables=_tables(move, self.tables), kinds=move(self.kinds))
+        return replace(
+            self, hidden=move(self.hidden), tables=_tables(move, self.tables), is_visual=move(self.is_visual)
+        )
 
 
 def _tables(change: Callable[..., torch.Tensor], *tables: PositionTables) -> PositionTables:
