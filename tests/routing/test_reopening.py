@@ -188,6 +188,15 @@ def test_generate_goes_on_with_a_conversation(few: Tiny, beams: int) -> None:
             output = generate(few, inputs, 4, **{CACHE: cache_of(output)})
 
 
+def test_drafts_do_not_choose(few: Tiny) -> None:
+    """Assisted generation verifies several tokens at once, by what was chosen for the prompt."""
+    said = few.prompt(0, 5, few.grid) + text(*[9, 10, 11] * 4)
+    with enable(few, FEW, reopens=True) as handle:
+        drafted = generate(few, [said], 6, prompt_lookup_num_tokens=3)
+        assert handle.totals().prefills == 1
+        assert new_tokens(drafted, len(said)) == new_tokens(generate(few, [said], 6), len(said))
+
+
 def test_answers_do_not_rank(few: Tiny) -> None:
     """Labels of a later turn end its prompt."""
     said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
@@ -364,6 +373,27 @@ def test_a_cache_that_lacks_the_states(few: Tiny, made: Callable[..., Any], mess
         with pytest.raises(RerouteError, match=message):
             turn(few, cache, [said], [new])
         unchanged(cache, before)
+
+
+def test_a_call_that_kept_every_token_between(few: Tiny) -> None:
+    """Nothing is known of its picture."""
+    said, other, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 2, few.grid, 3), few.prompt(2, 6)
+    with enable(few, FEW, reopens=True) as handle:
+        cache = first(few, [said])
+        with handle.at(config=reroute.RoutingConfig(keep=1.0)):
+            turn(few, cache, [said], [other])
+        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+            turn(few, cache, [said + other], [new])
+
+
+def test_a_turn_of_packed_rows(few: Tiny) -> None:
+    """Its own positions are looked at, wherever earlier padding was."""
+    said = [few.prompt(0, 5, few.grid, 4), few.prompt(2, 2)]
+    with enable(few, FEW, reopens=True):
+        cache, inputs = first(few, said), few.follow(said, [few.prompt(b, 3) for b in range(2)])
+        inputs["position_ids"][..., 1, 1:] = 0
+        with pytest.raises(RerouteError, match="Several prompts are packed in one row"):
+            few.model(**inputs, **{CACHE: cache})
 
 
 def test_a_batch_that_began_with_padded_text(few: Tiny) -> None:
