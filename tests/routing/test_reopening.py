@@ -14,7 +14,7 @@ import torch
 from attentions import FLASH, attention_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import CACHE, NAMES, Sample, Tiny, text
+from models import CACHE, NAMES, TRANSFORMERS, Sample, Tiny, text
 from models import tiny as shared
 from oracle import MARGIN, Rules, predict
 from support import (
@@ -172,6 +172,8 @@ def test_what_is_kept_moves_with_the_cache(few: Tiny, move: str) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_goes_on_with_a_conversation(few: Tiny, beams: int) -> None:
     """The second answer, by steps that do not choose again, is that of a fresh prompt; so is a third one."""
+    if beams > 1 and few.is_qwen and TRANSFORMERS < (5, 24):
+        pytest.skip("this release cannot repeat placeholders whose pictures came earlier")
     said = few.prompt(0, 5, few.grid, 4)
     with enable(few, FEW, reopens=True) as handle:
         output = generate(few, [said], 4)
