@@ -1,10 +1,11 @@
-"""The kernel tests on each executor that can run here, in a process of its own.
+"""The kernel tests on each executor that can run here, in processes of their own: as many as run these tests.
 
 ``--sample`` runs the first case of each test, on some executors.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ def test_kernels(name: str, pytestconfig: pytest.Config) -> None:
     if sample and name not in SAMPLED:
         pytest.skip("not an executor of samples")
     brief = sample or (name in BRIEFLY and not pytestconfig.getoption("--all-executors", False))
-    options = f"--executor {name} {'--sample' * brief} -q --tb=short --show-capture=no -p no:cacheprovider"
+    # As many as there are workers of pytest-xdist; without them in one process, where it may be missing.
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    parallel = f"--numprocesses {workers} --dist worksteal" if workers else ""
+    options = f"--executor {name} {'--sample' * brief} {parallel} -q --tb=short --show-capture=no -p no:cacheprovider"
     command = ["-m", "pytest", str(Path(__file__).parent.relative_to(ROOT)), *options.split()]
     run = subprocess.run(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
