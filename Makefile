@@ -20,7 +20,7 @@ help: ## Show this list
 demo: $(VENV)/.runtime ## See a small VLM answer with its visual tokens dense, removed and rerouted
 	$(BIN)/reroute demo
 
-check: lint ## While you work, under three minutes: style, types and the quick tests, on one model and one executor
+check: lint ## While you work: style, types and the quick tests, on one model and one executor
 	$(PYTEST) tests/unit tests/reference tests/golden tests/routing -m "not slow" -k "not qwen and not llava-gqa"
 	$(PYTEST) tests/kernels --executor interpreter --sample
 

@@ -128,6 +128,14 @@ class Ranker(ABC):
         """
         return ()
 
+    def check(self, adapter: DecoderAdapter, layer: int) -> None:
+        """Refuse a model that it cannot rank in, on the input of ``layer``: at ``enable``, and before a call runs.
+
+        Raises:
+            RerouteError: says why.
+        """
+        return
+
     def looks_before(self, layer: int) -> Collection[int]:
         """The layers on whose input it makes a ``note``, ahead of its decision before ``layer`` and no later."""
         return ()

@@ -13,7 +13,7 @@ from reroute_kernels.reference import rotate
 
 from ..checks import is_count, shown
 from ..errors import RerouteError
-from .base import RankContext, Ranker
+from .base import DecoderAdapter, RankContext, Ranker
 
 if TYPE_CHECKING:
     from reroute_kernels.reference import Rope
@@ -41,6 +41,10 @@ class FoldedAttention(Ranker):
         """Check the number."""
         if not is_count(self.run):
             raise RerouteError(f"FoldedAttention takes a number of tokens from 1 on, not run={shown(self.run)}.")
+
+    def check(self, adapter: DecoderAdapter, layer: int) -> None:
+        """See ``Ranker``: keys are to be made by one matrix."""
+        adapter.key_weights(layer)
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""

@@ -95,6 +95,8 @@ class Planner:
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
+        for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
+            ranker.check(adapter, layer + ranker.layer_offset)
         mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
 
     def plan(self, prompt: Prompt, settings: Settings) -> Plan | None:
@@ -143,6 +145,8 @@ class Planner:
         schedule = plan.schedule
         mask_format_of(self.adapter.text_config)
         self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
+        for decision in plan.decisions:
+            decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
             check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
         if plan.past + plan.reopened and cache is not None:

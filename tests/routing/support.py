@@ -49,6 +49,24 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def never_waits(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], *owners: type) -> list[str]:
+    """From now on these methods run under ``NoWaiting``; the list fills with the names of those that ran."""
+    ran: list[str] = []
+
+    def guard(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def guarded(*args: Any) -> Any:
+            ran.append(name)
+            with NoWaiting():
+                return original(*args)
+
+        return guarded
+
+    for owner in owners:
+        for name in names:
+            monkeypatch.setattr(owner, name, guard(getattr(owner, name), name))
+    return ran
+
+
 def schedule(rules: Rules, ranker: Ranker | None = None) -> reroute.Schedule:
     fields = asdict(rules)
     del fields["action"]

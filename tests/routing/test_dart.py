@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import Sample, Tiny
 from oracle import _rope
-from support import NoWaiting, close, generate
+from support import close, generate, never_waits
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -128,14 +128,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_no_operation_waits(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, ran = RoutedPrefill.before_layer, []
-
-    def guarded(*args: Any) -> Any:
-        ran.append(args[1])
-        with NoWaiting():
-            return original(*args)
-
-    monkeypatch.setattr(RoutedPrefill, "before_layer", guarded)
+    ran = never_waits(monkeypatch, ["before_layer"], RoutedPrefill)
     for ranker in (Duplication(), Duplication(seed=1)):
         with reroute.enable(tiny.model, method=DART(ranker=ranker)):
             tiny.model(**tiny.inputs(batch(tiny)))

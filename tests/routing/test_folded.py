@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import Tiny
+from models import CACHE, Tiny
 from oracle import Rules
 from support import RULES, close, enable
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+import reroute
 from reroute.errors import RerouteError
 from reroute.rankers import FoldedAttention, LastTokenAttention, RankContext, Ranker
 from reroute_kernels import Selection
@@ -74,13 +76,21 @@ def test_what_follows_the_prompt_takes_no_attention(tiny: Tiny) -> None:
 
 
 def test_keys_of_more_than_one_matrix(tiny: Tiny) -> None:
-    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    """Refused before anything runs, so that a cache stays as it was; and at ``enable``."""
+    given, rules, says = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]), Rules((1, 2), (0.5, 0.3)), "Layer 2 makes keys"
     projection: nn.Module = tiny.model.model.language_model.layers[2].self_attn.k_proj
+    with torch.no_grad(), enable(tiny, rules, FoldedAttention()):
+        hook, cache = projection.register_forward_hook(lambda *_: None), DynamicCache(config=tiny.model.config)
+        with pytest.raises(RerouteError, match=rf"{says} by more than one matrix \(Linear, hooks"):
+            tiny.model(**given, **{CACHE: cache})
+        assert cache.get_seq_length() == 0
+        hook.remove()
+        tiny.model(**given, **{CACHE: cache})
     hook = projection.register_forward_hook(lambda *_: None)
-    with pytest.raises(RerouteError, match=r"Layer 2 makes keys by more than one matrix \(Linear, hooks"):
-        scores(tiny, given, Rules((1, 2), (0.5, 0.3)), FoldedAttention())
+    with pytest.raises(RerouteError, match=says):
+        enable(tiny, rules, FoldedAttention())
+    assert reroute.handle_of(tiny.model) is None
     hook.remove()
-    assert scores(tiny, given, Rules((1, 2), (0.5, 0.3)), FoldedAttention())
 
 
 @pytest.mark.parametrize("run", [0, -1, 2.5, None])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import RULES, NoWaiting, cache_of, enable, kv_lengths, schedule
+from support import RULES, NoWaiting, cache_of, enable, kv_lengths, never_waits, schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -48,22 +48,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     Transformers itself waits when it makes a mask, so the whole forward cannot be guarded.
     """
-    ran: list[str] = []
-
-    def guard(owner: type, name: str) -> Callable[..., Any]:
-        original = getattr(owner, name)
-
-        def guarded(*args: Any) -> Any:
-            ran.append(name)
-            with NoWaiting():
-                return original(*args)
-
-        return guarded
-
-    for owner in (RoutedPrefill, RoutedDecode):
-        for name in ("before_layer", "after_layer", "after_decoder"):
-            monkeypatch.setattr(owner, name, guard(owner, name))
-    return ran
+    return never_waits(monkeypatch, ["before_layer", "after_layer", "after_decoder"], RoutedPrefill, RoutedDecode)
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import NoWaiting, close, generate
+from support import close, generate, never_waits
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from towers import UNROLLED, outputs_of_tower, tower_of
@@ -246,14 +246,7 @@ def test_what_it_costs(tiny: Tiny) -> None:
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_no_operation_waits(tiny: Tiny, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a decision or behind it; the tower itself reads its grids on the host."""
-    original, ran = RoutedPrefill.before_layer, []
-
-    def guarded(*args: Any) -> Any:
-        ran.append(args[1])
-        with NoWaiting():
-            return original(*args)
-
-    monkeypatch.setattr(RoutedPrefill, "before_layer", guarded)
+    ran = never_waits(monkeypatch, ["before_layer"], RoutedPrefill)
     for second in (LastTokenAttention(layer_offset=-1), LastRowsAttention(layer_offset=-1)):
         with reroute.enable(tiny.model, method=replace(NUWA, second=second), action=action):
             tiny.model(**tiny.inputs(batch(tiny)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import CACHE, Tiny, text
 from oracle import Rules, predict
-from support import RULES, NoWaiting, cache_of, checkpointing, close, enable, kv_lengths
+from support import RULES, cache_of, checkpointing, close, enable, kv_lengths, never_waits
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -124,20 +124,7 @@ def test_later_calls_on_the_cache(plain: Tiny) -> None:
 
 
 def test_no_operation_waits(plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-
-    def guard(name: str) -> Callable[..., Any]:
-        original = getattr(Prefill, name)
-
-        def method(*args: Any) -> Any:
-            ran.append(name)
-            with NoWaiting():
-                return original(*args)
-
-        return method
-
-    for name in ("decide", "advance", "restore"):
-        monkeypatch.setattr(Prefill, name, guard(name))
+    ran = never_waits(monkeypatch, ["decide", "advance", "restore"], Prefill)
     given = mixture(plain)
     for rules in RULES:
         with enable(plain, rules):

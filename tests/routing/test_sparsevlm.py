@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from models import Sample, Tiny
-from support import NoWaiting, close, generate
+from support import close, generate, never_waits
 from torch import Tensor
 
 import reroute
@@ -183,14 +183,7 @@ def test_raters_are_chosen_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("version", ["1.5", "2.0"])
 def test_no_operation_waits(tiny: Tiny, version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, ran = RoutedPrefill.before_layer, []
-
-    def guarded(*args: Any) -> Any:
-        ran.append(args[1])
-        with NoWaiting():
-            return original(*args)
-
-    monkeypatch.setattr(RoutedPrefill, "before_layer", guarded)
+    ran = never_waits(monkeypatch, ["before_layer"], RoutedPrefill)
     with reroute.enable(tiny.model, method=replace(METHOD, ranker=RaterAttention(version)), action="remove"):
         tiny.model(**tiny.inputs(batch(tiny)))
     assert len(ran) == tiny.num_layers

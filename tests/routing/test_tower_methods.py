@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import Sample, Tiny, text
 from oracle import MARGIN, Rules, predict
-from support import NoWaiting, close, generate
+from support import close, generate, never_waits
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tower_loops import CASES, METHODS, RATIO, all_routed, batch, by_loops, model
@@ -286,14 +286,7 @@ def test_budgets_at_the_border(its: tuple[str, Tiny], ratio: float) -> None:
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_no_operation_waits(its: tuple[str, Tiny], action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, tiny = its
-    original, ran = RoutedPrefill.before_layer, []
-
-    def guarded(*args: Any) -> Any:
-        ran.append(args[1])
-        with NoWaiting():
-            return original(*args)
-
-    monkeypatch.setattr(RoutedPrefill, "before_layer", guarded)
+    ran = never_waits(monkeypatch, ["before_layer"], RoutedPrefill)
     with reroute.enable(tiny.model, method=all_routed(name, action), action=action):
         tiny.model(**tiny.inputs(batch(tiny)))
     assert len(ran) == tiny.num_layers
