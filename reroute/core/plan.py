@@ -107,12 +107,6 @@ class Plan:
         return not self.reopened and all(decision.k == self.visual_counts for decision in self.decisions)
 
     @cached_property
-    def is_visual(self) -> Bools:
-        """(B, L) where visual tokens are."""
-        its = [np.isin(row, rows) for row, rows in zip(self.order, self.visual, strict=True)]
-        return np.stack(its)
-
-    @cached_property
     def tail(self) -> int:
         """Trailing positions behind the visual tokens of every sample: the question and what follows, and padding."""
         pictured = [(row, rows[-1]) for row, rows in zip(self.order, self.visual, strict=True) if len(rows)]

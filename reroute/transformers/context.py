@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers.cache_utils import Cache
-
-from reroute_kernels.upload import upload
 
 from ..config import Settings
 from ..core.decision import Decision
@@ -26,6 +23,7 @@ from .cache import (
     cache_of,
     cut,
     guard,
+    is_routed,
     keep_states,
     route_layer,
     stored_rows,
@@ -93,7 +91,6 @@ class RoutedPrefill(ForwardContext):
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._running: _Stage | None = None
         self._is_restored = False
-        self._dense: Kwargs | None = None
         self._kept_states = kept if plan.reopened else None
         self._earlier_turns = RoutedDecode(adapter, self._shape)
 
@@ -114,9 +111,6 @@ class RoutedPrefill(ForwardContext):
             self._forget_pictures(decision)
         if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
             return self._earlier_turns.before_layer(index, hidden, kwargs)
-        if self.prefill.stage < 0:
-            kwargs.update(self._all_tokens(self.prefill, hidden))
-            return hidden
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         return hidden
 
@@ -190,47 +184,27 @@ class RoutedPrefill(ForwardContext):
     def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[Prefill, torch.Tensor]:
         """The prefill, and the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
-        if self.cache is not None and (plan.reopened or self.settings.config.reopens):
-            is_visual = upload(plan.is_visual, hidden.device).bool()
-            if self._kept_states is None:
-                self._kept_states = KeptStates.of(index, plan.past, hidden, tables, is_visual)
-            else:
-                kept = self._kept_states.followed_by(hidden, tables, is_visual[:, plan.reopened :])
-                self._kept_states, hidden, tables = kept, kept.hidden, kept.tables
+        earlier = self._kept_states
+        if earlier is not None:
+            together = earlier.followed_by(hidden, tables)
+            hidden, tables = together.hidden, together.tables
         prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
+        # Of a cache that was routed before and does not choose again now, what was left out is not known.
+        begins = self.settings.config.reopens and self.cache is not None and not is_routed(self.cache)
+        if earlier is not None or begins:
+            self._kept_states = KeptStates.of(index, plan.past, hidden, tables, prefill.is_visual)
         if self.cache is not None and plan.reopened:
             cut(self.cache, index, plan.past)
         return prefill, hidden
-
-    def _all_tokens(self, prefill: Prefill, hidden: torch.Tensor) -> Kwargs:
-        """What a layer between the first look and the first decision gets, for all tokens that run again."""
-        if self._dense is None:
-            plan, tables = self.plan, prefill.tables
-            rows = upload(np.where(plan.order < 0, -1, np.arange(plan.length)), hidden.device)
-            past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
-            mask = prefill_mask(
-                None,
-                rows,
-                torch.cat([past, torch.where(rows < 0, -1, rows + plan.past)], 1),
-                past=plan.past,
-                has_fillers=bool((plan.order < 0).any()),
-                mask_format=self._mask_format,
-                dtype=hidden.dtype,
-            )
-            self._dense = {
-                "attention_mask": mask,
-                "position_embeddings": (tables.cos, tables.sin),
-                "position_ids": None if self._mask_format == "padding" else tables.ids,
-            }
-        return self._dense
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer = self._allow_update(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
-        self._running = self._stages[earlier]
-        return self._running
+        stage = self._stages[earlier]
+        self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
+        return stage
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, rows = self.plan, prefill.positions
@@ -289,8 +263,7 @@ class RoutedDecode(ForwardContext):
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
-            is_visual = torch.zeros(self._shape, dtype=torch.bool, device=hidden.device)
-            self._kept_states = self._kept_states.followed_by(hidden, _tables(kwargs), is_visual)
+            self._kept_states = self._kept_states.followed_by(hidden, _tables(kwargs))
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden

@@ -148,11 +148,10 @@ def states_of(cache: Cache | None) -> KeptStates | None:
 
 
 def keep_states(cache: Cache, kept: KeptStates | None) -> None:
-    """Let a routed ``cache`` keep just this for later turns."""
+    """Let ``cache`` keep just this for later turns, in its first routed layer; none is where nothing was stored."""
     routed = [layer for layer in cache.layers if isinstance(layer, RoutedLayer)]
     for layer in routed:
-        layer.earlier = None
-    routed[0].earlier = kept
+        layer.earlier = kept if layer is routed[0] else None
 
 
 def cut(cache: Cache, first: int, start: int) -> None:

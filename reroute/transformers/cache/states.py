@@ -53,14 +53,14 @@ class KeptStates:
         tables = (self.tables.cos, self.tables.sin, self.tables.ids)
         return sum(tensor.nbytes for tensor in (self.hidden, *tables, self.is_visual) if tensor is not None)
 
-    def followed_by(self, hidden: torch.Tensor, tables: PositionTables, is_visual: torch.Tensor) -> KeptStates:
-        """With the tokens (B, L) that come next. There are position ids if both have them."""
-        new = KeptStates.of(self.layer, self.end, hidden, tables, is_visual)
+    def followed_by(self, hidden: torch.Tensor, tables: PositionTables) -> KeptStates:
+        """With the text (B, L) that comes next. There are position ids if both have them."""
+        new = KeptStates.of(self.layer, self.end, hidden, tables, self.is_visual.new_zeros(hidden.shape[:2]))
         return replace(
             self,
             hidden=torch.cat([self.hidden, hidden], 1),
             tables=_tables(lambda *parts: torch.cat(parts, 1), self.tables, new.tables),
-            is_visual=torch.cat([self.is_visual, is_visual], 1),
+            is_visual=torch.cat([self.is_visual, new.is_visual], 1),
         )
 
     def cropped(self, newest: int) -> KeptStates:
