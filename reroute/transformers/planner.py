@@ -90,8 +90,7 @@ class Planner:
         if sliding:
             raise RerouteError(
                 f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
-                "Route a model (or configure this one) with full attention in every layer from the first routing "
-                "layer on."
+                f"Route a model (or configure this one) with full attention in every layer from layer {first} on."
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
@@ -99,13 +98,15 @@ class Planner:
             ranker.check(adapter, layer + ranker.layer_offset)
         mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
 
-    def plan(self, prompt: Prompt, settings: Settings) -> Plan | None:
+    def plan(self, prompt: Prompt, settings: Settings, *, has_picture: bool = True) -> Plan | None:
         """Plan a prefill; the only place that waits for the device. None without visual tokens.
+
+        ``has_picture``: whether the call brings one. Its placeholders are text if not, for Transformers too.
 
         Raises:
             RerouteError: this prompt cannot be routed.
         """
-        is_visual = visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids)
+        is_visual = visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
         earlier = _reopened(prompt, settings)
         if earlier is None and not is_visual.any():
             return None
@@ -148,7 +149,8 @@ class Planner:
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
+            first = schedule.first_look if plan.reopened else schedule.layers[0]
+            check_cache(cache, range(first, len(self.adapter.layers)))
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
         kept = states_of(cache)
@@ -181,10 +183,10 @@ class Planner:
         if labels is not None and labels.shape != ids.shape:
             labels = None
         prompt = Prompt(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end)
-        may_route = has_picture(kwargs) and ids.shape[1] > 1
-        if not (may_route or _chooses_again(prompt, settings)):
+        brings = has_picture(kwargs)
+        if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
             return None
-        plan = self.plan(prompt, settings)
+        plan = self.plan(prompt, settings, has_picture=brings)
         if plan is None:
             self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
         elif not plan.changes_nothing:
@@ -290,22 +292,26 @@ def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: An
     """``is_visual``, ``valid`` (B, L) behind those of the earlier tokens (B, T).
 
     Raises:
-        RerouteError: there is padding before them.
+        RerouteError: the mask does not say which of the earlier tokens are padding, or there is some before them.
     """
-    mask = prompt.mask
+    mask, new = prompt.mask, is_visual.shape[1]
     is_visual = np.concatenate([earlier.is_visual.cpu().numpy(), is_visual], 1)
-    if valid is None:
-        return is_visual, None
-    known = np.ones((len(valid), earlier.count), dtype=bool)
-    if mask is not None and mask.shape[1] == earlier.end + valid.shape[1]:
-        seen = mask[:, : earlier.end].cpu().numpy().astype(bool)
-        known = seen[:, earlier.start :]
-        if not seen[:, : earlier.start].all():
-            raise RerouteError(
-                "A later turn cannot choose again in a batch that began with padded text, before any picture. Put that "
-                "text into the call of the first picture."
-            )
-    return is_visual, np.concatenate([known, valid], 1)
+    if valid is None or mask is None:
+        known = np.ones((len(is_visual), earlier.count), dtype=bool)
+        return is_visual, None if valid is None else np.concatenate([known, valid], 1)
+    if mask.shape[1] != earlier.end + new:
+        raise RerouteError(
+            f"A later turn that chooses again needs an attention_mask of the whole conversation: {earlier.end} tokens "
+            f"in the cache and {new} of this call, and it has {mask.shape[1]} columns. Give a call that goes on with a "
+            "cache only its new tokens, and a mask of all."
+        )
+    known = mask.cpu().numpy().astype(bool)
+    if not known[:, : earlier.start].all():
+        raise RerouteError(
+            "A later turn cannot choose again in a batch that began with padded text, before any picture. Put that "
+            "text into the call of the first picture."
+        )
+    return is_visual, known[:, earlier.start :]
 
 
 def _prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:

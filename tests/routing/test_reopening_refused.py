@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from models import CACHE, Sample, Tiny
-from oracle import Rules
+import torch
+from models import CACHE, Sample, Tiny, qwen
+from oracle import Rules, predict
 from support import (
     FEW,
+    close,
     enable,
     inside,
     schedule,
@@ -99,8 +101,18 @@ def test_embeddings_do_not_show_pictures(few: Tiny) -> None:
 
 
 def test_rankers_that_look_at_the_tower(few: Tiny) -> None:
+    """At once, or for a call; a call that does not choose again may have them."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
     with pytest.raises(RerouteError, match="With reopens=True later turns choose again"):
         reroute.enable(few.model, method="nuwa", reopens=True)
+    with enable(few, FEW, reopens=True) as handle:
+        nuwa = reroute.RoutingConfig(method="nuwa", keep=0.6, reopens=True)
+        with pytest.raises(RerouteError, match="With reopens=True later turns choose again"), handle.at(config=nuwa):
+            pass
+        with handle.at(config=replace(nuwa, reopens=False)):
+            cache = first(few, [said])
+        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+            turn(few, cache, [said], [new])
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
@@ -122,3 +134,54 @@ def test_a_turn_that_was_cut_short(few: Tiny, layer: int, after: bool) -> None:
                 turn(few, cache, [said], [new])
         else:
             is_fresh(turn(few, cache, [said], [new])[0], few, said, new, FEW)
+
+
+def test_a_mask_of_its_own_tokens_alone(few: Tiny) -> None:
+    """It would not say which of the earlier tokens are padding."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with enable(few, FEW, reopens=True):
+        cache, inputs = first(few, [said]), few.follow([said], [new])
+        inputs["attention_mask"] = torch.ones(1, 6, dtype=torch.long)
+        before = state_of(cache)
+        with pytest.raises(RerouteError, match=r"needs an attention_mask of the whole .* has 6 columns"):
+            few.model(**inputs, **{CACHE: cache})
+        unchanged(cache, before)
+
+
+def test_sliding_windows_behind_the_first_look() -> None:
+    """Layers between it and the first decision run all tokens again, by masks that know no windows."""
+    tiny, early = qwen(layers=4), schedule(Rules((2,), (0.5,), score_layer_offset=-1))
+    tiny.model.config.get_text_config().layer_types = ["full_attention", "sliding_attention", *["full_attention"] * 2]
+    reroute.enable(tiny.model, schedule=early).disable()
+    with pytest.raises(RerouteError, match=r"Layers \[1\] use sliding-window .* from layer 1 on"):
+        reroute.enable(tiny.model, schedule=early, reopens=True)
+
+
+def test_unknown_arguments_for_each_token(few: Tiny) -> None:
+    """Of its own tokens, those of padding left out, which are none of the conversation's counts."""
+    said = [few.prompt(0, 5, few.grid, 4), few.prompt(2, 2)]
+    with enable(few, FEW, reopens=True):
+        cache, inputs = first(few, said), few.follow(said, [few.prompt(b, 4) for b in range(2)])
+        inputs["attention_mask"][1, -1] = 0
+        before = state_of(cache)
+        with pytest.raises(RerouteError, match="my_bias has an entry for each token"):
+            few.model(**inputs, **{CACHE: cache}, my_bias=torch.zeros(7))
+        unchanged(cache, before)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_picture_that_was_routed_among_its_own_turn(few: Tiny, ahead: bool) -> None:
+    """By settings for the call, or by a plan of such settings: what it left out in layers that lack rows is unknown."""
+    said, other, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 2, few.grid, 3), few.prompt(2, 6)
+    with enable(few, FEW, reopens=True) as handle:
+        cache, inputs = first(few, [said]), few.follow([said], [other])
+        with handle.at(config=replace(handle.config, reopens=False)):
+            plan = handle.plan(inputs["input_ids"], inputs["attention_mask"], cache)
+            if not ahead:
+                logits = few.model(**inputs, **{CACHE: cache}).logits
+        if ahead:
+            with handle.using(plan):
+                logits = few.model(**inputs, **{CACHE: cache}).logits
+        close(logits[0], predict(few, [said, other], FEW).logits[-len(other) :])
+        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+            turn(few, cache, [said + other], [new])
