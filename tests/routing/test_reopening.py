@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ from support import (
     new_tokens,
     same_decisions,
 )
+from threads import together
+from torch import Tensor
 from turns import first, is_fresh, turn
 
 from reroute.errors import RerouteError
@@ -214,6 +217,32 @@ def test_a_picture_after_a_turn_of_text(few: Tiny) -> None:
         turn(few, cache, [words], [said])
         logits = turn(few, cache, [words + said], [new])
     close(logits[0], predict(few, [words, said + new], FEW).logits[-6:])
+
+
+def test_placeholders_without_a_picture_are_text(few: Tiny) -> None:
+    """For Transformers too; a fresh prompt that has them cannot be asked, so the embedded one is."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    token = said.ids[said.visual[0]]
+    odd = Sample((*new.ids[:2], token, *new.ids[3:]), (), (), ())
+    with enable(few, FEW, reopens=True) as handle:
+        cache, inputs = first(few, [said]), few.follow([said], [new])
+        inputs["input_ids"][0, 2] = token
+        logits = few.model(**inputs, **{CACHE: cache}).logits
+        assert handle.stats().visual == (len(said.visual),)
+    embeds = torch.cat([few.embeds(said), few.model.get_input_embeddings()(torch.tensor(odd.ids))])
+    close(logits[0], predict(few, said + new, FEW, embeds=embeds).logits[-6:])
+
+
+def test_two_threads(few: Tiny) -> None:
+    """Each with a conversation of its own."""
+    said, new = [few.prompt(b, 5, few.grid, 4 + b) for b in range(2)], few.prompt(5, 6)
+    with enable(few, FEW, reopens=True):
+
+        def talk(b: int) -> Tensor:
+            return turn(few, first(few, [said[b]]), [said[b]], [new])
+
+        for logits, its in zip(together([partial(talk, b % 2) for b in range(6)]), said * 3, strict=True):
+            is_fresh(logits[0], few, its, new, FEW)
 
 
 def test_no_operation_waits(few: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
