@@ -97,6 +97,7 @@ class RoutingConfig:
         action: Action | None = None,
         keep: float | None = None,
         schedule: Schedule | None = None,
+        reopens: bool | None = None,
     ) -> RoutingConfig:
         """The settings with those that are given. A ``schedule`` ends ``method`` and ``keep``; these end one."""
         if schedule is None:
@@ -104,7 +105,8 @@ class RoutingConfig:
             keep = self.keep if keep is None else keep
             method = self.method if method is None else method
         action = self.action if action is None else action
-        return replace(self, method=method, action=action, keep=keep, schedule=schedule)
+        reopens = self.reopens if reopens is None else reopens
+        return replace(self, method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
 
     def for_model(self, num_layers: int) -> Settings:
         """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""

@@ -187,9 +187,9 @@ class Planner:
         if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
             return None
         plan = self.plan(prompt, settings, has_picture=brings)
-        if plan is None:
+        if plan is None and brings:
             self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
-        elif not plan.changes_nothing:
+        elif plan is not None and not plan.changes_nothing:
             self._check_others(kwargs, plan)
         return plan
 
@@ -277,13 +277,13 @@ def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:
     kept, first = states_of(prompt.cache), settings.schedule.first_look
     if kept is None or kept.layer != first:
         why = (
-            "some of its calls ran without reopens=True"
+            "it lacks states of calls that ran without reopens=True, kept every visual token, or came as inputs_embeds"
             if kept is None
             else f"it keeps the states before layer {kept.layer}, and the schedule begins before layer {first}"
         )
         raise RerouteError(
             f"This cache was routed, and a later turn cannot choose again: {why}. Start a new cache, or call the model "
-            "in handle.at(config=…) with reopens=False to go on with what was chosen."
+            "in handle.at(reopens=False) to go on with what was chosen."
         )
     return kept
 

@@ -29,7 +29,7 @@ from .entrances import (
 )
 from .forward import ForwardContext
 from .interception import Role, intercept, role_of
-from .planner import Planner, Prompt
+from .planner import Planner, Prompt, has_picture
 from .scopes import Given, Scopes
 from .vision import TowerRun, recording_of
 
@@ -312,7 +312,9 @@ class Router:
         if plan is not None:
             forward = DensePrefill(plan, settings, self.adapter)
         elif has_routed_cache:
-            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]), states_of(cache))
+            # Of what is not planned it is not known where its visual tokens are, if it has any.
+            is_text = tokens.shape[1] == 1 or not (named.get("input_ids") is None or has_picture(named))
+            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]), states_of(cache) if is_text else None)
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward

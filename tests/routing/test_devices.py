@@ -162,8 +162,8 @@ def test_turns_that_choose_again_on_two_devices(rules: Rules, place: int) -> Non
                 embeds = torch.empty(2, new, width, device=places[0])
                 seen = torch.ones(2, 1, new, keys, dtype=torch.bool, device=places[0])
                 at = torch.zeros(2, new, dtype=torch.int64, device=places[0])
-                cached = {} if cache is None else {CACHE: cache}
-                output = tiny.model(inputs_embeds=embeds, attention_mask=seen, position_ids=at, use_cache=True, **cached)
+                rest: dict[str, Any] = {"use_cache": True} if cache is None else {CACHE: cache}
+                output = tiny.model(inputs_embeds=embeds, attention_mask=seen, position_ids=at, **rest)
             cache = getattr(output, CACHE)
             assert [layer.keys.shape[-2] for layer in cache.layers] == list(handle.stats().layer_lengths)
             layer = next(layer for layer in cache.layers if getattr(layer, "earlier", None) is not None)

@@ -6,7 +6,6 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -285,7 +284,7 @@ def test_with_a_plan_made_ahead(few: Tiny) -> None:
         plan = handle.plan(inputs["input_ids"], inputs["attention_mask"], cache)
         with handle.using(plan):
             logits = few.model(**inputs, **{CACHE: cache}).logits
-        with handle.at(config=replace(handle.config, reopens=False)):
+        with handle.at(reopens=False):
             other = first(few, [said])
         with handle.using(plan), pytest.raises(RerouteError, match="not for this cache"):
             few.model(**inputs, **{CACHE: other})
@@ -335,7 +334,7 @@ def test_a_call_need_not_choose_again(few: Tiny) -> None:
     said, new, more = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6), few.prompt(2, 3)
     with enable(few, FEW, reopens=True) as handle:
         cache = first(few, [said])
-        with handle.at(config=replace(handle.config, reopens=False)):
+        with handle.at(reopens=False):
             close(turn(few, cache, [said], [new])[0], predict(few, [said, new], FEW).logits[-6:])
         is_fresh(turn(few, cache, [said + new], [more])[0], few, said + new, more, FEW)
 

@@ -27,7 +27,7 @@ from reroute.errors import RerouteError, UnsupportedCacheError
 
 def without_it(few: Tiny, handle: Any, said: Sample) -> Any:
     """A cache whose first call ran without it."""
-    with handle.at(config=replace(handle.config, reopens=False)):
+    with handle.at(reopens=False):
         return first(few, [said])
 
 
@@ -39,7 +39,7 @@ def of_another_schedule(few: Tiny, handle: Any, said: Sample) -> Any:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (without_it, "some of its calls ran without reopens=True"),
+        (without_it, "it lacks states of calls that ran without reopens=True"),
         (of_another_schedule, "keeps the states before layer 2, and the schedule begins before layer 1"),
     ],
 )
@@ -60,7 +60,7 @@ def test_a_call_that_kept_every_token_between(few: Tiny) -> None:
         cache = first(few, [said])
         with handle.at(config=reroute.RoutingConfig(keep=1.0)):
             turn(few, cache, [said], [other])
-        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+        with pytest.raises(RerouteError, match="it lacks states of calls that ran without reopens=True"):
             turn(few, cache, [said + other], [new])
 
 
@@ -111,7 +111,7 @@ def test_rankers_that_look_at_the_tower(few: Tiny) -> None:
             pass
         with handle.at(config=replace(nuwa, reopens=False)):
             cache = first(few, [said])
-        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+        with pytest.raises(RerouteError, match="it lacks states of calls that ran without reopens=True"):
             turn(few, cache, [said], [new])
 
 
@@ -175,7 +175,7 @@ def test_a_picture_that_was_routed_among_its_own_turn(few: Tiny, ahead: bool) ->
     said, other, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 2, few.grid, 3), few.prompt(2, 6)
     with enable(few, FEW, reopens=True) as handle:
         cache, inputs = first(few, [said]), few.follow([said], [other])
-        with handle.at(config=replace(handle.config, reopens=False)):
+        with handle.at(reopens=False):
             plan = handle.plan(inputs["input_ids"], inputs["attention_mask"], cache)
             if not ahead:
                 logits = few.model(**inputs, **{CACHE: cache}).logits
@@ -183,5 +183,5 @@ def test_a_picture_that_was_routed_among_its_own_turn(few: Tiny, ahead: bool) ->
             with handle.using(plan):
                 logits = few.model(**inputs, **{CACHE: cache}).logits
         close(logits[0], predict(few, [said, other], FEW).logits[-len(other) :])
-        with pytest.raises(RerouteError, match="some of its calls ran without reopens=True"):
+        with pytest.raises(RerouteError, match="it lacks states of calls that ran without reopens=True"):
             turn(few, cache, [said + other], [new])

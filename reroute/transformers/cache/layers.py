@@ -153,7 +153,7 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             columns += known
         super()._crop(columns)
         if self.earlier is not None:
-            self.earlier = self.earlier.cropped(newest)
+            self.earlier = self.earlier.until(end)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder samples, and with them what is known of their rows."""

@@ -63,10 +63,9 @@ class KeptStates:
             is_visual=torch.cat([self.is_visual, new.is_visual], 1),
         )
 
-    def cropped(self, newest: int) -> KeptStates:
-        """Without the ``newest`` tokens."""
-        count = self.count - newest
-        return self.moved(lambda tensor: tensor[:, :count])
+    def until(self, logical: int) -> KeptStates:
+        """Of the tokens before the position ``logical``."""
+        return self.moved(lambda tensor: tensor[:, : logical - self.start])
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> KeptStates:
         """``move`` of every tensor, as to pick samples along dimension 0."""
