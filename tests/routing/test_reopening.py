@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -190,6 +191,19 @@ def test_answers_do_not_rank(few: Tiny) -> None:
         cache = first(few, [said])
         few.model(**few.follow([said], [new]), labels=labels_after(new, 3), **{CACHE: cache})
         same_decisions(handle.trace, [predict(few, whole, FEW, query=len(whole) - 4)])
+
+
+def test_samples_without_a_picture_are_left(few: Tiny) -> None:
+    """There is nothing to choose, and nobody is told that a picture was not found."""
+    before, new = [few.prompt(0, 5, few.grid, 4), few.prompt(2, 9)], few.prompt(5, 3)
+    with enable(few, FEW, reopens=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = first(few, before, "right")
+        cache.batch_select_indices(torch.tensor([1]))
+        inputs = few.follow(before, [new, new], "right")
+        row = {name: value[..., 1:, :] for name, value in inputs.items()}
+        logits = few.model(**row, **{CACHE: cache}).logits
+    close(logits[0], predict(few, before[1] + new, FEW).logits[-3:])
 
 
 def test_a_single_token_is_a_step(few: Tiny) -> None:

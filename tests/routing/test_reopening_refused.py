@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from support import (
     state_of,
     unchanged,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from turns import first, is_fresh, turn
 
 import reroute
@@ -54,14 +56,17 @@ def test_a_cache_that_lacks_the_states(few: Tiny, made: Callable[..., Any], mess
 
 
 def test_a_call_that_kept_every_token_between(few: Tiny) -> None:
-    """Nothing is known of its picture."""
+    """Nothing is known of its picture until it is taken back, and with it some of what came before."""
     said, other, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 2, few.grid, 3), few.prompt(2, 6)
+    left = Sample(said.ids[:-3], said.visual, said.pixels, said.grids)
     with enable(few, FEW, reopens=True) as handle:
         cache = first(few, [said])
-        with handle.at(config=reroute.RoutingConfig(keep=1.0)):
+        with handle.at(keep=1.0):
             turn(few, cache, [said], [other])
         with pytest.raises(RerouteError, match="it lacks states of calls that ran without reopens=True"):
             turn(few, cache, [said + other], [new])
+        cache.crop(-len(other) - 3)
+        is_fresh(turn(few, cache, [left], [new])[0], few, left, new, FEW)
 
 
 def test_a_turn_of_packed_rows(few: Tiny) -> None:
@@ -169,19 +174,39 @@ def test_unknown_arguments_for_each_token(few: Tiny) -> None:
         unchanged(cache, before)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_picture_that_was_routed_among_its_own_turn(few: Tiny, ahead: bool) -> None:
-    """By settings for the call, or by a plan of such settings: what it left out in layers that lack rows is unknown."""
+@pytest.mark.filterwarnings("ignore:Routing is enabled")
+@pytest.mark.parametrize("how", ["settings", "a plan of such settings", "no plan", "embeddings"])
+def test_a_picture_that_did_not_compete(few: Tiny, how: str) -> None:
+    """It was routed among its own turn in layers that lack earlier rows, or not at all."""
     said, other, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 2, few.grid, 3), few.prompt(2, 6)
     with enable(few, FEW, reopens=True) as handle:
         cache, inputs = first(few, [said]), few.follow([said], [other])
         with handle.at(reopens=False):
             plan = handle.plan(inputs["input_ids"], inputs["attention_mask"], cache)
-            if not ahead:
-                logits = few.model(**inputs, **{CACHE: cache}).logits
-        if ahead:
-            with handle.using(plan):
-                logits = few.model(**inputs, **{CACHE: cache}).logits
-        close(logits[0], predict(few, [said, other], FEW).logits[-len(other) :])
+        with ExitStack() as stack:
+            if how in ("settings", "embeddings"):
+                stack.enter_context(handle.at(reopens=False))
+            else:
+                stack.enter_context(handle.using(None if how == "no plan" else plan))
+            if how == "embeddings":
+                kept = {name: inputs[name] for name in ("attention_mask", "position_ids")}
+                inputs = {"inputs_embeds": few.embeds(other)[None], **kept}
+            logits = few.model(**inputs, **{CACHE: cache}).logits
+        if how.endswith("settings"):
+            close(logits[0], predict(few, [said, other], FEW).logits[-len(other) :])
         with pytest.raises(RerouteError, match="it lacks states of calls that ran without reopens=True"):
             turn(few, cache, [said + other], [new])
+
+
+def test_a_cache_of_the_callers_with_a_window_behind_the_first_look(few: Tiny) -> None:
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None
+    cache.layers = [DynamicLayer() for _ in range(few.num_layers)]
+    cache.layers[1] = DynamicSlidingWindowLayer(sliding_window=64)
+    with enable(few, Rules((2,), (0.5,), score_layer_offset=-1), reopens=True):
+        few.model(**few.inputs([said], positions=True), **{CACHE: cache})
+        before = state_of(cache)
+        with pytest.raises(UnsupportedCacheError, match="DynamicSlidingWindowLayer cannot"):
+            turn(few, cache, [said], [new])
+        unchanged(cache, before)
