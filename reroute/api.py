@@ -43,6 +43,7 @@ def enable(
     backend: str = ...,
     pool: PagedPool | None = ...,
     trace: bool = ...,
+    reopens: bool = ...,
 ) -> Handle: ...
 
 
@@ -57,6 +58,7 @@ def enable(
     schedule: Schedule | None = ...,
     backend: str = ...,
     trace: bool = ...,
+    reopens: bool = ...,
 ) -> None: ...
 
 
@@ -71,6 +73,7 @@ def enable(
     backend: str = "auto",
     pool: PagedPool | None = None,
     trace: bool = False,
+    reopens: bool = False,
 ) -> Handle | None:
     """Route the prefills of ``model``; without a model, of every supported model of this process, present and future.
 
@@ -85,6 +88,9 @@ def enable(
         backend: ``"auto"`` (triton on CUDA, else torch), ``"torch"`` or ``"triton"``. ``REROUTE_BACKEND`` overrides.
             Chosen for the device of the decoder, and again if it moves to one of another type.
         trace: keep the decisions of the last prefill in ``handle.trace``.
+        reopens: let each later turn on a cache choose again among all visual tokens, as a fresh prompt of the whole
+            conversation would, at the cost of one routed prefill. What it takes is kept with the cache: a hidden state
+            per token (``Stats.state_bytes``). Without it, a later turn sees the tokens that the first one chose.
         config: all of these settings in one object, instead of one by one.
         pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
 
@@ -100,7 +106,7 @@ def enable(
     explicit: Any = schedule
     if is_file(schedule):
         explicit, keep = _schedule_in(schedule, model, keep), None
-    given = RoutingConfig(method, action, keep, explicit, backend, trace)
+    given = RoutingConfig(method, action, keep, explicit, backend, trace, reopens)
     if config is not None and given != RoutingConfig():
         raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
     chosen = given if config is None else config

@@ -32,6 +32,7 @@ class RoutingConfig:
     - ``schedule``: decisions, instead of those of ``method`` and ``keep``.
     - ``backend``: ``"auto"``, ``"torch"`` or ``"triton"``.
     - ``trace``: keep the decisions of the last prefill.
+    - ``reopens``: later turns choose again among all visual tokens.
 
     Raises:
         RerouteError: settings that cannot be right whatever the model and the machine.
@@ -43,6 +44,7 @@ class RoutingConfig:
     schedule: Schedule | None = None
     backend: str = "auto"
     trace: bool = False
+    reopens: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -52,8 +54,9 @@ class RoutingConfig:
                 f"schedule must be a reroute.Schedule, not {shown(self.schedule)}: pass Schedule(layers=(3, 7), "
                 "ratios=(0.5, 0.25)), of a dict Schedule(**settings), of JSON Schedule.from_json(text)."
             )
-        if not isinstance(self.trace, bool):
-            raise RerouteError(f"trace must be True or False, not {shown(self.trace)}.")
+        for name in ("trace", "reopens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RerouteError(f"{name} must be True or False, not {shown(value)}.")
         if self.schedule is not None and self.keep is not None:
             raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
         if self.schedule is not None and self.method is not None:
@@ -94,6 +97,7 @@ class RoutingConfig:
         action: Action | None = None,
         keep: float | None = None,
         schedule: Schedule | None = None,
+        reopens: bool | None = None,
     ) -> RoutingConfig:
         """The settings with those that are given. A ``schedule`` ends ``method`` and ``keep``; these end one."""
         if schedule is None:
@@ -101,7 +105,8 @@ class RoutingConfig:
             keep = self.keep if keep is None else keep
             method = self.method if method is None else method
         action = self.action if action is None else action
-        return replace(self, method=method, action=action, keep=keep, schedule=schedule)
+        reopens = self.reopens if reopens is None else reopens
+        return replace(self, method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
 
     def for_model(self, num_layers: int) -> Settings:
         """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""

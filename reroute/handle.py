@@ -134,6 +134,7 @@ class Handle:
         action: Action | None = None,
         keep: float | None = None,
         schedule: Schedule | None = None,
+        reopens: bool | None = None,
     ) -> AbstractContextManager[None]:
         """Settings for the calls that this thread (or task) makes inside ``with``, whatever other threads do::
 
@@ -149,8 +150,8 @@ class Handle:
         """
         check_arguments(config, None)
         if config is None:
-            config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule)
-        elif any(setting is not None for setting in (method, action, keep, schedule)):
+            config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
+        elif any(setting is not None for setting in (method, action, keep, schedule, reopens)):
             raise RerouteError("Give either config= or single settings, not both.")
         return self._router.at(config.for_model(self._shape.num_layers))
 

@@ -26,6 +26,9 @@ class Stats:
     as each ranker counts its own; what one's own ranker does not say is not counted.
     ``prefill_flops_dense`` and ``kv_bytes_dense`` are what the plain model would have run and stored, with no earlier
     turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
+    ``state_bytes`` is what the cache keeps beside keys and values, so that later turns may choose again
+    (``reopens=True``). Of a turn that does, all but ``visual`` is of what it ran: no visual token in layers that it
+    does not run again.
 
     ``prefills`` counts those that were recorded so far, this one included.
     """
@@ -44,6 +47,7 @@ class Stats:
     prefill_flops_dense: float = 0.0
     kv_bytes: int = 0
     kv_bytes_dense: int = 0
+    state_bytes: int = 0
     layer_lengths: tuple[int, ...] = ()
     prefills: int = 0
 
@@ -55,7 +59,8 @@ class Stats:
         counts = zip(self.layers, zip(*self.kept, strict=True), strict=True)
         stages = ", ".join(f"layer {layer}: {_slashed(kept)}" for layer, kept in counts)
         visual = f"visual tokens {_slashed(self.visual)}, kept from {stages}"
-        return "\n".join((head, visual, *_costs(self), f"{self.prefills} prefills recorded"))
+        states = (f"states for later turns {self.state_bytes / 2**20:.4g} MiB",) if self.state_bytes else ()
+        return "\n".join((head, visual, *_costs(self), *states, f"{self.prefills} prefills recorded"))
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,13 @@ def make_stats(
         cache_layers: the layers of the cache after the prefill, none without a cache.
         prefills: how many prefills were recorded, this one included.
     """
-    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in range(shape.num_layers)]
-    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / len(stages)
+    # Layers that a later turn does not run again run its own tokens alone.
+    again = plan.schedule.first_look if plan.reopened else 0
+    layers = range(again, shape.num_layers)
+    stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
+    active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / shape.num_layers
     width_of = {stage: plan.width(stage) for stage in set(stages)}
-    widths = [width_of[stage] for stage in stages]
+    widths = [*[plan.shape[1]] * again, *(width_of[stage] for stage in stages)]
     # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
     tensors = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache_layers]
     kept = zip_longest(tensors[: len(widths)], widths)
@@ -167,8 +175,8 @@ def make_stats(
     scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
     routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing, which may be a sliding window.
-    first, length = plan.schedule.layers[0], plan.length
-    all_keys = [*stored[:first], *[plan.past + length] * (len(widths) - first)]
+    first, length = plan.schedule.layers[0], plan.shape[1]
+    all_keys = [*stored[:first], *[plan.past + plan.length] * (len(widths) - first)]
     size = filled[0].element_size() if filled else 0
     dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
@@ -183,6 +191,7 @@ def make_stats(
         prefill_flops_dense=float(dense.prefill_flops),
         kv_bytes=sum(tensor.nbytes for tensor in filled),
         kv_bytes_dense=dense.kv_bytes,
+        state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Counts: TypeAlias = tuple[int, ...]
 """One per sample."""
 
-__all__ = ["Plan", "make_plan", "visual_mask"]
+__all__ = ["Plan", "make_plan", "plan_tokens", "visual_mask"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class Plan:
 
     ``order`` (B, L) numbers the valid tokens of each sample from 0, -1 for padding: the *sample row* of a token.
     ``knows_labels``: whether the end of the prompt was taken from labels.
+    ``reopened``: how many of the L tokens, the first ones, came in earlier calls and run again from
+    ``Schedule.first_look`` on.
     """
 
     schedule: Schedule
@@ -48,6 +50,7 @@ class Plan:
     query: tuple[int, ...]
     decisions: tuple[Decision, ...]
     knows_labels: bool = False
+    reopened: int = 0
     _tensors: dict[tuple[Any, ...], PlanTensors] = field(default_factory=dict, repr=False)
 
     @property
@@ -57,8 +60,13 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Logical length L of this call, padding included."""
+        """Logical length L of this call and of what it reopens, padding included."""
         return int(self.order.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples and tokens (B, L - reopened) of the call itself, padding included."""
+        return self.batch, self.length - self.reopened
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -92,8 +100,11 @@ class Plan:
 
     @cached_property
     def changes_nothing(self) -> bool:
-        """True if every stage keeps every visual token: the plain model is the right answer, bit for bit."""
-        return all(decision.k == self.visual_counts for decision in self.decisions)
+        """True if every stage keeps every visual token: the plain model is the right answer, bit for bit.
+
+        Never of a plan that reopens: what earlier turns left out has to come back.
+        """
+        return not self.reopened and all(decision.k == self.visual_counts for decision in self.decisions)
 
     @cached_property
     def tail(self) -> int:
@@ -166,15 +177,31 @@ def make_plan(
     Raises:
         RerouteError: a prompt with visual tokens ends in one: there is no question after the picture yet.
     """
-    is_visual = visual_mask(input_ids, visual_ids) & valid
+    is_visual = visual_mask(input_ids, visual_ids)
+    return plan_tokens(is_visual, valid, schedule, action, past=past, prompt_ends=prompt_ends)
+
+
+def plan_tokens(
+    is_visual: Bools,
+    valid: Bools,
+    schedule: Schedule,
+    action: Action,
+    *,
+    past: int = 0,
+    reopened: int = 0,
+    prompt_ends: Sequence[int] | None = None,
+) -> Plan | None:
+    """``make_plan`` of tokens (B, L) of which it is known whether each ``is_visual``; ``reopened``: see ``Plan``."""
+    is_visual = is_visual & valid
     if not is_visual.any():
         return None
     order = np.where(valid, np.cumsum(valid, axis=1) - 1, -1)
-    ends = [input_ids.shape[1]] * len(input_ids) if prompt_ends is None else prompt_ends
+    ends = [valid.shape[1]] * len(valid) if prompt_ends is None else prompt_ends
     visual = tuple(row[mask] for row, mask in zip(order, is_visual, strict=True))
     text_rows = tuple(row[mask] for row, mask in zip(order, valid & ~is_visual, strict=True))
     query = tuple(int(row[:end].max(initial=-1)) for row, end in zip(order, ends, strict=True))
-    plan = Plan(schedule, past, order, visual, text_rows, query, _decisions(schedule, action, visual))
+    decisions = _decisions(schedule, action, visual)
+    plan = Plan(schedule, past, order, visual, text_rows, query, decisions, reopened=reopened)
     if not plan.changes_nothing:
         _check_questions(plan)
     return plan

@@ -104,14 +104,25 @@ class Prefill:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Logical position in this call of every row of the present stage, (B, S) int64, -1 for fillers."""
-        assert self._positions is not None
+        """Logical position in this prefill of every row of the present stage, (B, S) int64, -1 for fillers."""
+        if self._positions is None:
+            rows = self._tensors.rows
+            self._positions = torch.where(rows < 0, -1, torch.arange(self.plan.length, device=rows.device))
         return self._positions
 
     @property
     def has_fillers(self) -> bool:
         """True if some sample is shorter than the compact length of the present stage."""
         return min(self.plan.active(self.stage)) < self.plan.width(self.stage)
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """(B, L) bool at logical length: which are visual tokens."""
+        candidates, length = self._tensors.candidates, self.plan.length
+        rows = (candidates + self._tensors.starts[:, None]).clamp(min=0)
+        at = self._tensors.positions[rows].masked_fill(candidates < 0, length)
+        flags = torch.zeros(self.plan.batch, length + 1, dtype=torch.bool, device=at.device)
+        return flags.scatter(1, at, True)[:, :length]
 
     @property
     def position_offset(self) -> torch.Tensor | None:

@@ -149,6 +149,11 @@ class Schedule:
                 looks[look] = its if ranker in its else (*its, ranker)
         return looks
 
+    @cached_property
+    def first_look(self) -> int:
+        """The first layer whose input is looked at: before it, every token has run as in the plain model."""
+        return min([self.layers[0] + self.rankers[0].layer_offset, *self.looks])
+
     def next_stage(self, look: int) -> int:
         """The stage that is not entered yet where notes are made on the input of layer ``look``."""
         columns = zip(self.layers, self.rankers, strict=True)

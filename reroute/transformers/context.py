@@ -1,12 +1,8 @@
-"""The kinds of forward: a routed prefill, one that runs dense, and new tokens on a routed cache.
-
-A forward is one call of the base model, from the moment its ids are known. It is found by that call alone.
-"""
+"""The kinds of forward: a routed prefill, one that runs dense, and new tokens on a routed cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,24 +15,23 @@ from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .attention import MaskFormat, decode_mask, mask_format_of, prefill_mask
+from .attention import decode_mask, prefill_mask
 from .cache import (
-    GuardedLayer,
+    KeptStates,
     RoutedLayer,
     RowPositions,
     cache_of,
+    cut,
     guard,
-    guarded_layer,
-    past_length,
+    is_routed,
+    keep_states,
     route_layer,
     stored_rows,
-    tear,
 )
+from .forward import ForwardContext, Kwargs
 from .vision import Recording
 
-__all__ = ["DensePrefill", "ForwardContext", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
-
-Kwargs = dict[str, Any]
+__all__ = ["DensePrefill", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
 
 class PrefillFactory(Protocol):
@@ -51,89 +46,6 @@ class PrefillFactory(Protocol):
         workspace: Workspace | None = None,
     ) -> Prefill:
         """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
-
-
-class ForwardContext:
-    """One forward of the base model, seen from its decoder and its layers.
-
-    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
-    """
-
-    recording: Recording | None = None
-
-    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
-        """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
-        self._adapter, self._shape = adapter, shape
-        self._is_claimed = self._is_running = False
-        self._writable: GuardedLayer | None = None
-        self._kept: tuple[Cache, int] | None = None
-
-    @cached_property
-    def _mask_format(self) -> MaskFormat:
-        """Of the present attention, which the planner has checked; a dense prefill may have any."""
-        return mask_format_of(self._adapter.text_config)
-
-    def keep(self, cache: Cache | None) -> None:
-        """The caller has ``cache``, whatever becomes of the call."""
-        self._kept = None if cache is None else (cache, past_length(cache))
-
-    def is_of(self, adapter: ModelAdapter) -> bool:
-        """Whether it is one of the model of ``adapter``."""
-        return self._adapter is adapter
-
-    def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
-        """Whether this call of ``decoder`` is the one that the base model makes.
-
-        Other calls may come before it and inside of it: of the decoder alone, or of another model.
-
-        Raises:
-            RerouteError: it might be, but so might one before that has ended.
-        """
-        embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        may_be_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
-        if not may_be_own or self._is_running:
-            return False
-        if self._is_claimed:
-            raise RerouteError(
-                "The decoder was called twice in one forward of its base model, with embeddings of one shape, and it "
-                "is not known which call is the forward's. Call it before or after the forward, or give it input_ids."
-            )
-        self._is_claimed = self._is_running = True
-        return True
-
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
-        """The input (B, S, C) of layer ``index`` instead of ``hidden``; its keyword arguments are changed in place."""
-        return hidden
-
-    def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
-        """What the decoder gets instead of ``output`` (B, S, C) of layer ``index``."""
-        return output
-
-    def after_decoder(self, output: Any) -> Any:
-        """What the base model gets instead of the decoder's ``output``."""
-        self._is_running = False
-        return output
-
-    def finish(self) -> None:
-        """The call has succeeded."""
-        self._kept = None
-
-    def abandon(self) -> None:
-        """The call has failed."""
-        if self._kept is not None:
-            tear(*self._kept)
-
-    def close(self) -> None:
-        """The call has ended, in whatever way. Idempotent."""
-        if self._writable is not None:
-            self._writable.forbid_update()  # it failed before its layer stored anything
-
-    def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
-        """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""
-        self._writable = layer = guarded_layer(cache, index)
-        if layer is not None:
-            layer.allow_update()
-        return layer if isinstance(layer, RoutedLayer) else None
 
 
 @dataclass(frozen=True)
@@ -159,11 +71,16 @@ class RoutedPrefill(ForwardContext):
         start: PrefillFactory,
         workspace: Workspace | None = None,
         *,
+        kept: KeptStates | None = None,
         recording: Recording | None = None,
         record_states: bool = False,
     ) -> None:
-        """No row is held until the first decision or look. ``record_states``: keep logical states for the caller."""
-        super().__init__(adapter, (plan.batch, plan.length))
+        """No row is held until the first decision or look.
+
+        ``kept``: states of earlier turns, which ``plan`` may reopen. ``record_states``: keep logical states for the
+        caller.
+        """
+        super().__init__(adapter, plan.shape)
         self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
         self.cache: Cache | None = None
@@ -174,6 +91,7 @@ class RoutedPrefill(ForwardContext):
         self._stages: dict[tuple[int, ...], _Stage] = {}
         self._running: _Stage | None = None
         self._is_restored = False
+        self._kept_states = kept if plan.reopened else None
         self._earlier_turns = RoutedDecode(adapter, self._shape)
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
@@ -183,7 +101,7 @@ class RoutedPrefill(ForwardContext):
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
         decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
         if self.prefill is None and (looks or decision is not None):
-            self.prefill = self._begin(hidden, kwargs)
+            self.prefill, hidden = self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden)
         if self.prefill is not None and decision is not None:
@@ -191,7 +109,7 @@ class RoutedPrefill(ForwardContext):
             self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
-        if self.prefill is None or self.prefill.stage < 0:
+        if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
             return self._earlier_turns.before_layer(index, hidden, kwargs)
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         return hidden
@@ -229,6 +147,7 @@ class RoutedPrefill(ForwardContext):
             )
         if self.cache is not None:
             guard(self.cache, self.plan.past + self.plan.length - self.plan.tail)
+            keep_states(self.cache, self._kept_states)
         super().finish()
 
     def close(self) -> None:
@@ -240,7 +159,10 @@ class RoutedPrefill(ForwardContext):
             self.prefill.close()
 
     def _logical(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if self.prefill is None or self.prefill.stage < 0 else self.prefill.restore(hidden)
+        if self.prefill is None:
+            return hidden
+        states = hidden if self.prefill.stage < 0 else self.prefill.restore(hidden)
+        return states[:, self.plan.reopened :] if self.plan.reopened else states
 
     def _enter(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of layer ``index``: of a new stage, if one was decided that begins there."""
@@ -259,19 +181,30 @@ class RoutedPrefill(ForwardContext):
             self.recording.release()
         self.recording = None
 
-    def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
-        self.cache = cache_of(kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        tables = PositionTables(cos, sin, kwargs.get("position_ids"))
-        return self._start(self.plan, self.settings, hidden, tables, self._workspace)
+    def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[Prefill, torch.Tensor]:
+        """The prefill, and the input of layer ``index`` with the tokens that it reopens."""
+        self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
+        earlier = self._kept_states
+        if earlier is not None:
+            together = earlier.followed_by(hidden, tables)
+            hidden, tables = together.hidden, together.tables
+        prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
+        # Of a cache that was routed before and does not choose again now, what was left out is not known.
+        begins = self.settings.config.reopens and self.cache is not None and not is_routed(self.cache)
+        if earlier is not None or begins:
+            self._kept_states = KeptStates.of(index, plan.past, hidden, tables, prefill.is_visual)
+        if self.cache is not None and plan.reopened:
+            cut(self.cache, index, plan.past)
+        return prefill, hidden
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer = self._allow_update(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
         if earlier not in self._stages:
             self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
-        self._running = self._stages[earlier]
-        return self._running
+        stage = self._stages[earlier]
+        self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
+        return stage
 
     def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         plan, rows = self.plan, prefill.positions
@@ -284,7 +217,7 @@ class RoutedPrefill(ForwardContext):
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             key_positions = torch.cat([past, key_positions], 1)
         mask = prefill_mask(
-            kwargs.get("attention_mask"),
+            None if plan.reopened else kwargs.get("attention_mask"),  # that is of the new tokens alone
             rows,
             key_positions,
             past=plan.past,
@@ -319,14 +252,18 @@ class RoutedDecode(ForwardContext):
     Stages share the mask that their first layer needed.
     """
 
-    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
-        """See ``ForwardContext``."""
+    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int], kept: KeptStates | None = None) -> None:
+        """``kept``: what the cache keeps for later turns, and shall keep of the new tokens too."""
         super().__init__(adapter, shape)
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+        self._kept_states = kept
+        self._cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
-        cache = cache_of(kwargs)
+        self._cache = cache = cache_of(kwargs)
+        if self._kept_states is not None and index == self._kept_states.layer:
+            self._kept_states = self._kept_states.followed_by(hidden, _tables(kwargs))
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -337,6 +274,12 @@ class RoutedDecode(ForwardContext):
             kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
             kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
         return hidden
+
+    def finish(self) -> None:
+        """See ``ForwardContext``."""
+        if self._kept_states is not None and self._cache is not None:
+            keep_states(self._cache, self._kept_states)
+        super().finish()
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
         if layer.rows.stage_key not in self._masks:
@@ -360,3 +303,8 @@ class DensePrefill(RoutedDecode):
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
         return super().before_layer(index, hidden, kwargs)
+
+
+def _tables(kwargs: Kwargs) -> PositionTables:
+    cos, sin = kwargs["position_embeddings"]
+    return PositionTables(cos, sin, kwargs.get("position_ids"))

@@ -19,7 +19,7 @@ from .interception import Intercepted, own_method, role_of
 from .vision import TowerRun, attach
 
 if TYPE_CHECKING:
-    from .context import ForwardContext
+    from .forward import ForwardContext
     from .router import Router
 
 __all__ = [

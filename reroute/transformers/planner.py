@@ -15,11 +15,20 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..config import Settings
-from ..core.plan import Plan, make_plan, visual_mask
+from ..core.plan import Plan, plan_tokens, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
-from .cache import cache_of, check_cache, check_whole, is_renumbered, past_length
+from .cache import (
+    KeptStates,
+    cache_of,
+    check_cache,
+    check_whole,
+    is_renumbered,
+    is_routed,
+    past_length,
+    states_of,
+)
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -71,12 +80,17 @@ class Planner:
             )
         if settings.keeps_all:
             return  # the plain model, whatever its attention
-        sliding = [i for i in range(schedule.layers[0], len(adapter.layers)) if not adapter.is_full_attention(i)]
+        if settings.config.reopens and settings.needs_vision:
+            raise RerouteError(
+                "With reopens=True later turns choose again, and rankers that look at the vision tower would find none "
+                "of what it computed. Choose other rankers, or reopens=False."
+            )
+        first = schedule.first_look if settings.config.reopens else schedule.layers[0]
+        sliding = [i for i in range(first, len(adapter.layers)) if not adapter.is_full_attention(i)]
         if sliding:
             raise RerouteError(
                 f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
-                "Route a model (or configure this one) with full attention in every layer from the first routing "
-                "layer on."
+                f"Route a model (or configure this one) with full attention in every layer from layer {first} on."
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
@@ -84,26 +98,31 @@ class Planner:
             ranker.check(adapter, layer + ranker.layer_offset)
         mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
 
-    def plan(self, prompt: Prompt, settings: Settings) -> Plan | None:
+    def plan(self, prompt: Prompt, settings: Settings, *, has_picture: bool = True) -> Plan | None:
         """Plan a prefill; the only place that waits for the device. None without visual tokens.
+
+        ``has_picture``: whether the call brings one. Its placeholders are text if not, for Transformers too.
 
         Raises:
             RerouteError: this prompt cannot be routed.
         """
-        ids = prompt.ids.cpu().numpy()
-        is_visual = visual_mask(ids, self.adapter.visual_ids)
-        if not is_visual.any():
+        is_visual = visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
+        earlier = _reopened(prompt, settings)
+        if earlier is None and not is_visual.any():
             return None
-        past, schedule = past_length(prompt.cache), settings.schedule
+        past, reopened = past_length(prompt.cache), 0
         valid = _valid(prompt)
-        plan = make_plan(
-            ids,
-            np.ones_like(ids, dtype=bool) if valid is None else valid,
-            self.adapter.visual_ids,
-            schedule,
+        if earlier is not None:
+            past, reopened = earlier.start, earlier.count
+            is_visual, valid = _with_earlier(earlier, prompt, is_visual, valid)
+        plan = plan_tokens(
+            is_visual,
+            np.ones_like(is_visual) if valid is None else valid,
+            settings.schedule,
             settings.config.action,
             past=past,
-            prompt_ends=_prompt_ends(prompt, is_visual, past),
+            reopened=reopened,
+            prompt_ends=_prompt_ends(prompt, is_visual, past, reopened),
         )
         if plan is not None and not plan.changes_nothing:
             if prompt.labels is not None:
@@ -114,7 +133,8 @@ class Planner:
                     "Routing needs to know which tokens are padding: pass a 2-D attention_mask (batch, length) instead "
                     "of a prepared 4-D mask or a dict of masks."
                 )
-            check_one_prompt_per_row(prompt.positions, plan.order >= 0, has_mask=prompt.mask is not None)
+            own = plan.order[:, reopened:] >= 0
+            check_one_prompt_per_row(prompt.positions, own, has_mask=prompt.mask is not None)
         return plan
 
     def check_call(self, plan: Plan, cache: Cache | None) -> None:
@@ -129,9 +149,13 @@ class Planner:
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, range(schedule.layers[0], len(self.adapter.layers)))
-        if plan.past and cache is not None:
+            first = schedule.first_look if plan.reopened else schedule.layers[0]
+            check_cache(cache, range(first, len(self.adapter.layers)))
+        if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
+        kept = states_of(cache)
+        if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
+            raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")
         if plan.past and (schedule.position_mode == "renumbered" or is_renumbered(cache)):
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
 
@@ -146,20 +170,26 @@ class Planner:
         ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         if ids is None:
             if kwargs.get("inputs_embeds") is not None and kwargs["inputs_embeds"].shape[1] > 1:
+                if settings.config.reopens and is_routed(cache):
+                    raise RerouteError(
+                        "A turn that chooses again must show where its visual tokens are, and inputs_embeds do not. "
+                        "Pass input_ids, or call the model in handle.using(handle.plan(input_ids, cache=cache))."
+                    )
                 self._warn(
                     "the prompt came as inputs_embeds, which do not show where visual tokens are. If it has any, pass "
                     "input_ids, or call the model in handle.using(handle.plan(input_ids))"
                 )
             return None
-        if ids.shape[1] == 1 or not has_picture(kwargs):
-            return None
         if labels is not None and labels.shape != ids.shape:
             labels = None
         prompt = Prompt(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end)
-        plan = self.plan(prompt, settings)
-        if plan is None:
+        brings = has_picture(kwargs)
+        if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
+            return None
+        plan = self.plan(prompt, settings, has_picture=brings)
+        if plan is None and brings:
             self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
-        elif not plan.changes_nothing:
+        elif plan is not None and not plan.changes_nothing:
             self._check_others(kwargs, plan)
         return plan
 
@@ -172,9 +202,10 @@ class Planner:
         ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
         past = past_length(cache)
-        if (batch, length, past) != (plan.batch, plan.length, plan.past):
+        its_past = plan.past + plan.reopened
+        if (batch, length, past) != (*plan.shape, its_past):
             raise RerouteError(
-                f"The plan in use is for tokens (batch, length) = {plan.batch, plan.length} after {plan.past} in the "
+                f"The plan in use is for tokens (batch, length) = {plan.shape} after {its_past} in the "
                 f"cache; this call has {batch, length} after {past}. Make a plan of its own for it, or call the model "
                 "outside of handle.using(plan)."
             )
@@ -202,7 +233,8 @@ class Planner:
 
     def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
         keys = plan.past + plan.length
-        counts = (plan.length, keys, plan.batch * plan.length, plan.batch * keys, sum(plan.lengths))
+        valid = int((plan.order[:, plan.reopened :] >= 0).sum())
+        counts = (plan.shape[1], keys, plan.batch * plan.shape[1], plan.batch * keys, valid)
         check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
 
     def _warn(self, why: str) -> None:
@@ -227,7 +259,62 @@ def _valid(prompt: Prompt) -> Any:
     return mask[:, -prompt.ids.shape[1] :].cpu().numpy().astype(bool)
 
 
-def _prompt_ends(prompt: Prompt, is_visual: Any, past: int) -> Sequence[int]:
+def _chooses_again(prompt: Prompt, settings: Settings) -> bool:
+    """Whether this is a turn on a routed cache, neither a step nor a draft, and such turns choose again."""
+    if not settings.config.reopens or settings.keeps_all or not is_routed(prompt.cache):
+        return False
+    return prompt.ids.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
+
+
+def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:
+    """What the turn chooses again from, if it does.
+
+    Raises:
+        RerouteError: the cache does not have it.
+    """
+    if not _chooses_again(prompt, settings):
+        return None
+    kept, first = states_of(prompt.cache), settings.schedule.first_look
+    if kept is None or kept.layer != first:
+        why = (
+            "it lacks states of calls that ran without reopens=True, kept every visual token, or came as inputs_embeds"
+            if kept is None
+            else f"it keeps the states before layer {kept.layer}, and the schedule begins before layer {first}"
+        )
+        raise RerouteError(
+            f"This cache was routed, and a later turn cannot choose again: {why}. Start a new cache, or call the model "
+            "in handle.at(reopens=False) to go on with what was chosen."
+        )
+    return kept
+
+
+def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: Any) -> tuple[Any, Any]:
+    """``is_visual``, ``valid`` (B, L) behind those of the earlier tokens (B, T).
+
+    Raises:
+        RerouteError: the mask does not say which of the earlier tokens are padding, or there is some before them.
+    """
+    mask, new = prompt.mask, is_visual.shape[1]
+    is_visual = np.concatenate([earlier.is_visual.cpu().numpy(), is_visual], 1)
+    if valid is None or mask is None:
+        known = np.ones((len(is_visual), earlier.count), dtype=bool)
+        return is_visual, None if valid is None else np.concatenate([known, valid], 1)
+    if mask.shape[1] != earlier.end + new:
+        raise RerouteError(
+            f"A later turn that chooses again needs an attention_mask of the whole conversation: {earlier.end} tokens "
+            f"in the cache and {new} of this call, and it has {mask.shape[1]} columns. Give a call that goes on with a "
+            "cache only its new tokens, and a mask of all."
+        )
+    known = mask.cpu().numpy().astype(bool)
+    if not known[:, : earlier.start].all():
+        raise RerouteError(
+            "A later turn cannot choose again in a batch that began with padded text, before any picture. Put that "
+            "text into the call of the first picture."
+        )
+    return is_visual, known[:, earlier.start :]
+
+
+def _prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:
     """One past the last prompt token of each sample: answers that are already there must not rank the picture."""
     batch, length = is_visual.shape
     if prompt.end is not None:
@@ -235,7 +322,8 @@ def _prompt_ends(prompt: Prompt, is_visual: Any, past: int) -> Sequence[int]:
     if prompt.labels is None:
         return [length] * batch
     ends = []
-    for row, labels in zip(is_visual, prompt.labels.cpu().numpy(), strict=True):
+    own = np.pad(prompt.labels.cpu().numpy(), ((0, 0), (reopened, 0)), constant_values=-100)
+    for row, labels in zip(is_visual, own, strict=True):
         picture = np.flatnonzero(row).max() if row.any() else length  # without one nothing is ranked
         answer = np.flatnonzero(labels[picture + 1 :] != -100)
         # Labels from the picture on leave no question: then all of the text is the prompt.

@@ -15,8 +15,8 @@ from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .cache import cache_of, is_routed, is_torn, past_length
-from .context import DensePrefill, ForwardContext, PrefillFactory, RoutedDecode, RoutedPrefill
+from .cache import cache_of, is_routed, is_torn, past_length, states_of
+from .context import DensePrefill, PrefillFactory, RoutedDecode, RoutedPrefill
 from .entrances import (
     Call,
     RoutedBase,
@@ -27,8 +27,9 @@ from .entrances import (
     RoutedTower,
     RoutedTowerLayer,
 )
+from .forward import ForwardContext
 from .interception import Role, intercept, role_of
-from .planner import Planner, Prompt
+from .planner import Planner, Prompt, has_picture
 from .scopes import Given, Scopes
 from .vision import TowerRun, recording_of
 
@@ -297,14 +298,23 @@ class Router:
             states = record is not False  # or which ones
             recording = recording_of(self.adapter, plan, named)
             forward = RoutedPrefill(
-                plan, settings, self.adapter, self._start, workspace, recording=recording, record_states=states
+                plan,
+                settings,
+                self.adapter,
+                self._start,
+                workspace,
+                kept=states_of(cache),
+                recording=recording,
+                record_states=states,
             )
             forward.keep(cache)
             return forward
         if plan is not None:
             forward = DensePrefill(plan, settings, self.adapter)
         elif has_routed_cache:
-            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]))
+            # Of what is not planned it is not known where its visual tokens are, if it has any.
+            is_text = tokens.shape[1] == 1 or not (named.get("input_ids") is None or has_picture(named))
+            forward = RoutedDecode(self.adapter, tuple(tokens.shape[:2]), states_of(cache) if is_text else None)
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward

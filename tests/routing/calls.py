@@ -212,7 +212,8 @@ class _Performance(Asked):
         assert not self.was_interrupted
         is_later = self.conversation is not None and self.conversation.is_routed
         plain = "after a routed prompt" if is_later else "plain"
-        self.world.outcomes[plain if changes_nothing(verdict.rules) else "routed"] += 1
+        routed = "routed again" if verdict.again else "routed"
+        self.world.outcomes[plain if changes_nothing(verdict.rules) else routed] += 1
         rows = self.rows(verdict)
         steps: list[list[int]] = [[] for _ in rows]
         if self.call.way == "generate":
@@ -247,11 +248,12 @@ class _Performance(Asked):
         self, verdict: Verdict, cache: Any, rows: list[Row], steps: Sequence[Sequence[int]] = ()
     ) -> Conversation:
         """The cache has taken the tokens of the call."""
-        talk, length = self.conversation, self.length
+        talk, length, past = self.conversation, self.length, self.past
         side = "left" if self.call.way == "generate" else self.call.side
         if talk is None:
             talk = Conversation(self.world.family, cache, [], [[] for _ in rows])
             self.world.add(talk)
+        had_states, before = talk.has_states, len(talk.rows[0]) if talk.rows else 0
         talk.rows, talk.columns = rows, list(talk.columns)  # copies share them
         tail = [length]
         for b, sample in enumerate(self.samples):
@@ -262,10 +264,17 @@ class _Performance(Asked):
                 tail.append(length - 1 - sample.visual[-1] - (len(padding) if side == "left" else 0))
         more = len(steps[0]) - 1 if steps and steps[0] else 0
         talk.tail = (talk.tail + length if min(tail) == length else min(tail)) + more
+        is_text = not any(sample.visual for sample in self.samples)
         if not changes_nothing(verdict.rules):
-            talk.is_routed, talk.floor = True, talk.length - more - min(tail)
             assert verdict.rules is not None
-            talk.is_renumbered = talk.is_renumbered or verdict.rules.position_mode == "renumbered"
+            is_renumbered = verdict.rules.position_mode == "renumbered"
+            talk.is_renumbered = is_renumbered or (talk.is_renumbered and not verdict.again)
+            talk.is_routed, talk.look = True, verdict.look
+            if not verdict.again:
+                talk.began, talk.start = before, past
+            talk.floor = talk.last_picture() if verdict.again else talk.length - more - min(tail)
+        if talk.look is not None and (not changes_nothing(verdict.rules) or (had_states and is_text)):
+            talk.kept = talk.length
         return talk
 
     def forget(self) -> None:

@@ -18,7 +18,20 @@ from oracle import MARGIN, Rules, _Turn, run
 from support import small
 from torch import Tensor
 
-__all__ = ["NEW", "PROMPTS", "Conversation", "Crop", "Expected", "Name", "Row", "Say", "expected", "sample_of"]
+__all__ = [
+    "NEW",
+    "PROMPTS",
+    "Again",
+    "Conversation",
+    "Crop",
+    "Expected",
+    "Name",
+    "Row",
+    "Say",
+    "expected",
+    "left_of",
+    "sample_of",
+]
 
 Name = str | tuple[int, ...]
 """Of a sample: the name of a prompt, or the tokens themselves."""
@@ -46,7 +59,16 @@ class Crop:
     count: int
 
 
-Row = tuple[Say | Crop, ...]
+@dataclass(frozen=True)
+class Again:
+    """A call that chose again: all that is left of ``events``, of which it is the last one, said in one call."""
+
+    events: Row
+    rules: Rules | None
+    query: int
+
+
+Row = tuple[Say | Crop | Again, ...]
 
 
 @functools.cache
@@ -77,6 +99,19 @@ def picked(sample: Sample, live: Sequence[int]) -> Sample:
     return Sample(tuple(sample.ids[i] for i in live), places, sample.pixels, sample.grids)
 
 
+def left_of(family: str, row: Row) -> Sample:
+    """What is left of all that was said."""
+    said, live = Sample(()), list[int]()
+    for event in row:
+        if isinstance(event, Crop):
+            live = live[: len(live) - event.count]
+        else:
+            new = left_of(family, event.events) if isinstance(event, Again) else sample_of(family, event.name)
+            live += range(len(said), len(said) + len(new))
+            said += new
+    return picked(said, live)
+
+
 @dataclass(frozen=True)
 class Expected:
     """``logits`` (L, V) of all that was ever said; ``kept``: rows that each layer has in the end.
@@ -104,7 +139,8 @@ def expected(family: str, row: Row) -> Expected:
         if isinstance(event, Crop):
             live = live[: len(live) - event.count]
             continue
-        new, start = sample_of(family, event.name), len(said)
+        new = left_of(family, event.events) if isinstance(event, Again) else sample_of(family, event.name)
+        start = len(said)
         said += new
         for token in range(start, len(said)):
             live = [*live, token]
@@ -126,7 +162,8 @@ class Conversation:
     """A cache and what went into it.
 
     ``columns``: per row the tokens of the logical sequence, None for padding. ``floor``: how far a routed cache may be
-    cropped. ``tail``: columns after the last picture.
+    cropped. ``tail``: columns after the last picture. ``look``: the layer whose states are kept, for the columns from
+    ``start`` to ``kept``, which the events from ``began`` on have said.
     """
 
     family: str
@@ -135,6 +172,10 @@ class Conversation:
     columns: list[list[int | None]]
     floor: int = 0
     tail: int = 0
+    look: int | None = None
+    began: int = 0
+    start: int = 0
+    kept: int = 0
     is_routed: bool = False
     is_renumbered: bool = False
     is_broken: bool = False
@@ -150,6 +191,15 @@ class Conversation:
     def mask(self) -> Tensor:
         return torch.tensor([[int(token is not None) for token in row] for row in self.columns])
 
+    def last_picture(self) -> int:
+        """One past the column of the last visual token since ``start``."""
+        ends = []
+        for row, columns in zip(self.rows, self.columns, strict=True):
+            sample, before = left_of(self.family, row), len(left_of(self.family, row[: self.began]))
+            places = [column for column, token in enumerate(columns) if token is not None]
+            ends += [places[i] + 1 for i in sample.visual if i >= before]
+        return max(ends)
+
     def spares(self, count: int) -> bool:
         """Whether each row has a token left without the newest ``count`` columns."""
         return all(any(token is not None for token in row[: self.length - count]) for row in self.columns)
@@ -161,7 +211,7 @@ class Conversation:
             gone = sum(token is not None for token in columns[len(columns) - count :])
             rows[b] = (*rows[b], Crop(gone))
             self.columns[b] = columns[: len(columns) - count]
-        self.rows, self.tail = rows, self.tail - count
+        self.rows, self.tail, self.kept = rows, self.tail - count, min(self.kept, self.length)
 
     def move(self, order: Sequence[int]) -> None:
         self.rows = [self.rows[b] for b in order]
@@ -169,15 +219,12 @@ class Conversation:
 
     def live(self, b: int) -> Sample:
         """The sample of row ``b`` as it is now."""
-        said, live = Sample(()), list[int]()
-        for event in self.rows[b]:
-            if isinstance(event, Crop):
-                live = live[: len(live) - event.count]
-            else:
-                new = sample_of(self.family, event.name)
-                live += range(len(said), len(said) + len(new))
-                said += new
-        return picked(said, live)
+        return left_of(self.family, self.rows[b])
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a later call may choose again."""
+        return self.look is not None and self.kept == self.length
 
     def follow(self, tiny: Tiny, new: Sequence[Sample]) -> dict[str, Tensor]:
         """Keyword arguments for ``new``, of one length, after this."""

@@ -13,7 +13,8 @@ __all__ = ["any_call", "block_kinds", "changes", "lanes", "later", "moves", "new
 
 lanes = st.integers(0, 1)
 subjects = st.sampled_from([0, 0, 0, 0, 1])
-routings = st.sampled_from([*SETTINGS, *["pyramid"] * 3, *["growing"] * 3, "removal", "renumbered", "everything"])
+_often = [*["pyramid"] * 3, *["growing"] * 3, *["reopening"] * 6]
+routings = st.sampled_from([*SETTINGS, *_often, "removal", "renumbered", "everything"])
 
 changes = st.sampled_from(
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from models import CACHE, Tiny
 from oracle import Rules
 from support import RULES, NoWaiting, cache_of, enable, generate, kv_lengths
 from torch import Tensor
+from turns import is_fresh
 
 from reroute.core.workspace import Workspace
 from reroute.errors import RerouteError
@@ -193,3 +195,27 @@ def test_a_reservation_moves_to_another_pool() -> None:
     for _ in range(2):
         workspace.release()
     assert second.stats().leases == 0
+
+
+@pytest.mark.parametrize("rules", [RULES[0], Rules((2, 4), (0.5, 0.25), score_layer_offset=-1)])
+def test_turns_that_choose_again_too(tiny: Tiny, rules: Rules) -> None:
+    """The first one, which keeps states, and a later one, each on a cache of its own."""
+    given, later = inputs(tiny, 0), [tiny.prompt(20 + b, 6) for b in range(2)]
+    before = [tiny.prompt(b, 5, tiny.grid, 4) for b in range(2)]
+    follows = tiny.follow(before, later)
+    with enable(tiny, rules, reopens=True) as handle:
+        with handle.using(handle.plan(ids(tiny))):
+            tiny.model(**given, use_cache=True)
+            with capturing():
+                cache = cache_of(tiny.model(**given, use_cache=True))
+        plan = handle.plan(follows["input_ids"], follows["attention_mask"], cache)
+        embeds = tiny.model.get_input_embeddings()(follows["input_ids"])
+        run = functools.partial(tiny.model, inputs_embeds=embeds, position_ids=follows["position_ids"])
+        caches = [copy.deepcopy(cache) for _ in range(2)]
+        with handle.using(plan):
+            expected = run(**{CACHE: caches[0]})
+            with capturing():
+                output = run(**{CACHE: caches[1]})
+    assert torch.equal(output.logits, expected.logits)
+    for b, (said, new) in enumerate(zip(before, later, strict=True)):
+        is_fresh(output.logits[b], tiny, said, new, rules)

@@ -6,14 +6,14 @@ Two devices are fake tensors: they know their device, and operations refuse to m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import models
 import numpy as np
 import pytest
 import torch
-from models import CACHE
+from models import CACHE, Tiny
 from oracle import Rules
 from support import enable, generate
 from torch import Tensor, nn
@@ -80,6 +80,19 @@ def put(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
             part.forward = moving(part.forward, device)
 
 
+def spread(tiny: Tiny, mode: FakeTensorMode) -> tuple[torch.device, torch.device]:
+    """Put half of the decoder's layers on each of two devices, and all else on the first."""
+    first, second = (torch.device("pair", index) for index in (0, 1))
+    text = tiny.model.model.language_model
+    with mode:
+        for part in (*text.children(), tiny.model.lm_head):
+            if part is not text.layers:
+                put(part, first, mode)
+        for index, layer in enumerate(text.layers):
+            put(layer, second if index >= LAYERS // 2 else first, mode)
+    return first, second
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 @pytest.mark.parametrize(
@@ -99,15 +112,9 @@ def test_a_model_on_two_devices(
     tiny = getattr(models, name)(layers=LAYERS, attention=attention)
     samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
     given = tiny.inputs(samples)
-    first, second = (torch.device("pair", index) for index in (0, 1))
     length, text = given["input_ids"].shape[1], tiny.model.model.language_model
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for part in (*text.children(), tiny.model.lm_head):
-            if part is not text.layers:
-                put(part, first, mode)
-        for index, layer in enumerate(text.layers):
-            put(layer, second if index >= LAYERS // 2 else first, mode)
+    first, second = spread(tiny, mode)
     with enable(tiny, rules, ranker) as handle:
         plan = handle.plan(given["input_ids"], given["attention_mask"])
         monkeypatch.setattr(torch, "tensor", valueless)
@@ -128,6 +135,45 @@ def test_a_model_on_two_devices(
                 inputs_embeds=embeds[:, :1], attention_mask=mask, position_ids=ids[..., :1], **{CACHE: cache}
             )
         assert decoded.logits.shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("rules", "place"),
+    [
+        (Rules((1, 4), (0.5, 0.25)), 0),
+        (Rules((4, 5), (0.5, 0.25)), 1),
+        (Rules((5,), (0.25,), score_layer_offset=-1), 1),
+    ],
+)
+def test_turns_that_choose_again_on_two_devices(rules: Rules, place: int) -> None:
+    """States are kept where the layer gets them, and what goes with them where RoPE tables are."""
+    tiny = models.llava(layers=LAYERS)
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3, tiny.grid, 2)]
+    given, width = tiny.inputs(samples), tiny.model.config.text_config.hidden_size
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    places = spread(tiny, mode)
+    with enable(tiny, rules, reopens=True) as handle:
+        cache, mask, ids = None, given["attention_mask"], given["input_ids"]
+        for _ in range(3):
+            plan = handle.plan(ids, mask, cache)
+            with pytest.MonkeyPatch.context() as patch, handle.using(plan), mode:
+                patch.setattr(torch, "tensor", valueless)
+                new, keys = ids.shape[1], mask.shape[1]
+                embeds = torch.empty(2, new, width, device=places[0])
+                seen = torch.ones(2, 1, new, keys, dtype=torch.bool, device=places[0])
+                at = torch.zeros(2, new, dtype=torch.int64, device=places[0])
+                rest: dict[str, Any] = {"use_cache": True} if cache is None else {CACHE: cache}
+                output = tiny.model(inputs_embeds=embeds, attention_mask=seen, position_ids=at, **rest)
+            cache = getattr(output, CACHE)
+            assert [layer.keys.shape[-2] for layer in cache.layers] == list(handle.stats().layer_lengths)
+            layer = next(layer for layer in cache.layers if getattr(layer, "earlier", None) is not None)
+            kept = layer.earlier
+            assert (kept.count, kept.hidden.device) == (keys, places[place])
+            assert {kept.tables.cos.device, kept.is_visual.device} == {places[0]}
+            # Planning reads which are visual, and fake tensors have no values.
+            layer.earlier = replace(kept, is_visual=torch.ones(2, keys, dtype=torch.bool))
+            ids = torch.ones(2, 3, dtype=torch.long)
+            mask = torch.cat([mask, ids], 1)
 
 
 def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:

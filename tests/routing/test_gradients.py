@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import NAMES, Sample, Tiny
+from models import CACHE, NAMES, Sample, Tiny
 from models import tiny as shared
 from oracle import MARGIN, Result, Rules, predict
 from support import RULES, any_prompt, any_rules, checkpointing, close, enable, rows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from turns import first, turn
 
 Gradients = dict[str, Tensor]
 
@@ -245,6 +247,19 @@ def test_with_labels(tiny: Tiny) -> None:
         same(gradients(tiny, loss), gradients(tiny, expected))
 
 
+@pytest.mark.parametrize("rules", [RULES[0], MORE_RULES[0], MORE_RULES[2]])
+def test_of_a_turn_that_chooses_again(tiny: Tiny, rules: Rules) -> None:
+    """Through the states that the cache keeps, to the picture of the first turn."""
+    said, new = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 6)
+    with trained(tiny):
+        with enable(tiny, rules, reopens=True):
+            logits = turn(tiny, first(tiny, [said]), [said], [new])[0]
+        expected = predict(tiny, said + new, rules).logits[-6:]
+        close(logits, expected)
+        of_oracle = gradients(tiny, loss_of([expected]))
+        same(gradients(tiny, loss_of([logits])), of_oracle)
+
+
 # --- gradient checkpointing ---------------------------------------------------------------------------------------
 
 
@@ -255,6 +270,16 @@ def test_under_gradient_checkpointing(tiny: Tiny, rules: Rules, use_reentrant: b
     tiny = checkpointing(tiny, use_reentrant=use_reentrant)
     with trained(tiny):
         check(tiny, mixture(tiny), rules)
+
+
+def test_no_states_are_kept_under_gradient_checkpointing(tiny: Tiny) -> None:
+    """Transformers then lets no layer store anything, whatever cache it was given."""
+    tiny, rules = checkpointing(tiny), RULES[0]
+    with trained(tiny), enable(tiny, rules, reopens=True):
+        cache = DynamicCache()
+        logits = tiny.model(**tiny.inputs(mixture(tiny)[:1]), use_cache=True, **{CACHE: cache}).logits
+    close(logits[0], predict(tiny, mixture(tiny)[0], rules).logits)
+    assert cache.get_seq_length() == 0
 
 
 def test_of_a_part_under_gradient_checkpointing(tiny: Tiny) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from conversations import NEW, Conversation, Row, Say, sample_of
+from conversations import NEW, Again, Conversation, Row, Say, left_of, sample_of
 from lanes import Lane
 from models import Sample
 from oracle import Rules
 from torch import Tensor
 from world import Plans, World, rules_of
 
-__all__ = ["Act", "Asked", "Call", "Verdict", "changes_nothing", "labels_of", "plan_ahead"]
+__all__ = ["Act", "Asked", "Call", "Verdict", "changes_nothing", "labels_of", "look_of", "plan_ahead"]
 
 ANSWER, LONGEST = 2, 110
 
@@ -55,12 +55,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``refusal``: a name in REFUSALS. ``rules``: None for a plain call. ``is_recorded``: in stats, if it succeeds."""
+    """``refusal``: a name in REFUSALS. ``rules``: None for a plain call. ``is_recorded``: in stats, if it succeeds.
+
+    ``again``: whether it chooses again; ``look``: the layer whose states the cache keeps from then on.
+    """
 
     refusal: str | None = None
     rules: Rules | None = None
     queries: tuple[int | None, ...] = ()
     is_recorded: bool = False
+    again: bool = False
+    look: int | None = None
+
+
+def look_of(rules: Rules) -> int:
+    return rules.layers[0] + rules.score_layer_offset
 
 
 def changes_nothing(rules: Rules | None) -> bool:
@@ -141,7 +150,16 @@ class Asked:
             return verdict
         assert verdict.rules is not None
         is_renumbered = verdict.rules.position_mode == "renumbered" or (talk is not None and talk.is_renumbered)
-        return Verdict("renumbered") if self.past and is_renumbered else verdict
+        past = talk.start if talk is not None and verdict.again else self.past
+        if past and is_renumbered:
+            return Verdict("renumbered")
+        keeps = self.reopens and (verdict.again or talk is None or not talk.is_routed)
+        return replace(verdict, look=look_of(verdict.rules) if keeps else None)
+
+    @property
+    def reopens(self) -> bool:
+        """Whether the settings that count let later turns choose again."""
+        return bool(self.world.settings(self.lane, self.subject).get("reopens"))
 
     def plans(self) -> Plans | None:
         """Those in use, which steps of a decode go on without."""
@@ -150,11 +168,30 @@ class Asked:
         return None if is_step else plans
 
     def _by_settings(self) -> Verdict:
+        rules = rules_of(self.world.settings(self.lane, self.subject), self.world.family)
+        talk, is_turn = self.conversation, self.length > 1 or self.call.way == "generate"
+        if self.reopens and is_turn and talk is not None and talk.is_routed and not changes_nothing(rules):
+            assert rules is not None
+            return self._again(talk, rules)
         if not any(sample.visual for sample in self.samples):
             return Verdict()
-        rules = rules_of(self.world.settings(self.lane, self.subject), self.world.family)
         queries = tuple(len(sample) - 1 - ANSWER * self.is_labelled for sample in self.samples)
         return Verdict(None, rules, queries, rules is not None)
+
+    def _again(self, talk: Conversation, rules: Rules) -> Verdict:
+        if not talk.has_states or talk.look != look_of(rules):
+            return Verdict("no states")
+        if any(None in row[: talk.start] for row in talk.columns):
+            return Verdict("padded text")
+        samples = [left_of(self.world.family, row) for row in self.since(talk)]
+        if not any(sample.visual for sample in samples):
+            return Verdict()
+        queries = tuple(len(sample) - 1 - ANSWER * self.is_labelled for sample in samples)
+        return Verdict(None, rules, queries, is_recorded=True, again=True)
+
+    def since(self, talk: Conversation) -> list[Row]:
+        """Per row what was said since states are kept, with this call."""
+        return [(*row[talk.began :], Say(name)) for row, name in zip(talk.rows, self.names, strict=True)]
 
     def _by_plan(self, plans: Plans) -> Verdict | None:
         plan = plans.plan
@@ -172,9 +209,17 @@ class Asked:
         """What each row has been told once the call has succeeded."""
         before: list[Row] = [()] * len(self.samples) if self.conversation is None else self.conversation.rows
         rules = None if changes_nothing(verdict.rules) else verdict.rules
+        if verdict.again and (talk := self.conversation) is not None:
+            said_since = zip(before, self.since(talk), verdict.queries, strict=True)
+            return [(*row[: talk.began], self._said_again(since, rules, query)) for row, since, query in said_since]
         queries = verdict.queries or (None,) * len(before)
         said = [
             Say(name, rules, query) if sample.visual and rules else Say(name)
             for name, sample, query in zip(self.names, self.samples, queries, strict=True)
         ]
         return [(*row, say) for row, say in zip(before, said, strict=True)]
+
+    def _said_again(self, events: Row, rules: Rules | None, query: int | None) -> Again:
+        assert query is not None
+        has_picture = bool(left_of(self.world.family, events).visual)
+        return Again(events, rules if has_picture else None, query)

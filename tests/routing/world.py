@@ -45,6 +45,9 @@ SETTINGS: dict[str, Settings] = {
         "schedule": reroute.Schedule((1, 3), (0.5, 0.25), position_mode="renumbered"),
         "action": "remove",
     },
+    "reopening": {"schedule": reroute.Schedule((1, 3), (0.5, 0.25)), "reopens": True},
+    "reopening early": {"schedule": reroute.Schedule((2, 4), (0.4, 0.2), (LastTokenAttention(-1),)), "reopens": True},
+    "reopening no more": {"reopens": False},
     "everything": {"keep": 1.0},
     "half": {"keep": 0.5},
     "fastv": {"method": "fastv", "keep": 0.7},
@@ -62,6 +65,8 @@ REFUSALS = {
     "shape": "The plan in use is for tokens",
     "labels": "does not know the labels",
     "renumbered": "position_mode='renumbered'",
+    "no states": "and a later turn cannot choose again",
+    "padded text": "began with padded text",
     "crop": r"Cannot crop\(",
     "settings": "",
 }

@@ -10,18 +10,22 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...errors import UnsupportedCacheError
 from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer
+from .states import KeptStates
 
 __all__ = [
     "cache_of",
     "check_cache",
     "check_whole",
+    "cut",
     "guard",
     "guarded_layer",
     "is_renumbered",
     "is_routed",
     "is_torn",
+    "keep_states",
     "past_length",
     "route_layer",
+    "states_of",
     "stored_rows",
     "tear",
 ]
@@ -134,3 +138,27 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     layer.__class__ = RoutedLayer
     layer.rows = rows
+
+
+def states_of(cache: Cache | None) -> KeptStates | None:
+    """What ``cache`` keeps for later turns, if it is of all its tokens: calls without it may have come since."""
+    layers = getattr(cache, "layers", ())
+    kept = next((its for layer in layers if (its := getattr(layer, "earlier", None)) is not None), None)
+    return kept if kept is not None and kept.end == past_length(cache) else None
+
+
+def keep_states(cache: Cache, kept: KeptStates | None) -> None:
+    """Let ``cache`` keep just this for later turns, in its first routed layer; none is where nothing was stored."""
+    routed = [layer for layer in cache.layers if isinstance(layer, RoutedLayer)]
+    for layer in routed:
+        layer.earlier = kept if layer is routed[0] else None
+
+
+def cut(cache: Cache, first: int, start: int) -> None:
+    """Drop all from position ``start`` on of the layers of ``cache`` from ``first`` on; they have all before it."""
+    layer: Any
+    for layer in cache.layers[first:]:
+        whole = None if layer.keys is None or not start else (layer.keys[..., :start, :], layer.values[..., :start, :])
+        layer.__class__, layer.__dict__ = DynamicLayer, vars(DynamicLayer())  # type: ignore[no-untyped-call]
+        if whole is not None:
+            layer.update(*whole)

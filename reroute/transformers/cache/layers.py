@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from ...errors import UnsupportedCacheError
+from .states import KeptStates
 
 __all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer"]
 
@@ -118,9 +119,13 @@ class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
-    """A dynamic cache layer that lacks some rows of the logical sequence; ``rows`` says which it has."""
+    """A dynamic cache layer that lacks some rows of the logical sequence; ``rows`` says which it has.
+
+    ``earlier``: what the cache keeps for later turns, in one of its layers.
+    """
 
     rows: RowPositions
+    earlier: KeptStates | None = None
 
     @property
     def floor(self) -> int:  # type: ignore[override]
@@ -147,21 +152,28 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             self.rows, known = self.rows.until(end)
             columns += known
         super()._crop(columns)
+        if self.earlier is not None:
+            self.earlier = self.earlier.until(end)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder samples, and with them the positions that they hold."""
+        """Reorder samples, and with them what is known of their rows."""
         super().reorder_cache(beam_idx)
-        self.rows = self.rows.moved(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat samples, and with them the positions that they hold."""
+        """Repeat samples, and with them what is known of their rows."""
         super().batch_repeat_interleave(repeats)
-        self.rows = self.rows.moved(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._move(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Select samples, and with them the positions that they hold."""
+        """Select samples, and with them what is known of their rows."""
         super().batch_select_indices(indices)
-        self.rows = self.rows.moved(lambda t: t[indices])
+        self._move(lambda t: t[indices])
+
+    def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.rows = self.rows.moved(move)
+        if self.earlier is not None:
+            self.earlier = self.earlier.moved(move)
 
 
 class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
