@@ -17,7 +17,7 @@ from ..core.action import Action
 from ..errors import RerouteError
 from ..files import check_writable
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals
-from .loading import DTYPES, Loaded, load_model, open_image
+from .loading import DTYPES, Loaded, is_demo_model, load_model, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,8 +35,10 @@ Ask = Callable[[], tuple[list["Image.Image"], str]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``reroute calibrate``."""
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a folder, or a name on the Hub (default: the demo model)")
-    add("--prompts", type=Path, metavar="FILE", help="JSON lines (default for the demo model: questions of its own)")
+    add(
+        "model", nargs="?", metavar="MODEL", help="a folder, a name on the Hub, or a demo model: labels (default), text"
+    )
+    add("--prompts", type=Path, metavar="FILE", help="JSON lines (default for demo models: questions of their own)")
     add("--keep", type=float, required=True, help="budget: share of the visual tokens per layer, such as 0.22")
     add("--action", default="route", choices=get_args(Action), help="default: %(default)s")
     add("--methods", nargs="+", default=["pdrop", "fastv", "diverse"], metavar="NAME", help="default: %(default)s")
@@ -56,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
     check_writable(options.out)
     check_keep(options.keep)
-    if options.prompts is None and options.model is not None:
-        raise RerouteError("Name a file with --prompts: only the demo model has questions of its own.")
+    if options.prompts is None and not is_demo_model(options.model):
+        raise RerouteError("Name a file with --prompts: only the demo models have questions of their own.")
     asked = list(_read(options.prompts) if options.prompts else _own_prompts())
     device = choose_device(options.device, options.threads)
     backend_of(options.backend, device)
@@ -133,7 +135,7 @@ def _asked(path: Path, number: int, line: str) -> Ask:
 
 
 def _own_prompts() -> Iterator[Ask]:
-    """Questions of every kind for the demo model."""
+    """Questions of every kind for the demo models."""
     from ..demo.tinyvlm.examples import COUNTS, Example, examples
 
     def ask(example: Example) -> Ask:

@@ -138,14 +138,14 @@ def _measure(
     from ..demo.tinyvlm.conditions import CONDITIONS
     from ..demo.tinyvlm.evaluation import prompts, summarise
     from ..transformers import adapter_of
-    from .loading import load_tinyvlm
+    from .loading import load_model
     from .measure import costs
     from .scenes import demo_scenes
     from .setups import Depth, lineup
     from .tower import Seen
 
     condition = CONDITIONS[options.condition]
-    loaded = load_tinyvlm(options.model, "auto", device)
+    loaded = load_model(options.model, "auto", device)
     chosen = condition.examples("test", family_counts(options.questions), options.seed)
     single = [loaded.prompt(e.image, e.question).inputs for e in _spread(chosen, TIMED_PROMPTS)]
     batch = [prompts(loaded.model, loaded.processor, _spread(chosen, TIMED_BATCH))]

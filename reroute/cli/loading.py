@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from ..demo.tinyvlm import CHECKPOINTS
 from ..errors import RerouteError, UnsupportedModelError
 from .common import refusals, shorten
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature
 
-__all__ = ["DTYPES", "Loaded", "Prompt", "load_model", "load_tinyvlm", "open_image"]
+__all__ = ["DTYPES", "Loaded", "Prompt", "is_demo_model", "load_model", "open_image"]
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 """That a model may be loaded in; ``auto`` is that of its file."""
@@ -118,20 +119,23 @@ def _known_words(question: str) -> str:
 
 
 def load_model(name: str | None, dtype: str, device: torch.device) -> Loaded:
-    """The model in a folder or on the Hub; None is the first of those that ship with the package.
+    """The model in a folder, on the Hub, or of this package by its name there; None is the first of these.
 
     Raises:
         RerouteError: it cannot be found, loaded or routed; says which.
     """
-    return load_tinyvlm("labels", dtype, device) if name is None else _from_transformers(name, dtype, device)
+    if is_demo_model(name):
+        return _of_package(name or next(iter(CHECKPOINTS)), dtype, device)
+    assert name is not None
+    return _from_transformers(name, dtype, device)
 
 
-def load_tinyvlm(name: str, dtype: str, device: torch.device) -> Loaded:
-    """A model that ships with the package, by name.
+def is_demo_model(name: str | None) -> bool:
+    """Whether ``load_model`` takes one of this package."""
+    return name is None or name in CHECKPOINTS
 
-    Raises:
-        RerouteError: it cannot be loaded.
-    """
+
+def _of_package(name: str, dtype: str, device: torch.device) -> Loaded:
     import torch
 
     from ..demo import tinyvlm

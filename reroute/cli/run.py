@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="a picture file")
     add("question", metavar="QUESTION", help='such as "where is the red seven ?"')
-    add("--model", metavar="PATH_OR_ID", help="a folder, or a name on the Hub (default: the demo model)")
+    add("--model", metavar="MODEL", help="a folder, a name on the Hub, or a demo model: labels (default), text")
     add("--method", help=f"how visual tokens are ranked: fastv, pdrop, … (default: {METHOD})")
     add("--schedule", type=Path, metavar="FILE", help="decisions that reroute calibrate found, instead of a method's")
     add("--action", choices=get_args(Action), help="only this one (default: both, and dense)")

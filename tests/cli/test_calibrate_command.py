@@ -97,7 +97,7 @@ def test_the_demo_model_has_questions_of_its_own(
     assert said.startswith("keep 0.25 on 12 layers, action route")
     assert json.loads(out.read_text())["calibration"]["prompts"] == 12
     assert main(["calibrate", str(tinyvlm.CHECKPOINTS["labels"]), "--keep", "0.25", "--out", str(out)]) == 2
-    assert "only the demo model has questions of its own" in capsys.readouterr().err
+    assert "only the demo models have questions of their own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
