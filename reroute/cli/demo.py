@@ -56,8 +56,8 @@ NOTES: Final = (
     "the visual tokens to within 2 %, as measured and not as asked for (5 % is 7.0 to 7.2 of 144: one decision alone "
     "cannot have a number between 7 and 8).",
     "FastV, PDrop, Diverse, DivPrune: each on its own schedule, for either action. Calibrated: what reroute calibrate "
-    "found for this model with the last token's attention, without labels, on validation pictures. Random: removed "
-    "before the first layer.",
+    "found for this model from the schedules of PDrop, FastV and Diverse, without labels, on validation pictures. "
+    "Random: removed before the first layer.",
     "Acc@0.5: a box is right if its IoU with the true box is at least 0.5. ± in the table: binomial standard error "
     "(s.e.) of that figure. ± in the sentences: s.e. of a paired difference, as all setups got the same questions. "
     "Differences below two of these say nothing. There are many rows, so one in twenty exceeds that by chance, and the "
