@@ -101,7 +101,7 @@ class RoutedPrefill(ForwardContext):
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
         decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
         if self.prefill is None and (looks or decision is not None):
-            self.prefill, hidden = self._begin(index, hidden, kwargs)
+            hidden = self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden)
         if self.prefill is not None and decision is not None:
@@ -181,21 +181,21 @@ class RoutedPrefill(ForwardContext):
             self.recording.release()
         self.recording = None
 
-    def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> tuple[Prefill, torch.Tensor]:
-        """The prefill, and the input of layer ``index`` with the tokens that it reopens."""
+    def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+        """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
             hidden, tables = together.hidden, together.tables
-        prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
+        self.prefill = prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
         # Of a cache that was routed before and does not choose again now, what was left out is not known.
         begins = self.settings.config.reopens and self.cache is not None and not is_routed(self.cache)
         if earlier is not None or begins:
             self._kept_states = KeptStates.of(index, plan.past, hidden, tables, prefill.is_visual)
         if self.cache is not None and plan.reopened:
             cut(self.cache, index, plan.past)
-        return prefill, hidden
+        return hidden
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer = self._allow_update(self.cache, index)
@@ -295,7 +295,7 @@ class DensePrefill(RoutedDecode):
 
     def __init__(self, plan: Plan, settings: Settings, adapter: ModelAdapter) -> None:
         """The cache is known from the first layer on: the model may have made it itself."""
-        super().__init__(adapter, (plan.batch, plan.length))
+        super().__init__(adapter, plan.shape)
         self.plan, self.settings = plan, settings
         self.cache: Cache | None = None
 

@@ -13,7 +13,7 @@ __all__ = ["any_call", "block_kinds", "changes", "lanes", "later", "moves", "new
 
 lanes = st.integers(0, 1)
 subjects = st.sampled_from([0, 0, 0, 0, 1])
-_often = [*["pyramid"] * 3, *["growing"] * 3, *["reopening"] * 6]
+_often = [*["pyramid"] * 3, *["growing"] * 3, *["reopening"] * 9]
 routings = st.sampled_from([*SETTINGS, *_often, "removal", "renumbered", "everything"])
 
 changes = st.sampled_from(

@@ -285,7 +285,4 @@ def test_any_interleaving(family: str) -> None:
         print(f"{n:6} {what}")
     # Else it would be a test of little.
     assert HAPPENED["steps"] > 0.8 * share
-    assert all(
-        HAPPENED[what]
-        for what in ("plain", "routed", "routed again", "after a routed prompt", "interrupted", "refused: busy")
-    )
+    assert all(HAPPENED[what] for what in ("plain", "routed", "after a routed prompt", "interrupted", "refused: busy"))

@@ -38,6 +38,7 @@ from torch import Tensor
 from turns import first, is_fresh, turn
 
 from reroute.errors import RerouteError
+from reroute.transformers.cache import RoutedLayer
 from reroute.transformers.context import RoutedDecode, RoutedPrefill
 
 EARLY = Rules((3, 5), (0.5, 0.25), score_layer_offset=-1)
@@ -57,6 +58,8 @@ def test_a_later_turn_is_a_fresh_prompt_of_the_conversation(tiny: Tiny, rules: R
             close(logits[0], expected.logits[-len(part) :])
             same_decisions(handle.trace, [expected])
             assert kv_lengths(cache) == expected.kv_lengths
+            lacks = [isinstance(layer, RoutedLayer) for layer in cache.layers]
+            assert lacks == [index >= rules.layers[0] for index in range(tiny.num_layers)]
             assert cache.get_seq_length() == len(said)
 
 

@@ -202,7 +202,7 @@ def test_a_cache_of_the_callers_with_a_window_behind_the_first_look(few: Tiny) -
     said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
     cache = DynamicCache()
     cache.layer_class_to_replicate = None
-    cache.layers = [DynamicLayer() for _ in range(few.num_layers)]
+    cache.layers = [DynamicLayer() for _ in range(few.num_layers)]  # type: ignore[no-untyped-call]
     cache.layers[1] = DynamicSlidingWindowLayer(sliding_window=64)
     with enable(few, Rules((2,), (0.5,), score_layer_offset=-1), reopens=True):
         few.model(**few.inputs([said], positions=True), **{CACHE: cache})

@@ -37,7 +37,7 @@ Settings = dict[str, Any]
 
 SETTINGS: dict[str, Settings] = {
     "pyramid": {"schedule": reroute.Schedule((1, 3), (0.5, 0.25))},
-    "growing": {"schedule": reroute.Schedule((0, 2), (0.3, 1.0))},
+    "growing": {"schedule": reroute.Schedule((0, 2), (0.3, 1.0)), "reopens": True},
     "removal": {"schedule": reroute.Schedule((1, 3), (0.5, 0.25)), "action": "remove"},
     "scored before": {"schedule": reroute.Schedule((2, 4), (0.4, 0.2), (LastTokenAttention(-1),))},
     "none in the end": {"schedule": reroute.Schedule((1, 4), (0.1, 0.01), rounding="floor0")},

@@ -22,7 +22,7 @@ class Unknown(ScoreRanker):
 
 CONFIGS = [
     RoutingConfig(),
-    RoutingConfig("fastv", "remove", keep=1 / 3, backend="torch", trace=True),
+    RoutingConfig("fastv", "remove", keep=1 / 3, backend="torch", trace=True, reopens=True),
     RoutingConfig(PDrop((2, 4), (0.5, 0.25), "floor0")),
     RoutingConfig(Random(ranker=RandomScores(seed=3)), keep=0.5),
     RoutingConfig(FastV(ratio=0.1, ranker=RandomScores())),
@@ -121,6 +121,8 @@ REMOVING = RoutingConfig(action="remove", schedule=SCHEDULE, trace=True)
         (RoutingConfig(schedule=SCHEDULE), {"keep": 0.2}, RoutingConfig(keep=0.2)),
         (RoutingConfig(schedule=SCHEDULE), {"method": "fastv"}, RoutingConfig("fastv")),
         (RoutingConfig(schedule=SCHEDULE, trace=True), {"action": "remove"}, REMOVING),
+        (RoutingConfig(reopens=True), {"keep": 0.2}, RoutingConfig(keep=0.2, reopens=True)),
+        (RoutingConfig(keep=0.2, reopens=True), {"reopens": False}, RoutingConfig(keep=0.2)),
         (RoutingConfig("fastv", keep=0.3, backend="torch"), {}, RoutingConfig("fastv", keep=0.3, backend="torch")),
     ],
 )
