@@ -100,9 +100,9 @@ def _backend() -> str:
 
 
 def _models() -> str:
-    from ..transformers import SUPPORTED
+    from ..transformers import ROUTED
 
-    return ", ".join(SUPPORTED)
+    return ", ".join(ROUTED)
 
 
 def _tinyvlm() -> str:

@@ -262,7 +262,9 @@ class RoutedPrefill(ForwardContext):
     def _begin(self, hidden: torch.Tensor, kwargs: Kwargs) -> Prefill:
         self.cache = cache_of(kwargs)
         cos, sin = kwargs["position_embeddings"]
-        tables = PositionTables(cos, sin, kwargs.get("position_ids"))
+        ids = kwargs.get("position_ids")
+        # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
+        tables = PositionTables(cos, sin, ids if ids is None or ids.ndim == 2 else None)
         return self._start(self.plan, self.settings, hidden, tables, self._workspace)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
@@ -289,6 +291,7 @@ class RoutedPrefill(ForwardContext):
             key_positions,
             past=plan.past,
             has_fillers=has_fillers,
+            is_causal=self._adapter.is_causal,
             mask_format=self._mask_format,
             dtype=hidden.dtype,
         )

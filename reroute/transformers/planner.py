@@ -26,8 +26,8 @@ __all__ = ["Planner", "Prompt", "has_picture"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-"""Arguments of a base model in which pictures come."""
+PICTURES = ("pixel_values", "mm_encoder_outputs")
+"""What names of arguments have in them in which pictures come."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,21 @@ class Planner:
             )
         if settings.keeps_all:
             return  # the plain model, whatever its attention
-        sliding = [i for i in range(schedule.layers[0], len(adapter.layers)) if not adapter.is_full_attention(i)]
+        if schedule.layers[0] < adapter.first_layer:
+            raise RerouteError(
+                f"Features of the pictures come between layers, the last ones before layer {adapter.first_layer}, and "
+                f"the first routing layer is {schedule.layers[0]}. Decide from layer {adapter.first_layer} on."
+            )
+        compact = range(schedule.layers[0], len(adapter.layers))
+        sliding = [index for index in compact if not adapter.is_full_attention(index)]
         if sliding:
             raise RerouteError(
                 f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
                 "Route a model (or configure this one) with full attention in every layer from the first routing "
                 "layer on."
             )
+        scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
+        adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
         for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
@@ -213,7 +221,7 @@ class Planner:
 
 def has_picture(kwargs: Kwargs) -> bool:
     """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
-    given = (kwargs.get(name) for name in PICTURES)
+    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
     return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
 
 
