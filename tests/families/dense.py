@@ -45,7 +45,7 @@ def predict(
     for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
         if index in layers:
             scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
-            ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))  # noqa: B023
+            ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
             count = max(1, int(len(visual) * ratios[layers.index(index)]))
             if count < len(ranked):
                 margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))

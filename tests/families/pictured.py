@@ -147,7 +147,8 @@ def _any_resolution(seed: int) -> dict[str, Tensor]:
 
 
 def _llava_onevision() -> Pictured:
-    config = transformers.LlavaOnevisionConfig(
+    auto: Any = transformers  # whose annotations lack other names of the same
+    config = auto.LlavaOnevisionConfig(
         text_config=transformers.Qwen2Config(**TEXT),
         vision_config=transformers.SiglipVisionConfig(**VISION),
         image_token_id=PICTURE,
@@ -183,7 +184,8 @@ def _mistral3() -> Pictured:
 
 
 def _smolvlm() -> Pictured:
-    config = transformers.SmolVLMConfig(
+    auto: Any = transformers
+    config = auto.SmolVLMConfig(
         text_config=transformers.LlamaConfig(**TEXT),
         vision_config=dict(VISION),
         image_token_id=PICTURE,

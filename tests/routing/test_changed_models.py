@@ -218,7 +218,7 @@ def test_a_layer_before_all_decisions_may_be_anything(own: Tiny) -> None:
     layers[0].self_attn = Fused(layers[0].self_attn)
     with enable(own, FEW) as handle:
         assert torch.equal(own.model(**given).logits, expected)
-        with pytest.raises(RerouteError, match="Decoder layer 0 .* has no 'self_attn.q_proj'"):
+        with pytest.raises(RerouteError, match=r"Decoder layer 0 .* has no 'self_attn\.q_proj'"):
             handle.at(schedule=reroute.Schedule((0,), (0.5,)))
 
 

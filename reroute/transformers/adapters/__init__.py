@@ -19,7 +19,7 @@ FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qw
 
 def is_supported(model: Any) -> bool:
     """Whether ``model`` is a whole vision-language model that may be routed; ``adapter_of`` looks closer."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not (places.visual_ids(config) and hasattr(model, "generate") and hasattr(model, "lm_head")):
         return False
     return config.model_type not in REFUSED and places.has_decoder(getattr(model, "model", None))
@@ -31,7 +31,7 @@ def adapter_of(model: Any) -> ModelAdapter:
     Raises:
         UnsupportedModelError: it cannot be routed; says why.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     check_type(config, type(model).__name__)
     return FAMILIES.get(config.model_type, ModelAdapter)(model)
 

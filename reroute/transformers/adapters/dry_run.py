@@ -27,7 +27,7 @@ SPREAD = 3.0
 """Of queries and keys: logits then reach some 50, where a soft cap would show."""
 IMPLEMENTATION = "reroute_dry_run"
 """Name of the attention function that tells what it gets."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("hooks", "with_kwargs", "always_called")))
 OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 """What others put on one module beside hooks."""
 
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 class Seen(NamedTuple):
     """What the attention function gets: query (H, R, D), key (G, R, D), its mask, and all keyword arguments.
 
-    ``inputs``: what each child of the attention was called with before, by name, in order.
+    ``inputs``: what each projection was called with before, by name.
     """
 
     query: Tensor
@@ -90,7 +90,8 @@ class DryRun:
         self.attention = self._stood_in(of)
         self.attention.config = _Config(of.config)
         for name, child in self.attention.named_children():
-            child.register_forward_pre_hook(self._noting(name), with_kwargs=True)
+            if isinstance(child, _Projection):
+                child.register_forward_pre_hook(self._noting(name), with_kwargs=True)
         others = {name: self._child(child) for name, child in layer.named_children() if name != attention}
         self.layer = _clone(layer, {**others, attention: self.attention})
         self._arguments = inspect.signature(type(layer).forward).parameters
@@ -228,7 +229,7 @@ def is_projection(module: Any) -> bool:
 
 def _clone(module: Any, children: Mapping[str, Any]) -> Any:
     """``module`` with other ``children``, without what others have put on it."""
-    clone = type(module).__new__(type(module))
+    clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     clone.__dict__["_modules"] = dict(children)
     clone.__dict__.update({name: OrderedDict() for name in HOOKS}, training=False)
@@ -238,7 +239,7 @@ def _clone(module: Any, children: Mapping[str, Any]) -> Any:
 
 
 def rotary_tables(rotary: Any, hidden: Tensor, ids: Tensor) -> Any:
-    """What ``rotary`` makes of position ``ids`` with random frequencies; it is not changed, as it may be by long ids."""
+    """What ``rotary`` makes of position ``ids`` with random frequencies; long ids do not change it."""
     return type(rotary).forward(_with_random_buffers(rotary), hidden, position_ids=ids)
 
 

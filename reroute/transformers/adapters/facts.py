@@ -70,8 +70,8 @@ class LayerFacts:
 def refusal(what: str, layer: Any, index: int) -> UnsupportedModelError:
     """The error for a layer of which ``what`` is not known."""
     return UnsupportedModelError(
-        f"Decoder layer {index} ({type(layer).__name__}) cannot be routed: {what}. What routing knows of a layer has to "
-        "be what it does; disable routing for this model."
+        f"Decoder layer {index} ({type(layer).__name__}) cannot be routed: {what}. What routing knows of a layer has "
+        "to be what the layer does; disable routing for this model."
     )
 
 

@@ -11,10 +11,10 @@ from ...errors import UnsupportedModelError
 __all__ = [
     "child",
     "decoder_name",
-    "final_norm",
-    "has_several_positions",
     "feature_levels",
+    "final_norm",
     "has_decoder",
+    "has_several_positions",
     "stops_early",
     "visual_ids",
 ]

@@ -54,7 +54,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "video_llava",
     "vipllava",
 )
-"""``config.model_type`` of those that are routed. Others are too, if all that must be known of them can be found out."""
+"""``config.model_type`` of those that are routed; so are others of which all that must be known can be found out."""
 
 _ENCODER_DECODER = "its decoder reads the picture in an encoder, by cross-attention"
 _CROSS = "its decoder reads the picture by cross-attention; no token of the prompt stands for it"
