@@ -38,11 +38,13 @@ def predict(
 ) -> Predicted:
     """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it."""
     prompt = len(ids) if prompt is None else prompt
-    states, calls = _inputs(tiny, ids, given)
+    dense, calls = _inputs(tiny, ids, given)
     visual = [i for i, token in enumerate(ids[:prompt]) if token == PICTURE]
     active, there = torch.ones(len(ids), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
     candidates, kept, margin = list(range(len(visual))), [], float("inf")
     for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
+        if index <= layers[0]:  # features of pictures may have come between these layers
+            states = dense[index]
         if index in layers:
             scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
             ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
@@ -59,8 +61,8 @@ def predict(
         return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
 
 
-def _inputs(tiny: TinyType, ids: Sequence[int], given: Any) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What the first layer gets, and the keyword arguments of all."""
+def _inputs(tiny: TinyType, ids: Sequence[int], given: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What each layer gets without routing, and its keyword arguments."""
     seen: list[tuple[Tensor, dict[str, Any]]] = []
     handles = [
         layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
@@ -69,7 +71,7 @@ def _inputs(tiny: TinyType, ids: Sequence[int], given: Any) -> tuple[Tensor, lis
     tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given)
     for handle in handles:
         handle.remove()
-    return seen[0][0], [dict(kwargs) for _, kwargs in seen]
+    return [hidden for hidden, _ in seen], [dict(kwargs) for _, kwargs in seen]
 
 
 def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:

@@ -118,6 +118,23 @@ def _qwen2_vl() -> Pictured:
     return _made("Qwen2VLForConditionalGeneration", config, _patches)
 
 
+def _qwen3_vl() -> Pictured:
+    """Features come behind layers 0 and 1."""
+    sizes = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    config = transformers.Qwen3VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={
+            **sizes,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=PICTURE,
+        video_token_id=VIDEO,
+    )
+    return _made("Qwen3VLForConditionalGeneration", config, _patches)
+
+
 def _glm4v() -> Pictured:
     sizes = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
     config = transformers.Glm4vConfig(
@@ -200,5 +217,5 @@ def _smolvlm() -> Pictured:
 
 PICTURED: dict[str, Callable[[], Pictured]] = {
     make.__name__.removeprefix("_"): functools.cache(make)
-    for make in (_qwen2_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm)
+    for make in (_qwen2_vl, _qwen3_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm)
 }

@@ -10,6 +10,7 @@ from dense import near, predict
 from pictured import PICTURED, Pictured, Prompt
 
 import reroute
+from reroute.errors import RerouteError
 
 LAYERS, RATIOS = (2, 4, 5), (0.5, 0.3, 0.6)
 TOKENS, MARGIN = 3, 1e-6
@@ -53,6 +54,14 @@ def test_keeping_everything_is_the_plain_model(name: str) -> None:
     with reroute.enable(family.tiny.model, keep=1.0):
         same(generate(family, *prompts), plain)
     same(generate(family, *prompts), plain)
+
+
+def test_decisions_before_the_last_features() -> None:
+    """DeepStack adds features to the whole prompt, behind layers 0 and 1."""
+    model = PICTURED["qwen3_vl"]().tiny.model
+    with pytest.raises(RerouteError, match="the last ones before layer 2, and the first routing layer is 1"):
+        reroute.enable(model, schedule=reroute.Schedule((1, 4), (0.5, 0.5)))
+    reroute.enable(model, schedule=reroute.Schedule((2, 4), (0.5, 0.5))).disable()
 
 
 def same(one: Any, other: Any) -> None:

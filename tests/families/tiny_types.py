@@ -75,10 +75,45 @@ def _deepseek_ocr2(config: Any) -> None:
     config.text_config.mlp_layer_types = ["dense", *["sparse"] * (config.text_config.num_hidden_layers - 1)]
 
 
+def _aya_vision(config: Any) -> None:
+    config.vision_config = transformers.SiglipVisionConfig(num_hidden_layers=1)
+
+
+def _chameleon(config: Any) -> None:
+    config.vocabulary_map = {"<image>": PICTURE}
+
+
+def _cohere_compass(config: Any) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTION}
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": rope}
+
+
+def _glm4v_moe(config: Any) -> None:
+    """Half of each head is rotated."""
+    config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [1, 1, 0]}
+
+
+def _hunyuan_vl(config: Any) -> None:
+    sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    config.get_text_config().rope_parameters = sections
+
+
+def _lfm2_vl(config: Any) -> None:
+    kinds = ["conv", "full_attention"] * config.text_config.num_hidden_layers
+    config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
+
+
 TWEAKS: dict[str, Callable[[Any], None]] = {
+    "aya_vision": _aya_vision,
+    "chameleon": _chameleon,
+    "cohere_compass": _cohere_compass,
     "deepseek_ocr2": _deepseek_ocr2,
     "emu3": _emu3,
     "fast_vlm": _clip_tower,
+    "glm4v_moe": _glm4v_moe,
+    "hunyuan_vl": _hunyuan_vl,
+    "lfm2_vl": _lfm2_vl,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
 }

@@ -18,7 +18,7 @@ from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of
 from .layers import Layers
-from .scoring_layer import check_scoring_layer
+from .scoring_layer import check_part, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
 
@@ -135,7 +135,8 @@ class ModelAdapter:
                 "(copy.deepcopy) with a self_attn.layer_idx of its own in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
-            place = getattr(getattr(layer, self.attention, None), "layer_idx", index)
+            check_part(layer, self.attention, index)
+            place = getattr(getattr(layer, self.attention), "layer_idx", index)
             if place != index:
                 raise UnsupportedModelError(
                     f"Decoder layer {index} uses place {place} of the cache, and routing would look for it in place "

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 
-__all__ = ["check_parts", "check_scoring_layer"]
+__all__ = ["check_part", "check_parts", "check_scoring_layer"]
 
 PROJECTIONS = ("q_proj", "k_proj")
 ADAPTERS, ACTIVATION = "adapter_names", "alora_offsets"
@@ -21,7 +21,7 @@ def check_parts(layer: Any, index: int, attention: str) -> None:
         UnsupportedModelError: one is missing.
     """
     for path in (attention, *(f"{attention}.{name}" for name in PROJECTIONS)):
-        _part(layer, path, index)
+        check_part(layer, path, index)
 
 
 def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
         UnsupportedModelError: a part is missing, or is not what it seems while its layer does not run.
     """
     for path in parts:
-        part = _part(layer, path, index)
+        part = check_part(layer, path, index)
         _check_weights(layer, part, path, index)
         if _is_handed(part, ADAPTERS):
             raise UnsupportedModelError(
@@ -46,7 +46,8 @@ def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
         )
 
 
-def _part(layer: Any, path: str, index: int) -> Any:
+def check_part(layer: Any, path: str, index: int) -> Any:
+    """The part at ``path`` of layer ``index``. UnsupportedModelError if it is missing."""
     part = layer
     for name in path.split("."):
         part = getattr(part, name, None)

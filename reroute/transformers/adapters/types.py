@@ -21,6 +21,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "fast_vlm",
     "glm46v",
     "glm4v",
+    "glm4v_moe",
     "glm_ocr",
     "glmga",
     "got_ocr2",
