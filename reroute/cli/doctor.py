@@ -100,9 +100,12 @@ def _backend() -> str:
 
 
 def _models() -> str:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     from ..transformers import ROUTED
 
-    return ", ".join(ROUTED)
+    here = [kind for kind in ROUTED if kind in CONFIG_MAPPING_NAMES]
+    return f"{len(here)} types are routed: {', '.join(here)}"
 
 
 def _tinyvlm() -> str:
