@@ -100,11 +100,11 @@ def _backend() -> str:
 
 
 def _models() -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     from ..transformers import ROUTED
 
-    here = [kind for kind in ROUTED if kind in CONFIG_MAPPING_NAMES]
+    here = [kind for kind in ROUTED if kind in CONFIG_MAPPING]
     return f"{len(here)} types are routed: {', '.join(here)}"
 
 
