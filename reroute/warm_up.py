@@ -46,7 +46,7 @@ class ShortPrefills:
     def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:
         """Prefills of one prompt, and of two if ``batch`` is more than 1."""
         for prompts in range(1, min(batch, 2) + 1):
-            for has_ids in (True, False) if self._adapter.may_lack_position_ids else (True,):
+            for has_ids in (True,) if self._adapter.renumbers else (True, False):
                 self._prefill(prompts, has_ids, backend, pool)
 
     def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool) -> None:

@@ -100,9 +100,12 @@ def _backend() -> str:
 
 
 def _models() -> str:
-    from ..transformers import SUPPORTED
+    from transformers import CONFIG_MAPPING
 
-    return ", ".join(SUPPORTED)
+    from ..transformers import ROUTED
+
+    here = [kind for kind in ROUTED if kind in CONFIG_MAPPING]
+    return f"{len(here)} types are routed: {', '.join(here)}"
 
 
 def _tinyvlm() -> str:

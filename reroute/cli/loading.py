@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..demo.tinyvlm import CHECKPOINTS
-from ..errors import RerouteError, UnsupportedModelError
+from ..errors import RerouteError
 from .common import refusals, shorten
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
     import torch
     import transformers
 
-    from ..transformers import SUPPORTED
+    from ..transformers import check_type
 
     auto: Any = transformers  # its loaders are annotated only in part
     folder = Path(name).expanduser()
@@ -160,11 +160,7 @@ def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
         config = auto.AutoConfig.from_pretrained(source)
     except Exception as error:  # the Hub's clients and damaged folders raise all kinds
         raise _unloadable(name, error) from None
-    if config.model_type not in SUPPORTED:
-        raise UnsupportedModelError(
-            f"The model {name} is of type {config.model_type!r}, which cannot be routed. "
-            f"Supported: {', '.join(SUPPORTED)}."
-        )
+    check_type(config, f"the model {name}")
     try:
         processor = auto.AutoProcessor.from_pretrained(source)
         model, report = auto.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)

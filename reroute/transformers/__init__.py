@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .adapters import ADAPTERS, SUPPORTED, ModelAdapter, adapter_of, is_supported
+from .adapters import REFUSED, ROUTED, ModelAdapter, adapter_of, check_type, is_supported
 from .planner import Prompt
 from .router import Router
 
-__all__ = ["ADAPTERS", "SUPPORTED", "ModelAdapter", "Prompt", "Router", "adapter_of", "is_supported"]
+__all__ = ["REFUSED", "ROUTED", "ModelAdapter", "Prompt", "Router", "adapter_of", "check_type", "is_supported"]

@@ -222,6 +222,7 @@ class RoutedPrefill(ForwardContext):
             key_positions,
             past=plan.past,
             has_fillers=has_fillers,
+            is_causal=self._adapter.is_causal,
             mask_format=self._mask_format,
             dtype=hidden.dtype,
         )
@@ -307,4 +308,6 @@ class DensePrefill(RoutedDecode):
 
 def _tables(kwargs: Kwargs) -> PositionTables:
     cos, sin = kwargs["position_embeddings"]
-    return PositionTables(cos, sin, kwargs.get("position_ids"))
+    ids = kwargs.get("position_ids")
+    # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
+    return PositionTables(cos, sin, ids if ids is None or ids.ndim == 2 else None)

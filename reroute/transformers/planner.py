@@ -35,8 +35,8 @@ __all__ = ["Planner", "Prompt", "has_picture"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-"""Arguments of a base model in which pictures come."""
+PICTURES = ("pixel_values", "mm_encoder_outputs")
+"""What names of arguments have in them in which pictures come."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,28 @@ class Planner:
             )
         if settings.keeps_all:
             return  # the plain model, whatever its attention
-        if settings.config.reopens and settings.needs_vision:
+        reopens = settings.config.reopens
+        if reopens and settings.needs_vision:
             raise RerouteError(
                 "With reopens=True later turns choose again, and rankers that look at the vision tower would find none "
                 "of what it computed. Choose other rankers, or reopens=False."
             )
-        first = schedule.first_look if settings.config.reopens else schedule.layers[0]
-        sliding = [i for i in range(first, len(adapter.layers)) if not adapter.is_full_attention(i)]
+        first = schedule.first_look if reopens else schedule.layers[0]
+        if first < adapter.first_layer:
+            raise RerouteError(
+                f"Features of the pictures come between layers, the last ones before layer {adapter.first_layer}, and "
+                f"the first layer that {'looks or routes' if reopens else 'routes'} is {first}. Decide from layer "
+                f"{adapter.first_layer} on."
+            )
+        compact = range(first, len(adapter.layers))
+        sliding = [index for index in compact if not adapter.is_full_attention(index)]
         if sliding:
             raise RerouteError(
                 f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
                 f"Route a model (or configure this one) with full attention in every layer from layer {first} on."
             )
+        scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
+        adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
         for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
@@ -245,7 +255,7 @@ class Planner:
 
 def has_picture(kwargs: Kwargs) -> bool:
     """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
-    given = (kwargs.get(name) for name in PICTURES)
+    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
     return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
 
 

@@ -189,7 +189,7 @@ def test_run_refuses_models_and_questions_it_cannot_treat(
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
     assert main(["run", str(picture), QUESTION, "--model", str(folder), "--out", str(out)]) == 2
-    assert "of type 'bert', which cannot be routed. Supported: llava" in capsys.readouterr().err
+    assert "(model type 'bert'): its configuration names no visual tokens" in capsys.readouterr().err
     assert main(["run", str(picture), "is this a dog ?", "--out", str(out)]) == 2
     assert "does not know 'this', 'dog'" in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_models() -> None:
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     )
     for model in (text_only, models.tiny("llava-gqa").model.model.language_model, torch.nn.Linear(1, 1)):
-        with pytest.raises(UnsupportedModelError, match="Supported model types: llava, qwen2_5_vl"):
+        with pytest.raises(UnsupportedModelError, match=r"no visual tokens.*Known types: .*llava, .*qwen2_5_vl"):
             reroute.enable(model)
     with pytest.raises(UnsupportedModelError, match="ForConditionalGeneration"):
         reroute.enable(models.tiny("llava-gqa").model.model)
@@ -154,10 +154,10 @@ def test_tensor_parallelism(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
         reroute.enable(tiny.model)
 
 
-def test_unknown_decoder_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_that_cannot_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.llava(layers=2).model
-    monkeypatch.setattr(type(model.config.text_config), "model_type", "mystery")
-    with pytest.raises(UnsupportedModelError, match=r"mystery.*llama, mistral, qwen2"):
+    monkeypatch.setattr(type(model.config), "model_type", "mllama")
+    with pytest.raises(UnsupportedModelError, match=r"Cannot route Llava.*'mllama'.*cross-attention"):
         reroute.enable(model)
 
 
@@ -167,7 +167,8 @@ def test_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     text.layer_types = ["full_attention", "full_attention", "full_attention", "sliding_attention"]
     with pytest.raises(RerouteError, match=r"Layers \[3\] use sliding-window"):
         reroute.enable(tiny.model, method="fastv", keep=0.6)
-    text.layer_types = ["sliding_attention", *["full_attention"] * 3]
+    text.layer_types, text.sliding_window = ["sliding_attention", *["full_attention"] * 3], 8
+    monkeypatch.setattr(tiny.model.model.language_model, "has_sliding_layers", True)
     reroute.enable(tiny.model, schedule=reroute.Schedule((1,), (0.5,))).disable()
 
 

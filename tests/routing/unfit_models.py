@@ -100,8 +100,8 @@ def layer(model: Any) -> Any:
 
 
 MODELS: dict[str, Callable[[Tiny], Any]] = {
-    "an unknown model": changed(lambda model: type(model.config), "model_type", "mystery"),
-    "an unknown decoder": changed(lambda model: type(text(model)), "model_type", "mystery"),
+    "a model that cannot be right": changed(lambda model: type(model.config), "model_type", "gemma3n"),
+    "a decoder without rotary tables": replaced(decoder, "rotary_emb", None),
     "attention with unknown masks": changed(text, "_attn_implementation", "flex_attention"),
     "sliding windows": changed(text, "layer_types", ["full_attention"] * 4 + ["sliding_attention"]),
     "tensor parallelism": changed(lambda model: model, "_tp_size", 2),

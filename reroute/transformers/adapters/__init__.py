@@ -1,40 +1,50 @@
-"""Adapters of the model families that can be routed: one file each."""
+"""Adapters of the models that can be routed: what is known of one is found out; a file adds what cannot be."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...errors import UnsupportedModelError
+from . import places
 from .base import ModelAdapter
 from .llava import Llava
 from .qwen2_5_vl import Qwen25VL
+from .types import REFUSED, ROUTED
 
-__all__ = ["ADAPTERS", "SUPPORTED", "ModelAdapter", "adapter_of", "is_supported"]
+__all__ = ["FAMILIES", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
 
-ADAPTERS: tuple[type[ModelAdapter], ...] = (Llava, Qwen25VL)
-SUPPORTED: tuple[str, ...] = tuple(name for adapter in ADAPTERS for name in adapter.model_types)
-"""``config.model_type`` of every supported model."""
+FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qwen25VL) for kind in family.model_types}
+"""Of the model types that have a file, by ``config.model_type``."""
 
 
 def is_supported(model: Any) -> bool:
-    """Whether ``model`` is a whole vision-language model that an adapter covers."""
-    return _type_of(model) in SUPPORTED and hasattr(model, "generate") and hasattr(model, "lm_head")
+    """Whether ``model`` is a whole vision-language model that may be routed; ``adapter_of`` looks closer."""
+    config: Any = getattr(model, "config", None)
+    if not (places.visual_ids(config) and hasattr(model, "generate") and hasattr(model, "lm_head")):
+        return False
+    return config.model_type not in REFUSED and places.has_decoder(getattr(model, "model", None))
 
 
 def adapter_of(model: Any) -> ModelAdapter:
     """The adapter of ``model``, bound to it.
 
     Raises:
-        UnsupportedModelError: no adapter covers it; lists the known ones.
+        UnsupportedModelError: it cannot be routed; says why.
     """
-    kind = _type_of(model)
-    for adapter in ADAPTERS:
-        if kind in adapter.model_types:
-            return adapter(model)
-    raise UnsupportedModelError(
-        f"Cannot route {type(model).__name__} (model type {kind!r}). Supported model types: {', '.join(SUPPORTED)}."
-    )
+    config: Any = getattr(model, "config", None)
+    check_type(config, type(model).__name__)
+    return FAMILIES.get(config.model_type, ModelAdapter)(model)
 
 
-def _type_of(model: Any) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
+def check_type(config: Any, name: str) -> None:
+    """Refuse a model called ``name`` by its configuration alone.
+
+    Raises:
+        UnsupportedModelError: models of its type cannot be routed, or it has no visual tokens.
+    """
+    kind = getattr(config, "model_type", None)
+    why = REFUSED.get(str(kind), "")
+    if not why and not places.visual_ids(config):
+        why = f"its configuration names no visual tokens (image_token_id). Known types: {', '.join(ROUTED)}"
+    if why:
+        raise UnsupportedModelError(f"Cannot route {name} (model type {kind!r}): {why}.")

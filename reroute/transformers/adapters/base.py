@@ -1,7 +1,8 @@
-"""What routing must know of a model family. An adapter for another one is a small subclass."""
+"""What routing must know of a model, found out by looking at it. What cannot be found out is a small subclass."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,11 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import AttentionSpec, RMSNorm, Rope
+from reroute_kernels import AttentionSpec, RMSNorm
 
 from ...errors import RerouteError, UnsupportedModelError
 from ..vision import Tower
-from .scoring_layer import check_parts, check_scoring_layer
+from . import places
+from .facts import LayerFacts, rms_norm_of
+from .layers import Layers
+from .scoring_layer import check_part, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
 
@@ -25,30 +29,26 @@ _CHANGED = (
 
 
 class ModelAdapter:
-    """Vision-language models with a Llama-like decoder: ``input_layernorm``, ``self_attn.{q,k}_proj``, plain RoPE.
+    """A vision-language model of which all is known, bound to it. It is a ``reroute.rankers.base.DecoderAdapter``.
 
-    It is bound to one model, and is a ``reroute.core.ranking.DecoderAdapter``.
+    Subclasses override what the facts of a layer do not hold; what they say is proved as all else is.
+
+    - ``first_layer``: the first layer that may decide: before it the decoder adds features of the pictures.
+    - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
+    - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
+      get position ids in some calls (``generate``) and none in others (a plain forward).
     """
 
-    model_types: ClassVar[tuple[str, ...]]
-    """``config.model_type`` of the models that this adapter covers."""
-    text_model_types: ClassVar[tuple[str, ...]]
-    """``config.text_config.model_type`` of the decoders whose attention this adapter knows."""
-    input_norms: ClassVar[tuple[str, ...]] = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")
-    """Classes of ``input_layernorm`` that compute what ``RMSNorm`` does."""
-    rope: Rope = "half"
-    renumbers: ClassVar[bool] = True
-    """Whether position ids are one number per token, so that kept tokens may be renumbered."""
-    may_lack_position_ids: ClassVar[bool] = False
-    """Whether layers get position ids in some calls (``generate``) and none in others (a plain forward)."""
-    may_stop_early: ClassVar[bool] = True
-    """Whether the decoder runs no more layers than ``num_hidden_layers`` says, however many it has."""
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """``config.model_type`` of the models that a subclass is for."""
+    attention: ClassVar[str] = "self_attn"
+    """What a layer calls its attention."""
 
     def __init__(self, model: Any) -> None:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: the decoder inside is not one that this adapter knows, its heads are spread over
+            UnsupportedModelError: not all that must be known of its decoder can be found out, its heads are spread over
                 several GPUs, or ``model`` is a wrapper such as PEFT's.
         """
         if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
@@ -63,17 +63,20 @@ class ModelAdapter:
             )
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
-        if self.text_config.model_type not in self.text_model_types:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} with a '{self.text_config.model_type}' decoder is not supported; "
-                f"known decoders: {', '.join(self.text_model_types)}."
-            )
-        self.base = self._child(model, "model")
-        self.text = self._child(self.base, "language_model")
-        self._child(self.text, "layers")
+        self.base = places.child(model, "model")
+        self._decoder = places.decoder_name(self.base)
+        self.text = getattr(self.base, self._decoder)
+        places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
+        self.renumbers = not places.has_several_positions(self.base, self.text)
+        self.first_layer = places.feature_levels(self.config, self.text)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
         self._check_structure()
+        self._known = Layers.of(self.text)
+        self._facts: dict[int, LayerFacts] = {}
+        self.is_causal = True
+
+    # --- the model as it is at a call -----------------------------------------------------------------------------
 
     def check_base(self, model: Any) -> None:
         """Check at a call that ``model``, the whole model, still calls the base model that is routed.
@@ -87,14 +90,29 @@ class ModelAdapter:
     def check_layers(self, scoring: Sequence[int]) -> None:
         """Check at a call that the decoder is still what it was, and that the ``scoring`` layers can be asked to score.
 
+        What was changed inside of these layers since it was proved is found out and proved anew.
+
         Raises:
             RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
         """
-        now = self._layers_now() if _holds(self.base.language_model, self.text) else []
+        now = self._layers_now() if _holds(getattr(self.base, self._decoder), self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
             raise RerouteError(_CHANGED)
         for index in scoring:
-            check_scoring_layer(self.layers[index], index)
+            self._facts[index] = self._known.proved(self, index)
+            check_scoring_layer(self.layers[index], index, self._scoring_parts(index))
+
+    def check_facts(self, scoring: Sequence[int], compact: Sequence[int]) -> None:
+        """Find out what must be known of the ``scoring`` layers and of those that run ``compact``, and prove it.
+
+        Raises:
+            UnsupportedModelError: something cannot be found out, or is not what the layer does.
+        """
+        kinds = [self._known.facts(self, index, like_others=True) for index in compact]
+        self.is_causal = all(facts.is_causal for facts in kinds)
+        self._known.check_calls(self, compact)
+        for index in scoring:
+            self._facts[index] = self._known.proved(self, index)
 
     def _layers_now(self) -> Sequence[Any]:
         """The layers that a forward runs.
@@ -103,7 +121,7 @@ class ModelAdapter:
             UnsupportedModelError: they are not as many as the configuration says, by which caches are made.
         """
         layers, said = list(self.text.layers), self.text_config.num_hidden_layers
-        if len(layers) < said or (len(layers) > said and not self.may_stop_early):
+        if len(layers) < said or (len(layers) > said and not places.stops_early(self.text)):
             raise UnsupportedModelError(
                 f"The decoder of {type(self.base).__name__} runs {len(layers)} layers, and its configuration says "
                 f"num_hidden_layers={said}. Change one of them until they agree."
@@ -117,22 +135,37 @@ class ModelAdapter:
                 "(copy.deepcopy) with a self_attn.layer_idx of its own in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
-            check_parts(layer, index)
-            place = getattr(layer.self_attn, "layer_idx", index)
+            check_part(layer, self.attention, index)
+            place = getattr(getattr(layer, self.attention), "layer_idx", index)
             if place != index:
                 raise UnsupportedModelError(
                     f"Decoder layer {index} uses place {place} of the cache, and routing would look for it in place "
                     f"{index}. Set self_attn.layer_idx of layers that were moved or copied to where they are now."
                 )
 
+    def bound_to(self, layers: Mapping[int, Any], facts: Mapping[int, LayerFacts]) -> ModelAdapter:
+        """One that says of these layers, by index, what this one says of the model's."""
+        bound = copy.copy(self)
+        bound.layers, bound._facts = layers, dict(facts)  # type: ignore[assignment]  # layers are only indexed here
+        return bound
+
+    # --- a layer --------------------------------------------------------------------------------------------------
+
+    def facts(self, layer: int) -> LayerFacts:
+        """What ``layer`` does. UnsupportedModelError if it cannot be found out."""
+        if layer not in self._facts:
+            self._facts[layer] = self._known.facts(self, layer)
+        return self._facts[layer]
+
     @property
     def visual_ids(self) -> tuple[int, ...]:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
-        names = ("image_token_id", "video_token_id")
-        return tuple(i for name in names if (i := getattr(self.config, name, None)) is not None)
+        return places.visual_ids(self.config)
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
+        if self._known.facts(self, layer, like_others=True).window is not None:
+            return False
         types = getattr(self.text_config, "layer_types", None)
         if types is not None:
             return bool(types[layer] == "full_attention")
@@ -140,53 +173,75 @@ class ModelAdapter:
 
     def input_norm(self, layer: int) -> RMSNorm | None:
         """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
-        norm = self.layers[layer].input_layernorm
-        if _is_changed(norm) or type(norm).__name__ not in self.input_norms:
-            return None
-        return RMSNorm(norm.weight, norm.variance_epsilon)
+        facts = self.facts(layer)
+        norm = self._input_norm(layer)
+        return None if not facts.has_rms_input_norm or _is_changed(norm) else rms_norm_of(norm)
 
     def normalise(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """See ``DecoderAdapter``."""
-        normed: torch.Tensor = self.layers[layer].input_layernorm(rows)
+        norm = self._input_norm(layer)
+        normed: torch.Tensor = rows if norm is None else norm(rows)
         return normed
 
     def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``DecoderAdapter``."""
-        normed: torch.Tensor = self.text.norm(rows)
+        normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
     def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``DecoderAdapter``."""
-        attention = self.layers[layer].self_attn
-        heads = (-1, attention.head_dim)
+        """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
+        attention, facts = self._attention(layer), self.facts(layer)
+        heads = (-1, facts.head_dim)
         query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
-        return attention.q_norm(query) if hasattr(attention, "q_norm") else query, keys
+        if facts.query_norm is not None:
+            query = getattr(attention, facts.query_norm)(query)
+        if facts.key_norm is not None and self._key_norm(layer) is None:
+            keys = getattr(attention, facts.key_norm)(keys)
+        return query, keys
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
-        attention = self.layers[layer].self_attn
-        projection, heads = attention.k_proj, (-1, attention.head_dim)
-        has_norm = self.attention_spec(layer).key_norm is not None
-        if type(projection) is not torch.nn.Linear or _is_changed(projection) or has_norm:
+        projection, facts = self._attention(layer).k_proj, self.facts(layer)
+        if type(projection) is not torch.nn.Linear or _is_changed(projection) or facts.key_norm is not None:
             raise RerouteError(
                 f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
                 "and FoldedAttention needs that matrix. Merge adapters into weights, or rank by LastTokenAttention."
             )
-        bias = projection.bias
+        bias, heads = projection.bias, (-1, facts.head_dim)
         return projection.weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
-        attention = self.layers[layer].self_attn
-        norm = getattr(attention, "k_norm", None)
-        key_norm = None if norm is None else RMSNorm(norm.weight, norm.variance_epsilon)
-        return AttentionSpec(float(attention.scaling), self.rope, key_norm)
+        return AttentionSpec(float(self._attention(layer).scaling), self.facts(layer).rope, self._key_norm(layer))
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
         cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
         return cos, sin
+
+    def _attention(self, layer: int) -> Any:
+        return getattr(self.layers[layer], self.attention)
+
+    def _input_norm(self, layer: int) -> Any:
+        name = self.facts(layer).input_norm
+        return None if name is None else getattr(self.layers[layer], name)
+
+    def _key_norm(self, layer: int) -> RMSNorm | None:
+        """Of the keys, if kernels can run it."""
+        facts = self.facts(layer)
+        if facts.key_norm is None or not facts.has_rms_key_norm:
+            return None
+        norm = getattr(self._attention(layer), facts.key_norm)
+        return None if _is_changed(norm) else rms_norm_of(norm)
+
+    def _scoring_parts(self, layer: int) -> tuple[str, ...]:
+        """Modules that scoring calls in ``layer``."""
+        norm = self.facts(layer).input_norm
+        projections = (f"{self.attention}.q_proj", f"{self.attention}.k_proj")
+        return projections if norm is None else (norm, *projections)
+
+    # --- pictures -------------------------------------------------------------------------------------------------
 
     @cached_property
     def tower(self) -> Tower:
@@ -195,11 +250,21 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: it is not one that is known.
         """
-        raise NotImplementedError
+        raise UnsupportedModelError(
+            f"A ranker of this schedule looks at the pictures, and what {type(self.base).__name__} has is not a vision "
+            "tower that is known. Choose rankers that do not look at them."
+        )
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
-        """Per sample, per image: (rows, columns) of its visual tokens, in prompt order."""
-        raise NotImplementedError
+        """Per sample, per image: (rows, columns) of its visual tokens, in prompt order.
+
+        Raises:
+            RerouteError: they are not known.
+        """
+        raise RerouteError(
+            f"Which patch of a picture each visual token shows is not known for {type(self.base).__name__}. Routing "
+            "itself needs no grid: use reroute.enable and handle.trace."
+        )
 
     def visual_runs(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """Per sample: (placeholder id, length) of each run of visual tokens in ``inputs["input_ids"]`` (B, L)."""
@@ -209,16 +274,6 @@ class ModelAdapter:
             pairs = zip(ids.tolist(), lengths.tolist(), strict=True)
             runs.append([(token, length) for token, length in pairs if token in self.visual_ids])
         return runs
-
-    @staticmethod
-    def _child(module: Any, name: str) -> Any:
-        child = getattr(module, name, None)
-        if child is None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has no '{name}'. Pass the whole model (…ForConditionalGeneration), "
-                "not one of its parts."
-            )
-        return child
 
 
 def _parameters(module: Any) -> tuple[str, ...]:

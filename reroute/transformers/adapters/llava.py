@@ -1,13 +1,14 @@
-"""LLaVA-1.5: CLIP features projected into a Llama, Mistral or Qwen2 decoder; and Pixtral, which is of the same type."""
+"""LLaVA-1.5, with a CLIP tower or Pixtral's: the tower that rankers may look at, and which patch each token shows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from ...errors import RerouteError
 from ..vision import ClipTower, Tower
+from . import places
 from .base import ModelAdapter
 
 __all__ = ["Llava"]
@@ -19,13 +20,12 @@ class Llava(ModelAdapter):
     """``LlavaForConditionalGeneration``: every patch of an image is one visual token."""
 
     model_types = ("llava",)
-    text_model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
 
     @cached_property
     def tower(self) -> Tower:
         """See ``ModelAdapter``."""
-        projector = self._child(self.base, "multi_modal_projector")
-        return ClipTower(self._child(self.base, "vision_tower"), projector, self.config)
+        projector = places.child(self.base, "multi_modal_projector")
+        return ClipTower(places.child(self.base, "vision_tower"), projector, self.config)
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[Grid]]:
         """See ``ModelAdapter``. Images that follow one another without text between them form one run of placeholders.

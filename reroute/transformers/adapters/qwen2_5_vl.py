@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..vision import Qwen25VLTower, Tower
+from . import places
 from .base import ModelAdapter
 
 __all__ = ["Qwen25VL"]
@@ -16,16 +17,12 @@ class Qwen25VL(ModelAdapter):
     """``Qwen2_5_VLForConditionalGeneration``."""
 
     model_types = ("qwen2_5_vl",)
-    text_model_types = ("qwen2_5_vl_text",)
-    renumbers = False
-    may_lack_position_ids = True
-    may_stop_early = False
 
     @cached_property
     def tower(self) -> Tower:
         """See ``ModelAdapter``."""
-        module = self._child(self.base, "visual")
-        return Qwen25VLTower(module, self._child(module, "merger"), self.config)
+        module = places.child(self.base, "visual")
+        return Qwen25VLTower(module, places.child(module, "merger"), self.config)
 
     def image_grids(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
         """See ``ModelAdapter``. A video counts as its frames, one grid each."""

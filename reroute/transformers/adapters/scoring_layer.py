@@ -2,69 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import UnsupportedModelError
 
-__all__ = ["check_parts", "check_scoring_layer"]
+__all__ = ["check_part", "check_parts", "check_scoring_layer"]
 
-NEEDED = ("input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj")
-"""Modules that scoring calls."""
-NUMBERS = ("head_dim", "scaling")
-"""What it reads off the attention."""
+PROJECTIONS = ("q_proj", "k_proj")
 ADAPTERS, ACTIVATION = "adapter_names", "alora_offsets"
 """What PEFT hands to projections in hooks of one forward: an adapter for each row, and where activated LoRA begins."""
 
 
-def check_parts(layer: Any, index: int) -> list[Any]:
-    """The modules that scoring calls in layer ``index`` of a decoder.
+def check_parts(layer: Any, index: int, attention: str) -> None:
+    """Check that layer ``index`` of a decoder has an attention with projections.
 
     Raises:
         UnsupportedModelError: one is missing.
     """
-    parts = [_part(layer, path, index) for path in NEEDED]
-    for name in NUMBERS:
-        if not hasattr(parts[1], name):
-            raise UnsupportedModelError(_without(f"self_attn.{name}", layer, index))
-    return parts
+    for path in (attention, *(f"{attention}.{name}" for name in PROJECTIONS)):
+        check_part(layer, path, index)
 
 
-def check_scoring_layer(layer: Any, index: int) -> None:
-    """Check at a call whether layer ``index`` of a decoder can be asked to score.
+def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
+    """Check at a call whether layer ``index`` of a decoder can be asked to score, which calls its ``parts``.
 
     Raises:
         UnsupportedModelError: a part is missing, or is not what it seems while its layer does not run.
     """
-    for path, part in zip(NEEDED, check_parts(layer, index), strict=True):
-        if path != "self_attn":
-            _check_weights(layer, part, path, index)
-            if _is_handed(part, ADAPTERS):
-                raise UnsupportedModelError(
-                    f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
-                    "with the rows of all prompts in one. Call the model once for each adapter, or disable routing."
-                )
-    parts = (part for block in layer._modules.values() if block for part in block._modules.values() if part)
-    if any(_is_handed(part, ACTIVATION) for part in parts):
+    for path in parts:
+        part = check_part(layer, path, index)
+        _check_weights(layer, part, path, index)
+        if _is_handed(part, ADAPTERS):
+            raise UnsupportedModelError(
+                f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
+                "with the rows of all prompts in one. Call the model once for each adapter, or disable routing."
+            )
+    blocks = (part for block in layer._modules.values() if block for part in block._modules.values() if part)
+    if any(_is_handed(part, ACTIVATION) for part in blocks):
         raise UnsupportedModelError(
             f"Activated LoRA counts its tokens from the end of each row ({ACTIVATION}), and routing leaves tokens out. "
             "Use another adapter, or disable routing."
         )
 
 
-def _part(layer: Any, path: str, index: int) -> Any:
+def check_part(layer: Any, path: str, index: int) -> Any:
+    """The part at ``path`` of layer ``index``. UnsupportedModelError if it is missing."""
     part = layer
     for name in path.split("."):
         part = getattr(part, name, None)
         if part is None:
-            raise UnsupportedModelError(_without(path, layer, index))
+            raise UnsupportedModelError(
+                f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is "
+                "wrapped, its projections are fused, or it is not a layer of attention. Enable routing on a model "
+                "without that."
+            )
     return part
-
-
-def _without(path: str, layer: Any, index: int) -> str:
-    return (
-        f"Decoder layer {index} ({type(layer).__name__}) has no {path!r}, which ranks the visual tokens: it is "
-        "wrapped, or its projections are fused. Enable routing on the model without that."
-    )
 
 
 def _check_weights(layer: Any, part: Any, path: str, index: int) -> None:

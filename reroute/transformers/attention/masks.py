@@ -21,6 +21,7 @@ def prefill_mask(
     *,
     past: int,
     has_fillers: bool,
+    is_causal: bool = True,
     mask_format: MaskFormat,
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
@@ -33,15 +34,17 @@ def prefill_mask(
         key_positions: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
         has_fillers: whether any row or column is a filler.
+        is_causal: what a missing mask means: to see what came before, or everything.
         mask_format: of a mask built from nothing.
         dtype: of an additive mask built from nothing.
     """
     if mask is None:
-        if not has_fillers and (past == 0 or mask_format == "padding"):
+        if not has_fillers and (past == 0 or not is_causal or mask_format == "padding"):
             return None
         if mask_format == "padding":
             return key_positions >= 0
         picked = (key_positions[:, None, :] <= (rows + past)[:, :, None]).unsqueeze(1)
+        picked = picked if is_causal else torch.ones_like(picked)
         if mask_format == "additive":
             lowest = torch.finfo(dtype).min
             picked = torch.zeros_like(picked, dtype=dtype).masked_fill_(~picked, lowest)

@@ -1,0 +1,263 @@
+"""Dry runs: what a decoder layer hands to its attention function, seen without its weights.
+
+The layer's own code runs on a few random rows. Its projections are stood in for by a choice of features, and its norms
+have random weights, so that a run costs the same for a model of any size, wherever its weights are and however they are
+stored, and weights that happen to be trivial hide nothing. The model itself is not called and not changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import AttentionInterface
+
+__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rotary_tables"]
+
+ROWS = 24
+FAR = 2**17
+"""Positions from here on are beyond every length up to which a query scale that grows with them is 1."""
+SPREAD = 3.0
+"""Of queries and keys: logits then reach some 50, where a soft cap would show."""
+IMPLEMENTATION = "reroute_dry_run"
+"""Name of the attention function that tells what it gets."""
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("hooks", "with_kwargs", "always_called")))
+OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
+"""What others put on one module beside hooks."""
+
+
+class Inputs(NamedTuple):
+    """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R)."""
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    ids: Tensor
+    mask: Tensor
+
+    def unrotated(self) -> Inputs:
+        """The same with tables that turn nothing."""
+        return self._replace(cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
+
+
+class Seen(NamedTuple):
+    """What the attention function gets: query (H, R, D), key (G, R, D), its mask, and all keyword arguments.
+
+    ``inputs``: what each projection was called with before, by name.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+    options: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
+
+
+class _Reached(BaseException):
+    """Carries what the attention function got past any ``except Exception`` of a layer."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.given = query[0], key[0], mask, options
+
+
+def _tell(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+    raise _Reached(query, key, attention_mask, options)
+
+
+AttentionInterface.register(IMPLEMENTATION, _tell)
+
+
+class DryRun:
+    """A decoder layer with stand-ins for what it is made of.
+
+    ``layer`` and ``attention`` are copies: what is not stood in for is shared with the model, and not called.
+    """
+
+    def __init__(self, layer: Any, attention: str, seed: int = 0) -> None:
+        """Of ``layer``, whose attention is its child of that name."""
+        self._generator = torch.Generator().manual_seed(seed)
+        layer = getattr(layer, "_orig_mod", layer)
+        of = getattr(layer, attention)
+        of = getattr(of, "_orig_mod", of)
+        self._inputs: dict[str, Tensor] = {}
+        self.attention = self._stood_in(of)
+        self.attention.config = _Config(of.config)
+        for name, child in self.attention.named_children():
+            if isinstance(child, _Projection):
+                child.register_forward_pre_hook(self._noting(name), with_kwargs=True)
+        others = {name: self._child(child) for name, child in layer.named_children() if name != attention}
+        self.layer = _clone(layer, {**others, attention: self.attention})
+        self._arguments = inspect.signature(type(layer).forward).parameters
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the layer can be called with, but for ``**kwargs``."""
+        named = [name for name, one in self._arguments.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        return tuple(named[1:])
+
+    def inputs(self, width: int, tables: Any) -> Inputs:
+        """Random rows of ``width`` features; ``tables(hidden, ids)`` rotates them."""
+        hidden = torch.randn(1, ROWS, width, generator=self._generator)
+        ids = torch.arange(ROWS) * 37
+        ids[ROWS // 2 :] += FAR
+        cos, sin = tables(hidden, ids[None])
+        mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
+        return Inputs(hidden, cos, sin, ids[None], mask[None, None])
+
+    def __call__(self, inputs: Inputs) -> Seen | None:
+        """What the attention function gets; None if none is called."""
+        given = {
+            "attention_mask": inputs.mask,
+            "position_ids": inputs.ids,
+            "position_embeddings": (inputs.cos, inputs.sin),
+        }
+        takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
+        given = {name: value for name, value in given.items() if takes_any or name in self._arguments}
+        self._inputs.clear()
+        try:
+            type(self.layer).forward(self.layer, inputs.hidden, **given)
+        except _Reached as reached:
+            return Seen(*reached.given, dict(self._inputs))
+        return None
+
+    def _noting(self, name: str) -> Any:
+        def note(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._inputs[name] = args[0] if args else next(iter(kwargs.values()))
+
+        return note
+
+    def _stood_in(self, module: Any) -> Any:
+        """A copy with random weights, and with stand-ins for its children."""
+        copy = _clone(module, {name: self._child(child) for name, child in module.named_children()})
+        copy._parameters = {
+            name: None if weight is None else nn.Parameter(self._weights(weight), requires_grad=False)
+            for name, weight in module._parameters.items()
+        }
+        return copy
+
+    def _child(self, module: Any) -> Any:
+        if is_projection(module):
+            return _Projection(module.out_features, self._generator)
+        if any(weight.ndim > 1 for weight in module.parameters()):
+            return _Unknown(type(module).__name__)
+        return self._stood_in(module)
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Around 1, as weights of norms are."""
+        return 1 + 0.3 * torch.randn(like.shape, generator=self._generator)
+
+
+def layers_get(text: Any, inputs: Inputs, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What a decoder calls each of its layers with: arguments behind the hidden states, and keyword arguments.
+
+    ``ids`` are its position ids, in eager mode, where masks are always made.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    children = {name: _clone(child, child._modules) for name, child in text.named_children()}
+    children["layers"] = nn.ModuleList(_Listening(layer, calls) for layer in text.layers)
+    children.update({name: nn.Identity() for name in children if "norm" in name})
+    for name in children:
+        if "rotary" in name:
+            children[name] = _with_random_buffers(children[name])
+    clone = _clone(text, children)
+    clone.config = _Config(text.config, "eager")
+    type(text).forward(clone, inputs_embeds=inputs.hidden, position_ids=ids, use_cache=False)
+    return calls
+
+
+class _Listening(nn.Module):
+    """In the place of a layer, of which it has all attributes: notes what it is called with."""
+
+    def __init__(self, layer: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, calls=calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+        self.calls.append((tuple(others), kwargs))
+        return hidden
+
+
+class _Config:
+    """A configuration that names another attention function; all else is that of ``config``."""
+
+    def __init__(self, config: Any, implementation: str = IMPLEMENTATION) -> None:
+        self._config, self._attn_implementation = config, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class _Projection(nn.Module):
+    """A projection to ``out`` features, each of which is one feature of the input."""
+
+    def __init__(self, out: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.out_features = out
+        self._choice = torch.rand(out, generator=generator)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        chosen = (self._choice * rows.shape[-1]).long()
+        return rows[..., chosen] * SPREAD
+
+
+class _Unknown(nn.Module):
+    """What has matrices and is no projection: it may not come before the attention function."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"it calls {self.name} before")
+
+
+def is_projection(module: Any) -> bool:
+    """Whether ``module`` maps features to features, whatever its weights are stored as."""
+    return isinstance(getattr(module, "out_features", None), int)
+
+
+def _clone(module: Any, children: Mapping[str, Any]) -> Any:
+    """``module`` with other ``children``, without what others have put on it."""
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__["_modules"] = dict(children)
+    clone.__dict__.update({name: OrderedDict() for name in HOOKS}, training=False)
+    for name in OWN:
+        clone.__dict__.pop(name, None)
+    return clone
+
+
+def rotary_tables(rotary: Any, hidden: Tensor, ids: Tensor) -> Any:
+    """What ``rotary`` makes of position ``ids`` with random frequencies; long ids do not change it."""
+    return type(rotary).forward(_with_random_buffers(rotary), hidden, position_ids=ids)
+
+
+def _with_random_buffers(module: Any) -> Any:
+    """A copy whose buffers, and what else it has of tensors, are real and random, whatever they are."""
+    generator = torch.Generator().manual_seed(1)
+
+    def other(value: Any) -> Any:
+        return torch.rand(value.shape, generator=generator) if isinstance(value, Tensor) else value
+
+    clone = _clone(module, module._modules)
+    clone.__dict__.update({name: other(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
+    clone.__dict__["_buffers"] = {name: other(value) for name, value in module._buffers.items()}
+    return clone
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute for real, on the CPU and without gradients, whatever is going on around."""
+    with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+        yield

@@ -1,0 +1,237 @@
+"""What routing must know of a decoder layer, found out by looking at what the layer does in dry runs.
+
+Each fact is the one of a few possibilities under which the formula gives what the layer's own attention function
+gets. Where none does, the layer is refused, and the sentence says which fact it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from reroute_kernels import RMSNorm, Rope
+from reroute_kernels.reference import rotate
+
+from ...errors import UnsupportedModelError
+from .dry_run import DryRun, Inputs, Seen
+
+__all__ = ["LayerFacts", "alike", "layer_facts", "refusal", "rms_norm_of", "rotated"]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+ARGUMENTS = (
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "cache",
+    "past_key_values",
+    "past_key_value",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "cache_position",
+)
+"""What a layer may be called with. Whatever else it takes may have an entry for each token."""
+OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
+"""Keyword arguments of attention functions that change no score, but for the scale, or that are looked at elsewhere."""
+COUNTERS = ("arange", "cumsum")
+"""What code that counts the rows present calls."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """How a layer makes scores.
+
+    - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
+    - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
+    - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
+    - ``head_dim``: features of a head that the attention function gets.
+    - ``window``: how far the layer looks back; None if to the first token.
+    - ``is_causal``: whether without a mask a token sees only what comes before it.
+    """
+
+    input_norm: str | None
+    query_norm: str | None
+    key_norm: str | None
+    has_rms_input_norm: bool
+    has_rms_key_norm: bool
+    rope: Rope
+    head_dim: int
+    window: int | None
+    is_causal: bool
+
+
+def refusal(what: str, layer: Any, index: int) -> UnsupportedModelError:
+    """The error for a layer of which ``what`` is not known."""
+    return UnsupportedModelError(
+        f"Decoder layer {index} ({type(layer).__name__}) cannot be routed: {what}. What routing knows of a layer has "
+        "to be what the layer does; disable routing for this model."
+    )
+
+
+def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inputs) -> LayerFacts:
+    """The facts of ``layer``, from dry runs on ``inputs``.
+
+    Raises:
+        UnsupportedModelError: one of them cannot be found out; says which.
+    """
+    of = getattr(layer, attention)
+    _check_code(layer, of, index, run)
+    plain = _seen(layer, index, run, inputs.unrotated())
+    turned = _seen(layer, index, run, inputs)
+    _check_call(layer, index, plain, inputs)
+    input_norm = _input_norm(layer, index, run, plain, inputs.hidden)
+    _check_scale(layer, index, of, plain)
+    heads = (-1, plain.query.shape[-1])
+    query_norm = _head_norm(layer, index, run, "q_proj", heads, plain.inputs, plain.query)
+    key_norm = _head_norm(layer, index, run, "k_proj", heads, plain.inputs, plain.key)
+    return LayerFacts(
+        input_norm=input_norm,
+        query_norm=query_norm,
+        key_norm=key_norm,
+        has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
+        has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
+        rope=_rope(layer, index, plain, turned, inputs),
+        head_dim=heads[1],
+        window=plain.options.get("sliding_window"),
+        is_causal=bool(getattr(of, "is_causal", True)),
+    )
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two results of the same arithmetic are equal but for its order."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+def rms_norm_of(norm: Any) -> RMSNorm:
+    """The formula with the weight and epsilon of ``norm``, of which it is known to be right."""
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return RMSNorm(norm.weight, eps)
+
+
+def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
+    """What no run on a few rows can show."""
+    unknown = sorted(set(run.arguments) - set(ARGUMENTS))
+    if unknown:
+        raise refusal(f"it also takes {', '.join(unknown)}, which may have an entry for each token", layer, index)
+    counted = [name for part in (layer, of) for name in COUNTERS if name in _names(type(part).forward)]
+    if counted:
+        raise refusal(
+            f"its code counts the rows that are present ({counted[0]}), and routing leaves some out", layer, index
+        )
+    if any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in layer.modules()):
+        raise refusal(
+            "it has a convolution, which looks at neighbouring rows, and routing leaves some out", layer, index
+        )
+
+
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _seen(layer: Any, index: int, run: DryRun, inputs: Inputs) -> Seen:
+    try:
+        seen = run(inputs)
+    except Exception as error:
+        why = f"it cannot be run on a few rows to see what it hands to attention ({type(error).__name__}: {error})"
+        raise refusal(why, layer, index) from None
+    if seen is None or not {*PROJECTIONS[:2]} <= seen.inputs.keys():
+        raise refusal("it has an attention of its own, which calls no attention function of Transformers", layer, index)
+    return seen
+
+
+def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
+    """Refuse what else the attention function gets, and what else has its part in the queries and keys."""
+    options = [name for name, value in seen.options.items() if name not in OPTIONS and value is not None]
+    if options:
+        raise refusal(f"its attention function also gets {', '.join(options)}", layer, index)
+    if not isinstance(seen.mask, Tensor) or not torch.equal(seen.mask, inputs.mask):
+        raise refusal("its attention function gets another mask than the layer", layer, index)
+
+
+def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
+    """The child of ``layer`` that makes what its projections get of its input."""
+    for name, norm in _norms(run.layer, hidden.shape[-1:]):
+        if all(alike(seen.inputs[projection], norm(hidden)) for projection in PROJECTIONS[:2]):
+            return name
+    if all(alike(seen.inputs[projection], hidden) for projection in PROJECTIONS[:2]):
+        return None
+    raise refusal("none of its norms makes what its query and key projections get", layer, index)
+
+
+def _head_norm(
+    layer: Any, index: int, run: DryRun, projection: str, heads: tuple[int, int], given: Any, expected: Tensor
+) -> str | None:
+    """The child of the attention that makes ``expected`` (H, R, D) of what ``projection`` returns."""
+    projected = getattr(run.attention, projection)(given[projection])[0]
+    if projected.shape[-1] == expected.shape[0] * heads[1]:
+        projected = projected.unflatten(-1, heads).transpose(0, 1)
+        if alike(expected, projected):
+            return None
+        for name, norm in _norms(run.attention, expected.shape[-1:]):
+            if alike(expected, norm(projected)):
+                return name
+    raise refusal(
+        f"its attention function gets neither what {projection!r} returns nor a norm of each head of it", layer, index
+    )
+
+
+def _norms(module: Any, shape: Any) -> Iterator[tuple[str, Any]]:
+    """The children of ``module`` that take rows of ``shape``, by name."""
+    for name, child in module.named_children():
+        weights = list(child.parameters())
+        if weights and all(weight.shape == shape for weight in weights):
+            yield name, child
+
+
+def _rope(layer: Any, index: int, plain: Seen, turned: Seen, inputs: Inputs) -> Rope:
+    for rope in get_args(Rope):
+        pairs = ((plain.query, turned.query), (plain.key, turned.key))
+        if all(alike(after, rotated(before, inputs, rope)) for before, after in pairs):
+            return rope  # type: ignore[no-any-return]
+    raise refusal(
+        f"it rotates queries and keys in another way than is known ({', '.join(get_args(Rope))})", layer, index
+    )
+
+
+def rotated(heads: Tensor, inputs: Inputs, rope: Rope) -> Tensor:
+    """``heads`` (H, R, D) rotated by the tables of ``inputs``."""
+    return rotate(heads.transpose(0, 1), inputs.cos[0], inputs.sin[0], rope).transpose(0, 1)
+
+
+def _check_scale(layer: Any, index: int, of: Any, seen: Seen) -> None:
+    """The factor on logits, which scoring reads off the attention."""
+    given, said = seen.options.get("scaling"), getattr(of, "scaling", None)
+    given = seen.query.shape[-1] ** -0.5 if given is None else given
+    if said is None or not math.isclose(given, said, rel_tol=1e-6):
+        raise refusal(f"its attention function scales by {given}, and its attention says {said}", layer, index)
+
+
+def _is_rms_norm(norm: Any) -> bool:
+    """Whether ``norm``, of a dry run, computes what ``RMSNorm`` does, to the last bit of both dtypes."""
+    if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "forward"):
+        return False
+    if not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
+        return False
+    rows = torch.linspace(-3, 3, 64 * norm.weight.numel()).sin().unflatten(0, (64, -1))
+    for dtype in (torch.float32, torch.bfloat16):
+        formula, given = rms_norm_of(norm), rows.to(dtype)
+        weight = formula.weight.to(dtype)
+        if not torch.equal(formula._replace(weight=weight)(given), _with_weight(norm, weight)(given)):
+            return False
+    return True
+
+
+def _with_weight(norm: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def run(rows: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(norm, {"weight": weight}, (rows,))
+        return result
+
+    return run

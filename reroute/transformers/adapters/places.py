@@ -1,0 +1,110 @@
+"""Where the parts of a vision-language model are that routing enters: found by name, and never guessed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+from ...errors import UnsupportedModelError
+
+__all__ = [
+    "child",
+    "decoder_name",
+    "feature_levels",
+    "final_norm",
+    "has_decoder",
+    "has_several_positions",
+    "stops_early",
+    "visual_ids",
+]
+
+DECODERS = ("language_model", "text_model")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "use_cache")
+"""What every decoder can be called with."""
+
+
+def child(module: Any, *names: str) -> Any:
+    """The first child of ``module`` of these names.
+
+    Raises:
+        UnsupportedModelError: it has none.
+    """
+    found = (one for name in names if (one := getattr(module, name, None)) is not None)
+    first = next(found, None)
+    if first is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no {' or '.join(map(repr, names))}. Pass the whole model "
+            "(…ForConditionalGeneration), not one of its parts."
+        )
+    return first
+
+
+def decoder_name(base: Any) -> str:
+    """What the base model calls its decoder. Raises what ``child`` does."""
+    text = child(base, *DECODERS)
+    return next(name for name in DECODERS if getattr(base, name, None) is text)
+
+
+def has_decoder(base: Any) -> bool:
+    """Whether ``base`` has a decoder of one of the known names."""
+    return any(hasattr(base, name) for name in DECODERS)
+
+
+def final_norm(text: Any) -> Any:
+    """The norm behind the last layer of the decoder. Raises what ``child`` does."""
+    return child(text, *FINAL_NORMS)
+
+
+def has_several_positions(base: Any, text: Any) -> bool:
+    """Whether tokens have several position ids (M-RoPE)."""
+    return hasattr(base, "compute_3d_position_ids") or hasattr(getattr(text, "rotary_emb", None), "mrope_section")
+
+
+def stops_early(text: Any) -> bool:
+    """Whether the decoder runs no more layers than ``num_hidden_layers`` says: its forward looks at the number."""
+    return "num_hidden_layers" in inspect.unwrap(type(text).forward).__code__.co_names
+
+
+LEVELS: Final[dict[str, Callable[[Any], int]]] = {
+    "deepstack_visual_embeds": lambda config: len(config.vision_config.deepstack_visual_indexes),
+    "deepstack_features": lambda config: max(_target_layers(config), default=0),
+}
+"""By which argument a decoder gets features that it adds to visual tokens between layers, and before which layer the
+last ones are there, by the configuration of the whole model."""
+
+
+def feature_levels(config: Any, text: Any) -> int:
+    """The first layer at which all features of pictures are in the hidden states; 0 if none come between layers.
+
+    Raises:
+        UnsupportedModelError: the decoder takes something else, which may have an entry for each token.
+    """
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = list(inspect.signature(type(text).forward).parameters.values())[1:]
+    others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS)
+    levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
+    unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
+    if unknown - MARKS:
+        raise UnsupportedModelError(
+            f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown - MARKS))}, and it is not known "
+            "what it does with it between its layers. Disable routing for this model."
+        )
+    return levels
+
+
+MARKS: Final = frozenset({"visual_pos_masks", "vision_mask", "cache_position"})
+"""Arguments that go with those of ``LEVELS``, or that no layer uses."""
+
+
+def _target_layers(config: Any) -> list[int]:
+    """Of Granite Vision: features are added before these layers."""
+    mapped = (pair[1] for pair in getattr(config, "deepstack_layer_map", None) or ())
+    return [*mapped, *(getattr(config, "spatial_target_layers", None) or ())]
+
+
+def visual_ids(config: Any) -> tuple[int, ...]:
+    """Ids of the placeholders that stand for visual tokens, by the configuration of a whole model."""
+    names = ("image_token_id", "video_token_id")
+    return tuple(dict.fromkeys(i for name in names if (i := getattr(config, name, None)) is not None))

@@ -1,0 +1,114 @@
+"""What routing must compute, for any decoder: its own layers in eager mode on the full-length sequence, under masks.
+
+No cache, no compaction, nothing of the product. A deferred row keeps the state that it has and is nobody's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tiny_types import PICTURE, TinyType
+from torch import Tensor
+
+__all__ = ["Predicted", "near", "predict"]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """``logits`` (L, V); ``kept`` of each decision, indices into the visual tokens; the closest call of all."""
+
+    logits: Tensor
+    kept: list[list[int]]
+    margin: float
+
+
+@torch.no_grad()
+def predict(
+    tiny: TinyType,
+    ids: Sequence[int],
+    layers: Sequence[int],
+    ratios: Sequence[float],
+    *,
+    prompt: int | None = None,
+    action: str = "route",
+    **given: Any,
+) -> Predicted:
+    """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it."""
+    prompt = len(ids) if prompt is None else prompt
+    dense, calls = _inputs(tiny, ids, given)
+    visual = [i for i, token in enumerate(ids[:prompt]) if token == PICTURE]
+    active, there = torch.ones(len(ids), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
+    candidates, kept, margin = list(range(len(visual))), [], float("inf")
+    for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
+        if index <= layers[0]:  # features of pictures may have come between these layers
+            states = dense[index]
+        if index in layers:
+            scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
+            ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
+            count = max(1, int(len(visual) * ratios[layers.index(index)]))
+            if count < len(ranked):
+                margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))
+            kept.append(sorted(ranked[:count]))
+            active[visual] = False
+            active[[visual[i] for i in kept[-1]]] = True
+            if action == "remove":
+                candidates, there = kept[-1], active.clone()
+        states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+    with _hook(tiny.layers[-1], lambda *_: states):
+        return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
+
+
+def _inputs(tiny: TinyType, ids: Sequence[int], given: Any) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What each layer gets without routing, and its keyword arguments."""
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
+        for layer in tiny.layers
+    ]
+    tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given)
+    for handle in handles:
+        handle.remove()
+    return [hidden for hidden, _ in seen], [dict(kwargs) for _, kwargs in seen]
+
+
+def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
+    """Position ids too, unless they depend on the pictures ``given``."""
+    options = {"use_cache": False, "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    positions = torch.arange(len(ids))[None]
+    if not given:
+        return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
+    if tiny.has_sections:
+        options["mm_token_type_ids"] = (torch.tensor([ids]) == PICTURE).long()
+    return options
+
+
+def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:
+    """The arguments of a layer in which nobody sees the rows that are ``gone``."""
+    return {**kwargs, "attention_mask": kwargs["attention_mask"].masked_fill(gone, torch.finfo(torch.float32).min)}
+
+
+def _attention(layer: Any, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(L, L): what each row pays each row, mean over heads."""
+    seen: list[Tensor] = []
+    with _hook(layer.self_attn, lambda _, __, output: seen.append(output[1])):
+        layer(states, **kwargs)
+    return seen[0][0].mean(0)
+
+
+class _hook:
+    def __init__(self, module: Any, act: Any) -> None:
+        self._handle = module.register_forward_hook(act)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of fp32 arithmetic: to 1e-5 of the largest one."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))

@@ -1,0 +1,110 @@
+"""Every type that is routed by what is found out about it, against the dense oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dense import near, predict
+from models import CACHE, TRANSFORMERS
+from tiny_types import PICTURE, TYPES, TinyType, build
+from torch import Tensor
+from transformers import DynamicCache
+
+import reroute
+from reroute.transformers import ROUTED
+
+LAYERS, RATIOS = (3, 4, 5), (0.6, 0.3, 0.5)
+"""Behind the levels of DeepStack; at the last one tokens come back."""
+MARGIN = 1e-6
+
+
+def prompt(seed: int, *parts: int) -> list[int]:
+    """Text and pictures of so many tokens, in turns."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for index, count in enumerate(parts):
+        ids += [PICTURE] * count if index % 2 else torch.randint(1, 140, (count,), generator=generator).tolist()
+    return ids
+
+
+ONE, TWO = prompt(0, 3, 8, 4), prompt(1, 2, 6, 1, 5, 5)
+
+
+def batch(tiny: TinyType, *prompts: list[int]) -> dict[str, Tensor]:
+    """Left-padded."""
+    length = max(map(len, prompts))
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    given = {"input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts]), "attention_mask": mask}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given["position_ids"] = positions.expand(3, -1, -1) if tiny.has_sections else positions
+    return given
+
+
+def step(tiny: TinyType, given: dict[str, Tensor], token: int, cache: Any) -> dict[str, Any]:
+    """One more token for every row."""
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+    ids = torch.full((len(mask), 1), token)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": given["position_ids"][..., -1:] + 1, CACHE: cache}
+
+
+def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Any]:
+    """The logits of a prefill and of the token 7 after it."""
+    given = batch(tiny, *prompts)
+    plan = handle.plan(given["input_ids"], given["attention_mask"])
+    with handle.using(plan):
+        output = tiny.model(**given, **{CACHE: DynamicCache(config=tiny.text.config)}, use_cache=True)
+        after = tiny.model(**step(tiny, given, 7, getattr(output, CACHE)), use_cache=True)
+    return output.logits, after.logits
+
+
+ALIKE = (
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "fast_vlm",
+    "glm46v",
+    "glmga",
+    "got_ocr2",
+    "idefics3",
+    "janus",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "ovis2",
+    "perception_lm",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "smolvlm",
+    "video_llama_3",
+    "video_llava",
+    "vipllava",
+)
+"""Types whose decoder is one that another type has too: Llama, Qwen2, Qwen3, GLM-4V."""
+LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+"""Types that the oldest supported release makes of other parts."""
+KINDS = [
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE))
+    for kind in ROUTED
+    if kind in TYPES and (kind not in LATER or TRANSFORMERS >= (5, 24))
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_type_against_the_oracle(kind: str) -> None:
+    tiny = build(kind)
+    plain = tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits
+    schedule = reroute.Schedule(LAYERS, RATIOS)
+    expected = [predict(tiny, [*ids, 7], LAYERS, RATIOS, prompt=len(ids)) for ids in (ONE, TWO)]
+    assert min(one.margin for one in expected) > MARGIN
+    with reroute.enable(tiny.model, schedule=schedule, trace=True) as handle:
+        for samples, wanted in (([ONE], expected[:1]), ([ONE, TWO], expected)):
+            logits, after = run(handle, tiny, *samples)
+            for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
+                assert [stage.kept[b].tolist() for stage in handle.trace] == one.kept
+                near(logits[b, -len(ids) :], one.logits[:-1])
+                near(after[b], one.logits[-1:])
+        with handle.at(keep=1.0):
+            assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+    assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)

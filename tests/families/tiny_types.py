@@ -1,0 +1,187 @@
+"""Tiny random models of Transformers' image-text-to-text types, by their own default configurations.
+
+The decoder is small and has random weights; all else of a model stays without weights, since only prompts without
+pictures are run: routing looks at placeholders, whatever is merged there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from models import _gain
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+__all__ = ["PICTURE", "TYPES", "TinyType", "build", "configuration", "fill"]
+
+TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+"""Every type and the name of its class."""
+LAYERS, VOCABULARY, PICTURE, VIDEO = 6, 200, 150, 151
+SIZES: dict[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+}
+SECTION = [2, 1, 1]
+"""Of M-RoPE, for heads of 8 features."""
+
+
+@dataclass(frozen=True, eq=False)
+class TinyType:
+    """A model, its decoder and the decoder's layers. ``has_sections``: whether its positions are those of M-RoPE."""
+
+    model: Any = field(repr=False)
+    text: Any = field(repr=False)
+    has_sections: bool
+
+    @property
+    def layers(self) -> list[Any]:
+        return list(self.text.layers)
+
+
+def _emu3(config: Any) -> None:
+    config.vocabulary_map = {"<image>": PICTURE, "<|visual token 000000|>": PICTURE + 2}
+
+
+def _granite4_vision(config: Any) -> None:
+    config.deepstack_layer_map, config.spatial_target_layers, config.downsample_rate = [[-1, 1]], [2], "1/2"
+
+
+def _clip_tower(config: Any) -> None:
+    """Instead of one that needs timm."""
+    config.vision_config = transformers.CLIPVisionConfig(num_hidden_layers=1)
+    config.vision_config.model_args = {"embed_dim": 768}
+
+
+def _deepseek_ocr2(config: Any) -> None:
+    config.text_config.num_experts_per_tok = 2
+    config.text_config.mlp_layer_types = ["dense", *["sparse"] * (config.text_config.num_hidden_layers - 1)]
+
+
+def _aya_vision(config: Any) -> None:
+    config.vision_config = transformers.SiglipVisionConfig(num_hidden_layers=1)
+
+
+def _chameleon(config: Any) -> None:
+    config.vocabulary_map = {"<image>": PICTURE}
+
+
+def _cohere_compass(config: Any) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTION}
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": rope}
+
+
+def _glm4v_moe(config: Any) -> None:
+    """Half of each head is rotated."""
+    config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [1, 1, 0]}
+
+
+def _hunyuan_vl(config: Any) -> None:
+    sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    config.get_text_config().rope_parameters = sections
+
+
+def _lfm2_vl(config: Any) -> None:
+    kinds = ["conv", "full_attention"] * config.text_config.num_hidden_layers
+    config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
+
+
+TWEAKS: dict[str, Callable[[Any], None]] = {
+    "aya_vision": _aya_vision,
+    "chameleon": _chameleon,
+    "cohere_compass": _cohere_compass,
+    "deepseek_ocr2": _deepseek_ocr2,
+    "emu3": _emu3,
+    "fast_vlm": _clip_tower,
+    "glm4v_moe": _glm4v_moe,
+    "hunyuan_vl": _hunyuan_vl,
+    "lfm2_vl": _lfm2_vl,
+    "granite4_vision": _granite4_vision,
+    "perception_lm": _clip_tower,
+}
+
+
+def configuration(kind: str, layers: int = LAYERS) -> Any:
+    """The default configuration of a type, with a small decoder."""
+    config = CONFIG_MAPPING[kind]()
+    text = config.get_text_config()
+    for name, size in SIZES.items():
+        if isinstance(_read(text, name), int):
+            setattr(text, name, size)
+    text.num_hidden_layers, text.pad_token_id = layers, 0
+    kinds = _read(text, "layer_types")
+    if kinds:
+        text.layer_types = (kinds * layers)[:layers]
+    rope = _read(text, "rope_parameters")
+    if rope and "rope_type" in rope:
+        text.rope_parameters = {**rope, "mrope_section": SECTION}
+    vision = _read(config, "vision_config")
+    for name in ("depth", "num_hidden_layers"):
+        if isinstance(_read(vision, name), int):
+            setattr(vision, name, 1)
+    if _read(config, "video_token_id") is not None:
+        config.video_token_id = VIDEO
+    config.image_token_id = PICTURE  # last: it may be another name of the same
+    if kind in TWEAKS:
+        TWEAKS[kind](config)
+    return config
+
+
+def _read(config: Any, name: str) -> Any:
+    """An attribute; None where there is none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+@functools.cache
+def build(kind: str, attention: str = "eager") -> TinyType:
+    """A shared model of a type: whoever changes it restores it."""
+    with torch.device("meta"):
+        model: Any = getattr(transformers, TYPES[kind])(configuration(kind)).eval()
+    base = model.model
+    name = "language_model" if hasattr(base, "language_model") else "text_model"
+    text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()
+    setattr(base, name, text)
+    for other in [other for other, _ in base.named_children() if other != name]:
+        setattr(base, other, nn.Identity())
+    model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
+    fill(text, model.lm_head)
+    model.requires_grad_(False)
+    model.set_attn_implementation(attention)
+    return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"))
+
+
+def fill(*modules: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for module in modules:
+        for name, weight in module.named_parameters():
+            values = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                values = 0.2 * values + float("norm" in name)
+            elif "embed" not in name:
+                values *= _gain(name) / _fan_in(weight) ** 0.5
+            weight.data.copy_(values)
+
+
+def _fan_in(weight: Tensor) -> int:
+    return int(weight.shape[-1])
