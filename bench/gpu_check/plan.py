@@ -160,7 +160,7 @@ STEPS = (
     _kernel_tests("diverse_topk", 50),
     _kernel_tests("rows", 50, parts=2),
     _kernel_tests("defer_rmsnorm", 50),
-    _kernel_tests("ops", 40),
+    _kernel_tests("ops", 40, also="capacities"),
     _kernel_tests("routing", 30),
     _kernel_tests("pool", 20),
     _kernel_tests("load_kernels", 30, also="reference_sync"),

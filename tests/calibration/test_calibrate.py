@@ -70,8 +70,9 @@ def test_the_model_is_as_it_was(few: Tiny, result: Calibration, prompts: list[In
 
 
 def test_the_choosing_half_is_improved(few: Tiny, prompts: list[Inputs]) -> None:
-    first = reroute.calibrate(few.model, prompts, **{**SETTINGS, "evaluations": 2})
-    more = reroute.calibrate(few.model, prompts, **{**SETTINGS, "evaluations": 30})
+    settings = {**SETTINGS, "methods": ("pdrop", "fastv")}
+    first = reroute.calibrate(few.model, prompts, **{**settings, "evaluations": 2})
+    more = reroute.calibrate(few.model, prompts, **{**settings, "evaluations": 30})
     assert more.mean_chosen < 0.95 * first.mean_chosen
 
 
@@ -148,7 +149,7 @@ def test_the_plan_is_told_before_anything_runs(few: Tiny, prompts: list[Inputs])
     (line,) = told.lines
     tokens = sum(inputs["input_ids"].shape[1] for inputs in prompts)
     assert f"at most 5 forwards, {2 * (tokens + 12 * 3):,} tokens" in line or "at most 10 forwards" in line
-    assert re.search(r"routed runs: at most 18 forwards, [\d,]+ tokens, [\d.e-]+ TFLOP \(modelled\)", line)
+    assert re.search(r"routed runs: at most 20 forwards, [\d,]+ tokens, [\d.e-]+ TFLOP \(modelled\)", line)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 import reroute
-from reroute.cli.setups import BUDGETS, TOLERANCE, Depth, Lineup, at_budget, lineup, own, yours
+from reroute.cli.setups import ACTIONS, BUDGETS, TOLERANCE, Depth, Lineup, at_budget, lineup, own, yours
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.evaluation import prompts
 from reroute.demo.tinyvlm.examples import examples
@@ -16,6 +17,12 @@ from reroute.report import Setup
 from reroute.schedule_file import ScheduleFile
 
 DEPTH = Depth(12, 144)
+
+
+@pytest.mark.parametrize("folder", tinyvlm.CHECKPOINTS.values(), ids=tinyvlm.CHECKPOINTS)
+def test_every_model_has_calibrated_rows_at_every_budget(folder: Path) -> None:
+    rows = {(setup.action, setup.keep) for setup in lineup(DEPTH, folder).table if setup.method == "calibrated"}
+    assert rows == set(product(ACTIONS, BUDGETS))
 
 
 def test_every_row_runs_its_budget_as_the_handle_measures_it(ways: Lineup) -> None:

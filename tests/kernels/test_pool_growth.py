@@ -8,18 +8,9 @@ from weakref import finalize
 
 import pytest
 import torch
+from pools import PAGE, PAGE_BYTES, WIDTH, make
 
-from reroute_kernels import PagedPool, PoolLimitError
-
-PAGE = 4
-WIDTH = 8
-PAGE_BYTES = PAGE * WIDTH * 4
-
-
-def make(max_pages: int | None = None) -> PagedPool:
-    limit = None if max_pages is None else max_pages * PAGE_BYTES
-    return PagedPool(WIDTH, torch.float32, "cpu", page_size=PAGE, max_bytes=limit)
-
+from reroute_kernels import PoolLimitError
 
 FULL = {
     torch.OutOfMemoryError: "CUDA out of memory. Tried to allocate 2.00 MiB.",
