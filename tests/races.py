@@ -267,6 +267,7 @@ class Watch(TorchDispatchMode):
         for place, argument in enumerate(arguments):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             rows = args[BY_ROWS[name]] if place == 0 and name in BY_ROWS else None
+            rows = None if isinstance(rows, list | tuple) and rows[0] is None else rows  # of columns, not of rows
             for tensor in tensors(args[place] if place < len(args) else kwargs.get(argument.name)):
                 yield self._gpu.memory_of(tensor), cells(tensor, rows), writes
 
@@ -280,7 +281,7 @@ def cells(tensor: Tensor, rows: Any = None) -> Any:
     """Where in its memory ``tensor`` lies, or just ``rows`` of it: an index, or a list of one."""
     size, start = tensor.element_size(), tensor.storage_offset()
     width = tensor.stride(0) * size // CELL if tensor.ndim else 0
-    if rows is not None and tensor.is_contiguous() and width:
+    if rows is not None and len(tensors(rows)) == 1 and tensor.is_contiguous() and width:
         (index,) = tensors(rows)
         first = start * size // CELL + index.reshape(-1).numpy() * width
         return (first[:, None] + np.arange(width)).ravel()

@@ -160,6 +160,7 @@ def layers_get(text: Any, inputs: Inputs, ids: Tensor) -> list[tuple[tuple[Any, 
     ``ids`` are its position ids, in eager mode, where masks are always made.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    text = getattr(text, "_orig_mod", text)
     children = {name: _clone(child, child._modules) for name, child in text.named_children()}
     children["layers"] = nn.ModuleList(_Listening(layer, calls) for layer in text.layers)
     children.update({name: nn.Identity() for name in children if "norm" in name})

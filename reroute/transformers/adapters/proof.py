@@ -59,8 +59,8 @@ def _last(inputs: Inputs) -> Inputs:
 def _scores(query: Tensor, keys: Tensor, inputs: Inputs, last: Tensor, spec: AttentionSpec) -> Tensor:
     """Attention of the last row to each row, mean over heads, as routing ranks by."""
     count = keys.shape[0]
-    rows = torch.arange(count)[None]
-    metadata = SelectMetadata((0,), (count,), (count,), (0,), (1,))
+    rows, columns = torch.arange(count)[None], ((0,), (count,), (count,), (0,), (1,))
+    metadata = SelectMetadata(*columns, on_device=torch.tensor(columns))
     tables = RopeTables(inputs.cos[0], inputs.sin[0], last)
     selection = score_topk(query, keys, tables, SelectRows(rows, rows[:, :0], rows[0], metadata), spec)
     return selection.scores[0]
