@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["PICTURE", "TYPES", "TinyType", "build", "configuration", "fill"]
+__all__ = ["PICTURE", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
@@ -39,6 +39,9 @@ SIZES: dict[str, int] = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
 }
+WINDOW = 6
+SLIDING = ("aya_vision", "cohere2_vision", "exaone4_5", "gemma3", "shieldgemma2", "step3p7")
+"""Types of which some layers slide."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
 
@@ -104,6 +107,13 @@ def _lfm2_vl(config: Any) -> None:
     config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
 
 
+def _sliding(config: Any) -> None:
+    """Windows that are shorter than prompts, and some full layers."""
+    text = config.get_text_config()
+    full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
+
+
 TWEAKS: dict[str, Callable[[Any], None]] = {
     "aya_vision": _aya_vision,
     "chameleon": _chameleon,
@@ -142,6 +152,8 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
     config.image_token_id = PICTURE  # last: it may be another name of the same
     if kind in TWEAKS:
         TWEAKS[kind](config)
+    if kind in SLIDING:
+        _sliding(config)
     return config
 
 
@@ -154,10 +166,10 @@ def _read(config: Any, name: str) -> Any:
 
 
 @functools.cache
-def build(kind: str, attention: str = "eager") -> TinyType:
+def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType:
     """A shared model of a type: whoever changes it restores it."""
     with torch.device("meta"):
-        model: Any = getattr(transformers, TYPES[kind])(configuration(kind)).eval()
+        model: Any = getattr(transformers, TYPES[kind])(configuration(kind, layers)).eval()
     base = model.model
     name = "language_model" if hasattr(base, "language_model") else "text_model"
     text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()
