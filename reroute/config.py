@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS, PagedPool
 
 from .checks import check_name, shown
+from .core.moving import moved
 from .core.schedule import Action, Schedule
 from .core.solver import check_keep
 from .errors import RerouteError
 from .methods import METHODS, Method, get
+from .rankers import Ranker
 
 __all__ = ["RoutingConfig", "Settings", "check_arguments"]
 
@@ -108,9 +111,19 @@ class RoutingConfig:
         reopens = self.reopens if reopens is None else reopens
         return replace(self, method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
 
-    def for_model(self, num_layers: int) -> Settings:
-        """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""
-        return Settings(self, self.schedule_for(num_layers))
+    def for_model(self, num_layers: int, may_decide: Callable[[int, Ranker], bool]) -> Settings:
+        """The settings worked out for a model of ``num_layers`` decoder layers.
+
+        ``may_decide``: before which of them a ranker may decide. Decisions of methods are made there; those of a
+        ``schedule`` stay where they are.
+
+        Raises:
+            RerouteError: no ratios of the method reach the budget ``keep``.
+        """
+        settings = Settings(self, self.schedule_for(num_layers))
+        if self.schedule is not None or settings.keeps_all:
+            return settings
+        return Settings(self, moved(settings.schedule, num_layers, may_decide, self.keep))
 
     def to_json(self) -> str:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.

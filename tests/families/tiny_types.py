@@ -48,11 +48,16 @@ SECTION = [2, 1, 1]
 
 @dataclass(frozen=True, eq=False)
 class TinyType:
-    """A model, its decoder and the decoder's layers. ``has_sections``: whether its positions are those of M-RoPE."""
+    """A model, its decoder and the decoder's layers.
+
+    ``has_sections``: whether its positions are those of M-RoPE. ``marks``: by which argument it is told where pictures
+    are, if it must be.
+    """
 
     model: Any = field(repr=False)
     text: Any = field(repr=False)
     has_sections: bool
+    marks: str | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -112,6 +117,10 @@ def _sliding(config: Any) -> None:
     text = config.get_text_config()
     full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
+    if config.model_type == "step3p7":  # half of each head is rotated in full layers, slowly
+        rope = {"rope_type": "default", "rope_theta": 100.0}
+        slow = {**rope, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        text.rope_parameters = {"full_attention": slow, "sliding_attention": rope}
 
 
 TWEAKS: dict[str, Callable[[Any], None]] = {
