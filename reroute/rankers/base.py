@@ -60,8 +60,8 @@ class DecoderAdapter(Protocol):
 class RankContext(NamedTuple):
     """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
 
-    - ``tables``: of the R scored rows; the last prompt token of each sample is its query. They turn nothing if the layer
-      does not.
+    - ``tables``: of the R scored rows; the last prompt token of each sample is its query. They turn nothing if the
+      layer does not.
     - ``rows``: what competes.
     - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.

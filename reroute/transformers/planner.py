@@ -128,7 +128,8 @@ class Planner:
         columns = list(zip(schedule.layers, schedule.rankers, strict=True))
         wrong = [layer for layer, ranker in columns if not adapter.may_decide(layer, ranker)]
         if wrong:
-            free = [i for i in compact if any(adapter.may_decide(i, ranker) for _, ranker in columns)]
+            layers = range(len(adapter.layers))
+            free = [i for i in layers if any(adapter.may_decide(i, ranker) for _, ranker in columns)]
             raise RerouteError(
                 f"No decision can be made before layers {wrong}: what ranks it sees a sliding window only, and not all "
                 f"visual tokens. Decide before some of the layers {free}, or give method= and keep=, which choose them."

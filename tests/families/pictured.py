@@ -78,9 +78,7 @@ class Pictured:
         return given
 
 
-def _made(
-    kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], marks: str | None = None
-) -> Pictured:
+def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], marks: str | None = None) -> Pictured:
     config._attn_implementation = "eager"
     model: Any = getattr(transformers, kind)(config).eval().requires_grad_(False)
     fill(model)

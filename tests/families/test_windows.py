@@ -1,4 +1,4 @@
-"""Types of which some layers slide, against the dense oracle: windows shorter than prompts, several tokens behind them."""
+"""Types of which some layers slide, against the dense oracle: windows shorter than prompts, and long answers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import pytest
 import torch
 from dense import near, predict
 from models import CACHE
+from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, step
 from tiny_types import SLIDING, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
 
 import reroute
+from reroute.errors import RerouteError
+from reroute.methods import PDrop
+from reroute.rankers import LastTokenAttention
 
 LAYERS = (2, 6)
 TOKENS = (7, 11, 13, 17, 19, 23, 29, 31)
@@ -53,3 +57,121 @@ def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: st
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+def talk(handle: Any, tiny: TinyType, cache: Any, turns: list[list[list[int]]], mask: Tensor | None = None) -> Tensor:
+    """The logits (B, L, V) of all turns, each of one prompt per row, one after the other on ``cache``."""
+    logits, length = [], 0
+    mask = torch.ones(len(turns[0]), sum(len(turn[0]) for turn in turns), dtype=torch.long) if mask is None else mask
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for turn in turns:
+        ids, end = torch.tensor(turn), length + len(turn[0])
+        with handle.using(handle.plan(ids, mask[:, :end], cache) if len(turn[0]) > 1 else None):
+            given = {"input_ids": ids, "attention_mask": mask[:, :end], "position_ids": positions[:, length:end]}
+            logits.append(tiny.model(**given, **{CACHE: cache}, use_cache=True).logits)
+        length = end
+    return torch.cat(logits, 1)
+
+
+SAID = [[3] * 9], [ONE], [[5, 6, 7]], [TWO], *([[token]] for token in TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("cohere2_vision", marks=pytest.mark.slow)])
+def test_later_turns(kind: str, attention: str) -> None:
+    """Text, a picture, text, a picture, an answer: as on a cache that keeps every row of sliding layers too."""
+    tiny = build(kind, attention, layers=8)
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        kept, whole = DynamicCache(config=tiny.text.config), DynamicCache()
+        logits, expected = talk(handle, tiny, kept, [*SAID]), talk(handle, tiny, whole, [*SAID])
+    near(logits, expected)
+    lengths = [layer.keys.shape[-2] for layer in kept.layers]
+    assert [lengths[0], lengths[3]] == [5, 5], "windows drop what they do not show"
+    assert lengths[2] < whole.get_seq_length() == kept.get_seq_length(), "and full layers what was deferred"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_later_turns_of_a_batch(side: str) -> None:
+    tiny, pad = build("gemma3", layers=8), [0] * (len(TWO) - len(ONE))
+    first = [pad + ONE, TWO] if side == "left" else [ONE + pad, TWO]
+    turns = [first, [[5, 6, 7]] * 2, [[9, *ONE], [*ONE, 8]], *([[token]] * 2 for token in TOKENS)]
+    mask = torch.ones(2, sum(len(turn[0]) for turn in turns), dtype=torch.long)
+    mask[0, : len(TWO)] = torch.tensor(first[0]) != 0
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        kept, whole = DynamicCache(config=tiny.text.config), DynamicCache()
+        logits, expected = talk(handle, tiny, kept, turns, mask), talk(handle, tiny, whole, turns, mask)
+    logits, expected = (found * mask[..., None] for found in (logits, expected))
+    near(logits, expected)
+
+
+@torch.no_grad()
+def test_the_same_answer_in_every_way_of_generation() -> None:
+    """Beams reorder the cache, prompt lookup takes tokens back; without a cache no row is ever dropped."""
+    family = PICTURED["gemma3"]()
+    prompt = family.prompt(0, 3, 5)
+    repeated = Prompt([*prompt.ids, *prompt.ids[-5:] * 2, *prompt.ids[-5:-3]], prompt.pictures)  # something to look up
+
+    def generate(prompt: Prompt, **settings: Any) -> Any:
+        given = {"do_sample": False, "max_new_tokens": 10, **settings}
+        return family.tiny.model.generate(**family.inputs([prompt]), **given).tolist()
+
+    schedule = reroute.Schedule((2, 4), (0.5, 0.3))
+    with reroute.enable(family.tiny.model, schedule=schedule):
+        assert generate(repeated, prompt_lookup_num_tokens=3) == generate(repeated)
+        assert generate(prompt, num_beams=3) == generate(prompt, num_beams=3, use_cache=False)
+
+
+# --- what may decide ------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_at_sliding_layers() -> None:
+    tiny = build("gemma3", layers=8)
+    with pytest.raises(RerouteError, match=r"before layers \[1, 3\]: .*some of the layers \[2, 6\]"):
+        reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3, 6), (0.5, 0.4, 0.3)))
+    with pytest.raises(RerouteError, match=r"before layers \[6\]: .*some of the layers \[3, 7\]"):
+        reroute.enable(tiny.model, schedule=reroute.Schedule((6,), (0.5,), LastTokenAttention(layer_offset=-1)))
+    reroute.enable(tiny.model, schedule=reroute.Schedule((3,), (0.5,), LastTokenAttention(layer_offset=-1))).disable()
+
+
+def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="reroute"):
+        with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
+            assert handle.schedule.layers == (2, 6)
+            assert "pdrop decides before layers (2, 6) of this model instead of (1, 3, 5)" in caplog.text
+            with handle.at(method="fastv", action="remove", keep=0.5):
+                pass
+    tiny = build("qwen3_vl")
+    first = tiny.model.config.vision_config.deepstack_visual_indexes
+    with reroute.enable(tiny.model) as handle:
+        assert handle.schedule.layers[0] == len(first)
+
+
+def test_renumbered_positions_and_turns_that_choose_again() -> None:
+    tiny = build("gemma3", layers=8)
+    for settings in ({"reopens": True, "keep": 0.6}, {"method": PDrop.official(), "action": "remove"}):
+        with pytest.raises(RerouteError, match="is not built for layers that slide"):
+            reroute.enable(tiny.model, **settings)  # type: ignore[call-overload]
+
+
+def test_flash_attention_counts_windows_in_rows() -> None:
+    """At enable, and where it was chosen since."""
+    tiny = build("cohere2_vision", layers=8)
+    given = batch(tiny, ONE)
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        plan, cache = handle.plan(given["input_ids"]), DynamicCache(config=tiny.text.config)
+        with handle.using(plan):
+            tiny.model(**given, **{CACHE: cache}, use_cache=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny.text.config, "_attn_implementation", "flash_attention_2")
+            for call in (
+                lambda: handle.plan(given["input_ids"]),
+                lambda: tiny.model(**step(tiny, given, 7, cache)),
+                lambda: reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))),
+            ):
+                with pytest.raises(RerouteError, match=r"counts the window of layers \[.*3.*\] in rows"):
+                    call()

@@ -153,15 +153,6 @@ def test_a_mask_of_its_own_tokens_alone(few: Tiny) -> None:
         unchanged(cache, before)
 
 
-def test_sliding_windows_behind_the_first_look() -> None:
-    """Layers between it and the first decision run all tokens again, by masks that know no windows."""
-    tiny, early = qwen(layers=4), schedule(Rules((2,), (0.5,), score_layer_offset=-1))
-    tiny.model.config.get_text_config().layer_types = ["full_attention", "sliding_attention", *["full_attention"] * 2]
-    reroute.enable(tiny.model, schedule=early).disable()
-    with pytest.raises(RerouteError, match=r"Layers \[1\] use sliding-window .* from layer 1 on"):
-        reroute.enable(tiny.model, schedule=early, reopens=True)
-
-
 def test_unknown_arguments_for_each_token(few: Tiny) -> None:
     """Of its own tokens, those of padding left out, which are none of the conversation's counts."""
     said = [few.prompt(0, 5, few.grid, 4), few.prompt(2, 2)]

@@ -68,7 +68,7 @@ def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], boo
     """
     if isinstance(cache, DynamicCache):
         present = [(cache.layers[i], WHOLE + SLIDING if slides(i) else WHOLE) for i in layers if i < len(cache.layers)]
-        wrong = {type(layer).__name__ for layer, fits in present if type(layer) not in fits}
+        wrong = {_plain_name(layer) for layer, fits in present if type(layer) not in fits}
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -81,6 +81,11 @@ def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], boo
         f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of the model's "
         "configuration (what generate() makes by default), or disable routing for this call."
     )
+
+
+def _plain_name(layer: Any) -> str:
+    """Of the class that ``layer`` had before it was guarded."""
+    return DynamicSlidingWindowLayer.__name__ if type(layer) in SLIDING else type(layer).__name__
 
 
 def check_whole(cache: Cache, num_layers: int) -> None:

@@ -233,7 +233,7 @@ def empty_like(layer: Any) -> DynamicLayer:
     """An ordinary layer with nothing in it, of the kind that ``layer`` was."""
     if not isinstance(layer, DynamicSlidingWindowLayer):
         return DynamicLayer()  # type: ignore[no-untyped-call]
-    empty = DynamicSlidingWindowLayer(layer.sliding_window)  # type: ignore[no-untyped-call]
+    empty = DynamicSlidingWindowLayer(layer.sliding_window)
     empty.record_past = layer.record_past
     return empty
 
