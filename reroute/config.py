@@ -111,19 +111,9 @@ class RoutingConfig:
         reopens = self.reopens if reopens is None else reopens
         return replace(self, method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
 
-    def for_model(self, num_layers: int, may_decide: Callable[[int, Ranker], bool]) -> Settings:
-        """The settings worked out for a model of ``num_layers`` decoder layers.
-
-        ``may_decide``: before which of them a ranker may decide. Decisions of methods are made there; those of a
-        ``schedule`` stay where they are.
-
-        Raises:
-            RerouteError: no ratios of the method reach the budget ``keep``.
-        """
-        settings = Settings(self, self.schedule_for(num_layers))
-        if self.schedule is not None or settings.keeps_all:
-            return settings
-        return Settings(self, moved(settings.schedule, num_layers, may_decide, self.keep))
+    def for_model(self, num_layers: int) -> Settings:
+        """The settings worked out for a model of ``num_layers`` decoder layers. Raises what ``schedule_for`` does."""
+        return Settings(self, self.schedule_for(num_layers))
 
     def to_json(self) -> str:
         """The settings as a JSON object; ``from_json`` gives equal ones back, if methods and rankers have names there.
@@ -180,6 +170,16 @@ class Settings:
     def keeps_all(self) -> bool:
         """Whether no visual token is ever left out: the plain model, whatever the prompt."""
         return min(self.schedule.ratios) == 1
+
+    def moved(self, num_layers: int, may_decide: Callable[[int, Ranker], bool]) -> Settings:
+        """Those with decisions of a method where a ranker ``may_decide``; those of a schedule of the caller stay.
+
+        Raises:
+            RerouteError: no ratios of the method reach the budget ``keep`` there.
+        """
+        if self.config.schedule is not None or self.keeps_all:
+            return self
+        return replace(self, schedule=moved(self.schedule, num_layers, may_decide, self.config.keep))
 
     @property
     def needs_vision(self) -> bool:

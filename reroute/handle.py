@@ -50,15 +50,16 @@ class Handle:
             BackendUnavailable: the backend cannot run on the decoder's device.
         """
         self.config = config
-        settings = config.for_model(len(adapter.layers), adapter.may_decide)
+        planned = config.for_model(len(adapter.layers))
+        settings = planned.moved(len(adapter.layers), adapter.may_decide)
         self.schedule = settings.schedule
-        if settings.schedule.layers != (planned := config.schedule_for(len(adapter.layers))).layers:
+        if self.schedule.layers != planned.schedule.layers:
             logger.info(
                 "%s decides before layers %s of this model instead of %s, where it may not (sliding windows, or "
                 "features of pictures that come between layers)",
                 config.method_name,
-                settings.schedule.layers,
-                planned.layers,
+                self.schedule.layers,
+                planned.schedule.layers,
             )
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(adapter.text_config)
@@ -164,7 +165,8 @@ class Handle:
             config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
         elif any(setting is not None for setting in (method, action, keep, schedule, reopens)):
             raise RerouteError("Give either config= or single settings, not both.")
-        return self._router.at(config.for_model(self._shape.num_layers, self._router.adapter.may_decide))
+        layers = self._shape.num_layers
+        return self._router.at(config.for_model(layers).moved(layers, self._router.adapter.may_decide))
 
     def on_prefill(self, callback: Callable[[Stats], None]) -> Callable[[], None]:
         """Call ``callback`` with the stats of each prefill, in the thread that ran it, when it has ended.

@@ -174,9 +174,10 @@ def make_stats(
     filled = [tensor for pair in tensors if pair is not None for tensor in pair]
     scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
     routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
-    # Layers before the first routing layer store what they would without routing, which may be a sliding window.
-    first, length = plan.schedule.layers[0], plan.shape[1]
-    all_keys = [*stored[:first], *[plan.past + plan.length] * (len(widths) - first)]
+    # Layers before the first routing layer store what they would without routing; later ones what they may at most.
+    first, length, total = plan.schedule.layers[0], plan.shape[1], plan.past + plan.length
+    most = [min(total, getattr(layer, "sliding_window", total + 1) - 1) for layer in cache_layers[: len(widths)]]
+    all_keys = [*stored[:first], *most[first:], *[total] * (len(widths) - max(first, len(most)))]
     size = filled[0].element_size() if filled else 0
     dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(

@@ -130,9 +130,14 @@ class Planner:
         if wrong:
             layers = range(len(adapter.layers))
             free = [i for i in layers if any(adapter.may_decide(i, ranker) for _, ranker in columns)]
+            choice = (
+                f"Decide before some of the layers {free}, or give method= and keep=, which choose them."
+                if free
+                else "Configure the model with full attention in some layers."
+            )
             raise RerouteError(
                 f"No decision can be made before layers {wrong}: what ranks it sees a sliding window only, and not all "
-                f"visual tokens. Decide before some of the layers {free}, or give method= and keep=, which choose them."
+                f"visual tokens. {choice}"
             )
 
     def _check_attention(self, compact: Iterable[int]) -> None:

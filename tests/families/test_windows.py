@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,18 +11,23 @@ from dense import near, predict
 from models import CACHE
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, step
-from tiny_types import SLIDING, TinyType, build
+from tiny_types import SLIDING, TYPES, WINDOW, TinyType, build
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, masking_utils
 
 import reroute
-from reroute.errors import RerouteError
+from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import PDrop
 from reroute.rankers import LastTokenAttention
+from reroute.transformers.adapters import layers as known
 
 LAYERS = (2, 6)
 TOKENS = (7, 11, 13, 17, 19, 23, 29, 31)
 """More than a window."""
+
+
+def stored_rows(layer: Any) -> int:
+    return int(layer.keys.shape[-2])
 
 
 def decode(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Tensor, Tensor, Any]:
@@ -37,10 +43,19 @@ def decode(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Tensor, Te
     return logits, torch.stack(after), cache
 
 
+WAYS = [("route", "sdpa"), ("route", "eager"), ("remove", "sdpa"), ("remove", "eager")]
+ALIKE = ("shieldgemma2", "aya_vision")
+"""Types whose decoder is one that another type has too: Gemma 3, Cohere 2."""
+CASES = [
+    pytest.param(kind, *way, marks=[pytest.mark.slow] * (kind in ALIKE or (kind != "gemma3" and way != WAYS[0])))
+    for kind in SLIDING
+    if kind in TYPES
+    for way in WAYS
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("action", ["route", "remove"])
-@pytest.mark.parametrize("kind", SLIDING)
+@pytest.mark.parametrize(("kind", "action", "attention"), CASES)
 def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
     dense, tiny = build(kind, layers=8), build(kind, attention, layers=8)
     ratios = (0.4, 0.7) if action == "route" else (0.7, 0.4)
@@ -57,6 +72,36 @@ def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: st
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+
+
+@torch.no_grad()
+def test_a_window_that_is_longer_than_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA needs no mask then, for any layer, and tables still differ."""
+    dense, tiny = build("gemma3", layers=8), build("gemma3", "sdpa", layers=8)
+    for model in (dense, tiny):
+        monkeypatch.setattr(model.text.config, "sliding_window", 64)
+    expected = predict(dense, [*ONE, *TOKENS], LAYERS, (0.4, 0.7), prompt=len(ONE))
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        logits, after, _ = decode(handle, tiny, ONE)
+    near(logits[0], expected.logits[: len(ONE)])
+    near(after[:, 0], expected.logits[len(ONE) :])
+
+
+@torch.no_grad()
+def test_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As may be for one token and a cache that has nothing but its window. A routed one has rows before it too."""
+    kinds, tiny = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, build("gemma3", "sdpa", layers=8)
+    plain = kinds["sliding_attention"]
+
+    def sparing(**given: Any) -> Any:
+        return None if given["inputs_embeds"].shape[1] == 1 else plain(**given)
+
+    answers = []
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        for function in (plain, sparing):
+            monkeypatch.setitem(kinds, "sliding_attention", function)
+            answers.append(decode(handle, tiny, ONE)[1])
+    near(answers[1], answers[0])
 
 
 # --- caches ---------------------------------------------------------------------------------------------------------
@@ -89,8 +134,8 @@ def test_later_turns(kind: str, attention: str) -> None:
         kept, whole = DynamicCache(config=tiny.text.config), DynamicCache()
         logits, expected = talk(handle, tiny, kept, [*SAID]), talk(handle, tiny, whole, [*SAID])
     near(logits, expected)
-    lengths = [layer.keys.shape[-2] for layer in kept.layers]
-    assert [lengths[0], lengths[3]] == [5, 5], "windows drop what they do not show"
+    lengths = [stored_rows(layer) for layer in kept.layers]
+    assert lengths[0] == lengths[3] == WINDOW - 1, "windows drop what they do not show"
     assert lengths[2] < whole.get_seq_length() == kept.get_seq_length(), "and full layers what was deferred"
 
 
@@ -126,25 +171,56 @@ def test_the_same_answer_in_every_way_of_generation() -> None:
         assert generate(prompt, num_beams=3) == generate(prompt, num_beams=3, use_cache=False)
 
 
+@torch.no_grad()
+def test_text_that_may_be_taken_back() -> None:
+    """Not where some of it is padding: fillers would come behind rows, and push them out of their windows."""
+    tiny, pad = build("gemma3", layers=8), [0] * (len(TWO) - len(ONE))
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        for ids, newest in (([TWO, TWO], 5), ([ONE + pad, TWO], 0)):
+            given = torch.tensor(ids)
+            mask, cache = (given != 0).long(), DynamicCache(config=tiny.text.config)
+            with handle.using(handle.plan(given, mask)):
+                tiny.model(input_ids=given, attention_mask=mask, **{CACHE: cache}, use_cache=True)
+            layer: Any
+            for layer in cache.layers:
+                with pytest.raises(UnsupportedCacheError, match=f"only its {newest} tokens"):
+                    layer.crop(-newest - 1)
+
+
+@torch.no_grad()
+def test_what_the_plain_model_would_store() -> None:
+    """Of sliding layers no more than their window, in what savings are compared with."""
+    tiny, given = build("gemma3", layers=8), batch(build("gemma3", layers=8), TWO)
+    plain = tiny.model(**given, use_cache=True)
+    dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in getattr(plain, CACHE).layers)
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        _, _, cache = decode(handle, tiny, TWO)
+        stats = handle.stats()
+    assert stats.kv_bytes_dense == dense > stats.kv_bytes
+    assert stats.layer_lengths[3] == stored_rows(cache.layers[3]) == WINDOW - 1
+
+
 # --- what may decide ------------------------------------------------------------------------------------------------
 
 
 def test_a_schedule_at_sliding_layers() -> None:
-    tiny = build("gemma3", layers=8)
+    tiny, earlier = build("gemma3", layers=8), (LastTokenAttention(layer_offset=-1),)
     with pytest.raises(RerouteError, match=r"before layers \[1, 3\]: .*some of the layers \[2, 6\]"):
         reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3, 6), (0.5, 0.4, 0.3)))
     with pytest.raises(RerouteError, match=r"before layers \[6\]: .*some of the layers \[3, 7\]"):
-        reroute.enable(tiny.model, schedule=reroute.Schedule((6,), (0.5,), LastTokenAttention(layer_offset=-1)))
-    reroute.enable(tiny.model, schedule=reroute.Schedule((3,), (0.5,), LastTokenAttention(layer_offset=-1))).disable()
+        reroute.enable(tiny.model, schedule=reroute.Schedule((6,), (0.5,), earlier))
+    reroute.enable(
+        tiny.model, schedule=reroute.Schedule((3,), (0.5,), earlier)
+    ).disable()
 
 
 def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="reroute"):
-        with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
-            assert handle.schedule.layers == (2, 6)
-            assert "pdrop decides before layers (2, 6) of this model instead of (1, 3, 5)" in caplog.text
-            with handle.at(method="fastv", action="remove", keep=0.5):
-                pass
+    caplog.set_level("INFO", logger="reroute")
+    with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
+        assert handle.schedule.layers == (2, 6)
+        assert "pdrop decides before layers (2, 6) of this model instead of (1, 3, 5)" in caplog.text
+        with handle.at(method="fastv", action="remove", keep=0.5):
+            pass
     tiny = build("qwen3_vl")
     first = tiny.model.config.vision_config.deepstack_visual_indexes
     with reroute.enable(tiny.model) as handle:
@@ -153,9 +229,10 @@ def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None
 
 def test_renumbered_positions_and_turns_that_choose_again() -> None:
     tiny = build("gemma3", layers=8)
-    for settings in ({"reopens": True, "keep": 0.6}, {"method": PDrop.official(), "action": "remove"}):
+    several: list[dict[str, Any]] = [{"reopens": True, "keep": 0.6}, {"method": PDrop.official(), "action": "remove"}]
+    for settings in several:
         with pytest.raises(RerouteError, match="is not built for layers that slide"):
-            reroute.enable(tiny.model, **settings)  # type: ignore[call-overload]
+            reroute.enable(tiny.model, **settings)
 
 
 def test_flash_attention_counts_windows_in_rows() -> None:
@@ -168,10 +245,28 @@ def test_flash_attention_counts_windows_in_rows() -> None:
             tiny.model(**given, **{CACHE: cache}, use_cache=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiny.text.config, "_attn_implementation", "flash_attention_2")
-            for call in (
+            calls: list[Callable[[], Any]] = [
                 lambda: handle.plan(given["input_ids"]),
                 lambda: tiny.model(**step(tiny, given, 7, cache)),
                 lambda: reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))),
-            ):
+            ]
+            for call in calls:
                 with pytest.raises(RerouteError, match=r"counts the window of layers \[.*3.*\] in rows"):
                     call()
+
+
+def test_decisions_share_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that decides and gets tables of its own."""
+    plain: Any = vars(known)["layers_get"]
+
+    def other(*given: Any) -> Any:
+        calls = plain(*given)
+        cos, sin = calls[6][1]["position_embeddings"]
+        calls[6][1]["position_embeddings"] = cos.clone(), sin
+        return calls
+
+    monkeypatch.setattr(known, "layers_get", other)
+    tiny = build("gemma3", layers=8)
+    reroute.enable(tiny.model, schedule=reroute.Schedule((2,), (0.4,))).disable()
+    with pytest.raises(UnsupportedModelError, match=r"layer 6 .*another position_embeddings than layer 2"):
+        reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7)))

@@ -40,7 +40,7 @@ SIZES: dict[str, int] = {
     "max_position_embeddings": 512,
 }
 WINDOW = 6
-SLIDING = ("aya_vision", "cohere2_vision", "exaone4_5", "gemma3", "shieldgemma2", "step3p7")
+SLIDING = ("aya_vision", "cohere2_vision", "cohere_compass", "exaone4_5", "gemma3", "shieldgemma2", "step3p7")
 """Types of which some layers slide."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
@@ -93,8 +93,8 @@ def _chameleon(config: Any) -> None:
 
 def _cohere_compass(config: Any) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTION}
-    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
-    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": rope}
+    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 100.0}}
+    config.vision_config.deepstack_visual_indexes = [0, 1]
 
 
 def _glm4v_moe(config: Any) -> None:
@@ -117,10 +117,13 @@ def _sliding(config: Any) -> None:
     text = config.get_text_config()
     full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
-    if config.model_type == "step3p7":  # half of each head is rotated in full layers, slowly
-        rope = {"rope_type": "default", "rope_theta": 100.0}
-        slow = {**rope, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-        text.rope_parameters = {"full_attention": slow, "sliding_attention": rope}
+
+
+def _step3p7(config: Any) -> None:
+    """Half of each head is rotated in full layers, slowly."""
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    slow = {**rope, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config.text_config.rope_parameters = {"full_attention": slow, "sliding_attention": rope}
 
 
 TWEAKS: dict[str, Callable[[Any], None]] = {
@@ -135,6 +138,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "lfm2_vl": _lfm2_vl,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
+    "step3p7": _step3p7,
 }
 
 
@@ -159,10 +163,10 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
     if _read(config, "video_token_id") is not None:
         config.video_token_id = VIDEO
     config.image_token_id = PICTURE  # last: it may be another name of the same
-    if kind in TWEAKS:
-        TWEAKS[kind](config)
     if kind in SLIDING:
         _sliding(config)
+    if kind in TWEAKS:
+        TWEAKS[kind](config)
     return config
 
 

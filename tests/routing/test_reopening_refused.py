@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CACHE, Sample, Tiny, qwen
+from models import CACHE, Sample, Tiny
 from oracle import Rules, predict
 from support import (
     FEW,

@@ -47,7 +47,7 @@ def test_without_a_place() -> None:
 
 
 def test_by_the_layer_that_scores() -> None:
-    assert moved(Schedule((2, 7), (0.5, 0.4), EARLIER), 34, only(*EVERY_SIXTH)).layers == (6, 12)
+    assert moved(Schedule((2, 7), (0.5, 0.4), (EARLIER,)), 34, only(*EVERY_SIXTH)).layers == (6, 12)
 
 
 def test_scores_stay_in_order() -> None:
@@ -59,7 +59,7 @@ def test_scores_stay_in_order() -> None:
 @pytest.mark.parametrize("action", ["route", "remove"])
 @pytest.mark.parametrize("method", [PDrop(), FastV()], ids=lambda method: method.name)
 def test_the_budget_holds(method: Any, action: Any) -> None:
-    settings = RoutingConfig(method=method, action=action, keep=0.4).for_model(34, only(*EVERY_SIXTH))
+    settings = RoutingConfig(method=method, action=action, keep=0.4).for_model(34).moved(34, only(*EVERY_SIXTH))
     schedule = settings.schedule
     assert set(schedule.layers) <= set(EVERY_SIXTH)
     assert budget_of(schedule.layers, schedule.ratios, 34) == pytest.approx(0.4, abs=1e-3)
@@ -68,7 +68,7 @@ def test_the_budget_holds(method: Any, action: Any) -> None:
 
 def test_a_budget_that_later_layers_cannot_meet() -> None:
     with pytest.raises(RerouteError, match="routing from layer 29 on"):
-        RoutingConfig(keep=0.5).for_model(34, only(29))
+        RoutingConfig(keep=0.5).for_model(34).moved(34, only(29))
 
 
 def test_what_need_not_move() -> None:
@@ -76,14 +76,14 @@ def test_what_need_not_move() -> None:
     for name in METHODS.keys() - {"cdpruner"}:  # which wants more than a name
         for keep in (None, 0.4):
             config = RoutingConfig(method=name, keep=keep)
-            assert config.for_model(32, anywhere).schedule == config.schedule_for(32)
+            assert config.for_model(32).moved(32, anywhere).schedule == config.schedule_for(32)
 
 
 def test_schedules_of_the_caller_and_the_plain_model_stay() -> None:
     explicit = Schedule((2, 7), (0.5, 0.25))
-    assert RoutingConfig(schedule=explicit).for_model(34, only(*EVERY_SIXTH)).schedule is explicit
+    assert RoutingConfig(schedule=explicit).for_model(34).moved(34, only(*EVERY_SIXTH)).schedule is explicit
 
     def asked(layer: int, ranker: Ranker) -> bool:
         raise AssertionError("nothing is ranked")
 
-    assert RoutingConfig(keep=1.0).for_model(34, asked).keeps_all
+    assert RoutingConfig(keep=1.0).for_model(34).moved(34, asked).keeps_all

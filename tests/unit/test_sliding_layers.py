@@ -134,7 +134,8 @@ def test_layers_before_the_first_decision() -> None:
     dense.update(*[torch.zeros(2, 1, 11, 1)] * 2)
     cache.layers = [dense, DynamicLayer(), *cache.layers]  # type: ignore[no-untyped-call]
     guard(cache, 10)
-    assert dense.is_sliding and not isinstance(dense, RoutedLayer)
+    assert dense.is_sliding
+    assert not isinstance(dense, RoutedLayer)
     with pytest.raises(UnsupportedCacheError, match="runs without it"):
         dense.update(*[torch.zeros(2, 1, 1, 1)] * 2)
     with pytest.raises(UnsupportedCacheError, match="only its 1 tokens"):
