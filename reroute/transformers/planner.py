@@ -133,7 +133,7 @@ class Planner:
             choice = (
                 f"Decide before some of the layers {free}, or give method= and keep=, which choose them."
                 if free
-                else "Configure the model with full attention in some layers."
+                else "Choose another ranker, or configure the model with full attention in more layers."
             )
             raise RerouteError(
                 f"No decision can be made before layers {wrong}: what ranks it sees a sliding window only, and not all "
@@ -148,7 +148,7 @@ class Planner:
         """
         if mask_format_of(self.adapter.text_config) != "padding":
             return
-        sliding = [index for index in compact if not self.adapter.is_full_attention(index)]
+        sliding = [index for index in compact if self.adapter.slides(index)]
         if sliding:
             raise RerouteError(
                 f"Flash attention counts the window of layers {sliding} in rows, and routing leaves rows out. Call "

@@ -209,9 +209,7 @@ def test_a_schedule_at_sliding_layers() -> None:
         reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3, 6), (0.5, 0.4, 0.3)))
     with pytest.raises(RerouteError, match=r"before layers \[6\]: .*some of the layers \[3, 7\]"):
         reroute.enable(tiny.model, schedule=reroute.Schedule((6,), (0.5,), earlier))
-    reroute.enable(
-        tiny.model, schedule=reroute.Schedule((3,), (0.5,), earlier)
-    ).disable()
+    reroute.enable(tiny.model, schedule=reroute.Schedule((3,), (0.5,), earlier)).disable()
 
 
 def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None:
@@ -219,8 +217,11 @@ def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None
     with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
         assert handle.schedule.layers == (2, 6)
         assert "pdrop decides before layers (2, 6) of this model instead of (1, 3, 5)" in caplog.text
+        handle.warm_up(visual=16)
         with handle.at(method="fastv", action="remove", keep=0.5):
             pass
+        with pytest.raises(RerouteError, match="Choose another ranker"), handle.at(method="dart"):
+            pass  # looks at two layers in a row
     tiny = build("qwen3_vl")
     first = tiny.model.config.vision_config.deepstack_visual_indexes
     with reroute.enable(tiny.model) as handle:
