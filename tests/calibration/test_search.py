@@ -76,6 +76,22 @@ def test_starts_are_the_published_schedules(space: Space) -> None:
     assert budget_of(start.schedule.layers, start.schedule.ratios, 32) == pytest.approx(0.03)
 
 
+def test_decisions_are_tried_only_where_they_may_be_made() -> None:
+    """As in a model of which most layers slide."""
+    full = (2, 5, 8, 11)
+    space = Space(1 / 3, 12, "route", (144,), may_decide=lambda layer, ranker: layer in full)
+    made = space.starts()
+    for _ in range(40):
+        new = space.near(made[-6:], {space.key(start) for start in made}, Random(len(made)))
+        assert new is not None
+        made.append(new)
+    assert {step.layer for proposal in made for step in proposal.steps} == set(full)
+    assert all(budget_of(p.schedule.layers, p.schedule.ratios, 12) == pytest.approx(1 / 3) for p in made)
+    low = Space(0.2, 12, "route", (144,), (FastV(layer=6),), may_decide=lambda layer, ranker: layer in full)
+    assert low.published() == {}
+    assert low.starts()[0].schedule.layers == (2, 5)
+
+
 def test_rankers_are_those_of_the_methods() -> None:
     space = Space(1 / 9, 12, "route", (144,), (PDrop(), Diverse()))
     assert list(space.published()) == ["pdrop", "diverse"]
