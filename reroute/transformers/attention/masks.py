@@ -87,7 +87,7 @@ def _columns(key_positions: torch.Tensor, length: int, mask: torch.Tensor) -> tu
 
     A key before all of them is hidden as fillers are, -1. Returns whether there may be some.
     """
-    before = length - mask.shape[-1]
+    before = max(0, length - mask.shape[-1])
     return ((key_positions - before).clamp(min=-1), True) if before else (key_positions, False)
 
 
