@@ -120,10 +120,18 @@ def _sliding(config: Any) -> None:
 
 
 def _step3p7(config: Any) -> None:
-    """Half of each head is rotated in full layers, slowly."""
+    """Sliding layers have more heads; in full ones half of each head is rotated, slowly."""
+    text = config.text_config
     rope = {"rope_type": "default", "rope_theta": 100.0}
     slow = {**rope, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    config.text_config.rope_parameters = {"full_attention": slow, "sliding_attention": rope}
+    names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
+    sizes = {name: value for name in names if (value := _read(text, name)) is not None}
+    config.text_config = type(text)(
+        **sizes,
+        num_sliding_attention_heads=8,
+        share_expert_dim=16,
+        rope_parameters={"full_attention": slow, "sliding_attention": rope},
+    )
 
 
 TWEAKS: dict[str, Callable[[Any], None]] = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
 __all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu"]
@@ -258,5 +258,5 @@ def _with_random_buffers(module: Any) -> Any:
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Compute for real, on the CPU and without gradients, whatever is going on around."""
-    with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         yield
