@@ -191,11 +191,17 @@ def make_stats(
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
         kv_bytes=sum(tensor.nbytes for tensor in filled),
-        kv_bytes_dense=dense.kv_bytes,
+        kv_bytes_dense=dense.kv_bytes if None in tensors else _row_bytes(tensors, all_keys),
         state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
     )
+
+
+def _row_bytes(tensors: Sequence[Any], rows: Sequence[int]) -> int:
+    """Of caches of so many ``rows`` in each layer, whose heads may differ from layer to layer."""
+    each = (sum(tensor.nbytes for tensor in pair) // max(1, pair[0].shape[-2]) for pair in tensors)
+    return sum(size * count for size, count in zip(each, rows, strict=False))
 
 
 def _scoring_flops(plan: Plan, shape: ModelShape) -> int:

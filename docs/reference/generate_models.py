@@ -35,7 +35,6 @@ WAITING = {
     "ernie4_5_vl_moe": "arguments with an entry for each token",
     "fuyu": "a file: one matrix for queries, keys and values",
     "gemma4": "arguments with an entry for each token, keys and values that layers share",
-    "gemma4_unified": "keys and values that layers share",
     "hunyuan_vl": "norms of heads behind the rotation",
     "idefics2": "every layer slides; with `sliding_window=None` it is routed",
     "kimi_k25": "a file: latent keys",

@@ -285,10 +285,12 @@ class Planner:
         """
         self._check_attention(routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
+        _check_shared(kwargs)
         keys = past_length(cache) + tokens.shape[1]
         check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
 
     def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
+        _check_shared(kwargs)
         keys = plan.past + plan.length
         valid = int((plan.order[:, plan.reopened :] >= 0).sum())
         counts = (plan.shape[1], keys, plan.batch * plan.shape[1], plan.batch * keys, valid)
@@ -298,6 +300,15 @@ class Planner:
         if why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
+
+
+def _check_shared(kwargs: Kwargs) -> None:
+    """RerouteError if the call asks for keys of its layers, for a model that has none of its own."""
+    if kwargs.get("return_shared_kv_states"):
+        raise RerouteError(
+            "return_shared_kv_states asks for the keys of all tokens, and routed layers lack some. Generate without an "
+            "assistant that reads them, or disable routing."
+        )
 
 
 def has_picture(kwargs: Kwargs) -> bool:

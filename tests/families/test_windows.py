@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from dense import near, predict
 from models import CACHE
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, step
-from tiny_types import SLIDING, TYPES, WINDOW, TinyType, build
+from tiny_types import SLIDING, TYPES, WINDOW, TinyType, build, configuration
 from torch import Tensor
 from transformers import DynamicCache, masking_utils
 
@@ -188,10 +189,11 @@ def test_text_that_may_be_taken_back() -> None:
 
 
 @torch.no_grad()
-def test_what_the_plain_model_would_store() -> None:
-    """Of sliding layers no more than their window, in what savings are compared with."""
-    tiny, given = build("gemma3", layers=8), batch(build("gemma3", layers=8), TWO)
-    plain = tiny.model(**given, use_cache=True)
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4_unified"])
+def test_what_the_plain_model_would_store(kind: str) -> None:
+    """Of sliding layers no more than their window, in what savings are compared with; heads may differ."""
+    tiny = build(kind, layers=8)
+    plain = tiny.model(**batch(tiny, TWO), use_cache=True)
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in getattr(plain, CACHE).layers)
     with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
         _, _, cache = decode(handle, tiny, TWO)
@@ -271,3 +273,28 @@ def test_decisions_share_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     reroute.enable(tiny.model, schedule=reroute.Schedule((2,), (0.4,))).disable()
     with pytest.raises(UnsupportedModelError, match=r"layer 6 .*another position_embeddings than layer 2"):
         reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7)))
+
+
+# --- keys that are shared -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_keys_for_an_assistant() -> None:
+    tiny = build("gemma4_unified", layers=8)
+    given = batch(tiny, ONE)
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7))) as handle:
+        with handle.using(handle.plan(given["input_ids"])):
+            with pytest.raises(RerouteError, match="return_shared_kv_states asks for the keys of all tokens"):
+                tiny.model(**given, return_shared_kv_states=True)
+            cache = tiny.model(**given, use_cache=True)[CACHE]
+        with pytest.raises(RerouteError, match="return_shared_kv_states asks for the keys of all tokens"):
+            tiny.model(**step(tiny, given, 7, cache), return_shared_kv_states=True)
+
+
+def test_layers_that_have_no_keys_of_their_own() -> None:
+    config = configuration("gemma4_unified", 8)
+    config.text_config.num_kv_shared_layers = 2
+    with torch.device("meta"):
+        model: Any = getattr(transformers, TYPES["gemma4_unified"])(config)
+    with pytest.raises(UnsupportedModelError, match=r"also takes logits_to_keep|has no 'self_attn.k_proj'"):
+        reroute.enable(model, schedule=reroute.Schedule((2,), (0.4,)))

@@ -40,7 +40,16 @@ SIZES: dict[str, int] = {
     "max_position_embeddings": 512,
 }
 WINDOW = 6
-SLIDING = ("aya_vision", "cohere2_vision", "cohere_compass", "exaone4_5", "gemma3", "shieldgemma2", "step3p7")
+SLIDING = (
+    "aya_vision",
+    "cohere2_vision",
+    "cohere_compass",
+    "exaone4_5",
+    "gemma3",
+    "gemma4_unified",
+    "shieldgemma2",
+    "step3p7",
+)
 """Types of which some layers slide."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
@@ -134,6 +143,14 @@ def _step3p7(config: Any) -> None:
     )
 
 
+def _gemma4_unified(config: Any) -> None:
+    """Full layers have longer heads."""
+    text = config.text_config
+    names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
+    sizes = {name: value for name in names if (value := _read(text, name)) is not None}
+    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16)
+
+
 TWEAKS: dict[str, Callable[[Any], None]] = {
     "aya_vision": _aya_vision,
     "chameleon": _chameleon,
@@ -144,6 +161,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
     "lfm2_vl": _lfm2_vl,
+    "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
     "step3p7": _step3p7,

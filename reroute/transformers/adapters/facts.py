@@ -36,6 +36,7 @@ ARGUMENTS = (
     "output_attentions",
     "output_router_logits",
     "cache_position",
+    "shared_kv_states",
 )
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")

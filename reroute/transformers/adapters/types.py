@@ -24,6 +24,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "exaone4_5",
     "fast_vlm",
     "gemma3",
+    "gemma4_unified",
     "glm46v",
     "glm4v",
     "glm4v_moe",
