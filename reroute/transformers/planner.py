@@ -6,7 +6,7 @@ Everything is refused here, before anything of the model, the cache or the pool 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,8 @@ from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
-from ..core.schedule import Schedule
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .attention import mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
@@ -31,6 +29,7 @@ from .cache import (
     routed_layers,
     states_of,
 )
+from .layer_kinds import check_attention, check_kinds
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -96,7 +95,7 @@ class Planner:
                 f"{adapter.first_layer} on."
             )
         compact = range(first, len(adapter.layers))
-        self._check_kinds(schedule, compact)
+        check_kinds(adapter, schedule, compact)
         scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
         adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
         slides = adapter.has_several_tables or any(map(adapter.slides, compact))
@@ -109,51 +108,7 @@ class Planner:
             adapter.tower.wanted_by(schedule.rankers)
         for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
             ranker.check(adapter, layer + ranker.layer_offset)
-        self._check_attention(compact)  # each forward asks again
-
-    def _check_kinds(self, schedule: Schedule, compact: range) -> None:
-        """Check that each layer attends in a way that is known, and that those that decide see everything.
-
-        Raises:
-            RerouteError: names the layers, and those that may decide.
-        """
-        adapter = self.adapter
-        unknown = [index for index in compact if not adapter.is_known_attention(index)]
-        if unknown:
-            raise RerouteError(
-                f"Layers {unknown} use sliding-window attention, or another that is neither full nor sliding, and the "
-                "configuration and what their attention is told do not agree on one of the two. Route a model (or "
-                f"configure this one) with known attention in every layer from layer {compact[0]} on."
-            )
-        columns = list(zip(schedule.layers, schedule.rankers, strict=True))
-        wrong = [layer for layer, ranker in columns if not adapter.may_decide(layer, ranker)]
-        if wrong:
-            layers = range(len(adapter.layers))
-            free = [i for i in layers if any(adapter.may_decide(i, ranker) for _, ranker in columns)]
-            choice = (
-                f"Decide before some of the layers {free}, or give method= and keep=, which choose them."
-                if free
-                else "Choose another ranker, or configure the model with full attention in more layers."
-            )
-            raise RerouteError(
-                f"No decision can be made before layers {wrong}: what ranks it sees a sliding window only, and not all "
-                f"visual tokens. {choice}"
-            )
-
-    def _check_attention(self, compact: Iterable[int]) -> None:
-        """Check that the attention as it is now can be routed in the layers that run ``compact``.
-
-        Raises:
-            RerouteError: its masks are not known, or it counts a window in rows.
-        """
-        if mask_format_of(self.adapter.text_config) != "padding":
-            return
-        sliding = [index for index in compact if self.adapter.slides(index)]
-        if sliding:
-            raise RerouteError(
-                f"Flash attention counts the window of layers {sliding} in rows, and routing leaves rows out. Call "
-                "model.set_attn_implementation('sdpa')."
-            )
+        check_attention(adapter, compact)  # each forward asks again
 
     def plan(self, prompt: Prompt, settings: Settings, *, has_picture: bool = True) -> Plan | None:
         """Plan a prefill; the only place that waits for the device. None without visual tokens.
@@ -202,7 +157,7 @@ class Planner:
         """
         schedule = plan.schedule
         compact = range(schedule.first_look if plan.reopened else schedule.layers[0], len(self.adapter.layers))
-        self._check_attention(compact)
+        check_attention(self.adapter, compact)
         self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
@@ -283,7 +238,7 @@ class Planner:
             RerouteError: the attention cannot be routed, the cache is not whole, or an argument has an entry for each
                 of its tokens.
         """
-        self._check_attention(routed_layers(cache))
+        check_attention(self.adapter, routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
         _check_shared(kwargs)
         keys = past_length(cache) + tokens.shape[1]
