@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from reroute.errors import UnsupportedCacheError
+from reroute.transformers.attention import decode_mask
 from reroute.transformers.cache import RoutedLayer, RowPositions, guard, route_layer, stored_columns, visible_rows
 
 WINDOW = 5
@@ -143,3 +144,10 @@ def test_layers_before_the_first_decision() -> None:
     dense.allow_update()
     assert dense.update(*[torch.zeros(2, 1, 1, 1)] * 2)[0].shape[-2] == WINDOW
     assert dense.get_seq_length() == 12
+
+
+def test_a_mask_with_room_for_more() -> None:
+    """Of a sequence that is shorter than it."""
+    mask = (torch.arange(8) % 3 == 0)[None, None, None]
+    adapted = decode_mask(mask, torch.tensor([[-1, 0, 3, 4, 5]]), 6, mask_format="boolean")
+    assert adapted.flatten().tolist() == [False, True, True, False, False]
