@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS, PagedPool
 
 from .checks import check_name, shown
+from .core.moving import moved
 from .core.schedule import Action, Schedule
 from .core.solver import check_keep
 from .errors import RerouteError
 from .methods import METHODS, Method, get
+from .rankers import Ranker
 
 __all__ = ["RoutingConfig", "Settings", "check_arguments"]
 
@@ -167,6 +170,16 @@ class Settings:
     def keeps_all(self) -> bool:
         """Whether no visual token is ever left out: the plain model, whatever the prompt."""
         return min(self.schedule.ratios) == 1
+
+    def moved(self, num_layers: int, may_decide: Callable[[int, Ranker], bool]) -> Settings:
+        """Those with decisions of a method where a ranker ``may_decide``; those of a schedule of the caller stay.
+
+        Raises:
+            RerouteError: no ratios of the method reach the budget ``keep`` there.
+        """
+        if self.config.schedule is not None or self.keeps_all:
+            return self
+        return replace(self, schedule=moved(self.schedule, num_layers, may_decide, self.config.keep))
 
     @property
     def needs_vision(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,6 +33,8 @@ from .warm_up import ShortPrefills
 
 __all__ = ["Handle"]
 
+logger = logging.getLogger("reroute")
+
 
 class Handle:
     """Routing of one model, from ``enable`` to ``disable``. Also a context manager.
@@ -47,8 +50,17 @@ class Handle:
             BackendUnavailable: the backend cannot run on the decoder's device.
         """
         self.config = config
-        settings = config.for_model(len(adapter.layers))
+        planned = config.for_model(len(adapter.layers))
+        settings = planned.moved(len(adapter.layers), adapter.may_decide)
         self.schedule = settings.schedule
+        if self.schedule.layers != planned.schedule.layers:
+            logger.info(
+                "%s decides before layers %s of this model instead of %s, where it may not (sliding windows, or "
+                "features of pictures that come between layers)",
+                config.method_name,
+                self.schedule.layers,
+                planned.schedule.layers,
+            )
         self._pool, self._pool_is_given = pool, pool is not None
         self._shape = ModelShape.from_config(adapter.text_config)
         if pool is not None and pool.width != self._shape.hidden:
@@ -153,7 +165,8 @@ class Handle:
             config = self.config.changed(method=method, action=action, keep=keep, schedule=schedule, reopens=reopens)
         elif any(setting is not None for setting in (method, action, keep, schedule, reopens)):
             raise RerouteError("Give either config= or single settings, not both.")
-        return self._router.at(config.for_model(self._shape.num_layers))
+        layers = self._shape.num_layers
+        return self._router.at(config.for_model(layers).moved(layers, self._router.adapter.may_decide))
 
     def on_prefill(self, callback: Callable[[Stats], None]) -> Callable[[], None]:
         """Call ``callback`` with the stats of each prefill, in the thread that ran it, when it has ended.

@@ -174,9 +174,10 @@ def make_stats(
     filled = [tensor for pair in tensors if pair is not None for tensor in pair]
     scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
     routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
-    # Layers before the first routing layer store what they would without routing, which may be a sliding window.
-    first, length = plan.schedule.layers[0], plan.shape[1]
-    all_keys = [*stored[:first], *[plan.past + plan.length] * (len(widths) - first)]
+    # Layers before the first routing layer store what they would without routing; later ones what they may at most.
+    first, length, total = plan.schedule.layers[0], plan.shape[1], plan.past + plan.length
+    most = [min(total, getattr(layer, "sliding_window", total + 1) - 1) for layer in cache_layers[: len(widths)]]
+    all_keys = [*stored[:first], *most[first:], *[total] * (len(widths) - max(first, len(most)))]
     size = filled[0].element_size() if filled else 0
     dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
@@ -190,11 +191,17 @@ def make_stats(
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
         kv_bytes=sum(tensor.nbytes for tensor in filled),
-        kv_bytes_dense=dense.kv_bytes,
+        kv_bytes_dense=dense.kv_bytes if None in tensors else _row_bytes(tensors, all_keys),
         state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
     )
+
+
+def _row_bytes(tensors: Sequence[Any], rows: Sequence[int]) -> int:
+    """Of caches of so many ``rows`` in each layer, whose heads may differ from layer to layer."""
+    each = (sum(tensor.nbytes for tensor in pair) // max(1, pair[0].shape[-2]) for pair in tensors)
+    return sum(size * count for size, count in zip(each, rows, strict=False))
 
 
 def _scoring_flops(plan: Plan, shape: ModelShape) -> int:

@@ -90,6 +90,9 @@ class Ready:
     def attention_spec(self, layer: int) -> AttentionSpec:
         return AttentionSpec(0.1)
 
+    def rotates(self, layer: int) -> bool:
+        return True
+
     def rope_tables(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("positions are preserved here")
 

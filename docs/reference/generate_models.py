@@ -31,33 +31,25 @@ configurations of a type may differ from this page, and types that are not on it
 |---|---|---|---|
 """
 WAITING = {
-    "aya_vision": "sliding layers, layers without rotation",
     "chameleon": "a file: norms of another place, a decoder that is the base model",
-    "cohere2_vision": "sliding layers, layers without rotation",
-    "cohere_compass": "a table of rotations for each layer",
     "ernie4_5_vl_moe": "arguments with an entry for each token",
-    "exaone4_5": "sliding layers, layers without rotation",
     "fuyu": "a file: one matrix for queries, keys and values",
-    "gemma3": "sliding layers, two rotations",
-    "gemma4": "sliding layers, two rotations, arguments with an entry for each token",
-    "gemma4_unified": "sliding layers, two rotations",
+    "gemma4": "arguments with an entry for each token, keys and values that layers share",
     "hunyuan_vl": "norms of heads behind the rotation",
-    "idefics2": "sliding layers; with `sliding_window=None` it is routed",
+    "idefics2": "every layer slides; with `sliding_window=None` it is routed",
     "kimi_k25": "a file: latent keys",
     "kosmos-2.5": "a file: no rotation, pictures marked by an argument",
     "lfm2_vl": "convolution layers",
-    "lfm3_vl": "convolution and sliding layers, two rotations",
+    "lfm3_vl": "convolution layers",
     "llama4": "chunked layers, a scale that counts rows; it has no base model",
     "minicpm_ocr": "recurrent layers",
     "minicpmv4_6": "recurrent layers",
     "minicpmv4_7": "recurrent layers",
-    "muse_glimmer": "sliding layers, layers without rotation, a factor on queries",
-    "muse_spark": "sliding layers, layers without rotation, a factor on queries",
+    "muse_glimmer": "layers without rotary tables, a factor on queries",
+    "muse_spark": "layers without rotary tables, a factor on queries",
     "nemotron_h_omni": "recurrent layers, no rotation; it has no base model",
     "qwen3_5": "recurrent layers",
     "qwen3_5_moe": "recurrent layers",
-    "shieldgemma2": "sliding layers, two rotations",
-    "step3p7": "sliding layers, a rotation for each kind of layer",
     "unlimited_ocr": "a cache that windows generated tokens only",
 }
 """What has to be built before these can be routed."""
@@ -105,6 +97,7 @@ def _notes(kind: str) -> list[str] | str:
 
     import reroute
     from reroute.errors import RerouteError
+    from reroute.rankers import LastTokenAttention
     from reroute.transformers import adapter_of
 
     try:
@@ -114,12 +107,17 @@ def _notes(kind: str) -> list[str] | str:
         return f"not built here ({type(error).__name__} in its default configuration)"
     try:
         adapter = adapter_of(model)
-        first = max(1, adapter.first_layer)
-        reroute.enable(model, schedule=reroute.Schedule((first,), (0.5,))).disable()
+        ranker, layers = LastTokenAttention(), range(max(1, adapter.first_layer), len(adapter.layers))
+        first = next((layer for layer in layers if adapter.may_decide(layer, ranker)), layers[0])
+        reroute.enable(model, schedule=reroute.Schedule((first,), (0.5,), ranker)).disable()
+        adapter.check_facts([first], layers)
     except RerouteError as error:
         return _short(str(error))
     facts = adapter.facts(first)
     notes = ["features between layers (DeepStack): decides behind them"] if adapter.first_layer else []
+    notes += ["sliding layers"] if any(map(adapter.slides, layers)) else []
+    notes += ["several rotary tables"] if adapter.has_several_tables else []
+    notes += [] if facts.rotates else ["full layers do not rotate"]
     notes += ["interleaved rotation"] if facts.rope == "interleaved" else []
     notes += ["norms of heads"] if facts.key_norm is not None else []
     notes += ["M-RoPE"] if not adapter.renumbers else []

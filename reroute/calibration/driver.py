@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -92,7 +92,8 @@ def calibrate(
     _check_plain(model)
     adapter = adapter_of(model)
     read = Prompts.read(prompts, adapter.visual_ids)
-    space = Space(keep, len(adapter.layers), action, tuple(sorted({p.visual for p in read.all})), _chosen(methods))
+    visual, may_decide = tuple(sorted({p.visual for p in read.all})), cache(adapter.may_decide)
+    space = Space(keep, len(adapter.layers), action, visual, _chosen(methods), may_decide)
     about: dict[str, Any] = {"keep": keep, "action": action, "seed": seed, "max_new_tokens": max_new_tokens}
     published = space.published()
     _check_decoder_alone(published)
@@ -115,6 +116,7 @@ def calibrate(
         kept = partial(_keep, state, answers, tell, evaluations)
         last = space.last_first_layer
         objective = Objective(plain, handle, refer(plain, parts[0], _at(answers, choosing), last, batch_tokens))
+        objective.check_plain()
         history = climb(space, objective, evaluations=evaluations, seed=seed, history=history, done=kept)
         best = best_of(history)
         compared = {"calibrated": best.proposal.schedule, **published}

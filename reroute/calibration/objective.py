@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.schedule import Action, Schedule
+from ..errors import RerouteError
 from .dense import Model, Reference, resumed_at
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ __all__ = ["CAP", "Objective"]
 
 CAP = 5.0
 """Most that one prompt counts, in nats: how wrong a wrong answer is says little."""
+SAME = 0.01
+"""Nats that may lie between two runs of the plain model, by the order of arithmetic in half precision."""
 CHUNK = 1 << 25
 """Logits that are compared at once."""
 
@@ -49,8 +52,25 @@ class Objective:
                     found[index] = min(CAP, value)
         return tuple(found)
 
+    @torch.no_grad()
+    def check_plain(self) -> None:
+        """Check that the plain model predicts the same once more when it is given no more than runs here get.
+
+        Raises:
+            RerouteError: it is told more of pictures than their embeddings.
+        """
+        if max(self._divergences(self._references[0], None)) > SAME:
+            raise RerouteError(
+                "This model cannot be calibrated: its decoder is told more of pictures than their embeddings (where "
+                "they are, or features between its layers), and schedules are tried without. Give method= and keep=."
+            )
+
     def _batch(self, reference: Reference) -> list[float]:
         plan = self._handle.plan(reference.ids, reference.mask, labels=reference.labels)
+        return self._divergences(reference, plan)
+
+    def _divergences(self, reference: Reference, plan: Plan | None) -> list[float]:
+        """Of each sample under ``plan``, where layers before its first decision do not run."""
         output = self._run(reference, plan).flatten(0, 1)
         head = self._model.head
         device = next(head.parameters()).device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,6 +10,7 @@ from math import ceil
 from random import Random
 from typing import Any, NamedTuple
 
+from ..core.moving import moved
 from ..core.schedule import Action, Schedule
 from ..core.solver import scale_ratios
 from ..errors import RerouteError
@@ -75,7 +76,8 @@ class Space:
     """The proposals of a budget: all run ``keep`` = avg_T / N on ``num_layers`` layers.
 
     ``visual``: the numbers N of visual tokens that prompts have. Proposals with equal counts are one. ``methods``: a
-    search begins with their schedules; whatever ranks one of their decisions may rank any.
+    search begins with their schedules; whatever ranks one of their decisions may rank any. ``may_decide``: before which
+    layers of the model it may.
     """
 
     keep: float
@@ -83,6 +85,7 @@ class Space:
     action: Action
     visual: tuple[int, ...]
     methods: tuple[Method, ...] = (PDrop(), FastV(), Diverse())
+    may_decide: Callable[[int, Ranker], bool] = lambda layer, ranker: True
 
     @cached_property
     def rankers(self) -> tuple[Ranker, ...]:
@@ -101,15 +104,23 @@ class Space:
         for method in self.methods:
             try:
                 solved = method.with_budget(self.keep, self.num_layers, self.action)
+                schedule = self._movable(solved.schedule(self.num_layers, self.action))
             except RerouteError:
                 continue
-            found[method.name] = solved.schedule(self.num_layers, self.action)
+            found[method.name] = schedule
         return found
 
     def starts(self) -> list[Proposal]:
         """Where a search begins: the published schedules, or where none reaches the budget one that does."""
         found = [Proposal.of(schedule) for schedule in self.published().values()]
-        return found or [self.refilled([Step(0, 1.0), Step(self.num_layers // 4 or 1, 0.5)])]
+        if found:
+            return found
+        any_that_does = Schedule((0, self.num_layers // 4 or 1), (1.0, 0.5))
+        return [self.refilled(Proposal.of(moved(any_that_does, self.num_layers, self.may_decide)).steps)]
+
+    def _movable(self, schedule: Schedule) -> Schedule:
+        """``schedule`` where its decisions may be made. RerouteError if the budget cannot be met there."""
+        return moved(schedule, self.num_layers, self.may_decide, self.keep)
 
     def refilled(self, steps: Iterable[Step]) -> Proposal:
         """A proposal with the proportions and the rankers of ``steps`` that meets the budget.
@@ -147,8 +158,10 @@ class Space:
         return None
 
     def _is_sound(self, proposal: Proposal) -> bool:
-        """Whether no stage keeps more than its share, as one that is rounded up to a token does."""
+        """Whether each decision may be made, and no stage keeps more than its share, as one rounded up to a token."""
         least = min(self.visual)
+        if not all(self.may_decide(step.layer, step.ranker) for step in proposal.steps):
+            return False
         return all(step.ratio * least >= 1 or (ALLOW_NONE and step.ratio == 0) for step in proposal.steps)
 
     def _moved(self, steps: list[Step], random: Random) -> list[Step]:
@@ -159,8 +172,11 @@ class Space:
 
     def _shift(self, steps: list[Step], random: Random) -> list[Step]:
         index = random.randrange(len(steps))
-        layer = steps[index].layer + random.choice((-1, 1))
-        if not 0 <= layer < self.num_layers or layer in (step.layer for step in steps):
+        from_layer, ranker = steps[index].layer, steps[index].ranker
+        later = random.choice((-1, 1)) > 0
+        others = range(from_layer + 1, self.num_layers) if later else range(from_layer - 1, -1, -1)
+        layer = next((other for other in others if self.may_decide(other, ranker)), None)
+        if layer is None or layer in (step.layer for step in steps):
             return steps
         return [*steps[:index], steps[index]._replace(layer=layer), *steps[index + 1 :]]
 
@@ -171,7 +187,8 @@ class Space:
         return [*steps[:index], steps[index]._replace(ratio=ratio), *steps[index + 1 :]]
 
     def _add(self, steps: list[Step], random: Random) -> list[Step]:
-        free = sorted(set(range(self.num_layers)) - {step.layer for step in steps})
+        open_to_any = (x for x in range(self.num_layers) if any(self.may_decide(x, ranker) for ranker in self.rankers))
+        free = sorted(set(open_to_any) - {step.layer for step in steps})
         if len(steps) >= MAX_DECISIONS or not free:
             return steps
         layer = random.choice(free)

@@ -48,18 +48,20 @@ class ModelShape:
     def from_config(cls, text_config: Any) -> ModelShape:
         """Read the sizes from a Hugging Face text config, or anything with the same attributes.
 
+        Of sizes that differ from layer to layer it is the mean.
+
         Raises:
             RerouteError: an attribute is missing.
         """
         try:
-            hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+            hidden, heads = text_config.hidden_size, _size(text_config, "num_attention_heads")
             return cls(
                 num_layers=text_config.num_hidden_layers,
                 hidden=hidden,
-                intermediate=text_config.intermediate_size,
+                intermediate=_size(text_config, "intermediate_size"),
                 heads=heads,
-                kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
-                head_dim=getattr(text_config, "head_dim", None) or hidden // heads,
+                kv_heads=_size(text_config, "num_key_value_heads", None) or heads,
+                head_dim=_size(text_config, "head_dim", None) or hidden // heads,
                 vocab=text_config.vocab_size,
             )
         except AttributeError as error:
@@ -67,6 +69,14 @@ class ModelShape:
                 f"Cannot read the model's sizes: {error}. "
                 "Pass the config of the text decoder: model.config.get_text_config()."
             ) from None
+
+
+def _size(text_config: Any, name: str, *default: Any) -> Any:
+    try:
+        return getattr(text_config, name, *default)
+    except RuntimeError:  # Transformers' own, where layers differ
+        sizes = [getattr(text_config.per_layer_config[i], name) for i in range(text_config.num_hidden_layers)]
+        return round(sum(sizes) / len(sizes))
 
 
 def layer_flops(shape: ModelShape, tokens: int, keys: int | None = None, *, attention: Attention = "dense") -> int:

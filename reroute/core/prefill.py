@@ -231,6 +231,8 @@ class Prefill:
         if self._left is not None:
             cos, sin = self._left.tables.cos.flatten(0, 1), self._left.tables.sin.flatten(0, 1)
             positions = self._left.positions.flatten()
+        if not self._adapter.rotates(decision.score_layer):
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         return RankContext(
             decision,
             self.backend,

@@ -50,14 +50,18 @@ class DecoderAdapter(Protocol):
     def attention_spec(self, layer: int) -> AttentionSpec:
         """Scale, rotation and key norm of the attention of ``layer``."""
 
+    def rotates(self, layer: int) -> bool:
+        """Whether the attention of ``layer`` rotates queries and keys by their positions at all."""
+
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin (B, S, rot) at position ids (B, S)."""
+        """Cos and sin (B, S, rot) at position ids (B, S), for layers of full attention."""
 
 
 class RankContext(NamedTuple):
     """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
 
-    - ``tables``: of the R scored rows; the last prompt token of each sample is its query.
+    - ``tables``: of the R scored rows; the last prompt token of each sample is its query. They turn nothing if the
+      layer does not.
     - ``rows``: what competes.
     - ``visual_indices`` (B, N): which of its sample's visual tokens each candidate is.
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.

@@ -23,10 +23,12 @@ from .cache import (
     cache_of,
     cut,
     guard,
+    has_windows,
     is_routed,
     keep_states,
     route_layer,
-    stored_rows,
+    stored_columns,
+    visible_rows,
 )
 from .forward import ForwardContext, Kwargs
 from .vision import Recording
@@ -50,11 +52,14 @@ class PrefillFactory(Protocol):
 
 @dataclass(frozen=True)
 class _Stage:
-    """What layers of one stage get, if they hold the same earlier rows, and which rows they hold afterwards.
+    """What layers of one stage get, if they hold the same earlier rows and the decoder gives them the same.
 
-    ``stored``: rows that the cache has then, of which ``rows`` need not list the last ones.
+    - ``given``: what that is, mask and tables.
+    - ``kwargs``: the same, adapted to the rows that run.
+    - ``stored``: rows that the cache was given afterwards, of which ``rows`` need not list the last ones.
     """
 
+    given: tuple[Any, Any]
     kwargs: Kwargs
     stored: int
     rows: RowPositions
@@ -88,7 +93,8 @@ class RoutedPrefill(ForwardContext):
         self._start, self._workspace, self._record = start, workspace, record_states
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: Decided | None = None
-        self._stages: dict[tuple[int, ...], _Stage] = {}
+        self._stages: dict[tuple[Any, ...], _Stage] = {}
+        self._begun: PositionTables | None = None
         self._running: _Stage | None = None
         self._is_restored = False
         self._kept_states = kept if plan.reopened else None
@@ -118,7 +124,7 @@ class RoutedPrefill(ForwardContext):
         """Mark what the layer stored; after the last one, the states at logical length again."""
         stage, self._running = self._running, None
         # Nothing is stored while gradient checkpointing recomputes layers.
-        if stage is not None and self.cache is not None and stored_rows(self.cache, index) == stage.stored:
+        if stage is not None and self.cache is not None and stored_columns(self.cache, index) == stage.stored:
             route_layer(self.cache, index, stage.rows)
         if index < len(self._adapter.layers) - 1:
             return output
@@ -146,7 +152,7 @@ class RoutedPrefill(ForwardContext):
                 "disable routing."
             )
         if self.cache is not None:
-            guard(self.cache, self.plan.past + self.plan.length - self.plan.tail)
+            guard(self.cache, self._floor)
             keep_states(self.cache, self._kept_states)
         super().finish()
 
@@ -184,6 +190,7 @@ class RoutedPrefill(ForwardContext):
     def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
+        self._begun = tables
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
@@ -198,53 +205,84 @@ class RoutedPrefill(ForwardContext):
         return hidden
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        layer = self._allow_update(self.cache, index)
+        layer, mask, tables = self._allow_update(self.cache, index), kwargs.get("attention_mask"), _tables(kwargs)
+        visible = visible_rows(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
-        if earlier not in self._stages:
-            self._stages[earlier] = self._make_stage(prefill, layer, hidden, kwargs)
-        stage = self._stages[earlier]
+        key = (earlier, visible, id(mask), id(tables.cos) if self._adapter.has_several_tables else None)
+        if key not in self._stages:
+            self._stages[key] = self._make_stage(prefill, layer, visible, mask, tables, hidden.dtype)
+        stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
         return stage
 
-    def _make_stage(self, prefill: Prefill, layer: RoutedLayer | None, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
+    def _make_stage(
+        self,
+        prefill: Prefill,
+        layer: RoutedLayer | None,
+        visible: int,
+        mask: torch.Tensor | None,
+        tables: PositionTables,
+        dtype: torch.dtype,
+    ) -> _Stage:
+        """For ``layer`` and others of its kind, which give the last ``visible`` of their earlier rows."""
         plan, rows = self.plan, prefill.positions
-        key_positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
-        has_fillers = prefill.has_fillers
+        positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         if layer is not None:
-            key_positions = torch.cat([layer.key_positions_with(0), key_positions], 1)
-            has_fillers = has_fillers or layer.rows.has_fillers
+            positions = torch.cat([layer.all_positions_with(0), positions], 1)
         elif plan.past:
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
-            key_positions = torch.cat([past, key_positions], 1)
-        mask = prefill_mask(
-            None if plan.reopened else kwargs.get("attention_mask"),  # that is of the new tokens alone
-            rows,
-            key_positions,
-            past=plan.past,
-            has_fillers=has_fillers,
-            is_causal=self._adapter.is_causal,
-            mask_format=self._mask_format,
-            dtype=hidden.dtype,
-        )
+            positions = torch.cat([past, positions], 1)
+        has_fillers = prefill.has_fillers or (layer is not None and layer.rows.has_fillers)
+        adapted_tables = self._tables_of_rows(prefill, tables)
         adapted = {
-            "attention_mask": mask,
-            "position_embeddings": (prefill.tables.cos, prefill.tables.sin),
+            "attention_mask": prefill_mask(
+                None if plan.reopened else mask,  # that is of the new tokens alone
+                rows,
+                positions[:, positions.shape[1] - visible - rows.shape[1] :],
+                past=plan.past,
+                has_fillers=has_fillers,
+                is_causal=self._adapter.is_causal,
+                mask_format=self._mask_format,
+                dtype=dtype,
+            ),
+            "position_embeddings": (adapted_tables.cos, adapted_tables.sin),
             # Flash attention would take gaps in the ids for borders between packed sequences.
-            "position_ids": None if self._mask_format == "padding" else prefill.tables.ids,
+            "position_ids": None if self._mask_format == "padding" else adapted_tables.ids,
         }
         stage_key = (*(() if layer is None else layer.rows.stage_key), plan.decisions[prefill.stage].layer)
-        rows_then = self._rows(key_positions, has_fillers, prefill.position_offset, stage_key)
-        return _Stage(adapted, key_positions.shape[1], rows_then)
+        rows_then = self._rows(positions, has_fillers, prefill.position_offset, stage_key)
+        return _Stage((mask, tables), adapted, positions.shape[1], rows_then)
+
+    def _tables_of_rows(self, prefill: Prefill, tables: PositionTables) -> PositionTables:
+        """Of the rows that run, where a layer gets logical ``tables``: of its own if those of some layers differ."""
+        if not self._adapter.has_several_tables or self._begun is None or tables.cos is self._begun.cos:
+            return prefill.tables
+        at = prefill.positions.clamp(min=0).unsqueeze(-1)
+        cos, sin = (
+            table.expand(len(at), -1, -1).gather(1, at.to(table.device).expand(-1, -1, table.shape[-1]))
+            for table in (tables.cos, tables.sin)
+        )
+        return PositionTables(cos, sin, prefill.tables.ids)
+
+    @property
+    def _floor(self) -> int:
+        """The logical length to which the cache may be cropped: text after the visual tokens may go.
+
+        Not if some of it is padding, in layers that keep a window: fillers would come behind rows, and drop out later
+        than the rows that they stand for.
+        """
+        plan = self.plan
+        has_no_tail = plan.tail_has_padding and self.cache is not None and has_windows(self.cache)
+        return plan.past + plan.length - (0 if has_no_tail else plan.tail)
 
     def _rows(
         self, positions: torch.Tensor, has_fillers: bool, offset: torch.Tensor | None, stage_key: tuple[int, ...]
     ) -> RowPositions:
         """What is stored at ``positions`` (B, T); text after the visual tokens may be cropped later."""
         plan, end = self.plan, self.plan.past + self.plan.length
-        floor = end - plan.tail
         if not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
-            positions, end = positions[:, : positions.shape[1] - plan.tail], floor
-        return RowPositions(positions, end, floor, has_fillers, offset, stage_key)
+            positions, end = positions[:, : positions.shape[1] - plan.tail], end - plan.tail
+        return RowPositions(positions, end, self._floor, has_fillers, offset, stage_key)
 
 
 class RoutedDecode(ForwardContext):
@@ -256,7 +294,7 @@ class RoutedDecode(ForwardContext):
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int], kept: KeptStates | None = None) -> None:
         """``kept``: what the cache keeps for later turns, and shall keep of the new tokens too."""
         super().__init__(adapter, shape)
-        self._masks: dict[tuple[int, ...], torch.Tensor] = {}
+        self._masks: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._kept_states = kept
         self._cache: Cache | None = None
 
@@ -268,9 +306,9 @@ class RoutedDecode(ForwardContext):
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
-        mask = kwargs.get("attention_mask")
-        if mask is not None or layer.rows.has_fillers:
-            kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1])
+        mask, first = kwargs.get("attention_mask"), layer.get_mask_sizes(hidden.shape[1])[1]
+        if mask is not None or layer.rows.has_fillers or first:
+            kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1], first)
         if layer.rows.position_offset is not None:
             kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
             kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
@@ -282,11 +320,14 @@ class RoutedDecode(ForwardContext):
             keep_states(self._cache, self._kept_states)
         super().finish()
 
-    def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int) -> torch.Tensor:
-        if layer.rows.stage_key not in self._masks:
-            key_positions = layer.key_positions_with(new)
-            self._masks[layer.rows.stage_key] = decode_mask(mask, key_positions, mask_format=self._mask_format)
-        return self._masks[layer.rows.stage_key]
+    def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int, first: int) -> torch.Tensor:
+        """``mask``, or one that shows all from position ``first`` on, for the keys that ``layer`` has then."""
+        key = (layer.rows.stage_key, first, id(mask))
+        if key not in self._masks:
+            keys, length = layer.key_positions_with(new), layer.get_seq_length() + new
+            adapted = decode_mask(mask, keys, length, first=first, mask_format=self._mask_format)
+            self._masks[key] = mask, adapted
+        return self._masks[key][1]
 
 
 class DensePrefill(RoutedDecode):

@@ -18,7 +18,6 @@ from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
 from ..errors import RerouteError
 from .adapters import ModelAdapter
-from .attention import mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
@@ -27,8 +26,10 @@ from .cache import (
     is_renumbered,
     is_routed,
     past_length,
+    routed_layers,
     states_of,
 )
+from .layer_kinds import check_attention, check_kinds
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -94,19 +95,20 @@ class Planner:
                 f"{adapter.first_layer} on."
             )
         compact = range(first, len(adapter.layers))
-        sliding = [index for index in compact if not adapter.is_full_attention(index)]
-        if sliding:
-            raise RerouteError(
-                f"Layers {sliding} use sliding-window attention, which measures distances that routing changes. "
-                f"Route a model (or configure this one) with full attention in every layer from layer {first} on."
-            )
+        check_kinds(adapter, schedule, compact)
         scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
         adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
+        slides = adapter.has_several_tables or any(map(adapter.slides, compact))
+        if slides and (reopens or schedule.position_mode == "renumbered"):
+            raise RerouteError(
+                f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide or have "
+                "rotary tables of their own. Use reopens=False and position_mode='preserved'."
+            )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
         for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
             ranker.check(adapter, layer + ranker.layer_offset)
-        mask_format_of(adapter.text_config)  # refuses attention that cannot be routed; each forward asks again
+        check_attention(adapter, compact)  # each forward asks again
 
     def plan(self, prompt: Prompt, settings: Settings, *, has_picture: bool = True) -> Plan | None:
         """Plan a prefill; the only place that waits for the device. None without visual tokens.
@@ -154,13 +156,13 @@ class Planner:
             RerouteError: the model was changed since ``enable``, or the cache cannot be used.
         """
         schedule = plan.schedule
-        mask_format_of(self.adapter.text_config)
+        compact = range(schedule.first_look if plan.reopened else schedule.layers[0], len(self.adapter.layers))
+        check_attention(self.adapter, compact)
         self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            first = schedule.first_look if plan.reopened else schedule.layers[0]
-            check_cache(cache, range(first, len(self.adapter.layers)))
+            check_cache(cache, compact, self.adapter.slides)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
         kept = states_of(cache)
@@ -236,12 +238,14 @@ class Planner:
             RerouteError: the attention cannot be routed, the cache is not whole, or an argument has an entry for each
                 of its tokens.
         """
-        mask_format_of(self.adapter.text_config)
+        check_attention(self.adapter, routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
+        _check_shared(kwargs)
         keys = past_length(cache) + tokens.shape[1]
         check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
 
     def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
+        _check_shared(kwargs)
         keys = plan.past + plan.length
         valid = int((plan.order[:, plan.reopened :] >= 0).sum())
         counts = (plan.shape[1], keys, plan.batch * plan.shape[1], plan.batch * keys, valid)
@@ -251,6 +255,15 @@ class Planner:
         if why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
+
+
+def _check_shared(kwargs: Kwargs) -> None:
+    """RerouteError if the call asks for keys of its layers, for a model that has none of its own."""
+    if kwargs.get("return_shared_kv_states"):
+        raise RerouteError(
+            "return_shared_kv_states asks for the keys of all tokens, and routed layers lack some. Generate without an "
+            "assistant that reads them, or disable routing."
+        )
 
 
 def has_picture(kwargs: Kwargs) -> bool:

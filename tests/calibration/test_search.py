@@ -15,7 +15,7 @@ from reroute.core.schedule import Action, Schedule
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
 from reroute.methods import Diverse, FastV, PDrop
-from reroute.rankers import Diversity, LastTokenAttention
+from reroute.rankers import Diversity, LastTokenAttention, Ranker
 
 WANTED = (Step(1, 0.02), Step(3, 0.12), Step(5, 0.0076))
 
@@ -74,6 +74,28 @@ def test_starts_are_the_published_schedules(space: Space) -> None:
     assert low.published() == {}
     (start,) = low.starts()
     assert budget_of(start.schedule.layers, start.schedule.ratios, 32) == pytest.approx(0.03)
+
+
+def test_decisions_are_tried_only_where_they_may_be_made() -> None:
+    """As in a model of which most layers slide; not every ranker may decide where another one may."""
+    full = (2, 5, 8, 11)
+
+    def may_decide(layer: int, ranker: Ranker) -> bool:
+        return layer in full and (layer < 8 or ranker != Diversity())
+
+    space = Space(1 / 3, 12, "route", (144,), may_decide=may_decide)
+    made = space.starts()
+    for _ in range(40):
+        new = space.near(made[-6:], {space.key(start) for start in made}, Random(len(made)))
+        assert new is not None
+        made.append(new)
+    steps = [step for proposal in made for step in proposal.steps]
+    assert {step.layer for step in steps} == set(full)
+    assert all(may_decide(step.layer, step.ranker) for step in steps)
+    assert all(budget_of(p.schedule.layers, p.schedule.ratios, 12) == pytest.approx(1 / 3) for p in made)
+    low = Space(0.2, 12, "route", (144,), (FastV(layer=6),), may_decide=lambda layer, ranker: layer in full)
+    assert low.published() == {}
+    assert low.starts()[0].schedule.layers == (2, 5)
 
 
 def test_rankers_are_those_of_the_methods() -> None:

@@ -80,8 +80,8 @@ def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
     positions = torch.arange(len(ids))[None]
     if not given:
         return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
-    if tiny.has_sections:
-        options["mm_token_type_ids"] = (torch.tensor([ids]) == PICTURE).long()
+    if tiny.marks is not None:
+        options[tiny.marks] = (torch.tensor([ids]) == PICTURE).long()
     return options
 
 

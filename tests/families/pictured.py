@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, TinyType, fill
+from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, fill
 from torch import Tensor
 
 __all__ = ["PICTURED", "Pictured", "Prompt"]
@@ -73,12 +73,12 @@ class Pictured:
         given["attention_mask"] = (given["input_ids"] != 0).long()
         for name in prompts[0].pictures:
             given[name] = torch.cat([prompt.pictures[name] for prompt in prompts])
-        if self.tiny.has_sections:
-            given["mm_token_type_ids"] = (given["input_ids"] == PICTURE).long()
+        if self.tiny.marks is not None:
+            given[self.tiny.marks] = (given["input_ids"] == PICTURE).long()
         return given
 
 
-def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]]) -> Pictured:
+def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], marks: str | None = None) -> Pictured:
     config._attn_implementation = "eager"
     model: Any = getattr(transformers, kind)(config).eval().requires_grad_(False)
     fill(model)
@@ -86,7 +86,8 @@ def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]]) 
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     base = model.model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
-    return Pictured(TinyType(model, text, hasattr(text.rotary_emb, "mrope_section")), pictures)
+    has_sections = hasattr(text.rotary_emb, "mrope_section")
+    return Pictured(TinyType(model, text, has_sections, "mm_token_type_ids" if has_sections else marks), pictures)
 
 
 def _random(seed: int, *shape: int) -> Tensor:
@@ -215,7 +216,28 @@ def _smolvlm() -> Pictured:
     )
 
 
+def _gemma3() -> Pictured:
+    """Pictures see themselves both ways, and are longer than windows."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    kinds[4] = "full_attention"
+    sizes = {**TEXT, "sliding_window": WINDOW, "layer_types": kinds, "query_pre_attn_scalar": 8}
+    config = transformers.Gemma3Config(
+        text_config=sizes,
+        vision_config={**VISION, "image_size": 48},
+        mm_tokens_per_image=9,
+        image_token_index=PICTURE,
+        boi_token_index=VIDEO + 1,
+        eoi_token_index=VIDEO + 2,
+    )
+    return _made(
+        "Gemma3ForConditionalGeneration",
+        config,
+        lambda seed: {"pixel_values": _random(seed, 1, 3, 48, 48)},
+        marks="token_type_ids",
+    )
+
+
 PICTURED: dict[str, Callable[[], Pictured]] = {
     make.__name__.removeprefix("_"): functools.cache(make)
-    for make in (_qwen2_vl, _qwen3_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm)
+    for make in (_qwen2_vl, _qwen3_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm, _gemma3)
 }

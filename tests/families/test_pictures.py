@@ -67,3 +67,18 @@ def test_decisions_before_the_last_features() -> None:
 def same(one: Any, other: Any) -> None:
     assert torch.equal(one.sequences, other.sequences)
     assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+def test_calibration_of_models_that_are_told_more_than_embeddings(name: str) -> None:
+    """Features between layers, and which tokens see each other both ways."""
+    family = PICTURED[name]()
+    prompts = [family.inputs([family.prompt(seed, 3, 5)]) for seed in range(4)]
+    with pytest.raises(RerouteError, match="told more of pictures than their embeddings"):
+        reroute.calibrate(family.tiny.model, prompts, keep=0.6, evaluations=2, max_new_tokens=2)
+
+
+def test_calibration_of_models_with_features_that_come_as_embeddings() -> None:
+    family = PICTURED["mistral3"]()
+    prompts = [family.inputs([family.prompt(seed, 3, 5)]) for seed in range(4)]
+    reroute.calibrate(family.tiny.model, prompts, keep=0.6, evaluations=2, max_new_tokens=2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["PICTURE", "TYPES", "TinyType", "build", "configuration", "fill"]
+__all__ = ["PICTURE", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
@@ -39,17 +39,34 @@ SIZES: dict[str, int] = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
 }
+WINDOW = 6
+SLIDING = (
+    "aya_vision",
+    "cohere2_vision",
+    "cohere_compass",
+    "exaone4_5",
+    "gemma3",
+    "gemma4_unified",
+    "shieldgemma2",
+    "step3p7",
+)
+"""Types of which some layers slide."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
 
 
 @dataclass(frozen=True, eq=False)
 class TinyType:
-    """A model, its decoder and the decoder's layers. ``has_sections``: whether its positions are those of M-RoPE."""
+    """A model, its decoder and the decoder's layers.
+
+    ``has_sections``: whether its positions are those of M-RoPE. ``marks``: by which argument it is told where pictures
+    are, if it must be.
+    """
 
     model: Any = field(repr=False)
     text: Any = field(repr=False)
     has_sections: bool
+    marks: str | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -85,8 +102,8 @@ def _chameleon(config: Any) -> None:
 
 def _cohere_compass(config: Any) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTION}
-    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
-    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": rope}
+    config.text_config.rope_parameters = {"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 100.0}}
+    config.vision_config.deepstack_visual_indexes = [0, 1]
 
 
 def _glm4v_moe(config: Any) -> None:
@@ -104,6 +121,36 @@ def _lfm2_vl(config: Any) -> None:
     config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
 
 
+def _sliding(config: Any) -> None:
+    """Windows that are shorter than prompts, and some full layers."""
+    text = config.get_text_config()
+    full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
+
+
+def _step3p7(config: Any) -> None:
+    """Sliding layers have more heads; in full ones half of each head is rotated, slowly."""
+    text = config.text_config
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    slow = {**rope, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
+    sizes = {name: value for name in names if (value := _read(text, name)) is not None}
+    config.text_config = type(text)(
+        **sizes,
+        num_sliding_attention_heads=8,
+        share_expert_dim=16,
+        rope_parameters={"full_attention": slow, "sliding_attention": rope},
+    )
+
+
+def _gemma4_unified(config: Any) -> None:
+    """Full layers have longer heads."""
+    text = config.text_config
+    names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
+    sizes = {name: value for name in names if (value := _read(text, name)) is not None}
+    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16)
+
+
 TWEAKS: dict[str, Callable[[Any], None]] = {
     "aya_vision": _aya_vision,
     "chameleon": _chameleon,
@@ -114,8 +161,10 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
     "lfm2_vl": _lfm2_vl,
+    "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
+    "step3p7": _step3p7,
 }
 
 
@@ -140,6 +189,8 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
     if _read(config, "video_token_id") is not None:
         config.video_token_id = VIDEO
     config.image_token_id = PICTURE  # last: it may be another name of the same
+    if kind in SLIDING:
+        _sliding(config)
     if kind in TWEAKS:
         TWEAKS[kind](config)
     return config
@@ -154,10 +205,10 @@ def _read(config: Any, name: str) -> Any:
 
 
 @functools.cache
-def build(kind: str, attention: str = "eager") -> TinyType:
+def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType:
     """A shared model of a type: whoever changes it restores it."""
     with torch.device("meta"):
-        model: Any = getattr(transformers, TYPES[kind])(configuration(kind)).eval()
+        model: Any = getattr(transformers, TYPES[kind])(configuration(kind, layers)).eval()
     base = model.model
     name = "language_model" if hasattr(base, "language_model") else "text_model"
     text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()

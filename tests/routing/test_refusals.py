@@ -162,13 +162,15 @@ def test_a_type_that_cannot_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sliding_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That only the configuration knows of: attention was made without them."""
     tiny = models.qwen(layers=4)
     text = tiny.model.config.get_text_config()
+    monkeypatch.setattr(tiny.model.model.language_model, "has_sliding_layers", True)
     text.layer_types = ["full_attention", "full_attention", "full_attention", "sliding_attention"]
+    text.sliding_window = 8
     with pytest.raises(RerouteError, match=r"Layers \[3\] use sliding-window"):
         reroute.enable(tiny.model, method="fastv", keep=0.6)
-    text.layer_types, text.sliding_window = ["sliding_attention", *["full_attention"] * 3], 8
-    monkeypatch.setattr(tiny.model.model.language_model, "has_sliding_layers", True)
+    text.layer_types = ["sliding_attention", *["full_attention"] * 3]
     reroute.enable(tiny.model, schedule=reroute.Schedule((1,), (0.5,))).disable()
 
 

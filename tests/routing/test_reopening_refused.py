@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CACHE, Sample, Tiny, qwen
+from models import CACHE, Sample, Tiny
 from oracle import Rules, predict
 from support import (
     FEW,
@@ -151,17 +151,6 @@ def test_a_mask_of_its_own_tokens_alone(few: Tiny) -> None:
         with pytest.raises(RerouteError, match=r"needs an attention_mask of the whole .* has 6 columns"):
             few.model(**inputs, **{CACHE: cache})
         unchanged(cache, before)
-
-
-def test_sliding_windows_behind_the_first_look() -> None:
-    """Layers between it and the first decision run all tokens again, by masks that know no windows."""
-    tiny, early = qwen(layers=4), schedule(Rules((2,), (0.5,), score_layer_offset=-1))
-    text = tiny.model.config.get_text_config()
-    text.layer_types = ["full_attention", "sliding_attention", *["full_attention"] * 2]
-    text.sliding_window, tiny.model.model.language_model.has_sliding_layers = 8, True
-    reroute.enable(tiny.model, schedule=early).disable()
-    with pytest.raises(RerouteError, match=r"Layers \[1\] use sliding-window .* from layer 1 on"):
-        reroute.enable(tiny.model, schedule=early, reopens=True)
 
 
 def test_unknown_arguments_for_each_token(few: Tiny) -> None:

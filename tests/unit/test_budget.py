@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import Step3p7Config
 
 from reroute.core.cost import (
     CostEstimate,
@@ -229,6 +230,16 @@ def test_shape_from_config() -> None:
     assert ModelShape.from_config(SimpleNamespace(**fields, num_attention_heads=28)).kv_heads == 28
     with pytest.raises(RerouteError, match=r"hidden_size.*model\.config\.get_text_config\(\)"):
         ModelShape.from_config(SimpleNamespace(text_config=config))
+
+
+def test_a_shape_whose_layers_differ() -> None:
+    """The mean: sliding layers of this type have heads of their own number."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config: Any = Step3p7Config().text_config
+    config = type(config)(
+        num_hidden_layers=4, layer_types=kinds, num_attention_heads=4, num_sliding_attention_heads=8, sliding_window=8
+    )
+    assert ModelShape.from_config(config).heads == 6
 
 
 def test_a_removal_leaves_less_to_rank() -> None:

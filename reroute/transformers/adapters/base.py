@@ -14,6 +14,7 @@ import torch
 from reroute_kernels import AttentionSpec, RMSNorm
 
 from ...errors import RerouteError, UnsupportedModelError
+from ...rankers import Ranker
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of
@@ -34,6 +35,7 @@ class ModelAdapter:
     Subclasses override what the facts of a layer do not hold; what they say is proved as all else is.
 
     - ``first_layer``: the first layer that may decide: before it the decoder adds features of the pictures.
+    - ``has_several_tables``: whether some layers get other rotary tables than others.
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
     - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
       get position ids in some calls (``generate``) and none in others (a plain forward).
@@ -74,7 +76,7 @@ class ModelAdapter:
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
-        self.is_causal = True
+        self.is_causal, self.has_several_tables = True, False
 
     # --- the model as it is at a call -----------------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ class ModelAdapter:
         """
         kinds = [self._known.facts(self, index, like_others=True) for index in compact]
         self.is_causal = all(facts.is_causal for facts in kinds)
-        self._known.check_calls(self, compact)
+        self.has_several_tables = self._known.check_calls(self, compact, scoring)
         for index in scoring:
             self._facts[index] = self._known.proved(self, index)
 
@@ -162,14 +164,31 @@ class ModelAdapter:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
         return places.visual_ids(self.config)
 
+    def slides(self, layer: int) -> bool:
+        """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
+        return self._kind(layer) == "sliding_attention"
+
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
-        if self._known.facts(self, layer, like_others=True).window is not None:
-            return False
+        return self._kind(layer) == "full_attention" and not self._has_window(layer)
+
+    def is_known_attention(self, layer: int) -> bool:
+        """Whether ``layer`` attends to everything, or over a window of which configuration and attention agree."""
+        return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
+
+    def may_decide(self, layer: int, ranker: Ranker) -> bool:
+        """Whether ``ranker`` may decide before ``layer``, by what it scores with and looks at: full attention."""
+        looks = (layer + ranker.layer_offset, *ranker.looks_before(layer))
+        return layer >= self.first_layer and all(look >= 0 and self.is_full_attention(look) for look in looks)
+
+    def _kind(self, layer: int) -> str:
         types = getattr(self.text_config, "layer_types", None)
         if types is not None:
-            return bool(types[layer] == "full_attention")
-        return getattr(self.text_config, "sliding_window", None) is None
+            return str(types[layer])
+        return "full_attention" if getattr(self.text_config, "sliding_window", None) is None else "sliding_attention"
+
+    def _has_window(self, layer: int) -> bool:
+        return self._known.facts(self, layer, like_others=True).window is not None
 
     def input_norm(self, layer: int) -> RMSNorm | None:
         """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
@@ -215,9 +234,15 @@ class ModelAdapter:
         """See ``DecoderAdapter``."""
         return AttentionSpec(float(self._attention(layer).scaling), self.facts(layer).rope, self._key_norm(layer))
 
+    def rotates(self, layer: int) -> bool:
+        """See ``DecoderAdapter``."""
+        return self.facts(layer).rotates
+
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
-        cos, sin = self.text.rotary_emb(hidden, position_ids=ids)
+        rotary = self.text.rotary_emb
+        has_types = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        cos, sin = rotary(hidden, position_ids=ids, **({"layer_type": "full_attention"} if has_types else {}))
         return cos, sin
 
     def _attention(self, layer: int) -> Any:

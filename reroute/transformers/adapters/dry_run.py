@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
-__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rotary_tables"]
+__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu"]
 
 ROWS = 24
 FAR = 2**17
@@ -40,6 +40,12 @@ class Inputs(NamedTuple):
     sin: Tensor
     ids: Tensor
     mask: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Inputs:
+        """With a causal mask."""
+        mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
+        return cls(hidden, cos, sin, ids, mask[None, None])
 
     def unrotated(self) -> Inputs:
         """The same with tables that turn nothing."""
@@ -102,14 +108,11 @@ class DryRun:
         named = [name for name, one in self._arguments.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         return tuple(named[1:])
 
-    def inputs(self, width: int, tables: Any) -> Inputs:
-        """Random rows of ``width`` features; ``tables(hidden, ids)`` rotates them."""
-        hidden = torch.randn(1, ROWS, width, generator=self._generator)
+    def rows(self, width: int) -> tuple[Tensor, Tensor]:
+        """Random rows (1, R, C) of ``width`` features, and their position ids (1, R)."""
         ids = torch.arange(ROWS) * 37
         ids[ROWS // 2 :] += FAR
-        cos, sin = tables(hidden, ids[None])
-        mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
-        return Inputs(hidden, cos, sin, ids[None], mask[None, None])
+        return torch.randn(1, ROWS, width, generator=self._generator), ids[None]
 
     def __call__(self, inputs: Inputs) -> Seen | None:
         """What the attention function gets; None if none is called."""
@@ -120,6 +123,8 @@ class DryRun:
         }
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
         given = {name: value for name, value in given.items() if takes_any or name in self._arguments}
+        if "shared_kv_states" in self._arguments:
+            given["shared_kv_states"] = {}  # a layer that has no keys of its own fails
         self._inputs.clear()
         try:
             type(self.layer).forward(self.layer, inputs.hidden, **given)
@@ -154,10 +159,11 @@ class DryRun:
         return 1 + 0.3 * torch.randn(like.shape, generator=self._generator)
 
 
-def layers_get(text: Any, inputs: Inputs, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def layers_get(text: Any, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What a decoder calls each of its layers with: arguments behind the hidden states, and keyword arguments.
 
-    ``ids`` are its position ids, in eager mode, where masks are always made.
+    ``hidden`` (1, R, C) at position ``ids``, in eager mode, where masks are always made. Rotary frequencies are random,
+    and long ids do not change them.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     text = getattr(text, "_orig_mod", text)
@@ -169,7 +175,7 @@ def layers_get(text: Any, inputs: Inputs, ids: Tensor) -> list[tuple[tuple[Any, 
             children[name] = _with_random_buffers(children[name])
     clone = _clone(text, children)
     clone.config = _Config(text.config, "eager")
-    type(text).forward(clone, inputs_embeds=inputs.hidden, position_ids=ids, use_cache=False)
+    type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False)
     return calls
 
 
@@ -239,11 +245,6 @@ def _clone(module: Any, children: Mapping[str, Any]) -> Any:
     return clone
 
 
-def rotary_tables(rotary: Any, hidden: Tensor, ids: Tensor) -> Any:
-    """What ``rotary`` makes of position ``ids`` with random frequencies; long ids do not change it."""
-    return type(rotary).forward(_with_random_buffers(rotary), hidden, position_ids=ids)
-
-
 def _with_random_buffers(module: Any) -> Any:
     """A copy whose buffers, and what else it has of tensors, are real and random, whatever they are."""
     generator = torch.Generator().manual_seed(1)
@@ -260,5 +261,5 @@ def _with_random_buffers(module: Any) -> Any:
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Compute for real, on the CPU and without gradients, whatever is going on around."""
-    with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         yield

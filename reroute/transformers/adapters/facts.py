@@ -36,6 +36,7 @@ ARGUMENTS = (
     "output_attentions",
     "output_router_logits",
     "cache_position",
+    "shared_kv_states",
 )
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
@@ -51,6 +52,7 @@ class LayerFacts:
     - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
     - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
+    - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
     - ``head_dim``: features of a head that the attention function gets.
     - ``window``: how far the layer looks back; None if to the first token.
     - ``is_causal``: whether without a mask a token sees only what comes before it.
@@ -61,6 +63,7 @@ class LayerFacts:
     key_norm: str | None
     has_rms_input_norm: bool
     has_rms_key_norm: bool
+    rotates: bool
     rope: Rope
     head_dim: int
     window: int | None
@@ -89,6 +92,7 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     input_norm = _input_norm(layer, index, run, plain, inputs.hidden)
     _check_scale(layer, index, of, plain)
     heads = (-1, plain.query.shape[-1])
+    rotates = not (torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key))
     query_norm = _head_norm(layer, index, run, "q_proj", heads, plain.inputs, plain.query)
     key_norm = _head_norm(layer, index, run, "k_proj", heads, plain.inputs, plain.key)
     return LayerFacts(
@@ -97,7 +101,8 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
         key_norm=key_norm,
         has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
         has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
-        rope=_rope(layer, index, plain, turned, inputs),
+        rotates=rotates,
+        rope=_rope(layer, index, plain, turned, inputs) if rotates else "half",
         head_dim=heads[1],
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),

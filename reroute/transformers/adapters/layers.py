@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...errors import UnsupportedModelError
-from .dry_run import ROWS, DryRun, Inputs, layers_get, on_cpu, rotary_tables
+from .dry_run import ROWS, DryRun, Inputs, layers_get, on_cpu
 from .facts import LayerFacts, layer_facts, refusal
 from .proof import prove
 from .scoring_layer import check_parts
@@ -54,35 +54,33 @@ class Layers:
                 self._facts[key] = layer_facts(adapter.layers[index], adapter.attention, index, run, inputs)
         return self._facts[key]
 
-    def check_calls(self, adapter: ModelAdapter, compact: Sequence[int]) -> None:
+    def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], scoring: Sequence[int]) -> bool:
         """Check what the decoder gives to the layers that run ``compact``, which is cut to the rows that are there.
 
+        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``. Returns
+        whether tables of any two layers do.
+
         Raises:
-            UnsupportedModelError: layers get different masks or rotary tables, or something else for each token.
+            UnsupportedModelError: layers get something else for each token, or decisions would need several tables.
         """
         if not compact:
-            return
+            return False
         with on_cpu():
-            _, inputs = _dry_run(adapter, compact[0])
-            ids = inputs.ids if adapter.renumbers else inputs.ids.expand(3, -1, -1)
-            try:
-                calls = layers_get(adapter.text, inputs, ids)
-            except Exception as error:
-                raise UnsupportedModelError(
-                    f"The decoder {type(adapter.text).__name__} cannot be run without its layers, to see what it gives "
-                    f"them ({type(error).__name__}: {error}). Disable routing for this model."
-                ) from None
-        first = calls[compact[0]][1]
+            run = DryRun(adapter.layers[compact[0]], adapter.attention)
+            hidden, ids = run.rows(adapter.text_config.hidden_size)
+            calls = _calls(adapter, hidden, ids)
         for index in compact:
             args, kwargs = calls[index]
             others = [name for name, value in kwargs.items() if name not in CUT and _has_rows(value)]
             if others or any(map(_has_rows, args)):
                 what = ", ".join(others) or "more than its hidden states by position"
                 raise refusal(f"it gets {what}, with an entry for each token", adapter.layers[index], index)
-            for name in ("attention_mask", "position_embeddings"):
-                if not _same(kwargs.get(name), first.get(name)):
-                    why = f"it gets another {name} than layer {compact[0]}, and routing gives all layers the same"
-                    raise refusal(why, adapter.layers[index], index)
+        tables = [kwargs.get("position_embeddings") for _, kwargs in calls]
+        for index in scoring:
+            if not _same(tables[index], tables[scoring[0]]):
+                why = f"it gets another position_embeddings than layer {scoring[0]}, and all decisions share one"
+                raise refusal(why, adapter.layers[index], index)
+        return not all(_same(its, tables[0]) for its in tables)
 
     def proved(self, adapter: ModelAdapter, index: int) -> LayerFacts:
         """The facts of layer ``index``, from which scores were proved to be those of its attention.
@@ -110,24 +108,34 @@ def _has_rows(value: Any) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(a is b for a, b in pairs)
+    leaves, others = tree_leaves(one), tree_leaves(other)
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def _calls(adapter: ModelAdapter, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the decoder calls each of its layers with, for rows at position ``ids`` (1, R).
+
+    Raises:
+        UnsupportedModelError: it cannot be run without its layers.
+    """
+    try:
+        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(3, -1, -1))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The decoder {type(adapter.text).__name__} cannot be run without its layers, to see what it gives "
+            f"them ({type(error).__name__}: {error}). Disable routing for this model."
+        ) from None
 
 
 def _dry_run(adapter: ModelAdapter, index: int) -> tuple[DryRun, Inputs]:
+    """A layer, and random rows for it with the rotary tables that the decoder gives it."""
     layer = adapter.layers[index]
     run = DryRun(layer, adapter.attention)
-
-    def tables(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        given = ids if adapter.renumbers else ids.expand(3, -1, -1)
-        try:
-            cos, sin = rotary_tables(adapter.text.rotary_emb, hidden, given)
-        except Exception as error:
-            why = f"its decoder makes no rotary tables of position ids alone ({type(error).__name__}: {error})"
-            raise refusal(why, layer, index) from None
-        return cos, sin
-
-    return run, run.inputs(adapter.text_config.hidden_size, tables)
+    hidden, ids = run.rows(adapter.text_config.hidden_size)
+    tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings")
+    if not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
+        raise refusal("its decoder gives it no rotary tables", layer, index)
+    return run, Inputs.of(hidden, *tables, ids)
 
 
 def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:

@@ -86,6 +86,8 @@ def feature_levels(config: Any, text: Any) -> int:
     others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS)
     levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
     unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
+    if getattr(config.get_text_config(), "num_kv_shared_layers", None) == 0:  # where it begins to drop other rows
+        unknown.discard("logits_to_keep")
     if unknown - MARKS:
         raise UnsupportedModelError(
             f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown - MARKS))}, and it is not known "

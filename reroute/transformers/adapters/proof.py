@@ -31,12 +31,12 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
     assert turned is not None
     normed, last = bound.normalise(index, inputs.hidden[0]), torch.tensor([inputs.hidden.shape[1] - 1])
     query, keys = bound.project(index, normed, last)
-    spec = bound.attention_spec(index)
+    spec, tables = bound.attention_spec(index), inputs if bound.rotates(index) else inputs.unrotated()
     norm = bound.input_norm(index)
     before = keys if spec.key_norm is None else spec.key_norm(keys)
     after = (
-        rotated(query.transpose(0, 1), _last(inputs), spec.rope),
-        rotated(before.transpose(0, 1), inputs, spec.rope),
+        rotated(query.transpose(0, 1), _last(tables), spec.rope),
+        rotated(before.transpose(0, 1), tables, spec.rope),
     )
     steps = {
         "the norm before attention": (normed, plain.inputs["q_proj"][0]),
@@ -45,7 +45,7 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
         "keys before their rotation": (before, plain.key.transpose(0, 1)),
         "rotated queries": (after[0][:, 0], turned.query[:, -1]),
         "rotated keys": (after[1], turned.key),
-        "scores": (_scores(query, keys, inputs, last, spec), _attention(turned)),
+        "scores": (_scores(query, keys, tables, last, spec), _attention(turned)),
     }
     wrong = next((step for step, (ours, its) in steps.items() if not alike(ours, its)), None)
     if wrong is not None:

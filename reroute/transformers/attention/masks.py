@@ -29,7 +29,7 @@ def prefill_mask(
 
     Args:
         mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, or
-            (B, past + L) in the format ``padding``.
+            (B, past + L) in the format ``padding``. Of sliding layers it has only the last columns.
         rows: (B, S) position within this call of every running row, -1 for fillers.
         key_positions: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
@@ -52,28 +52,43 @@ def prefill_mask(
         return _pick_2d(mask, key_positions)
     else:
         sample = torch.arange(rows.shape[0], device=mask.device)[:, None, None]
+        key_positions, is_cut = _columns(key_positions, past + mask.shape[2], mask)
+        has_fillers = has_fillers or is_cut
         mask = mask.expand(rows.shape[0], -1, -1, -1)
         # A filler, -1, picks the last row or column.
         picked = mask[sample, 0, rows[:, :, None], key_positions[:, None, :]].unsqueeze(1)
     return _without_fillers(picked, rows, key_positions) if has_fillers else picked
 
 
-def decode_mask(mask: torch.Tensor | None, key_positions: torch.Tensor, *, mask_format: MaskFormat) -> torch.Tensor:
+def decode_mask(
+    mask: torch.Tensor | None, key_positions: torch.Tensor, length: int, *, first: int = 0, mask_format: MaskFormat
+) -> torch.Tensor:
     """Mask for new tokens on a cache with rows at ``key_positions`` (B, T), -1 for fillers; the last are the new ones.
 
-    With ``mask`` None every key that is not a filler is visible (Transformers passes None only then).
+    ``length`` is the logical one with them. With ``mask`` None every key from position ``first`` on that is not a
+    filler is visible (Transformers passes None only then).
     """
     if mask is None:
-        present = key_positions >= 0
+        present = key_positions >= first
         return present if mask_format == "padding" else present[:, None, None, :]
     if mask.ndim == 2:
         return _pick_2d(mask, key_positions)
+    key_positions, _ = _columns(key_positions, length, mask)
     present = (key_positions >= 0)[:, None, None, :]
     index = key_positions.clamp(min=0)[:, None, None, :].expand(-1, -1, mask.shape[2], -1)
     picked = mask.expand(key_positions.shape[0], -1, -1, -1).gather(3, index)
     if picked.dtype == torch.bool:
         return picked & present
     return picked.masked_fill(~present, torch.finfo(picked.dtype).min)
+
+
+def _columns(key_positions: torch.Tensor, length: int, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Which of the columns of ``mask``, the last ones of a logical sequence, are keys at ``key_positions`` (B, T).
+
+    A key before all of them is hidden as fillers are, -1. Returns whether there may be some.
+    """
+    before = max(0, length - mask.shape[-1])
+    return ((key_positions - before).clamp(min=-1), True) if before else (key_positions, False)
 
 
 def _pick_2d(mask: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedCacheError
-from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer
+from .layers import (
+    HALF_FILLED,
+    GuardedLayer,
+    GuardedSlidingLayer,
+    RoutedLayer,
+    RoutedSlidingLayer,
+    RowPositions,
+    TornLayer,
+    columns_of,
+    empty_like,
+    visible_columns,
+)
 from .states import KeptStates
 
 __all__ = [
@@ -19,16 +30,23 @@ __all__ = [
     "cut",
     "guard",
     "guarded_layer",
+    "has_windows",
     "is_renumbered",
     "is_routed",
     "is_torn",
     "keep_states",
     "past_length",
     "route_layer",
+    "routed_layers",
     "states_of",
-    "stored_rows",
+    "stored_columns",
     "tear",
+    "visible_rows",
 ]
+
+WHOLE = (DynamicLayer, GuardedLayer, RoutedLayer)
+SLIDING = (DynamicSlidingWindowLayer, GuardedSlidingLayer, RoutedSlidingLayer)
+"""Kinds of layers that routing can store in: plain, guarded, routed."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -42,15 +60,15 @@ def past_length(cache: Cache | None) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def check_cache(cache: Cache, layers: Iterable[int]) -> None:
-    """Refuse a cache that cannot hold a different length in each of ``layers``.
+def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], bool]) -> None:
+    """Refuse a cache that cannot hold a different length in each of ``layers``, of which some may keep a window.
 
     Raises:
-        UnsupportedCacheError: static, sliding, quantised and paged caches; says what to use.
+        UnsupportedCacheError: static, quantised and paged caches, and windows of other layers; says what to use.
     """
     if isinstance(cache, DynamicCache):
-        present = [cache.layers[i] for i in layers if i < len(cache.layers)]
-        wrong = {type(layer).__name__ for layer in present} - {"DynamicLayer", "GuardedLayer", "RoutedLayer"}
+        present = [(cache.layers[i], WHOLE + SLIDING if slides(i) else WHOLE) for i in layers if i < len(cache.layers)]
+        wrong = {_plain_name(layer) for layer, fits in present if type(layer) not in fits}
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -60,9 +78,14 @@ def check_cache(cache: Cache, layers: Iterable[int]) -> None:
     else:
         what = type(cache).__name__
     raise UnsupportedCacheError(
-        f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of full-attention "
-        "layers (what generate() makes by default), or disable routing for this call."
+        f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of the model's "
+        "configuration (what generate() makes by default), or disable routing for this call."
     )
+
+
+def _plain_name(layer: Any) -> str:
+    """Of the class that ``layer`` had before it was guarded."""
+    return DynamicSlidingWindowLayer.__name__ if type(layer) in SLIDING else type(layer).__name__
 
 
 def check_whole(cache: Cache, num_layers: int) -> None:
@@ -83,6 +106,16 @@ def is_routed(cache: Cache | None) -> bool:
     return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
 
 
+def routed_layers(cache: Cache) -> list[int]:
+    """Which layers of ``cache`` lack rows."""
+    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, RoutedLayer)]
+
+
+def has_windows(cache: Cache) -> bool:
+    """Whether some layer of ``cache`` keeps a window."""
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
 def is_renumbered(cache: Cache | None) -> bool:
     """Whether the positions of some rows of ``cache`` were counted anew."""
     layers = getattr(cache, "layers", ())
@@ -100,7 +133,7 @@ def tear(cache: Cache, past: int) -> None:
     if all(layer.get_seq_length() == past for layer in layers):
         return
     for layer in layers:
-        if type(layer) in (DynamicLayer, GuardedLayer, RoutedLayer):
+        if type(layer) in WHOLE + SLIDING:
             layer.__class__ = TornLayer
 
 
@@ -112,11 +145,14 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
     return layer if isinstance(layer, GuardedLayer) else None
 
 
-def stored_rows(cache: Cache, index: int) -> int:
-    """Rows that layer ``index`` of ``cache`` stores."""
-    layers: Sequence[Any] = cache.layers
-    keys = layers[index].keys if index < len(layers) else None
-    return 0 if keys is None else int(keys.shape[-2])
+def stored_columns(cache: Cache, index: int) -> int:
+    """Rows that were ever stored in layer ``index`` of ``cache``."""
+    return columns_of(cache.layers[index]) if index < len(cache.layers) else 0
+
+
+def visible_rows(cache: Cache | None, index: int) -> int:
+    """How many of its rows layer ``index`` of ``cache`` gives to the next tokens."""
+    return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index])
 
 
 def guard(cache: Cache, floor: int) -> None:
@@ -128,15 +164,16 @@ def guard(cache: Cache, floor: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
             layer.rows = replace(layer.rows, floor=floor)
-        if type(layer) in (DynamicLayer, GuardedLayer) and layer.keys is not None:
-            layer.__class__, layer.floor = GuardedLayer, floor
+        if type(layer) in WHOLE[:2] + SLIDING[:2] and layer.keys is not None:
+            layer.__class__ = GuardedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else GuardedLayer
+            layer.floor = floor
 
 
 def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     """Mark layer ``index`` as holding just ``rows`` of a logical sequence."""
     layer: Any = cache.layers[index]
     layer.__dict__.pop("floor", None)
-    layer.__class__ = RoutedLayer
+    layer.__class__ = RoutedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else RoutedLayer
     layer.rows = rows
 
 
@@ -159,6 +196,7 @@ def cut(cache: Cache, first: int, start: int) -> None:
     layer: Any
     for layer in cache.layers[first:]:
         whole = None if layer.keys is None or not start else (layer.keys[..., :start, :], layer.values[..., :start, :])
-        layer.__class__, layer.__dict__ = DynamicLayer, vars(DynamicLayer())  # type: ignore[no-untyped-call]
+        empty = empty_like(layer)
+        layer.__class__, layer.__dict__ = type(empty), vars(empty)
         if whole is not None:
             layer.update(*whole)

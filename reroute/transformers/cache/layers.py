@@ -12,12 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
 
-__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer"]
+__all__ = [
+    "GuardedLayer",
+    "GuardedSlidingLayer",
+    "RoutedLayer",
+    "RoutedSlidingLayer",
+    "RowPositions",
+    "TornLayer",
+    "columns_of",
+    "empty_like",
+    "visible_columns",
+]
 
 HALF_FILLED = (
     "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. "
@@ -29,8 +39,8 @@ HALF_FILLED = (
 class RowPositions:
     """Which rows of the logical sequence a routed layer holds.
 
-    - ``key_positions`` (B, T) int64: logical position of each of the first T stored rows, ascending, -1 for fillers.
-      Rows stored later follow one by one.
+    - ``key_positions`` (B, T) int64: logical position of each of the first T rows that were stored, ascending, -1 for
+      fillers. Rows stored later follow one by one. A sliding layer may have dropped some of the first.
     - ``logical``: the logical length when T rows were stored.
     - ``floor``: the logical length to which the cache may be cropped.
     - ``has_fillers``: whether ``key_positions`` has any -1.
@@ -114,8 +124,12 @@ class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Become an ordinary empty layer again."""
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
-        self.__dict__ = vars(DynamicLayer())  # type: ignore[no-untyped-call]
+        plain = empty_like(self)
+        self.__class__, self.__dict__ = type(plain), vars(plain)  # type: ignore[assignment]
+
+
+class GuardedSlidingLayer(GuardedLayer, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """The same of a layer that keeps a window."""
 
 
 class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
@@ -136,13 +150,18 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
         """Logical length, from which Transformers derives position ids and mask sizes."""
         if not self.is_initialized or self.keys is None:
             return 0
-        return self.rows.logical + int(self.keys.shape[-2]) - int(self.rows.key_positions.shape[1])
+        return self.rows.logical + columns_of(self) - int(self.rows.key_positions.shape[1])
 
-    def key_positions_with(self, new: int) -> torch.Tensor:
-        """Logical positions (B, stored + new) once ``new`` more tokens are stored."""
+    def all_positions_with(self, new: int) -> torch.Tensor:
+        """Logical positions (B, T) of all rows that were ever stored, once ``new`` more tokens are."""
         known = self.rows.key_positions
         later = torch.arange(self.rows.logical, self.get_seq_length() + new, device=known.device)
         return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)
+
+    def key_positions_with(self, new: int) -> torch.Tensor:
+        """Those of the keys that ``new`` more tokens attend to, their own among them."""
+        positions = self.all_positions_with(new)
+        return positions[:, positions.shape[1] - visible_columns(self) - new :]
 
     def _crop(self, newest: int) -> None:
         end = self.get_seq_length() - newest
@@ -176,6 +195,28 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             self.earlier = self.earlier.moved(move)
 
 
+class RoutedSlidingLayer(RoutedLayer, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """A routed layer that keeps the last W - 1 of its rows, for a window of W.
+
+    Between two rows of a sample there are no more rows than logical positions. So whatever the window of a later token
+    shows is among them; what else is, its mask hides. ``cumulative_length`` counts all rows that were ever stored.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``GuardedLayer``. Returns as many rows as ``key_positions_with`` says, also while more are recorded."""
+        seen = visible_columns(self) + key_states.shape[-2]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[..., -seen:, :], values[..., -seen:, :]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of Transformers' masks and the position of the first one, as of a layer that lacks no rows."""
+        length = self.get_seq_length()
+        stored = min(length, self.sliding_window - 1)
+        return stored + query_length, length - stored
+
+
 class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache that a forward has left half filled: takes no tokens from anybody, and gives none away."""
 
@@ -186,3 +227,25 @@ class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Raises UnsupportedCacheError."""
         raise UnsupportedCacheError(HALF_FILLED)
+
+
+def empty_like(layer: Any) -> DynamicLayer:
+    """An ordinary layer with nothing in it, of the kind that ``layer`` was."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return DynamicLayer()  # type: ignore[no-untyped-call]
+    empty = DynamicSlidingWindowLayer(layer.sliding_window)
+    empty.record_past = layer.record_past
+    return empty
+
+
+def columns_of(layer: Any) -> int:
+    """How many rows were ever stored in ``layer``; a sliding one has dropped those that no window shows any more."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return int(layer.cumulative_length)
+    return 0 if layer.keys is None else int(layer.keys.shape[-2])
+
+
+def visible_columns(layer: Any) -> int:
+    """How many of its rows ``layer`` gives to the next tokens."""
+    stored = 0 if layer.keys is None else int(layer.keys.shape[-2])
+    return min(stored, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else stored
