@@ -243,7 +243,13 @@ NAMES = tuple(BUILDERS)
 @functools.cache
 def tiny(name: str, attention: str = "sdpa") -> Tiny:
     """A shared model: whoever changes it restores it."""
-    return BUILDERS[name](attention=attention)
+    return called_before(BUILDERS[name](attention=attention))
+
+
+def called_before(tiny: Tiny) -> Tiny:
+    """``tiny``, with the hooks that Transformers adds in a first call."""
+    tiny.model(**tiny.inputs([tiny.prompt(0, 2, tiny.grid, 1)]))
+    return tiny
 
 
 def _filled(kind: Any, config: Any, attention: str, seed: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from models import CACHE, LAYERS, Sample, Tiny, llava, qwen, tiny
+from models import CACHE, LAYERS, Sample, Tiny, called_before, llava, qwen, tiny
 from oracle import MARGIN, Decision, Result, Rules
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -240,7 +240,7 @@ FEW = Rules((1, 3), (0.5, 0.25))
 @functools.cache
 def small(family: str) -> Tiny:
     """A shared model of five layers, for tests that call it often."""
-    return llava(layers=5) if family == "llava" else qwen(layers=5)
+    return called_before(llava(layers=5) if family == "llava" else qwen(layers=5))
 
 
 PLACES: dict[str, Callable[[Any], nn.Module]] = {
