@@ -58,6 +58,10 @@ class RopeTables(NamedTuple):
     sin: Tensor
     query_rows: Tensor
 
+    def unrotated(self) -> RopeTables:
+        """Tables of the same size that turn nothing."""
+        return self._replace(cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
+
 
 class Selection(NamedTuple):
     """What was decided.

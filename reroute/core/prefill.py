@@ -231,13 +231,12 @@ class Prefill:
         if self._left is not None:
             cos, sin = self._left.tables.cos.flatten(0, 1), self._left.tables.sin.flatten(0, 1)
             positions = self._left.positions.flatten()
-        if not self._adapter.rotates(decision.score_layer):
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        tables = RopeTables(cos, sin, self._tensors.queries[decision.stage])
         return RankContext(
             decision,
             self.backend,
             self._adapter,
-            RopeTables(cos, sin, self._tensors.queries[decision.stage]),
+            tables if self._adapter.rotates(decision.score_layer) else tables.unrotated(),
             SelectRows(
                 self._competitors.candidates,
                 self._competitors.text_rows,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from reroute_kernels import Selection
 
 from ..checks import shown, whole
@@ -51,9 +49,7 @@ class LastTokenAttention(Ranker):
         query, keys = adapter.project(layer, context.normed(), context.tables.query_rows)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
-        tables = context.tables
-        if not self.rotates:
-            tables = tables._replace(cos=torch.ones_like(tables.cos), sin=torch.zeros_like(tables.sin))
+        tables = context.tables if self.rotates else context.tables.unrotated()
         return context.backend.score_topk(
             query,
             keys,

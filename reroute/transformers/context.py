@@ -306,7 +306,7 @@ class RoutedDecode(ForwardContext):
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
-        mask, first = kwargs.get("attention_mask"), layer.get_mask_sizes(hidden.shape[1])[1]
+        mask, first = kwargs.get("attention_mask"), layer.first_visible
         if mask is not None or layer.rows.has_fillers or first:
             kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1], first)
         if layer.rows.position_offset is not None:

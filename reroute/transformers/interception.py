@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from torch import nn
 from ..errors import RerouteError
 
 __all__ = ["Intercepted", "Role", "intercept", "own_method", "role_of"]
+
+_lock = threading.Lock()
+"""Held while a module gets a role or loses it: one router may leave in one thread while the next comes in another."""
 
 
 class Role(NamedTuple):
@@ -41,7 +45,8 @@ class Intercepted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are those of the plain module."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_reroute"}
+        state = self.__dict__.copy()
+        state.pop("_reroute", None)
         # Not by __newobj__: pickle insists that it makes an object of the class of this one.
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
@@ -79,30 +84,32 @@ def intercept(module: nn.Module, kind: type[Intercepted], role: Role, replaced: 
     Raises:
         RerouteError: it is intercepted by another router, so it is a part of two models.
     """
-    former = role_of(module)
-    if former is not None and former.router is not replaced:
-        raise RerouteError(
-            f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one first, "
-            "or give each model modules of its own."
-        )
-    if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
-        module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
-    module.__dict__["_reroute"] = role
+    with _lock:
+        former = role_of(module)
+        if former is not None and former.router is not replaced:
+            raise RerouteError(
+                f"{type(module).__name__} is a part of another model that is routed. Disable routing of that one "
+                "first, or give each model modules of its own."
+            )
+        if not isinstance(module, kind):  # or others derived their class from ours, and it stayed
+            module.__class__ = _subclass(type(module), kind)  # type: ignore[arg-type]  # types are hashable
+        module.__dict__["_reroute"] = role
     return functools.partial(_release, weakref.ref(module), role, former)
 
 
 def _release(reference: weakref.ref[nn.Module], role: Role, former: Role | None) -> None:
     module = reference()
-    if module is None or vars(module).get("_reroute") is not role:
-        return  # it has another role since
-    if former is not None and former.router.is_attached:
-        module.__dict__["_reroute"] = former
-        return
-    module.__dict__.pop("_reroute", None)
-    # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.
-    plain = vars(type(module)).get("_plain_class")
-    if plain is not None:
-        module.__class__ = plain
+    with _lock:
+        if module is None or vars(module).get("_reroute") is not role:
+            return  # it has another role since
+        if former is not None and former.router.is_attached:
+            module.__dict__["_reroute"] = former
+            return
+        module.__dict__.pop("_reroute", None)
+        # A class that others have put before ours since (FSDP2) stays; without a role ours does nothing.
+        plain = vars(type(module)).get("_plain_class")
+        if plain is not None:
+            module.__class__ = plain
 
 
 @functools.cache

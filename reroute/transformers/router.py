@@ -151,7 +151,8 @@ class Router:
             if was_attached:
                 _forget_compiled()
         finally:  # an interrupt then, and nothing of it is left
-            self._entrances.close()
+            with self._lock:  # others may detach it too
+                self._entrances.close()
             self._planner = None
 
     @contextmanager

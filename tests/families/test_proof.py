@@ -241,6 +241,29 @@ def test_a_window_that_only_the_attention_function_knows(llava: TinyType, monkey
         reroute.enable(llava.model, schedule=SCHEDULE)
 
 
+def test_layers_that_see_later_tokens_and_others(llava: TinyType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all do, a missing mask means that in all."""
+    monkeypatch.setattr(llava.layers[4].self_attn, "is_causal", False)
+    with pytest.raises(UnsupportedModelError, match="some layers of LlamaModel see later tokens and others do not"):
+        reroute.enable(llava.model, schedule=SCHEDULE)
+    for layer in llava.layers:
+        monkeypatch.setattr(layer.self_attn, "is_causal", False)
+    reroute.enable(llava.model, schedule=SCHEDULE).disable()
+
+
+def test_a_layer_that_changes_while_it_is_looked_at(llava: TinyType) -> None:
+    """As one does whose routing ends in another thread."""
+
+    class Restless:
+        @property  # type: ignore[misc]
+        def __class__(self) -> type:  # asked for by isinstance
+            vars(llava.layers[2])[f"another {len(vars(llava.layers[2]))}"] = None
+            return Restless
+
+    vars(llava.layers[2])["restless"] = Restless()
+    reroute.enable(llava.model, schedule=SCHEDULE).disable()
+
+
 def test_a_norm_behind_the_rotation(normed: TinyType, monkeypatch: pytest.MonkeyPatch) -> None:
     """HunYuan's order. With weights of one it would be the same."""
     plain = modeling_qwen3.apply_rotary_pos_emb

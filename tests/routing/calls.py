@@ -18,7 +18,8 @@ from support import PLACES, cache_of, close, generate, kv_lengths
 from torch import Tensor, nn
 from transformers import DynamicCache
 from verdicts import Act, Asked, Call, Verdict, changes_nothing, labels_of
-from world import REFUSALS, SETTINGS, Running, World
+from world import Running, World
+from world_settings import REFUSALS, SETTINGS
 
 from reroute.errors import RerouteError
 

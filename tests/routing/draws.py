@@ -7,7 +7,7 @@ from typing import Any
 from calls import ALL_PLACES
 from hypothesis import strategies as st
 from verdicts import Act, Call
-from world import SETTINGS
+from world_settings import SETTINGS
 
 __all__ = ["any_call", "block_kinds", "changes", "lanes", "later", "moves", "new", "prompts", "routings", "subjects"]
 

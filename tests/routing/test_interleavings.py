@@ -34,7 +34,8 @@ from hypothesis.stateful import (
 from lanes import Lane
 from support import FAMILIES, generate, small
 from verdicts import Call, plan_ahead
-from world import SETTINGS, Block, Plans, World
+from world import Block, Plans, World
+from world_settings import SETTINGS
 
 import reroute
 

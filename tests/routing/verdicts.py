@@ -11,7 +11,8 @@ from lanes import Lane
 from models import Sample
 from oracle import Rules
 from torch import Tensor
-from world import Plans, World, rules_of
+from world import Plans, World
+from world_settings import rules_of
 
 __all__ = ["Act", "Asked", "Call", "Verdict", "changes_nothing", "labels_of", "look_of", "plan_ahead"]
 

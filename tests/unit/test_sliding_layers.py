@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from reroute.errors import UnsupportedCacheError
-from reroute.transformers.attention import decode_mask
+from reroute.transformers.attention import decode_mask, prefill_mask
 from reroute.transformers.cache import RoutedLayer, RowPositions, guard, route_layer, stored_columns, visible_rows
 
 WINDOW = 5
@@ -144,6 +144,20 @@ def test_layers_before_the_first_decision() -> None:
     dense.allow_update()
     assert dense.update(*[torch.zeros(2, 1, 1, 1)] * 2)[0].shape[-2] == WINDOW
     assert dense.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_mask_in_a_stage(is_causal: bool) -> None:
+    """A row sees what came before it, or all that is there; fillers stay hidden. Without them, and causal, None."""
+    rows = torch.tensor([[0, 3, 5], [-1, 2, 5]])
+    given: Any = {"past": 0, "is_causal": is_causal, "mask_format": "boolean", "dtype": torch.float32}
+    assert prefill_mask(None, rows[:1], rows[:1], has_fillers=False, **given) is None
+    mask = prefill_mask(None, rows, rows, has_fillers=True, **given)
+    assert mask is not None
+    before = torch.ones(3, 3).tril().bool() if is_causal else torch.ones(3, 3).bool()
+    assert torch.equal(mask[0, 0], before)
+    shown = before & torch.tensor([False, True, True])
+    assert torch.equal(mask[1, 0, 1:], shown[1:])
 
 
 def test_a_mask_with_room_for_more() -> None:

@@ -110,8 +110,13 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: something cannot be found out, or is not what the layer does.
         """
-        kinds = [self._known.facts(self, index, like_others=True) for index in compact]
-        self.is_causal = all(facts.is_causal for facts in kinds)
+        kinds = {self._known.facts(self, index, like_others=True).is_causal for index in compact}
+        if len(kinds) > 1:
+            raise UnsupportedModelError(
+                f"Without a mask some layers of {type(self.text).__name__} see later tokens and others do not, and "
+                "routing takes a missing mask for the same in all. Disable routing for this model."
+            )
+        self.is_causal = kinds.pop() if kinds else True
         self.has_several_tables = self._known.check_calls(self, compact, scoring)
         for index in scoring:
             self._facts[index] = self._known.proved(self, index)
@@ -240,10 +245,14 @@ class ModelAdapter:
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
-        rotary = self.text.rotary_emb
-        has_types = "layer_type" in inspect.signature(type(rotary).forward).parameters
-        cos, sin = rotary(hidden, position_ids=ids, **({"layer_type": "full_attention"} if has_types else {}))
+        cos, sin = self.text.rotary_emb(hidden, position_ids=ids, **self._kind_of_tables)
         return cos, sin
+
+    @cached_property
+    def _kind_of_tables(self) -> dict[str, str]:
+        """How a rotary module that makes several tables is asked for those of full layers."""
+        has_kinds = "layer_type" in _parameters(self.text.rotary_emb)
+        return {"layer_type": "full_attention"} if has_kinds else {}
 
     def _attention(self, layer: int) -> Any:
         return getattr(self.layers[layer], self.attention)

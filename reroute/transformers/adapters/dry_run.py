@@ -253,7 +253,7 @@ def _with_random_buffers(module: Any) -> Any:
         return torch.rand(value.shape, generator=generator) if isinstance(value, Tensor) else value
 
     clone = _clone(module, module._modules)
-    clone.__dict__.update({name: other(value) for name, value in vars(module).items() if isinstance(value, Tensor)})
+    clone.__dict__.update({name: other(value) for name, value in vars(clone).items() if isinstance(value, Tensor)})
     clone.__dict__["_buffers"] = {name: other(value) for name, value in module._buffers.items()}
     return clone
 

@@ -147,7 +147,8 @@ def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
 
 
 def _about(module: Any) -> Any:
-    simple = ((name, value) for name, value in vars(module).items() if isinstance(value, _SIMPLE))
+    # Copied at once: routing may leave the layer meanwhile, in another thread.
+    simple = ((name, value) for name, value in vars(module).copy().items() if isinstance(value, _SIMPLE))
     settings = tuple(item for item in simple if item[0] not in _STATES and item[0] != "layer_idx")
     weights = tuple(weight.shape for weight in module._parameters.values() if isinstance(weight, torch.Tensor))
     return type(module).forward, settings, weights, tuple(module._modules)

@@ -152,6 +152,11 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             return 0
         return self.rows.logical + columns_of(self) - int(self.rows.key_positions.shape[1])
 
+    @property
+    def first_visible(self) -> int:
+        """Logical position before which no new token sees anything."""
+        return 0
+
     def all_positions_with(self, new: int) -> torch.Tensor:
         """Logical positions (B, T) of all rows that were ever stored, once ``new`` more tokens are."""
         known = self.rows.key_positions
@@ -210,11 +215,15 @@ class RoutedSlidingLayer(RoutedLayer, DynamicSlidingWindowLayer):  # type: ignor
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys[..., -seen:, :], values[..., -seen:, :]
 
+    @property
+    def first_visible(self) -> int:
+        """See ``RoutedLayer``: where the window of the next token begins."""
+        return max(0, self.get_seq_length() - self.sliding_window + 1)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of Transformers' masks and the position of the first one, as of a layer that lacks no rows."""
-        length = self.get_seq_length()
-        stored = min(length, self.sliding_window - 1)
-        return stored + query_length, length - stored
+        first = self.first_visible
+        return self.get_seq_length() - first + query_length, first
 
 
 class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
