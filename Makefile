@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings mutants train \
-	clean
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings mutants upstream \
+	train clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
@@ -66,6 +66,9 @@ interleavings: $(VENV)/.dev ## Run 100 000 random steps of two threads that shar
 
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants
+
+upstream: $(VENV)/.dev ## Run Transformers' own tests of models without routing and with it, TRANSFORMERS=checkout of what is installed
+	$(BIN)/python tests/upstream/upstream.py $(TRANSFORMERS) --keep 1 0.5
 
 train: $(VENV)/.dev ## Train a demo model from scratch, MODEL=labels or MODEL=text (an hour or two on two cores)
 	$(BIN)/python -m training.tinyvlm.train --model $(MODEL) --out runs/$(MODEL)

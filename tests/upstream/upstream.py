@@ -1,0 +1,88 @@
+"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...]``: Transformers' own tests of models that are routed.
+
+Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers without routing, and once for each K with
+every model routed at that budget, and prints the tests that come out differently. Exits with 1 if any does at keep=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
+
+HERE = Path(__file__).parent
+MAIN_TYPES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl", "mistral3", "gemma3")
+
+Outcomes = dict[str, tuple[str, str]]
+"""Of each test, ``passed``, ``skipped``, ``failure`` or ``error``, and why."""
+
+
+def outcomes(report: Path) -> Outcomes:
+    """Those of a JUnit report. A test with subtests fails if one of them does."""
+    found: Outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = ("passed", "") if result is None else (result.tag, result.get("message") or "")
+        if name not in found or found[name][0] not in ("failure", "error"):
+            found[name] = outcome
+    return found
+
+
+def run(checkout: Path, kind: str, keep: float | None) -> Outcomes:
+    """Of the tests of one type, routed at budget ``keep``, or not at all.
+
+    Raises:
+        SystemExit: the tests cannot be collected.
+    """
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        routed = [] if keep is None else ["--keep", str(keep)]
+        command = ["-m", "pytest", f"tests/models/{kind}/test_modeling_{kind}.py", "-p", "upstream_routing", *routed]
+        options = ["-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", "--junitxml", str(report)]
+        path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        ended = subprocess.run(
+            [sys.executable, *command, *options], cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        if ended.returncode not in (0, 1):  # 1: tests failed
+            sys.exit(f"{kind}: pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+        return outcomes(report)
+
+
+def differences(plain: Outcomes, routed: Outcomes) -> list[str]:
+    """A line for each test that came out differently."""
+    missing = ("not run", "")
+    pairs = {name: (plain.get(name, missing), routed.get(name, missing)) for name in sorted({*plain, *routed})}
+    return [
+        f"  {name}: {before[0]}, and {after[0]} with routing. {after[1]}".rstrip()
+        for name, (before, after) in pairs.items()
+        if before[0] != after[0]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python tests/upstream/upstream.py", description=__doc__)
+    parser.add_argument("checkout", type=Path, help="of Transformers, at the release that is installed")
+    parser.add_argument(
+        "types", nargs="*", default=MAIN_TYPES, help=f"folders of tests/models ({' '.join(MAIN_TYPES)})"
+    )
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0], help="budgets (1.0)")
+    options = parser.parse_args(arguments)
+    differs_at_one = False
+    for kind in options.types:
+        plain = run(options.checkout, kind, None)
+        for keep in options.keep:
+            lines = differences(plain, run(options.checkout, kind, keep))
+            print(f"{kind}, keep={keep:g}: {len(plain)} tests, {len(lines)} differ", *lines, sep="\n", flush=True)
+            differs_at_one |= keep == 1 and bool(lines)
+    sys.exit(int(differs_at_one))
+
+
+if __name__ == "__main__":
+    main()
