@@ -1,4 +1,4 @@
-"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...]``: Transformers' own tests of models that are routed.
+"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...]``: Transformers' own tests, also with routing.
 
 Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers without routing, and once for each K with
 every model routed at that budget, and prints the tests that come out differently. Exits with 1 if any does at keep=1.
