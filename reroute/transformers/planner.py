@@ -29,7 +29,7 @@ from .cache import (
     routed_layers,
     states_of,
 )
-from .layer_kinds import check_attention, check_kinds
+from .layer_kinds import check_attention, check_kinds, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
@@ -98,11 +98,11 @@ class Planner:
         check_kinds(adapter, schedule, compact)
         scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
         adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
-        slides = adapter.has_several_tables or any(map(adapter.slides, compact))
-        if slides and (reopens or schedule.position_mode == "renumbered"):
+        is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
+        if (is_mixed or any(map(adapter.is_recurrent, compact))) and (reopens or schedule.position_mode == "renumbered"):
             raise RerouteError(
-                f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide or have "
-                "rotary tables of their own. Use reopens=False and position_mode='preserved'."
+                f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide, keep a "
+                "state or have rotary tables of their own. Use reopens=False and position_mode='preserved'."
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
@@ -162,9 +162,10 @@ class Planner:
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, compact, self.adapter.slides)
+            check_cache(cache, compact, self.adapter.slides, self.adapter.is_recurrent)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
+            check_turn(self.adapter, plan, compact)
         kept = states_of(cache)
         if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
             raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")

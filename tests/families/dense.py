@@ -1,6 +1,7 @@
 """What routing must compute, for any decoder: its own layers in eager mode on the full-length sequence, under masks.
 
-No cache, no compaction, nothing of the product. A deferred row keeps the state that it has and is nobody's key.
+No cache, nothing of the product. A deferred row keeps the state that it has and is nobody's key. Layers that keep a
+state have no mask for that: they run on the other rows, one after the other.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def predict(
             active[[visual[i] for i in kept[-1]]] = True
             if action == "remove":
                 candidates, there = kept[-1], active.clone()
-        states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+        if hasattr(layer, "self_attn"):
+            states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+        else:
+            states = states.clone()
+            states[:, active] = layer(states[:, active], **kwargs)
     with _hook(tiny.layers[-1], lambda *_: states):
         return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
 

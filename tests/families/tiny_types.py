@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["PICTURE", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
+__all__ = ["PICTURE", "RECURRENT", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
@@ -38,6 +38,10 @@ SIZES: dict[str, int] = {
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 WINDOW = 6
 SLIDING = (
@@ -51,6 +55,8 @@ SLIDING = (
     "step3p7",
 )
 """Types of which some layers slide."""
+RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+"""Types of which some layers keep a state instead of keys."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
 
@@ -117,15 +123,31 @@ def _hunyuan_vl(config: Any) -> None:
 
 
 def _lfm2_vl(config: Any) -> None:
-    kinds = ["conv", "full_attention"] * config.text_config.num_hidden_layers
-    config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
+    _set_kinds(config.text_config, "conv", "conv", "full_attention", "conv")
+
+
+def _lfm3_vl(config: Any) -> None:
+    """Convolutions, windows and two rotary tables in one decoder."""
+    config.text_config.sliding_window = WINDOW
+    _set_kinds(config.text_config, "conv", "sliding_attention", "full_attention", "conv")
+
+
+def _qwen3_5(config: Any) -> None:
+    """Half of each head is rotated; decisions are made in the midst of recurrent layers."""
+    text = config.get_text_config()
+    _set_kinds(text, "linear_attention", "linear_attention", "full_attention", "linear_attention")
+    text.rope_parameters = {**text.rope_parameters, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+
+
+def _set_kinds(text: Any, *kinds: str) -> None:
+    text.layer_types = [*kinds * text.num_hidden_layers][: text.num_hidden_layers]
 
 
 def _sliding(config: Any) -> None:
     """Windows that are shorter than prompts, and some full layers."""
     text = config.get_text_config()
-    full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
+    text.sliding_window = WINDOW
+    _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
 
 
 def _step3p7(config: Any) -> None:
@@ -161,6 +183,12 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
     "lfm2_vl": _lfm2_vl,
+    "lfm3_vl": _lfm3_vl,
+    "minicpm_ocr": _qwen3_5,
+    "minicpmv4_6": _qwen3_5,
+    "minicpmv4_7": _qwen3_5,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5,
     "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,

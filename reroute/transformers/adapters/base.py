@@ -17,8 +17,9 @@ from ...errors import RerouteError, UnsupportedModelError
 from ...rankers import Ranker
 from ..vision import Tower
 from . import places
-from .facts import LayerFacts, rms_norm_of
+from .facts import LayerFacts, rms_norm_of, without_gate
 from .layers import Layers
+from .recurrent import RECURRENT, mixer_name
 from .scoring_layer import check_part, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
@@ -110,7 +111,11 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: something cannot be found out, or is not what the layer does.
         """
-        kinds = {self._known.facts(self, index, like_others=True).is_causal for index in compact}
+        recurrent = [index for index in compact if self.is_recurrent(index)]
+        for index in recurrent:
+            self._known.check_recurrent(self, index)
+        attending = [index for index in compact if index not in recurrent]
+        kinds = {self._known.facts(self, index, like_others=True).is_causal for index in attending}
         if len(kinds) > 1:
             raise UnsupportedModelError(
                 f"Without a mask some layers of {type(self.text).__name__} see later tokens and others do not, and "
@@ -142,12 +147,12 @@ class ModelAdapter:
                 "(copy.deepcopy) with a self_attn.layer_idx of its own in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
-            check_part(layer, self.attention, index)
-            place = getattr(getattr(layer, self.attention), "layer_idx", index)
+            mixer = self.mixer(index)
+            place = getattr(check_part(layer, mixer, index), "layer_idx", index)
             if place != index:
                 raise UnsupportedModelError(
                     f"Decoder layer {index} uses place {place} of the cache, and routing would look for it in place "
-                    f"{index}. Set self_attn.layer_idx of layers that were moved or copied to where they are now."
+                    f"{index}. Set {mixer}.layer_idx of layers that were moved or copied to where they are now."
                 )
 
     def bound_to(self, layers: Mapping[int, Any], facts: Mapping[int, LayerFacts]) -> ModelAdapter:
@@ -173,13 +178,21 @@ class ModelAdapter:
         """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
         return self._kind(layer) == "sliding_attention"
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution, by the configuration."""
+        return self._kind(layer) in RECURRENT
+
+    def mixer(self, layer: int) -> str:
+        """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
+        return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention
+
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
         return self._kind(layer) == "full_attention" and not self._has_window(layer)
 
-    def is_known_attention(self, layer: int) -> bool:
-        """Whether ``layer`` attends to everything, or over a window of which configuration and attention agree."""
-        return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
+    def is_known_kind(self, layer: int) -> bool:
+        """Whether ``layer`` is recurrent, or attends to all, or over a window, and configuration and attention agree."""
+        return self.is_recurrent(layer) or self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
         """Whether ``ranker`` may decide before ``layer``, by what it scores with and looks at: full attention."""
@@ -216,7 +229,8 @@ class ModelAdapter:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
         attention, facts = self._attention(layer), self.facts(layer)
         heads = (-1, facts.head_dim)
-        query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
+        query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device)))
+        query = without_gate(query, facts.head_dim) if facts.has_query_gate else query.unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
         if facts.query_norm is not None:
             query = getattr(attention, facts.query_norm)(query)

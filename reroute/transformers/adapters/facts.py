@@ -21,7 +21,7 @@ from reroute_kernels.reference import rotate
 from ...errors import UnsupportedModelError
 from .dry_run import DryRun, Inputs, Seen
 
-__all__ = ["LayerFacts", "alike", "layer_facts", "refusal", "rms_norm_of", "rotated"]
+__all__ = ["LayerFacts", "alike", "check_arguments", "layer_facts", "refusal", "rms_norm_of", "rotated", "without_gate"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ARGUMENTS = (
@@ -51,6 +51,7 @@ class LayerFacts:
 
     - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
     - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
+    - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
     - ``head_dim``: features of a head that the attention function gets.
@@ -61,6 +62,7 @@ class LayerFacts:
     input_norm: str | None
     query_norm: str | None
     key_norm: str | None
+    has_query_gate: bool
     has_rms_input_norm: bool
     has_rms_key_norm: bool
     rotates: bool
@@ -93,12 +95,16 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     _check_scale(layer, index, of, plain)
     heads = (-1, plain.query.shape[-1])
     rotates = not (torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key))
-    query_norm = _head_norm(layer, index, run, "q_proj", heads, plain.inputs, plain.query)
-    key_norm = _head_norm(layer, index, run, "k_proj", heads, plain.inputs, plain.key)
+    query, keys = (getattr(run.attention, name)(plain.inputs[name])[0] for name in PROJECTIONS[:2])
+    has_gate = query.shape[-1] == 2 * plain.query.shape[0] * heads[1]
+    query = without_gate(query, heads[1]).flatten(-2) if has_gate else query
+    query_norm = _head_norm(layer, index, run, "q_proj", heads, query, plain.query)
+    key_norm = _head_norm(layer, index, run, "k_proj", heads, keys, plain.key)
     return LayerFacts(
         input_norm=input_norm,
         query_norm=query_norm,
         key_norm=key_norm,
+        has_query_gate=has_gate,
         has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
         has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
         rotates=rotates,
@@ -120,11 +126,16 @@ def rms_norm_of(norm: Any) -> RMSNorm:
     return RMSNorm(norm.weight, eps)
 
 
-def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
-    """What no run on a few rows can show."""
+def check_arguments(layer: Any, index: int, run: DryRun) -> None:
+    """Refuse a layer that takes more than is known. Raises UnsupportedModelError."""
     unknown = sorted(set(run.arguments) - set(ARGUMENTS))
     if unknown:
         raise refusal(f"it also takes {', '.join(unknown)}, which may have an entry for each token", layer, index)
+
+
+def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
+    """What no run on a few rows can show."""
+    check_arguments(layer, index, run)
     counted = [name for part in (layer, of) for name in COUNTERS if name in _names(type(part).forward)]
     if counted:
         raise refusal(
@@ -172,10 +183,9 @@ def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor)
 
 
 def _head_norm(
-    layer: Any, index: int, run: DryRun, projection: str, heads: tuple[int, int], given: Any, expected: Tensor
+    layer: Any, index: int, run: DryRun, projection: str, heads: tuple[int, int], projected: Tensor, expected: Tensor
 ) -> str | None:
-    """The child of the attention that makes ``expected`` (H, R, D) of what ``projection`` returns."""
-    projected = getattr(run.attention, projection)(given[projection])[0]
+    """The child of the attention that makes ``expected`` (H, R, D) of ``projected`` (R, H * D)."""
     if projected.shape[-1] == expected.shape[0] * heads[1]:
         projected = projected.unflatten(-1, heads).transpose(0, 1)
         if alike(expected, projected):
@@ -186,6 +196,11 @@ def _head_norm(
     raise refusal(
         f"its attention function gets neither what {projection!r} returns nor a norm of each head of it", layer, index
     )
+
+
+def without_gate(projected: Tensor, head_dim: int) -> Tensor:
+    """Queries (R, H, D) of ``projected`` (R, H * 2 D), in which a gate comes behind each head."""
+    return projected.unflatten(-1, (-1, 2 * head_dim))[..., :head_dim]
 
 
 def _norms(module: Any, shape: Any) -> Iterator[tuple[str, Any]]:
