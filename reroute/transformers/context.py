@@ -362,10 +362,11 @@ class DensePrefill(RoutedDecode):
 def _at(positions: torch.Tensor, tables: Tables) -> Tables:
     """The rows of logical ``tables`` at ``positions`` (B, S), anything for fillers."""
     at = positions.clamp(min=0).unsqueeze(-1)
-    cos, sin = (
-        table.expand(len(at), -1, -1).gather(1, at.to(table.device).expand(-1, -1, table.shape[-1]))
-        for table in tables
-    )
+
+    def gathered(table: torch.Tensor) -> torch.Tensor:
+        return table.expand(len(at), -1, -1).gather(1, at.to(table.device).expand(-1, -1, table.shape[-1]))
+
+    cos, sin = map(gathered, tables)
     return cos, sin
 
 

@@ -35,24 +35,30 @@ def predict(
     *,
     prompt: int | None = None,
     action: str = "route",
+    chosen: Sequence[list[int]] | None = None,
     **given: Any,
 ) -> Predicted:
-    """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it."""
+    """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it.
+
+    ``chosen``: what each decision kept, where it was not ranked with all tokens before it, as in later turns.
+    """
     prompt = len(ids) if prompt is None else prompt
     dense, calls = _inputs(tiny, ids, given)
     visual = [i for i, token in enumerate(ids[:prompt]) if token == PICTURE]
     active, there = torch.ones(len(ids), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
-    candidates, kept, margin = list(range(len(visual))), [], float("inf")
+    candidates, margin = list(range(len(visual))), float("inf")
+    kept: list[list[int]] = []
     for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
         if index <= layers[0]:  # features of pictures may have come between these layers
             states = dense[index]
         if index in layers:
-            scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
-            ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
-            count = max(1, int(len(visual) * ratios[layers.index(index)]))
-            if count < len(ranked):
-                margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))
-            kept.append(sorted(ranked[:count]))
+            if chosen is None:
+                scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
+                ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
+                count = max(1, int(len(visual) * ratios[len(kept)]))
+                if count < len(ranked):
+                    margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))
+            kept.append(sorted(ranked[:count]) if chosen is None else chosen[len(kept)])
             active[visual] = False
             active[[visual[i] for i in kept[-1]]] = True
             if action == "remove":

@@ -133,9 +133,10 @@ def _lfm3_vl(config: Any) -> None:
 
 
 def _qwen3_5(config: Any) -> None:
-    """Half of each head is rotated; decisions are made in the midst of recurrent layers."""
+    """Half of each head is rotated. Not too many recurrent layers: their fp32 states are noisy."""
     text = config.get_text_config()
-    _set_kinds(text, "linear_attention", "linear_attention", "full_attention", "linear_attention")
+    attends = "full_attention"
+    _set_kinds(text, "linear_attention", attends, attends, "linear_attention", attends, attends, attends)
     text.rope_parameters = {**text.rope_parameters, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 
 
@@ -244,19 +245,23 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
     for other in [other for other, _ in base.named_children() if other != name]:
         setattr(base, other, nn.Identity())
     model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
-    fill(text, model.lm_head)
+    if kind in RECURRENT:  # as initialised, which changes nothing: norms that amplify would amplify noise of states
+        fill(text, model.lm_head, centre=lambda weight: float(weight.mean()))
+    else:
+        fill(text, model.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
     return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"))
 
 
-def fill(*modules: nn.Module) -> None:
+def fill(*modules: nn.Module, centre: Callable[[Tensor], float] = lambda _: 1.0) -> None:
+    """Random weights; those of norms are around their ``centre``."""
     generator = torch.Generator().manual_seed(0)
     for module in modules:
         for name, weight in module.named_parameters():
             values = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1:
-                values = 0.2 * values + float("norm" in name)
+                values = 0.2 * values + (centre(weight.data) if "norm" in name else 0.0)
             elif "embed" not in name:
                 values *= _gain(name) / _fan_in(weight) ** 0.5
             weight.data.copy_(values)

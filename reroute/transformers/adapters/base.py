@@ -192,7 +192,9 @@ class ModelAdapter:
 
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` is recurrent, or attends to all, or over a window, and configuration and attention agree."""
-        return self.is_recurrent(layer) or self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
+        if self.is_recurrent(layer):
+            return True
+        return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
         """Whether ``ranker`` may decide before ``layer``, by what it scores with and looks at: full attention."""

@@ -200,7 +200,8 @@ def _head_norm(
 
 def without_gate(projected: Tensor, head_dim: int) -> Tensor:
     """Queries (R, H, D) of ``projected`` (R, H * 2 D), in which a gate comes behind each head."""
-    return projected.unflatten(-1, (-1, 2 * head_dim))[..., :head_dim]
+    heads: Tensor = projected.unflatten(-1, (-1, 2 * head_dim))
+    return heads[..., :head_dim]
 
 
 def _norms(module: Any, shape: Any) -> Iterator[tuple[str, Any]]:

@@ -109,7 +109,7 @@ def check_whole(cache: Cache, num_layers: int) -> None:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
     # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
-    layers = [layer for layer in cache.layers[:num_layers] if type(layer) not in RECURRENT]
+    layers: Sequence[Any] = [layer for layer in cache.layers[:num_layers] if type(layer) not in RECURRENT]
     agree = len(cache.layers) >= num_layers and layers[0].get_seq_length() == layers[-1].get_seq_length()
     if not agree or is_torn(cache):
         raise UnsupportedCacheError(HALF_FILLED)
