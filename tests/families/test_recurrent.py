@@ -142,9 +142,9 @@ def test_caches_of_other_layers() -> None:
     tiny, given = build("qwen3_5", layers=8), batch(build("qwen3_5", layers=8), ONE)
     cache = DynamicCache(config=tiny.text.config)
     cache.layers[3], cache.layers[4] = cache.layers[4], cache.layers[3]
-    with reroute.enable(tiny.model, schedule=SCHEDULE) as handle:
-        with pytest.raises(UnsupportedCacheError, match="DynamicLayer, LinearAttentionLayer cannot"):
-            handle.plan(given["input_ids"], cache=cache)
+    sentence = "DynamicLayer, LinearAttentionLayer cannot"
+    with reroute.enable(tiny.model, schedule=SCHEDULE) as handle, pytest.raises(UnsupportedCacheError, match=sentence):
+        handle.plan(given["input_ids"], cache=cache)
 
 
 @torch.no_grad()

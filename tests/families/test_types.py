@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense import near, predict
 from models import CACHE, TRANSFORMERS
-from tiny_types import PICTURE, SLIDING, TYPES, TinyType, build
+from tiny_types import PICTURE, RECURRENT, SLIDING, TYPES, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -86,7 +86,7 @@ LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 KINDS = [
     pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE))
     for kind in ROUTED
-    if kind in TYPES and kind not in SLIDING and (kind not in LATER or TRANSFORMERS >= (5, 24))
+    if kind in TYPES and kind not in (*SLIDING, *RECURRENT) and (kind not in LATER or TRANSFORMERS >= (5, 24))
 ]
 
 

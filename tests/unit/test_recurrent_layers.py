@@ -87,7 +87,6 @@ def test_reset() -> None:
     assert type(layer) is LinearAttentionLayer
     assert vars(layer).keys() == vars(State()).keys()
     assert layer.has_previous_state == {0: False}
-    assert not torch.any(layer.conv_states[0])
 
 
 def test_an_empty_state() -> None:

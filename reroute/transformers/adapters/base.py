@@ -191,7 +191,7 @@ class ModelAdapter:
         return self._kind(layer) == "full_attention" and not self._has_window(layer)
 
     def is_known_kind(self, layer: int) -> bool:
-        """Whether ``layer`` is recurrent, or attends to all, or over a window, and configuration and attention agree."""
+        """Whether ``layer`` is recurrent, or attends to all or over a window, as configuration and attention agree."""
         if self.is_recurrent(layer):
             return True
         return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")

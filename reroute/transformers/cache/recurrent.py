@@ -53,8 +53,8 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
             self.first.check_crop(tokens_to_remove)
         if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):
             raise UnsupportedCacheError(
-                f"Cannot crop({tokens_to_remove}) a cache with recurrent states: they do not go back. Start a new cache "
-                "for a shorter prompt."
+                f"Cannot crop({tokens_to_remove}) a cache with recurrent states: they do not go back. Start a new "
+                "cache for a shorter prompt."
             )
         super().crop(tokens_to_remove)
 
