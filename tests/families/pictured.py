@@ -280,5 +280,17 @@ def _lfm2_vl() -> Pictured:
 
 PICTURED: dict[str, Callable[[], Pictured]] = {
     make.__name__.removeprefix("_"): functools.cache(make)
-    for make in (_qwen2_vl, _qwen3_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm, _gemma3, _qwen3_5, _lfm2_vl)
+    for make in (
+        _qwen2_vl,
+        _qwen3_vl,
+        _glm4v,
+        _internvl,
+        _llava_onevision,
+        _llava_next,
+        _mistral3,
+        _smolvlm,
+        _gemma3,
+        _qwen3_5,
+        _lfm2_vl,
+    )
 }
