@@ -14,7 +14,7 @@ from ..core.plan import Plan
 from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
-from .adapters import ModelAdapter
+from .adapters import PER_TOKEN, ModelAdapter
 from .attention import decode_mask, prefill_mask
 from .cache import (
     KeptStates,
@@ -126,6 +126,9 @@ class RoutedPrefill(ForwardContext):
             kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
         else:
             kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
+        for name in PER_TOKEN:
+            if kwargs.get(name) is not None:
+                kwargs[name] = _at(self.prefill.positions, kwargs[name].unsqueeze(-1)).squeeze(-1)
         return hidden
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
@@ -199,6 +202,8 @@ class RoutedPrefill(ForwardContext):
     def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan = cache_of(kwargs), self.plan
+        if kwargs.get("position_embeddings") is None:
+            kwargs = {**kwargs, "position_embeddings": self._no_rotation(index, hidden)}
         self._begun = tables = _tables(kwargs)
         earlier = self._kept_states
         if earlier is not None:
@@ -212,6 +217,11 @@ class RoutedPrefill(ForwardContext):
         if self.cache is not None and plan.reopened:
             cut(self.cache, index, plan.past)
         return hidden
+
+    def _no_rotation(self, index: int, hidden: torch.Tensor) -> Tables:
+        """Tables (1, L, D) that turn nothing, for layer ``index``, which gets none."""
+        cos = hidden.new_ones(1, hidden.shape[1], self._adapter.facts(index).head_dim)
+        return cos, torch.zeros_like(cos)
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
@@ -273,7 +283,8 @@ class RoutedPrefill(ForwardContext):
         places: Kwargs = {"position_ids": None if self._mask_format == "padding" else running.ids}
         if tables is not None:
             is_own = self._adapter.has_several_tables and self._begun is not None and tables[0] is not self._begun.cos
-            places["position_embeddings"] = _at(prefill.positions, tables) if is_own else (running.cos, running.sin)
+            cos, sin = (_at(prefill.positions, its) for its in tables) if is_own else (running.cos, running.sin)
+            places["position_embeddings"] = cos, sin
         return places
 
     @property
@@ -359,15 +370,10 @@ class DensePrefill(RoutedDecode):
         return super().before_layer(index, hidden, kwargs)
 
 
-def _at(positions: torch.Tensor, tables: Tables) -> Tables:
-    """The rows of logical ``tables`` at ``positions`` (B, S), anything for fillers."""
-    at = positions.clamp(min=0).unsqueeze(-1)
-
-    def gathered(table: torch.Tensor) -> torch.Tensor:
-        return table.expand(len(at), -1, -1).gather(1, at.to(table.device).expand(-1, -1, table.shape[-1]))
-
-    cos, sin = map(gathered, tables)
-    return cos, sin
+def _at(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The rows of a logical ``table`` (B or 1, L, w) at ``positions`` (B, S), any for fillers."""
+    at = positions.clamp(min=0).unsqueeze(-1).to(table.device)
+    return table.expand(len(at), -1, -1).gather(1, at.expand(-1, -1, table.shape[-1]))
 
 
 def _tables(kwargs: Kwargs) -> PositionTables:

@@ -99,11 +99,12 @@ class Planner:
         scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
         adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
         is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
-        is_mixed = is_mixed or any(map(adapter.is_recurrent, compact))
+        is_mixed = is_mixed or adapter.reads_kinds or any(map(adapter.is_recurrent, compact))
         if is_mixed and (reopens or schedule.position_mode == "renumbered"):
             raise RerouteError(
                 f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide, keep a "
-                "state or have rotary tables of their own. Use reopens=False and position_mode='preserved'."
+                "state, have rotary tables of their own or are told the kinds of tokens. Use reopens=False and "
+                "position_mode='preserved'."
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)

@@ -89,11 +89,11 @@ def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
     """Position ids too, unless they depend on the pictures ``given``."""
     options = {"use_cache": False, "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     positions = torch.arange(len(ids))[None]
-    if not given:
-        return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
     if tiny.marks is not None:
         options[tiny.marks] = (torch.tensor([ids]) == PICTURE).long()
-    return options
+    if given:
+        return options
+    return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
 
 
 def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:

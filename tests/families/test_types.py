@@ -39,6 +39,8 @@ def batch(tiny: TinyType, *prompts: list[int]) -> dict[str, Tensor]:
     given = {"input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts]), "attention_mask": mask}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     given["position_ids"] = positions.expand(3, -1, -1) if tiny.has_sections else positions
+    if tiny.marks is not None:
+        given[tiny.marks] = (given["input_ids"] == PICTURE).long()
     return given
 
 

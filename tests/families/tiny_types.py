@@ -50,13 +50,20 @@ SLIDING = (
     "cohere_compass",
     "exaone4_5",
     "gemma3",
+    "gemma4",
     "gemma4_unified",
+    "muse_glimmer",
+    "muse_spark",
     "shieldgemma2",
     "step3p7",
 )
 """Types of which some layers slide."""
 RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
 """Types of which some layers keep a state instead of keys."""
+LOUD = (*RECURRENT, "muse_glimmer", "muse_spark")
+"""Types whose fp32 noise is as large as can be borne: their norms are around what they are at first."""
+MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids"}
+"""By which argument a type's layers are told which tokens are of pictures."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
 
@@ -112,6 +119,13 @@ def _cohere_compass(config: Any) -> None:
     config.vision_config.deepstack_visual_indexes = [0, 1]
 
 
+def _ernie4_5_vl_moe(config: Any) -> None:
+    """Experts of two sizes, for text and for pictures."""
+    text = config.text_config
+    text.moe_intermediate_size, text.mlp_layer_types = [16, 24], ["dense", *["sparse"] * (text.num_hidden_layers - 1)]
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [1, 1, 2]}
+
+
 def _glm4v_moe(config: Any) -> None:
     """Half of each head is rotated."""
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [1, 1, 0]}
@@ -151,6 +165,14 @@ def _sliding(config: Any) -> None:
     _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
 
 
+def _muse(config: Any) -> None:
+    """Full layers have no rotary tables. A large factor on queries and experts would make noise loud."""
+    _sliding(config)
+    text = config.get_text_config()
+    text.layer_rope_theta = [10000.0 * (kind == "sliding_attention") for kind in text.layer_types]
+    text.qk_scale_factor, text.mlp_layer_types = 1.5, ["dense"] * text.num_hidden_layers
+
+
 def _step3p7(config: Any) -> None:
     """Sliding layers have more heads; in full ones half of each head is rotated, slowly."""
     text = config.text_config
@@ -166,12 +188,17 @@ def _step3p7(config: Any) -> None:
     )
 
 
-def _gemma4_unified(config: Any) -> None:
+def _gemma4(config: Any) -> None:
+    """As the large ones are: no inputs of each layer, no keys that layers share."""
+    _gemma4_unified(config, hidden_size_per_layer_input=0)
+
+
+def _gemma4_unified(config: Any, **more: Any) -> None:
     """Full layers have longer heads."""
     text = config.text_config
     names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
     sizes = {name: value for name in names if (value := _read(text, name)) is not None}
-    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16)
+    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16, **more)
 
 
 TWEAKS: dict[str, Callable[[Any], None]] = {
@@ -180,6 +207,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "cohere_compass": _cohere_compass,
     "deepseek_ocr2": _deepseek_ocr2,
     "emu3": _emu3,
+    "ernie4_5_vl_moe": _ernie4_5_vl_moe,
     "fast_vlm": _clip_tower,
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
@@ -188,8 +216,11 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "minicpm_ocr": _qwen3_5,
     "minicpmv4_6": _qwen3_5,
     "minicpmv4_7": _qwen3_5,
+    "muse_glimmer": _muse,
+    "muse_spark": _muse,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5,
+    "gemma4": _gemma4,
     "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
@@ -245,13 +276,13 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
     for other in [other for other, _ in base.named_children() if other != name]:
         setattr(base, other, nn.Identity())
     model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
-    if kind in RECURRENT:  # as initialised, which changes nothing: norms that amplify would amplify noise of states
+    if kind in LOUD:
         fill(text, model.lm_head, centre=lambda weight: float(weight.mean()))
     else:
         fill(text, model.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
-    return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"))
+    return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"), MARKS.get(kind))
 
 
 def fill(*modules: nn.Module, centre: Callable[[Tensor], float] = lambda _: 1.0) -> None:

@@ -37,6 +37,7 @@ class ModelAdapter:
 
     - ``first_layer``: the first layer that may decide: before it the decoder adds features of the pictures.
     - ``has_several_tables``: whether some layers get other rotary tables than others.
+    - ``reads_kinds``: whether layers are told something of each token beside its hidden state (``PER_TOKEN``).
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
     - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
       get position ids in some calls (``generate``) and none in others (a plain forward).
@@ -74,6 +75,7 @@ class ModelAdapter:
         self.renumbers = not places.has_several_positions(self.base, self.text)
         self.first_layer = places.feature_levels(self.config, self.text)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
@@ -236,6 +238,7 @@ class ModelAdapter:
         keys = attention.k_proj(normed).unflatten(-1, heads)
         if facts.query_norm is not None:
             query = getattr(attention, facts.query_norm)(query)
+        query = query if facts.query_factor == 1 else query * facts.query_factor
         if facts.key_norm is not None and self._key_norm(layer) is None:
             keys = getattr(attention, facts.key_norm)(keys)
         return query, keys

@@ -34,19 +34,24 @@ OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 
 
 class Inputs(NamedTuple):
-    """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R)."""
+    """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R).
+
+    Without ``has_tables`` the layer gets none, and those here turn nothing.
+    """
 
     hidden: Tensor
     cos: Tensor
     sin: Tensor
     ids: Tensor
     mask: Tensor
+    has_tables: bool = True
 
     @classmethod
-    def of(cls, hidden: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Inputs:
+    def of(cls, hidden: Tensor, tables: tuple[Tensor, Tensor] | None, ids: Tensor) -> Inputs:
         """With a causal mask."""
         mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
-        return cls(hidden, cos, sin, ids, mask[None, None])
+        cos, sin = (torch.ones(1, ROWS, 2), torch.zeros(1, ROWS, 2)) if tables is None else tables
+        return cls(hidden, cos, sin, ids, mask[None, None], has_tables=tables is not None)
 
     def unrotated(self) -> Inputs:
         """The same with tables that turn nothing."""
@@ -145,10 +150,10 @@ class DryRun:
         return None
 
     def _run(self, inputs: Inputs) -> None:
-        given = {
+        given: dict[str, Any] = {
             "attention_mask": inputs.mask,
             "position_ids": inputs.ids,
-            "position_embeddings": (inputs.cos, inputs.sin),
+            "position_embeddings": (inputs.cos, inputs.sin) if inputs.has_tables else None,
         }
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
         given = {name: value for name, value in given.items() if takes_any or name in self._arguments}

@@ -7,8 +7,9 @@ gets. Where none does, the layer is refused, and the sentence says which fact it
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from reroute_kernels.reference import rotate
 
 from ...errors import UnsupportedModelError
 from .dry_run import DryRun, Inputs, Seen
+from .places import PER_TOKEN
 
 __all__ = ["LayerFacts", "alike", "check_arguments", "layer_facts", "refusal", "rms_norm_of", "rotated", "without_gate"]
 
@@ -41,6 +43,8 @@ ARGUMENTS = (
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
 """Keyword arguments of attention functions that change no score, but for the scale, or that are looked at elsewhere."""
+EPSILONS = ("variance_epsilon", "eps")
+"""What norms call their epsilon."""
 COUNTERS = ("arange", "cumsum")
 """What code that counts the rows present calls."""
 
@@ -51,6 +55,7 @@ class LayerFacts:
 
     - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
     - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
+    - ``query_factor``: what queries are multiplied by then.
     - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
@@ -62,6 +67,7 @@ class LayerFacts:
     input_norm: str | None
     query_norm: str | None
     key_norm: str | None
+    query_factor: float
     has_query_gate: bool
     has_rms_input_norm: bool
     has_rms_key_norm: bool
@@ -98,12 +104,14 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     query, keys = (getattr(run.attention, name)(plain.inputs[name])[0] for name in PROJECTIONS[:2])
     has_gate = query.shape[-1] == 2 * plain.query.shape[0] * heads[1]
     query = without_gate(query, heads[1]).flatten(-2) if has_gate else query
-    query_norm = _head_norm(layer, index, run, "q_proj", heads, query, plain.query)
-    key_norm = _head_norm(layer, index, run, "k_proj", heads, keys, plain.key)
+    factors = (1.0, *(value for value in vars(run.attention).values() if isinstance(value, float)))
+    query_norm, factor = _head_norm(layer, index, run, "q_proj", query, plain.query, factors)
+    key_norm, _ = _head_norm(layer, index, run, "k_proj", keys, plain.key)
     return LayerFacts(
         input_norm=input_norm,
         query_norm=query_norm,
         key_norm=key_norm,
+        query_factor=factor,
         has_query_gate=has_gate,
         has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
         has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
@@ -128,7 +136,9 @@ def rms_norm_of(norm: Any) -> RMSNorm:
 
 def check_arguments(layer: Any, index: int, run: DryRun) -> None:
     """Refuse a layer that takes more than is known. Raises UnsupportedModelError."""
-    unknown = sorted(set(run.arguments) - set(ARGUMENTS))
+    has_no_inputs = getattr(layer, "hidden_size_per_layer_input", None) == 0
+    unused = ("per_layer_input",) if has_no_inputs else ()
+    unknown = sorted(set(run.arguments).difference(ARGUMENTS, PER_TOKEN, unused))
     if unknown:
         raise refusal(f"it also takes {', '.join(unknown)}, which may have an entry for each token", layer, index)
 
@@ -174,7 +184,7 @@ def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
 
 def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
     """The child of ``layer`` that makes what its projections get of its input."""
-    for name, norm in _norms(run.layer, hidden.shape[-1:]):
+    for name, norm in _norms(run.layer, hidden[0, 0]):
         if all(alike(seen.inputs[projection], norm(hidden)) for projection in PROJECTIONS[:2]):
             return name
     if all(alike(seen.inputs[projection], hidden) for projection in PROJECTIONS[:2]):
@@ -183,16 +193,21 @@ def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor)
 
 
 def _head_norm(
-    layer: Any, index: int, run: DryRun, projection: str, heads: tuple[int, int], projected: Tensor, expected: Tensor
-) -> str | None:
-    """The child of the attention that makes ``expected`` (H, R, D) of ``projected`` (R, H * D)."""
-    if projected.shape[-1] == expected.shape[0] * heads[1]:
-        projected = projected.unflatten(-1, heads).transpose(0, 1)
-        if alike(expected, projected):
-            return None
-        for name, norm in _norms(run.attention, expected.shape[-1:]):
-            if alike(expected, norm(projected)):
-                return name
+    layer: Any,
+    index: int,
+    run: DryRun,
+    projection: str,
+    projected: Tensor,
+    expected: Tensor,
+    factors: Sequence[float] = (1.0,),
+) -> tuple[str | None, float]:
+    """The child of the attention, and the one of ``factors``, that make ``expected`` (H, R, D) of ``projected``."""
+    if projected.shape[-1] == expected.shape[0] * expected.shape[-1]:
+        projected = projected.unflatten(-1, (-1, expected.shape[-1])).transpose(0, 1)
+        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, expected[0, 0]))]
+        for factor, (name, normed) in itertools.product(factors, norms):
+            if alike(expected, factor * normed):
+                return name, factor
     raise refusal(
         f"its attention function gets neither what {projection!r} returns nor a norm of each head of it", layer, index
     )
@@ -204,11 +219,12 @@ def without_gate(projected: Tensor, head_dim: int) -> Tensor:
     return heads[..., :head_dim]
 
 
-def _norms(module: Any, shape: Any) -> Iterator[tuple[str, Any]]:
-    """The children of ``module`` that take rows of ``shape``, by name."""
+def _norms(module: Any, row: Tensor) -> Iterator[tuple[str, Any]]:
+    """The children of ``module`` that norm something like ``row``, by name."""
     for name, child in module.named_children():
         weights = list(child.parameters())
-        if weights and all(weight.shape == shape for weight in weights):
+        is_norm = bool(weights) or any(hasattr(child, eps) for eps in EPSILONS)
+        if is_norm and all(weight.shape == row.shape for weight in weights):
             yield name, child
 
 
@@ -239,7 +255,7 @@ def _is_rms_norm(norm: Any) -> bool:
     """Whether ``norm``, of a dry run, computes what ``RMSNorm`` does, to the last bit of both dtypes."""
     if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "forward"):
         return False
-    if not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
+    if not any(hasattr(norm, eps) for eps in EPSILONS):
         return False
     rows = torch.linspace(-3, 3, 64 * norm.weight.numel()).sin().unflatten(0, (64, -1))
     for dtype in (torch.float32, torch.bfloat16):

@@ -73,8 +73,8 @@ class Layers:
     def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], scoring: Sequence[int]) -> bool:
         """Check what the decoder gives to the layers that run ``compact``, which is cut to the rows that are there.
 
-        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``. Returns
-        whether tables of any two layers do.
+        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``; or a layer
+        has none. Returns whether any has other ones than those.
 
         Raises:
             UnsupportedModelError: layers get something else for each token, or decisions would need several tables.
@@ -94,7 +94,7 @@ class Layers:
             if not _same(tables[index], tables[scoring[0]]):
                 why = f"it gets another position_embeddings than layer {scoring[0]}, and all decisions share one"
                 raise refusal(why, adapter.layers[index], index)
-        return not all(_same(its, tables[0]) for its in tables)
+        return not all(its is None or _same(its, tables[scoring[0]]) for its in tables)
 
     def proved(self, adapter: ModelAdapter, index: int) -> LayerFacts:
         """The facts of layer ``index``, from which scores were proved to be those of its attention.
@@ -147,9 +147,9 @@ def _dry_run(adapter: ModelAdapter, index: int) -> tuple[DryRun, Inputs]:
     run = DryRun(layer, adapter.attention)
     hidden, ids = rows(adapter.text_config.hidden_size)
     tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings")
-    if not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
-        raise refusal("its decoder gives it no rotary tables", layer, index)
-    return run, Inputs.of(hidden, *tables, ids)
+    if tables is not None and not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
+        raise refusal("its decoder gives it rotary tables of another form than is known", layer, index)
+    return run, Inputs.of(hidden, tables, ids)
 
 
 def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:

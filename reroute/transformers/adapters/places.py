@@ -9,6 +9,7 @@ from typing import Any, Final
 from ...errors import UnsupportedModelError
 
 __all__ = [
+    "PER_TOKEN",
     "child",
     "decoder_name",
     "feature_levels",
@@ -86,15 +87,23 @@ def feature_levels(config: Any, text: Any) -> int:
     others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS)
     levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
     unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
-    if getattr(config.get_text_config(), "num_kv_shared_layers", None) == 0:  # where it begins to drop other rows
-        unknown.discard("logits_to_keep")
-    if unknown - MARKS:
+    unused = (name for name, size in UNUSED.items() if getattr(config.get_text_config(), size, None) == 0)
+    unknown = unknown.difference(unused)
+    unknown = unknown.difference(MARKS, PER_TOKEN)
+    if unknown:
         raise UnsupportedModelError(
-            f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown - MARKS))}, and it is not known "
+            f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown))}, and it is not known "
             "what it does with it between its layers. Disable routing for this model."
         )
     return levels
 
+
+UNUSED: Final = {"logits_to_keep": "num_kv_shared_layers", "per_layer_inputs": "hidden_size_per_layer_input"}
+"""Arguments of Gemma's that a decoder looks at only if this number is not 0: layers that share keys, and so begin to
+drop rows themselves; and inputs of each layer for each token."""
+
+PER_TOKEN: Final = ("moe_mm_token_type_ids",)
+"""Arguments with an entry for each token, (B, L), that layers use row by row: which experts a token may be sent to."""
 
 MARKS: Final = frozenset({"visual_pos_masks", "vision_mask", "cache_position"})
 """Arguments that go with those of ``LEVELS``, or that no layer uses."""
