@@ -45,7 +45,7 @@ class Prompt:
     """What a plan is made of, apart from the settings.
 
     - ``ids`` (B, L): tokens of the call. ``mask`` (B, past + L) or None.
-    - ``positions``: position ids (B, L), or (3 or 4, B, L) of M-RoPE, or None.
+    - ``positions``: position ids (B, L), or several (…, B, L) of M-RoPE, or None.
     - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
     - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
     """
@@ -148,7 +148,8 @@ class Planner:
                     "of a prepared 4-D mask or a dict of masks."
                 )
             own = plan.order[:, reopened:] >= 0
-            check_one_prompt_per_row(prompt.positions, own, has_mask=prompt.mask is not None)
+            has_mask, axes = prompt.mask is not None, self.adapter.position_axes
+            check_one_prompt_per_row(prompt.positions, own, has_mask=has_mask, axes=axes)
         return plan
 
     def check_call(self, plan: Plan, cache: Cache | None) -> None:

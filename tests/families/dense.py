@@ -93,7 +93,7 @@ def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
         options[tiny.marks] = (torch.tensor([ids]) == PICTURE).long()
     if given:
         return options
-    return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
+    return {**options, "position_ids": tiny.spread(positions)}
 
 
 def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:

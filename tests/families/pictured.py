@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, fill
+from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, axes_of, fill
 from torch import Tensor
 
 __all__ = ["PICTURED", "Pictured", "Prompt"]
@@ -86,8 +86,8 @@ def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], 
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     base = model.model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
-    has_sections = hasattr(text.rotary_emb, "mrope_section")
-    return Pictured(TinyType(model, text, has_sections, "mm_token_type_ids" if has_sections else marks), pictures)
+    axes = axes_of(text)
+    return Pictured(TinyType(model, text, axes, marks if axes == 1 else "mm_token_type_ids"), pictures)
 
 
 def _random(seed: int, *shape: int) -> Tensor:

@@ -38,7 +38,7 @@ def batch(tiny: TinyType, *prompts: list[int]) -> dict[str, Tensor]:
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
     given = {"input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts]), "attention_mask": mask}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given["position_ids"] = positions.expand(3, -1, -1) if tiny.has_sections else positions
+    given["position_ids"] = tiny.spread(positions)
     if tiny.marks is not None:
         given[tiny.marks] = (given["input_ids"] == PICTURE).long()
     return given

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["PICTURE", "RECURRENT", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
+__all__ = [
+    "PICTURE",
+    "RECURRENT",
+    "SLIDING",
+    "TYPES",
+    "WINDOW",
+    "TinyType",
+    "axes_of",
+    "build",
+    "configuration",
+    "fill",
+]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
@@ -72,18 +83,22 @@ SECTION = [2, 1, 1]
 class TinyType:
     """A model, its decoder and the decoder's layers.
 
-    ``has_sections``: whether its positions are those of M-RoPE. ``marks``: by which argument it is told where pictures
-    are, if it must be.
+    ``axes``: how many position ids a token has, several of M-RoPE. ``marks``: by which argument it is told where
+    pictures are, if it must be.
     """
 
     model: Any = field(repr=False)
     text: Any = field(repr=False)
-    has_sections: bool
+    axes: int
     marks: str | None = None
 
     @property
     def layers(self) -> list[Any]:
         return list(self.text.layers)
+
+    def spread(self, positions: Tensor) -> Tensor:
+        """Position ids (B, L) as its decoder takes them."""
+        return positions if self.axes == 1 else positions.expand(self.axes, -1, -1)
 
 
 def _emu3(config: Any) -> None:
@@ -133,7 +148,7 @@ def _glm4v_moe(config: Any) -> None:
 
 def _hunyuan_vl(config: Any) -> None:
     sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
-    config.get_text_config().rope_parameters = sections
+    config.text_config.rope_parameters, config.text_config.head_dim = sections, 8
 
 
 def _lfm2_vl(config: Any) -> None:
@@ -282,7 +297,11 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
         fill(text, model.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
-    return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"), MARKS.get(kind))
+    return TinyType(model, text, axes_of(text), MARKS.get(kind))
+
+
+def axes_of(text: Any) -> int:
+    return len(getattr(text.rotary_emb, "mrope_section", None) or [0])
 
 
 def fill(*modules: nn.Module, centre: Callable[[Tensor], float] = lambda _: 1.0) -> None:

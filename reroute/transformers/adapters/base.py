@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import AttentionSpec, RMSNorm
+from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
+from reroute_kernels.reference import rotate
 
 from ...errors import RerouteError, UnsupportedModelError
 from ...rankers import Ranker
@@ -39,6 +40,7 @@ class ModelAdapter:
     - ``has_several_tables``: whether some layers get other rotary tables than others.
     - ``reads_kinds``: whether layers are told something of each token beside its hidden state (``PER_TOKEN``).
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
+    - ``position_axes``: how many position ids a token has.
     - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
       get position ids in some calls (``generate``) and none in others (a plain forward).
     """
@@ -72,7 +74,8 @@ class ModelAdapter:
         self.text = getattr(self.base, self._decoder)
         places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
-        self.renumbers = not places.has_several_positions(self.base, self.text)
+        self.position_axes = places.position_axes(self.base, self.text)
+        self.renumbers = self.position_axes == 1
         self.first_layer = places.feature_levels(self.config, self.text)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
         self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
@@ -229,19 +232,41 @@ class ModelAdapter:
         normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
-    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
         attention, facts = self._attention(layer), self.facts(layer)
         heads = (-1, facts.head_dim)
-        query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device)))
+        query = attention.q_proj(normed.index_select(0, tables.query_rows.to(normed.device)))
         query = without_gate(query, facts.head_dim) if facts.has_query_gate else query.unflatten(-1, heads)
         keys = attention.k_proj(normed).unflatten(-1, heads)
+        if facts.norms_come_last:
+            return self._as_if_normed_first(layer, query, tables), keys
         if facts.query_norm is not None:
             query = getattr(attention, facts.query_norm)(query)
         query = query if facts.query_factor == 1 else query * facts.query_factor
         if facts.key_norm is not None and self._key_norm(layer) is None:
             keys = getattr(attention, facts.key_norm)(keys)
         return query, keys
+
+    def _as_if_normed_first(self, layer: int, query: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+        """Queries (B, H, D) that give the scores of a layer which norms behind the rotation, with keys normed before.
+
+        Turning changes no length, so the norms' divisors may come first. Their weights are both taken by the query:
+        behind its rotation, which is undone then.
+        """
+        attention, facts = self._attention(layer), self.facts(layer)
+        norms = [getattr(attention, str(name)) for name in (facts.query_norm, facts.key_norm)]
+        if any(map(_is_changed, norms)):
+            raise RerouteError(
+                f"Norms of query or key heads of layer {layer} have hooks or another forward, and come behind the "
+                "rotation, where routing runs their formula alone. Take off what is on them, or disable routing."
+            )
+        of_query, of_key = map(rms_norm_of, norms)
+        at = tables.query_rows.to(tables.cos.device)
+        cos, sin = (table.index_select(0, at).to(query.device).float() for table in tables[:2])
+        unit = of_query._replace(weight=torch.ones_like(of_query.weight, dtype=torch.float32))(query.float())
+        weighted = rotate(unit, cos, sin, facts.rope) * (of_query.weight * of_key.weight)
+        return rotate(weighted, cos, -sin, facts.rope).to(query.dtype)
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
@@ -286,7 +311,10 @@ class ModelAdapter:
         if facts.key_norm is None or not facts.has_rms_key_norm:
             return None
         norm = getattr(self._attention(layer), facts.key_norm)
-        return None if _is_changed(norm) else rms_norm_of(norm)
+        if _is_changed(norm):
+            return None
+        formula = rms_norm_of(norm)
+        return formula._replace(weight=torch.ones_like(formula.weight)) if facts.norms_come_last else formula
 
     def _scoring_parts(self, layer: int) -> tuple[str, ...]:
         """Modules that scoring calls in ``layer``."""

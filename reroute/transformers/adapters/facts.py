@@ -54,7 +54,8 @@ class LayerFacts:
     """How a layer makes scores.
 
     - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
-    - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
+    - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation; or behind it,
+      if ``norms_come_last``.
     - ``query_factor``: what queries are multiplied by then.
     - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
@@ -67,6 +68,7 @@ class LayerFacts:
     input_norm: str | None
     query_norm: str | None
     key_norm: str | None
+    norms_come_last: bool
     query_factor: float
     has_query_gate: bool
     has_rms_input_norm: bool
@@ -107,16 +109,19 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     factors = (1.0, *(value for value in vars(run.attention).values() if isinstance(value, float)))
     query_norm, factor = _head_norm(layer, index, run, "q_proj", query, plain.query, factors)
     key_norm, _ = _head_norm(layer, index, run, "k_proj", keys, plain.key)
+    norms = query_norm and getattr(run.attention, query_norm), key_norm and getattr(run.attention, key_norm)
+    rope, comes_last = _rope(layer, index, plain, turned, inputs, (query, keys), norms) if rotates else ("half", False)
     return LayerFacts(
         input_norm=input_norm,
         query_norm=query_norm,
         key_norm=key_norm,
+        norms_come_last=comes_last,
         query_factor=factor,
         has_query_gate=has_gate,
         has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
         has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
         rotates=rotates,
-        rope=_rope(layer, index, plain, turned, inputs) if rotates else "half",
+        rope=rope,
         head_dim=heads[1],
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),
@@ -228,11 +233,25 @@ def _norms(module: Any, row: Tensor) -> Iterator[tuple[str, Any]]:
             yield name, child
 
 
-def _rope(layer: Any, index: int, plain: Seen, turned: Seen, inputs: Inputs) -> Rope:
+def _rope(
+    layer: Any, index: int, plain: Seen, turned: Seen, inputs: Inputs, projected: tuple[Tensor, Tensor], norms: Any
+) -> tuple[Rope, bool]:
+    """How heads are rotated, and whether their norms, of which kernels can run the formula, come behind that."""
+    after, rope = (turned.query, turned.key), None
     for rope in get_args(Rope):
-        pairs = ((plain.query, turned.query), (plain.key, turned.key))
-        if all(alike(after, rotated(before, inputs, rope)) for before, after in pairs):
-            return rope  # type: ignore[no-any-return]
+        if all(
+            alike(its, rotated(one, inputs, rope)) for its, one in zip(after, (plain.query, plain.key), strict=True)
+        ):
+            return rope, False
+    if all(norm and _is_rms_norm(norm) for norm in norms):
+        for rope in get_args(Rope):
+            heads = (
+                one.unflatten(-1, (-1, its.shape[-1])).transpose(0, 1)
+                for one, its in zip(projected, after, strict=True)
+            )
+            made = (norm(rotated(one, inputs, rope)) for norm, one in zip(norms, heads, strict=True))
+            if all(map(alike, after, made)):
+                return rope, True
     raise refusal(
         f"it rotates queries and keys in another way than is known ({', '.join(get_args(Rope))})", layer, index
     )

@@ -133,7 +133,7 @@ def _calls(adapter: ModelAdapter, hidden: Tensor, ids: Tensor) -> list[tuple[tup
         UnsupportedModelError: it cannot be run without its layers.
     """
     try:
-        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(3, -1, -1))
+        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(adapter.position_axes, -1, -1))
     except Exception as error:
         raise UnsupportedModelError(
             f"The decoder {type(adapter.text).__name__} cannot be run without its layers, to see what it gives "

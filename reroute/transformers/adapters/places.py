@@ -15,7 +15,7 @@ __all__ = [
     "feature_levels",
     "final_norm",
     "has_decoder",
-    "has_several_positions",
+    "position_axes",
     "stops_early",
     "visual_ids",
 ]
@@ -58,9 +58,10 @@ def final_norm(text: Any) -> Any:
     return child(text, *FINAL_NORMS)
 
 
-def has_several_positions(base: Any, text: Any) -> bool:
-    """Whether tokens have several position ids (M-RoPE)."""
-    return hasattr(base, "compute_3d_position_ids") or hasattr(getattr(text, "rotary_emb", None), "mrope_section")
+def position_axes(base: Any, text: Any) -> int:
+    """How many position ids a token has: several of M-RoPE, else one."""
+    sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None)
+    return len(sections) if sections else 3 if hasattr(base, "compute_3d_position_ids") else 1
 
 
 def stops_early(text: Any) -> bool:

@@ -35,6 +35,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "got_ocr2",
     "granite4_vision",
     "granite_docling",
+    "hunyuan_vl",
     "hyperclovax_vision_v2",
     "idefics3",
     "internvl",
