@@ -151,6 +151,14 @@ def _hunyuan_vl(config: Any) -> None:
     config.text_config.rope_parameters, config.text_config.head_dim = sections, 8
 
 
+def _kimi_k25(config: Any) -> None:
+    """Latent keys, of 4 rotated and 8 other features."""
+    text = config.text_config
+    text.q_lora_rank, text.kv_lora_rank, text.qk_rope_head_dim, text.qk_nope_head_dim, text.v_head_dim = 12, 16, 4, 8, 8
+    text.head_dim, text.num_key_value_heads, text.n_group, text.topk_group = 4, 4, 1, 1
+    text.first_k_dense_replace = 1
+
+
 def _lfm2_vl(config: Any) -> None:
     _set_kinds(config.text_config, "conv", "conv", "full_attention", "conv")
 
@@ -226,6 +234,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "fast_vlm": _clip_tower,
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
+    "kimi_k25": _kimi_k25,
     "lfm2_vl": _lfm2_vl,
     "lfm3_vl": _lfm3_vl,
     "minicpm_ocr": _qwen3_5,

@@ -20,6 +20,7 @@ from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
 from .layers import Layers
+from .projections import projections_of
 from .recurrent import RECURRENT, mixer_name
 from .scoring_layer import check_part, check_scoring_layer
 
@@ -235,10 +236,10 @@ class ModelAdapter:
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
         attention, facts = self._attention(layer), self.facts(layer)
-        heads = (-1, facts.head_dim)
-        query = attention.q_proj(normed.index_select(0, tables.query_rows.to(normed.device)))
+        heads, projections = (-1, facts.head_dim), projections_of(attention)
+        query = projections.queries(normed.index_select(0, tables.query_rows.to(normed.device)))
         query = without_gate(query, facts.head_dim) if facts.has_query_gate else query.unflatten(-1, heads)
-        keys = attention.k_proj(normed).unflatten(-1, heads)
+        keys = projections.keys(normed).unflatten(-1, heads)
         if facts.norms_come_last:
             return self._as_if_normed_first(layer, query, tables), keys
         if facts.query_norm is not None:
@@ -270,7 +271,7 @@ class ModelAdapter:
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
-        projection, facts = self._attention(layer).k_proj, self.facts(layer)
+        projection, facts = getattr(self._attention(layer), "k_proj", None), self.facts(layer)
         if type(projection) is not torch.nn.Linear or _is_changed(projection) or facts.key_norm is not None:
             raise RerouteError(
                 f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
@@ -319,7 +320,8 @@ class ModelAdapter:
     def _scoring_parts(self, layer: int) -> tuple[str, ...]:
         """Modules that scoring calls in ``layer``."""
         norm = self.facts(layer).input_norm
-        projections = (f"{self.attention}.q_proj", f"{self.attention}.k_proj")
+        parts = projections_of(self._attention(layer)).parts
+        projections = tuple(f"{self.attention}.{part}" for part in parts)
         return projections if norm is None else (norm, *projections)
 
     # --- pictures -------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
+from .projections import projections_of
+
 __all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows"]
 
 ROWS = 24
@@ -61,14 +63,14 @@ class Inputs(NamedTuple):
 class Seen(NamedTuple):
     """What the attention function gets: query (H, R, D), key (G, R, D), its mask, and all keyword arguments.
 
-    ``inputs``: what each projection was called with before, by name.
+    ``rows``: what the projections to queries and to keys were called with before; None for one that was not.
     """
 
     query: Tensor
     key: Tensor
     mask: Any
     options: Mapping[str, Any]
-    inputs: Mapping[str, Tensor]
+    rows: tuple[Tensor | None, ...]
 
 
 class _Reached(BaseException):
@@ -114,6 +116,7 @@ class DryRun:
         self.attention = self._stood_in(of)
         if hasattr(of, "config"):
             self.attention.config = _Config(of.config)
+        self.projections = projections_of(self.attention)
         for name, child in self.attention.named_children():
             if isinstance(child, _Projection):
                 child.register_forward_pre_hook(self._noting(name), with_kwargs=True)
@@ -132,7 +135,10 @@ class DryRun:
         try:
             self._run(inputs)
         except _Reached as reached:
-            return Seen(*reached.given, dict(self._inputs))
+            query, key, mask, options = reached.given
+            order, inputs_of = self.projections.as_projected, self._inputs.get
+            rows = tuple(inputs_of(name) for name in self.projections.names)
+            return Seen(order(query), order(key), mask, options, rows)
         return None
 
     def mixed(self, inputs: Inputs) -> Tensor | None:

@@ -25,7 +25,6 @@ from .places import PER_TOKEN
 
 __all__ = ["LayerFacts", "alike", "check_arguments", "layer_facts", "refusal", "rms_norm_of", "rotated", "without_gate"]
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ARGUMENTS = (
     "hidden_states",
     "attention_mask",
@@ -103,12 +102,12 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     _check_scale(layer, index, of, plain)
     heads = (-1, plain.query.shape[-1])
     rotates = not (torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key))
-    query, keys = (getattr(run.attention, name)(plain.inputs[name])[0] for name in PROJECTIONS[:2])
+    query, keys = run.projections.queries(plain.rows[0])[0], run.projections.keys(plain.rows[1])[0]
     has_gate = query.shape[-1] == 2 * plain.query.shape[0] * heads[1]
     query = without_gate(query, heads[1]).flatten(-2) if has_gate else query
     factors = (1.0, *(value for value in vars(run.attention).values() if isinstance(value, float)))
-    query_norm, factor = _head_norm(layer, index, run, "q_proj", query, plain.query, factors)
-    key_norm, _ = _head_norm(layer, index, run, "k_proj", keys, plain.key)
+    query_norm, factor = _head_norm(layer, index, run, 0, query, plain.query, factors)
+    key_norm, _ = _head_norm(layer, index, run, 1, keys, plain.key)
     norms = query_norm and getattr(run.attention, query_norm), key_norm and getattr(run.attention, key_norm)
     rope, comes_last = _rope(layer, index, plain, turned, inputs, (query, keys), norms) if rotates else ("half", False)
     return LayerFacts(
@@ -173,7 +172,7 @@ def _seen(layer: Any, index: int, run: DryRun, inputs: Inputs) -> Seen:
     except Exception as error:
         why = f"it cannot be run on a few rows to see what it hands to attention ({type(error).__name__}: {error})"
         raise refusal(why, layer, index) from None
-    if seen is None or not {*PROJECTIONS[:2]} <= seen.inputs.keys():
+    if seen is None or any(rows is None for rows in seen.rows):
         raise refusal("it has an attention of its own, which calls no attention function of Transformers", layer, index)
     return seen
 
@@ -190,9 +189,9 @@ def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
 def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
     """The child of ``layer`` that makes what its projections get of its input."""
     for name, norm in _norms(run.layer, hidden[0, 0]):
-        if all(alike(seen.inputs[projection], norm(hidden)) for projection in PROJECTIONS[:2]):
+        if all(alike(rows, norm(hidden)) for rows in seen.rows):
             return name
-    if all(alike(seen.inputs[projection], hidden) for projection in PROJECTIONS[:2]):
+    if all(alike(rows, hidden) for rows in seen.rows):
         return None
     raise refusal("none of its norms makes what its query and key projections get", layer, index)
 
@@ -201,7 +200,7 @@ def _head_norm(
     layer: Any,
     index: int,
     run: DryRun,
-    projection: str,
+    which: int,
     projected: Tensor,
     expected: Tensor,
     factors: Sequence[float] = (1.0,),
@@ -214,7 +213,7 @@ def _head_norm(
             if alike(expected, factor * normed):
                 return name, factor
     raise refusal(
-        f"its attention function gets neither what {projection!r} returns nor a norm of each head of it", layer, index
+        f"its attention function gets neither what {run.projections.names[which]!r} returns nor a norm of each head of it", layer, index
     )
 
 

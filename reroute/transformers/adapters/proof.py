@@ -39,7 +39,7 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
         rotated(before.transpose(0, 1), tables, spec.rope),
     )
     steps = {
-        "the norm before attention": (normed, plain.inputs["q_proj"][0]),
+        "the norm before attention": (normed, plain.rows[0][0]),
         "what kernels make of that norm": (normed if norm is None else norm(inputs.hidden[0]), normed),
     }
     if not facts.norms_come_last:  # else heads are others, and only scores the same

@@ -40,6 +40,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "idefics3",
     "internvl",
     "janus",
+    "kimi_k25",
     "lfm2_vl",
     "lfm3_vl",
     "lighton_ocr",
