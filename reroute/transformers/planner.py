@@ -36,7 +36,7 @@ __all__ = ["Planner", "Prompt", "has_picture"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "mm_encoder_outputs")
+PICTURES = ("pixel_values", "image_patches", "mm_encoder_outputs")
 """What names of arguments have in them in which pictures come."""
 
 

@@ -1,4 +1,4 @@
-"""How an attention makes heads of rows: a matrix each for queries and keys, or keys from latent ones (MLA)."""
+"""How an attention makes heads of rows: by a matrix each for queries and keys, by one for both, or from latent keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LatentProjections", "Projections", "projections_of"]
+__all__ = ["Projections", "projections_of"]
 
 
 class Projections:
@@ -40,6 +40,28 @@ class Projections:
     def as_projected(self, heads: Tensor) -> Tensor:
         """Heads (…, D) that an attention function gets, with features in the order of ``queries`` and ``keys``."""
         return heads
+
+
+class FusedProjections(Projections):
+    """Persimmon's: one matrix makes query, key and value of each head, one behind the other."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """See ``Projections``."""
+        return "query_key_value", "query_key_value"
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """See ``Projections``."""
+        return self._part(rows, 0)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """See ``Projections``."""
+        return self._part(rows, 1)
+
+    def _part(self, rows: Tensor, part: int) -> Tensor:
+        of = self._attention
+        fused: Tensor = of.query_key_value(rows).unflatten(-1, (-1, 3, of.head_dim))
+        return fused[..., part, :].flatten(-2)
 
 
 class LatentProjections(Projections):
@@ -88,4 +110,6 @@ class LatentProjections(Projections):
 
 def projections_of(attention: Any) -> Projections:
     """Those of ``attention``."""
-    return (LatentProjections if hasattr(attention, "kv_a_proj_with_mqa") else Projections)(attention)
+    kinds = {"kv_a_proj_with_mqa": LatentProjections, "query_key_value": FusedProjections}
+    kind = next((kind for name, kind in kinds.items() if hasattr(attention, name)), Projections)
+    return kind(attention)

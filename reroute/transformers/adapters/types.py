@@ -24,6 +24,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "ernie4_5_vl_moe",
     "exaone4_5",
     "fast_vlm",
+    "fuyu",
     "gemma3",
     "gemma4",
     "gemma4_unified",
