@@ -63,14 +63,14 @@ class Inputs(NamedTuple):
 class Seen(NamedTuple):
     """What the attention function gets: query (H, R, D), key (G, R, D), its mask, and all keyword arguments.
 
-    ``rows``: what the projections to queries and to keys were called with before; None for one that was not.
+    ``rows``: what the projections to queries and to keys were called with before.
     """
 
     query: Tensor
     key: Tensor
     mask: Any
     options: Mapping[str, Any]
-    rows: tuple[Tensor | None, ...]
+    rows: tuple[Tensor, Tensor]
 
 
 class _Reached(BaseException):
@@ -131,14 +131,14 @@ class DryRun:
         return tuple(named[1:])
 
     def __call__(self, inputs: Inputs) -> Seen | None:
-        """What the attention function gets; None if none is called."""
+        """What the attention function gets; None if none is called, or not behind projections that are known."""
         try:
             self._run(inputs)
         except _Reached as reached:
             query, key, mask, options = reached.given
-            order, inputs_of = self.projections.as_projected, self._inputs.get
-            rows = tuple(inputs_of(name) for name in self.projections.names)
-            return Seen(order(query), order(key), mask, options, rows)
+            order, (of_query, of_key) = self.projections.as_projected, self.projections.names
+            if {of_query, of_key} <= self._inputs.keys():
+                return Seen(order(query), order(key), mask, options, (self._inputs[of_query], self._inputs[of_key]))
         return None
 
     def mixed(self, inputs: Inputs) -> Tensor | None:

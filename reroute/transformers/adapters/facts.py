@@ -172,7 +172,7 @@ def _seen(layer: Any, index: int, run: DryRun, inputs: Inputs) -> Seen:
     except Exception as error:
         why = f"it cannot be run on a few rows to see what it hands to attention ({type(error).__name__}: {error})"
         raise refusal(why, layer, index) from None
-    if seen is None or any(rows is None for rows in seen.rows):
+    if seen is None:
         raise refusal("it has an attention of its own, which calls no attention function of Transformers", layer, index)
     return seen
 
@@ -213,7 +213,9 @@ def _head_norm(
             if alike(expected, factor * normed):
                 return name, factor
     raise refusal(
-        f"its attention function gets neither what {run.projections.names[which]!r} returns nor a norm of each head of it", layer, index
+        f"its attention function gets neither what {run.projections.names[which]!r} returns nor a norm of each head of it",
+        layer,
+        index,
     )
 
 
