@@ -11,6 +11,7 @@ import torch
 import transformers
 from dense import near, predict
 from models import CACHE
+from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, prompt, step
 from test_windows import TOKENS, decode, talk
 from tiny_types import RECURRENT, TYPES, build, configuration
@@ -243,3 +244,24 @@ def test_kernels_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(modeling_qwen3_5, name, kernel(getattr(modeling_qwen3_5, name)))
     tiny = copy.deepcopy(build("qwen3_5", layers=8))
     reroute.enable(tiny.model, schedule=SCHEDULE).disable()
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@STATES
+def test_the_same_answer_in_every_way_of_generation(kind: str) -> None:
+    """Beams reorder states. Prompt lookup takes rows back: those for a convolution go back, a recurrent state not."""
+    family = PICTURED[kind]()
+    plain = family.prompt(0, 3, 5)
+    repeated = Prompt([*plain.ids, *plain.ids[-5:] * 2, *plain.ids[-5:-3]], plain.pictures)  # something to look up
+
+    def generate(prompt: Prompt, **settings: Any) -> Any:
+        given = {"do_sample": False, "max_new_tokens": 10, **settings}
+        return family.tiny.model.generate(**family.inputs([prompt]), **given).tolist()
+
+    with reroute.enable(family.tiny.model, schedule=reroute.Schedule((2, 4), (0.5, 0.3))):
+        assert generate(plain, num_beams=3) == generate(plain, num_beams=3, use_cache=False)
+        if kind == "lfm2_vl":
+            assert generate(repeated, prompt_lookup_num_tokens=3) == generate(repeated)

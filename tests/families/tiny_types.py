@@ -310,7 +310,8 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
 
 
 def axes_of(text: Any) -> int:
-    return len(getattr(text.rotary_emb, "mrope_section", None) or [0])
+    sections = getattr(text.rotary_emb, "mrope_section", None) or [0]
+    return len(next(iter(sections.values())) if isinstance(sections, dict) else sections)
 
 
 def fill(*modules: nn.Module, centre: Callable[[Tensor], float] = lambda _: 1.0) -> None:

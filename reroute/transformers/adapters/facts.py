@@ -212,10 +212,9 @@ def _head_norm(
         for factor, (name, normed) in itertools.product(factors, norms):
             if alike(expected, factor * normed):
                 return name, factor
+    name = run.projections.names[which]
     raise refusal(
-        f"its attention function gets neither what {run.projections.names[which]!r} returns nor a norm of each head of it",
-        layer,
-        index,
+        f"its attention function gets neither what {name!r} returns nor a norm of each head of it", layer, index
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ...errors import UnsupportedModelError
@@ -61,6 +61,8 @@ def final_norm(text: Any) -> Any:
 def position_axes(base: Any, text: Any) -> int:
     """How many position ids a token has: several of M-RoPE, else one."""
     sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None)
+    if isinstance(sections, Mapping):  # of each kind of layers
+        sections = next(iter(sections.values()), None)
     return len(sections) if sections else 3 if hasattr(base, "compute_3d_position_ids") else 1
 
 

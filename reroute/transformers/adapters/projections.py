@@ -1,8 +1,8 @@
-"""How an attention makes heads of rows: by a matrix each for queries and keys, by one for both, or from latent keys."""
+"""How an attention makes heads of rows: by a matrix each for queries and keys, by one for all, or from latent keys."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ __all__ = ["Projections", "projections_of"]
 
 
 class Projections:
-    """``q_proj`` and ``k_proj``."""
+    """``q_proj`` and ``k_proj``. ``kind``: what is special, in words."""
+
+    kind: ClassVar[str] = ""
 
     def __init__(self, attention: Any) -> None:
         """Of ``attention``, which may be a copy."""
@@ -45,6 +47,8 @@ class Projections:
 class FusedProjections(Projections):
     """Persimmon's: one matrix makes query, key and value of each head, one behind the other."""
 
+    kind = "one matrix for queries, keys and values"
+
     @property
     def names(self) -> tuple[str, str]:
         """See ``Projections``."""
@@ -69,6 +73,8 @@ class LatentProjections(Projections):
 
     Rotated features come last in the attention, often in interleaved pairs. Here they are first, in halves.
     """
+
+    kind = "latent keys"
 
     @property
     def names(self) -> tuple[str, str]:
