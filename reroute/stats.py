@@ -168,9 +168,13 @@ def make_stats(
     width_of = {stage: plan.width(stage) for stage in set(stages)}
     widths = [*[plan.shape[1]] * again, *(width_of[stage] for stage in stages)]
     # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
-    tensors = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache_layers]
+    tensors = [_rows_of(layer) for layer in cache_layers]
     kept = zip_longest(tensors[: len(widths)], widths)
-    stored = tuple(width if pair is None else int(pair[0].shape[-2]) for pair, width in kept)
+    stored = tuple(
+        0 if layer in shape.recurrent else width if pair is None else int(pair[0].shape[-2])
+        for layer, (pair, width) in enumerate(kept)
+    )
+    is_stored = all(pair is not None or i in shape.recurrent for i, pair in enumerate(tensors))
     filled = [tensor for pair in tensors if pair is not None for tensor in pair]
     scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
     routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
@@ -191,16 +195,21 @@ def make_stats(
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
         kv_bytes=sum(tensor.nbytes for tensor in filled),
-        kv_bytes_dense=dense.kv_bytes if None in tensors else _row_bytes(tensors, all_keys),
+        kv_bytes_dense=_row_bytes(tensors, all_keys) if is_stored else dense.kv_bytes,
         state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
     )
 
 
+def _rows_of(layer: Any) -> Any:
+    """Keys and values of a cache layer; None if it has none, or keeps a state instead."""
+    return None if getattr(layer, "keys", None) is None else (layer.keys, layer.values)
+
+
 def _row_bytes(tensors: Sequence[Any], rows: Sequence[int]) -> int:
     """Of caches of so many ``rows`` in each layer, whose heads may differ from layer to layer."""
-    each = (sum(tensor.nbytes for tensor in pair) // max(1, pair[0].shape[-2]) for pair in tensors)
+    each = (sum(tensor.nbytes for tensor in pair or ()) // max(1, pair[0].shape[-2] if pair else 0) for pair in tensors)
     return sum(size * count for size, count in zip(each, rows, strict=False))
 
 

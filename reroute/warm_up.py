@@ -40,7 +40,7 @@ class ShortPrefills:
         ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         self.hidden: torch.Tensor = embedding(ids)
         self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        ids = self._positions if adapter.renumbers else self._positions.expand(3, -1, -1)
+        ids = self._positions if adapter.renumbers else self._positions.expand(adapter.position_axes, -1, -1)
         self.tables = PositionTables(*adapter.rope_tables(self.hidden, ids), self._positions)
 
     def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:

@@ -22,7 +22,7 @@ from reroute import Schedule
 from reroute.core.home import PooledHome
 from reroute.core.plan import make_plan
 from reroute.core.prefill import PositionTables, Prefill
-from reroute_kernels import AttentionSpec, Backend, PagedPool, RMSNorm, ops
+from reroute_kernels import AttentionSpec, Backend, PagedPool, RMSNorm, RopeTables, ops
 from reroute_kernels.testing.cases import OPERATIONS, KernelCase, KernelInputs
 from reroute_kernels.triton_kernels import rows
 from reroute_kernels.triton_kernels.launch import SpecializedKernel
@@ -81,7 +81,7 @@ class Ready:
     def final_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError("no ranker here asks for it")
 
-    def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         return self._projected
 
     def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:

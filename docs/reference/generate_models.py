@@ -32,27 +32,17 @@ configurations of a type may differ from this page, and types that are not on it
 """
 WAITING = {
     "chameleon": "a file: norms of another place, a decoder that is the base model",
-    "ernie4_5_vl_moe": "arguments with an entry for each token",
-    "fuyu": "a file: one matrix for queries, keys and values",
-    "gemma4": "arguments with an entry for each token, keys and values that layers share",
-    "hunyuan_vl": "norms of heads behind the rotation",
     "idefics2": "every layer slides; with `sliding_window=None` it is routed",
-    "kimi_k25": "a file: latent keys",
     "kosmos-2.5": "a file: no rotation, pictures marked by an argument",
-    "lfm2_vl": "convolution layers",
-    "lfm3_vl": "convolution layers",
     "llama4": "chunked layers, a scale that counts rows; it has no base model",
-    "minicpm_ocr": "recurrent layers",
-    "minicpmv4_6": "recurrent layers",
-    "minicpmv4_7": "recurrent layers",
-    "muse_glimmer": "layers without rotary tables, a factor on queries",
-    "muse_spark": "layers without rotary tables, a factor on queries",
     "nemotron_h_omni": "recurrent layers, no rotation; it has no base model",
-    "qwen3_5": "recurrent layers",
-    "qwen3_5_moe": "recurrent layers",
     "unlimited_ocr": "a cache that windows generated tokens only",
 }
 """What has to be built before these can be routed."""
+LIMITS = {
+    "gemma4": "without inputs per layer and shared keys, which the small ones (E2B, E4B) have: these are refused",
+}
+"""Configurations of a type that are not routed."""
 
 
 def page() -> str:
@@ -86,6 +76,7 @@ def _row(kind: str) -> tuple[str, str]:
         return "waits", f"{missing}. Today: {notes}"
     if kind not in ROUTED:
         raise ValueError(f"{kind} can be routed: test it in tests/families, and add it to ROUTED.")
+    notes += [LIMITS[kind]] if kind in LIMITS else []
     return "**routed**", "; ".join(["by derivation and file" if kind in FAMILIES else "by derivation", *notes])
 
 
@@ -99,6 +90,7 @@ def _notes(kind: str) -> list[str] | str:
     from reroute.errors import RerouteError
     from reroute.rankers import LastTokenAttention
     from reroute.transformers import adapter_of
+    from reroute.transformers.adapters.projections import projections_of
 
     try:
         with torch.device("meta"):
@@ -113,13 +105,19 @@ def _notes(kind: str) -> list[str] | str:
         adapter.check_facts([first], layers)
     except RerouteError as error:
         return _short(str(error))
-    facts = adapter.facts(first)
+    facts, projections = adapter.facts(first), projections_of(getattr(adapter.layers[first], adapter.attention))
     notes = ["features between layers (DeepStack): decides behind them"] if adapter.first_layer else []
     notes += ["sliding layers"] if any(map(adapter.slides, layers)) else []
     notes += ["several rotary tables"] if adapter.has_several_tables else []
+    notes += ["layers that keep a state"] if any(map(adapter.is_recurrent, layers)) else []
+    notes += ["layers are told the kinds of tokens"] if adapter.reads_kinds else []
     notes += [] if facts.rotates else ["full layers do not rotate"]
     notes += ["interleaved rotation"] if facts.rope == "interleaved" else []
-    notes += ["norms of heads"] if facts.key_norm is not None else []
+    order = " behind the rotation" if facts.norms_come_last else ""
+    notes += [f"norms of heads{order}"] if facts.key_norm is not None else []
+    notes += ["a factor on queries"] if facts.query_factor != 1 else []
+    notes += ["a gate behind each query"] if facts.has_query_gate else []
+    notes += [projections.kind] if projections.kind else []
     notes += ["M-RoPE"] if not adapter.renumbers else []
     return notes + ([] if facts.is_causal else ["pictures see both ways"])
 

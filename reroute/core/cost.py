@@ -13,6 +13,7 @@ from .action import Action
 from .schedule import Schedule
 
 __all__ = [
+    "RECURRENT",
     "Attention",
     "CostEstimate",
     "ModelShape",
@@ -24,6 +25,9 @@ __all__ = [
     "prefill_cost",
 ]
 
+RECURRENT = ("linear_attention", "conv")
+"""What configurations call layers that keep a state instead of keys: a recurrent one, or rows for a convolution."""
+
 Attention = Literal["dense", "causal"]
 """How attention is counted: all pairs of a query and a key, or those that a causal mask leaves."""
 
@@ -33,6 +37,8 @@ class ModelShape:
     """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
 
     ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
+    ``recurrent``: layers that keep a state instead of keys. Their matrices are counted as those of the others, and
+    neither pairs of a query and a key nor the state are.
     """
 
     num_layers: int
@@ -43,6 +49,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     tower: TowerShape | None = None
+    recurrent: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, text_config: Any) -> ModelShape:
@@ -58,17 +65,31 @@ class ModelShape:
             return cls(
                 num_layers=text_config.num_hidden_layers,
                 hidden=hidden,
-                intermediate=_size(text_config, "intermediate_size"),
+                intermediate=_intermediate(text_config),
                 heads=heads,
                 kv_heads=_size(text_config, "num_key_value_heads", None) or heads,
                 head_dim=_size(text_config, "head_dim", None) or hidden // heads,
                 vocab=text_config.vocab_size,
+                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in RECURRENT),
             )
         except AttributeError as error:
             raise RerouteError(
                 f"Cannot read the model's sizes: {error}. "
                 "Pass the config of the text decoder: model.config.get_text_config()."
             ) from None
+
+
+def _kinds(text_config: Any) -> Sequence[str]:
+    return (getattr(text_config, "layer_types", None) or ())[: text_config.num_hidden_layers]
+
+
+def _intermediate(text_config: Any) -> int:
+    """Of the MLP that each token runs: of experts that it is sent to and of the shared one, if there are only those."""
+    said = _size(text_config, "intermediate_size", None)
+    if said is not None or getattr(text_config, "moe_intermediate_size", None) is None:
+        return int(_size(text_config, "intermediate_size"))
+    shared = getattr(text_config, "shared_expert_intermediate_size", None) or 0
+    return int(text_config.num_experts_per_tok * text_config.moe_intermediate_size + shared)
 
 
 def _size(text_config: Any, name: str, *default: Any) -> Any:
@@ -93,7 +114,8 @@ def layer_flops(shape: ModelShape, tokens: int, keys: int | None = None, *, atte
 
 def kv_bytes(shape: ModelShape, lengths_per_layer: Sequence[int], bytes_per_element: int = 2) -> int:
     """Bytes of a KV cache whose layer i holds ``lengths_per_layer[i]`` tokens."""
-    return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * sum(lengths_per_layer)
+    rows = sum(length for layer, length in enumerate(lengths_per_layer) if layer not in shape.recurrent)
+    return 2 * shape.kv_heads * shape.head_dim * bytes_per_element * rows
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,7 @@ def prefill_cost(
         lm_head: add the output head, on the one row per sample that generation needs.
         bytes_per_element: of a key or a value.
     """
-    keys = tokens if keys is None else keys
+    keys = [0 if i in shape.recurrent else count for i, count in enumerate(tokens if keys is None else keys)]
     alike = Counter(zip(tokens, keys, strict=True))
     layers = sum(count * layer_flops(shape, t, k, attention=attention) for (t, k), count in alike.items())
     head = 2 * shape.hidden * shape.vocab * lm_head

@@ -46,10 +46,10 @@ class LastTokenAttention(Ranker):
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""
         adapter, layer, device = context.adapter, context.decision.score_layer, context.tables.cos.device
-        query, keys = adapter.project(layer, context.normed(), context.tables.query_rows)
+        tables = context.tables if self.rotates else context.tables.unrotated()
+        query, keys = adapter.project(layer, context.normed(), tables)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
-        tables = context.tables if self.rotates else context.tables.unrotated()
         return context.backend.score_topk(
             query,
             keys,

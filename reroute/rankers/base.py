@@ -34,10 +34,11 @@ class DecoderAdapter(Protocol):
     def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` (R, C) after the norm behind the last layer."""
 
-    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (B, H, D) of ``normed[query_rows]`` and keys (R, G, D) of ``normed`` (R, C), both before RoPE.
+    def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, D) of ``normed[tables.query_rows]`` and keys (R, G, D) of ``normed`` (R, C), before RoPE.
 
-        Queries come after the layer's query norm, keys before its key norm.
+        Queries come after the layer's query norm, keys before its key norm. ``tables`` are those by which both are
+        rotated then.
         """
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:

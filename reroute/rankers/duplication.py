@@ -77,7 +77,7 @@ class Duplication(Ranker):
         """See ``Ranker``."""
         adapter, layer, (cos, sin, _) = context.adapter, context.decision.score_layer, context.tables
         spec = adapter.attention_spec(layer)
-        keys = adapter.project(layer, context.normed(), context.tables.query_rows)[1].to(cos.device)
+        keys = adapter.project(layer, context.normed(), context.tables)[1].to(cos.device)
         keys = keys if spec.key_norm is None else spec.key_norm(keys)
         norms, counts = torch.zeros(len(keys), device=cos.device), context.rows.metadata
         for start, length in zip(counts.starts, counts.kv_lens, strict=True):

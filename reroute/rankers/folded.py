@@ -60,7 +60,8 @@ class FoldedAttention(Ranker):
                 scores.append(cos.new_empty(0))
                 continue
             texts, its, end = start + text_rows[b, :m], start + candidates[b, :n], last[b : b + 1]
-            queries, keys = project(layer, normed[torch.cat((texts, end))], torch.full_like(end, m))
+            asked = torch.cat((texts, end))
+            queries, keys = project(layer, normed[asked], RopeTables(cos[asked], sin[asked], torch.full_like(end, m)))
             query = rotate(queries, cos[end], sin[end], spec.rope)[0]
             keys = rotate(keys[:m], cos[texts], sin[texts], spec.rope).repeat_interleave(len(query) // keys.shape[1], 1)
             of_texts = torch.einsum("hd,mhd->hm", query.float(), keys.float())

@@ -65,7 +65,7 @@ def last_rows(context: RankContext, counts: Sequence[int]) -> Iterator[tuple[tor
     starts, lengths = context.rows.metadata.starts, context.rows.metadata.kv_lens
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
     asked = [torch.arange(end - r, end, device=cos.device) for end, r in zip(ends, counts, strict=True)]
-    queries, keys = adapter.project(layer, context.normed(), torch.cat(asked))
+    queries, keys = adapter.project(layer, context.normed(), context.tables._replace(query_rows=torch.cat(asked)))
     queries, keys, spec = queries.to(cos.device), keys.to(cos.device), adapter.attention_spec(layer)
     for start, end, at, query in zip(starts, ends, asked, queries.split(list(counts)), strict=True):
         its = keys[start:end] if spec.key_norm is None else spec.key_norm(keys[start:end])

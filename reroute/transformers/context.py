@@ -14,7 +14,7 @@ from ..core.plan import Plan
 from ..core.prefill import Decided, PositionTables, Prefill
 from ..core.workspace import Workspace
 from ..errors import RerouteError
-from .adapters import ModelAdapter
+from .adapters import PER_TOKEN, ModelAdapter
 from .attention import decode_mask, prefill_mask
 from .cache import (
     KeptStates,
@@ -36,6 +36,10 @@ from .vision import Recording
 __all__ = ["DensePrefill", "PrefillFactory", "RoutedDecode", "RoutedPrefill"]
 
 
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""cos, sin (B or 1, L, rot) each, as a decoder gives them to its layers."""
+
+
 class PrefillFactory(Protocol):
     """Makes the prefill once the model's RoPE tables are known, at the first layer whose input is looked at."""
 
@@ -54,7 +58,7 @@ class PrefillFactory(Protocol):
 class _Stage:
     """What layers of one stage get, if they hold the same earlier rows and the decoder gives them the same.
 
-    - ``given``: what that is, mask and tables.
+    - ``given``: what that is, mask and tables, if it has any.
     - ``kwargs``: the same, adapted to the rows that run.
     - ``stored``: rows that the cache was given afterwards, of which ``rows`` need not list the last ones.
     """
@@ -115,13 +119,21 @@ class RoutedPrefill(ForwardContext):
             self._pending = self.prefill.decide(decision, hidden, vision)
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
+        self._has_begun = True
         if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
             return self._earlier_turns.before_layer(index, hidden, kwargs)
-        kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
+        if self._adapter.is_recurrent(index):
+            kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
+        else:
+            kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
+        for name in PER_TOKEN:
+            if kwargs.get(name) is not None:
+                kwargs[name] = _at(self.prefill.positions, kwargs[name].unsqueeze(-1)).squeeze(-1)
         return hidden
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """Mark what the layer stored; after the last one, the states at logical length again."""
+        output = self._earlier_turns.after_layer(index, super().after_layer(index, output))
         stage, self._running = self._running, None
         # Nothing is stored while gradient checkpointing recomputes layers.
         if stage is not None and self.cache is not None and stored_columns(self.cache, index) == stage.stored:
@@ -189,8 +201,10 @@ class RoutedPrefill(ForwardContext):
 
     def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
-        self.cache, plan, tables = cache_of(kwargs), self.plan, _tables(kwargs)
-        self._begun = tables
+        self.cache, plan = cache_of(kwargs), self.plan
+        if kwargs.get("position_embeddings") is None:
+            kwargs = {**kwargs, "position_embeddings": self._no_rotation(index, hidden)}
+        self._begun = tables = _tables(kwargs)
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
@@ -204,16 +218,28 @@ class RoutedPrefill(ForwardContext):
             cut(self.cache, index, plan.past)
         return hidden
 
+    def _no_rotation(self, index: int, hidden: torch.Tensor) -> Tables:
+        """Tables (1, L, D) that turn nothing, for layer ``index``, which gets none."""
+        cos = hidden.new_ones(1, hidden.shape[1], self._adapter.facts(index).head_dim)
+        return cos, torch.zeros_like(cos)
+
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
-        layer, mask, tables = self._allow_update(self.cache, index), kwargs.get("attention_mask"), _tables(kwargs)
+        layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
+        tables: Tables | None = kwargs.get("position_embeddings")
         visible = visible_rows(self.cache, index)
         earlier = () if layer is None else layer.rows.stage_key
-        key = (earlier, visible, id(mask), id(tables.cos) if self._adapter.has_several_tables else None)
+        key = (earlier, visible, id(mask), id(tables and tables[0]) if self._adapter.has_several_tables else None)
         if key not in self._stages:
             self._stages[key] = self._make_stage(prefill, layer, visible, mask, tables, hidden.dtype)
         stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
         return stage
+
+    def _rows_in_order(self, prefill: Prefill, index: int, kwargs: Kwargs) -> Kwargs:
+        """What layer ``index`` gets, which keeps a state: which rows are there. Fillers come first, and change none."""
+        self._allow_update(self.cache, index)
+        mask = prefill.positions >= 0 if prefill.has_fillers else None
+        return {"attention_mask": mask, **self._places_of_rows(prefill, kwargs.get("position_embeddings"))}
 
     def _make_stage(
         self,
@@ -221,7 +247,7 @@ class RoutedPrefill(ForwardContext):
         layer: RoutedLayer | None,
         visible: int,
         mask: torch.Tensor | None,
-        tables: PositionTables,
+        tables: Tables | None,
         dtype: torch.dtype,
     ) -> _Stage:
         """For ``layer`` and others of its kind, which give the last ``visible`` of their earlier rows."""
@@ -233,7 +259,6 @@ class RoutedPrefill(ForwardContext):
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             positions = torch.cat([past, positions], 1)
         has_fillers = prefill.has_fillers or (layer is not None and layer.rows.has_fillers)
-        adapted_tables = self._tables_of_rows(prefill, tables)
         adapted = {
             "attention_mask": prefill_mask(
                 None if plan.reopened else mask,  # that is of the new tokens alone
@@ -245,24 +270,22 @@ class RoutedPrefill(ForwardContext):
                 mask_format=self._mask_format,
                 dtype=dtype,
             ),
-            "position_embeddings": (adapted_tables.cos, adapted_tables.sin),
-            # Flash attention would take gaps in the ids for borders between packed sequences.
-            "position_ids": None if self._mask_format == "padding" else adapted_tables.ids,
+            **self._places_of_rows(prefill, tables),
         }
         stage_key = (*(() if layer is None else layer.rows.stage_key), plan.decisions[prefill.stage].layer)
         rows_then = self._rows(positions, has_fillers, prefill.position_offset, stage_key)
         return _Stage((mask, tables), adapted, positions.shape[1], rows_then)
 
-    def _tables_of_rows(self, prefill: Prefill, tables: PositionTables) -> PositionTables:
-        """Of the rows that run, where a layer gets logical ``tables``: of its own if those of some layers differ."""
-        if not self._adapter.has_several_tables or self._begun is None or tables.cos is self._begun.cos:
-            return prefill.tables
-        at = prefill.positions.clamp(min=0).unsqueeze(-1)
-        cos, sin = (
-            table.expand(len(at), -1, -1).gather(1, at.to(table.device).expand(-1, -1, table.shape[-1]))
-            for table in (tables.cos, tables.sin)
-        )
-        return PositionTables(cos, sin, prefill.tables.ids)
+    def _places_of_rows(self, prefill: Prefill, tables: Tables | None) -> Kwargs:
+        """Tables and position ids of the rows that run, for a layer that gets logical ``tables``, if it gets some."""
+        running = prefill.tables
+        # Flash attention would take gaps in the ids for borders between packed sequences.
+        places: Kwargs = {"position_ids": None if self._mask_format == "padding" else running.ids}
+        if tables is not None:
+            is_own = self._adapter.has_several_tables and self._begun is not None and tables[0] is not self._begun.cos
+            cos, sin = (_at(prefill.positions, its) for its in tables) if is_own else (running.cos, running.sin)
+            places["position_embeddings"] = cos, sin
+        return places
 
     @property
     def _floor(self) -> int:
@@ -345,6 +368,12 @@ class DensePrefill(RoutedDecode):
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
         return super().before_layer(index, hidden, kwargs)
+
+
+def _at(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The rows of a logical ``table`` (B or 1, L, w) at ``positions`` (B, S), any for fillers."""
+    at = positions.clamp(min=0).unsqueeze(-1).to(table.device)
+    return table.expand(len(at), -1, -1).gather(1, at.expand(-1, -1, table.shape[-1]))
 
 
 def _tables(kwargs: Kwargs) -> PositionTables:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
-from .cache import GuardedLayer, RoutedLayer, guarded_layer, past_length, tear
+from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, guarded_layer, past_length, tear
 from .vision import Recording
 
 __all__ = ["ForwardContext", "Kwargs"]
@@ -31,7 +31,8 @@ class ForwardContext:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
         self._adapter, self._shape = adapter, shape
         self._is_claimed = self._is_running = False
-        self._writable: GuardedLayer | None = None
+        self._has_begun = False
+        self._writable: GuardedLayer | GuardedRecurrentLayer | None = None
         self._kept: tuple[Cache, int] | None = None
 
     @cached_property
@@ -73,6 +74,8 @@ class ForwardContext:
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """What the decoder gets instead of ``output`` (B, S, C) of layer ``index``."""
+        if self._writable is not None:
+            self._writable.forbid_update()
         return output
 
     def after_decoder(self, output: Any) -> Any:
@@ -87,7 +90,7 @@ class ForwardContext:
     def abandon(self) -> None:
         """The call has failed."""
         if self._kept is not None:
-            tear(*self._kept)
+            tear(*self._kept, has_begun=self._has_begun)
 
     def close(self) -> None:
         """The call has ended, in whatever way. Idempotent."""
@@ -96,6 +99,7 @@ class ForwardContext:
 
     def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
         """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""
+        self._has_begun = True
         self._writable = layer = guarded_layer(cache, index)
         if layer is not None:
             layer.allow_update()

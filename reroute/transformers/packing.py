@@ -25,21 +25,22 @@ _PACKED = (
 )
 
 
-def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool) -> None:
+def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool, axes: int = 3) -> None:
     """Refuse position ids that begin anew within a row. Waits for the device.
 
     Args:
-        position_ids: (B, L), or (3 or 4, B, L) of M-RoPE, or None.
+        position_ids: (B, L), or those of M-RoPE, (axes, B, L), or with one more row of text in front; or None.
         valid: (B, L) False at padding.
         has_mask: whether there is an attention mask. Without one, Transformers takes any step but 1 for a border,
-            unless it has the three positions of M-RoPE only.
+            unless it has the positions of M-RoPE only.
+        axes: how many positions M-RoPE has for a token.
 
     Raises:
         RerouteError: rows are packed.
     """
     if position_ids is None:
         return
-    counts_tokens = position_ids.ndim == 2 or len(position_ids) == 4
+    counts_tokens = position_ids.ndim == 2 or len(position_ids) == axes + 1
     first = position_ids if position_ids.ndim == 2 else position_ids[0]  # of M-RoPE: of text, or time
     ids = np.broadcast_to(first.cpu().numpy(), valid.shape)
     for row, is_token in zip(ids, valid, strict=True):

@@ -29,14 +29,14 @@ from .cache import (
     routed_layers,
     states_of,
 )
-from .layer_kinds import check_attention, check_kinds
+from .layer_kinds import check_attention, check_kinds, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 
 __all__ = ["Planner", "Prompt", "has_picture"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "mm_encoder_outputs")
+PICTURES = ("pixel_values", "image_patches", "mm_encoder_outputs")
 """What names of arguments have in them in which pictures come."""
 
 
@@ -45,7 +45,7 @@ class Prompt:
     """What a plan is made of, apart from the settings.
 
     - ``ids`` (B, L): tokens of the call. ``mask`` (B, past + L) or None.
-    - ``positions``: position ids (B, L), or (3 or 4, B, L) of M-RoPE, or None.
+    - ``positions``: position ids (B, L), or several (…, B, L) of M-RoPE, or None.
     - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
     - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
     """
@@ -98,11 +98,13 @@ class Planner:
         check_kinds(adapter, schedule, compact)
         scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
         adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
-        slides = adapter.has_several_tables or any(map(adapter.slides, compact))
-        if slides and (reopens or schedule.position_mode == "renumbered"):
+        is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
+        is_mixed = is_mixed or adapter.reads_kinds or any(map(adapter.is_recurrent, compact))
+        if is_mixed and (reopens or schedule.position_mode == "renumbered"):
             raise RerouteError(
-                f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide or have "
-                "rotary tables of their own. Use reopens=False and position_mode='preserved'."
+                f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide, keep a "
+                "state, have rotary tables of their own or are told the kinds of tokens. Use reopens=False and "
+                "position_mode='preserved'."
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
@@ -146,7 +148,8 @@ class Planner:
                     "of a prepared 4-D mask or a dict of masks."
                 )
             own = plan.order[:, reopened:] >= 0
-            check_one_prompt_per_row(prompt.positions, own, has_mask=prompt.mask is not None)
+            has_mask, axes = prompt.mask is not None, self.adapter.position_axes
+            check_one_prompt_per_row(prompt.positions, own, has_mask=has_mask, axes=axes)
         return plan
 
     def check_call(self, plan: Plan, cache: Cache | None) -> None:
@@ -162,9 +165,10 @@ class Planner:
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, compact, self.adapter.slides)
+            check_cache(cache, compact, self.adapter.slides, self.adapter.is_recurrent)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
+            check_turn(self.adapter, plan, compact)
         kept = states_of(cache)
         if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
             raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")

@@ -1,6 +1,7 @@
 """What routing must compute, for any decoder: its own layers in eager mode on the full-length sequence, under masks.
 
-No cache, no compaction, nothing of the product. A deferred row keeps the state that it has and is nobody's key.
+No cache, nothing of the product. A deferred row keeps the state that it has and is nobody's key. Layers that keep a
+state have no mask for that: they run on the other rows, one after the other.
 """
 
 from __future__ import annotations
@@ -34,29 +35,39 @@ def predict(
     *,
     prompt: int | None = None,
     action: str = "route",
+    chosen: Sequence[list[int]] | None = None,
     **given: Any,
 ) -> Predicted:
-    """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it."""
+    """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it.
+
+    ``chosen``: what each decision kept, where it was not ranked with all tokens before it, as in later turns.
+    """
     prompt = len(ids) if prompt is None else prompt
     dense, calls = _inputs(tiny, ids, given)
     visual = [i for i, token in enumerate(ids[:prompt]) if token == PICTURE]
     active, there = torch.ones(len(ids), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
-    candidates, kept, margin = list(range(len(visual))), [], float("inf")
+    candidates, margin = list(range(len(visual))), float("inf")
+    kept: list[list[int]] = []
     for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
         if index <= layers[0]:  # features of pictures may have come between these layers
             states = dense[index]
         if index in layers:
-            scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
-            ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
-            count = max(1, int(len(visual) * ratios[layers.index(index)]))
-            if count < len(ranked):
-                margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))
-            kept.append(sorted(ranked[:count]))
+            if chosen is None:
+                scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
+                ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
+                count = max(1, int(len(visual) * ratios[len(kept)]))
+                if count < len(ranked):
+                    margin = min(margin, float(scores[visual[ranked[count - 1]]] - scores[visual[ranked[count]]]))
+            kept.append(sorted(ranked[:count]) if chosen is None else chosen[len(kept)])
             active[visual] = False
             active[[visual[i] for i in kept[-1]]] = True
             if action == "remove":
                 candidates, there = kept[-1], active.clone()
-        states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+        if hasattr(layer, "self_attn"):
+            states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+        else:
+            states = states.clone()
+            states[:, active] = layer(states[:, active], **kwargs)
     with _hook(tiny.layers[-1], lambda *_: states):
         return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
 
@@ -78,11 +89,11 @@ def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
     """Position ids too, unless they depend on the pictures ``given``."""
     options = {"use_cache": False, "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     positions = torch.arange(len(ids))[None]
-    if not given:
-        return {**options, "position_ids": positions.expand(3, -1, -1) if tiny.has_sections else positions}
     if tiny.marks is not None:
         options[tiny.marks] = (torch.tensor([ids]) == PICTURE).long()
-    return options
+    if given:
+        return options
+    return {**options, "position_ids": tiny.spread(positions)}
 
 
 def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, fill
+from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, axes_of, fill
 from torch import Tensor
 
 __all__ = ["PICTURED", "Pictured", "Prompt"]
@@ -86,8 +86,8 @@ def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], 
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     base = model.model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
-    has_sections = hasattr(text.rotary_emb, "mrope_section")
-    return Pictured(TinyType(model, text, has_sections, "mm_token_type_ids" if has_sections else marks), pictures)
+    axes = axes_of(text)
+    return Pictured(TinyType(model, text, axes, marks if axes == 1 else "mm_token_type_ids"), pictures)
 
 
 def _random(seed: int, *shape: int) -> Tensor:
@@ -237,7 +237,60 @@ def _gemma3() -> Pictured:
     )
 
 
+def _qwen3_5() -> Pictured:
+    """Recurrent layers before, between and behind decisions."""
+    kinds = ["linear_attention", *["full_attention"] * 2, "linear_attention", *["full_attention"] * 2]
+    states = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    sizes = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    rope = {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    config = transformers.Qwen3_5Config(
+        text_config={
+            **TEXT,
+            **states,
+            "linear_num_value_heads": 4,
+            "layer_types": kinds,
+            "rope_parameters": rope,
+        },
+        vision_config={**sizes, "patch_size": 4, "num_position_embeddings": 16},
+        image_token_id=PICTURE,
+        video_token_id=VIDEO,
+    )
+    return _made("Qwen3_5ForConditionalGeneration", config, _patches)
+
+
+def _lfm2_vl() -> Pictured:
+    kinds = ["conv", "conv", "full_attention", "conv", "full_attention", "full_attention"]
+    config = transformers.Lfm2VlConfig(
+        text_config=transformers.Lfm2Config(**{**TEXT, "layer_types": kinds}),
+        vision_config=transformers.Siglip2VisionConfig(**{**VISION, "num_patches": 16}),
+        image_token_id=PICTURE,
+        tie_word_embeddings=False,
+    )
+
+    def picture(seed: int) -> dict[str, Tensor]:
+        rows, columns, most = _side(seed), 4, 24
+        mask = torch.zeros(1, most, dtype=torch.long)
+        mask[:, : rows * columns] = 1
+        pixels = _random(seed, 1, most, 3 * 8 * 8) * mask[..., None]
+        shapes = torch.tensor([[rows, columns]])
+        return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+    return _made("Lfm2VlForConditionalGeneration", config, picture)
+
+
 PICTURED: dict[str, Callable[[], Pictured]] = {
     make.__name__.removeprefix("_"): functools.cache(make)
-    for make in (_qwen2_vl, _qwen3_vl, _glm4v, _internvl, _llava_onevision, _llava_next, _mistral3, _smolvlm, _gemma3)
+    for make in (
+        _qwen2_vl,
+        _qwen3_vl,
+        _glm4v,
+        _internvl,
+        _llava_onevision,
+        _llava_next,
+        _mistral3,
+        _smolvlm,
+        _gemma3,
+        _qwen3_5,
+        _lfm2_vl,
+    )
 }

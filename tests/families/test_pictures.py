@@ -36,9 +36,8 @@ def test_generation(name: str, action: Any) -> None:
         assert trace is not None
         for b, prompt in enumerate(prompts):
             ids = [*prompt.ids, *output.sequences[b, -TOKENS:-1].tolist()]
-            expected = predict(
-                family.tiny, ids, LAYERS, ratios, prompt=len(prompt.ids), action=action, **prompt.pictures
-            )
+            pictures: Any = prompt.pictures
+            expected = predict(family.tiny, ids, LAYERS, ratios, prompt=len(prompt.ids), action=action, **pictures)
             assert expected.margin > MARGIN, "choose another seed: this selection is a matter of rounding"
             assert [stage.kept[b].tolist() for stage in trace] == expected.kept
             logits = torch.stack([step[b] for step in output.logits])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_types import ONE, batch
 from tiny_types import TinyType, build
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
@@ -19,7 +20,7 @@ from reroute.errors import RerouteError, UnsupportedModelError
 from reroute.transformers import ModelAdapter, adapters
 from reroute.transformers.adapters import ROUTED, adapter_of
 from reroute.transformers.adapters.facts import layer_facts
-from reroute_kernels import AttentionSpec
+from reroute_kernels import AttentionSpec, RopeTables
 
 SCHEDULE = reroute.Schedule((2, 4), (0.5, 0.25))
 
@@ -90,16 +91,17 @@ class WithoutKeyNorm(ModelAdapter):
 
 
 class WithoutQueryNorm(ModelAdapter):
-    def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
-        query = self._attention(layer).q_proj(normed[query_rows]).unflatten(-1, (-1, self.facts(layer).head_dim))
-        return query, super().project(layer, normed, query_rows)[1]
+    def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
+        projected = self._attention(layer).q_proj(normed[tables.query_rows])
+        query = projected.unflatten(-1, (-1, self.facts(layer).head_dim))
+        return query, super().project(layer, normed, tables)[1]
 
 
 class SwappedHeads(ModelAdapter):
     """Groups of query heads that are not those of their keys."""
 
-    def project(self, layer: int, normed: Tensor, query_rows: Tensor) -> tuple[Tensor, Tensor]:
-        query, keys = super().project(layer, normed, query_rows)
+    def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
+        query, keys = super().project(layer, normed, tables)
         return query.roll(1, dims=1), keys
 
 
@@ -166,6 +168,10 @@ def other_mask(plain: Any, given: Any, of: Any, q: Tensor, k: Tensor, v: Tensor,
     return plain(of, q, k, v, torch.zeros_like(mask), **options)
 
 
+def noisy_queries(plain: Any, given: Any, of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    return plain(of, q * 1.0005, k, v, mask, **options)
+
+
 def noisy_keys(plain: Any, given: Any, of: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
     return plain(of, q, k * 1.0005, v, mask, **options)
 
@@ -220,6 +226,7 @@ FAULTS: dict[str, tuple[Callable[[TinyType, Any], None], str]] = {
     "a soft cap": (attention(capped), "also gets softcap"),
     "another scale": (attention(other_scale), "scales by 1.0"),
     "another mask": (attention(other_mask), "gets another mask"),
+    "queries that are a little longer": (attention(noisy_queries), "neither what 'q_proj' returns nor a norm"),
     "keys that are a little longer": (attention(noisy_keys), "neither what 'k_proj' returns nor a norm"),
     "another rotation": (interleaved, "rotates queries and keys in another way"),
     "rows that are counted": (counting, "counts the rows that are present"),
@@ -264,8 +271,9 @@ def test_a_layer_that_changes_while_it_is_looked_at(llava: TinyType) -> None:
     reroute.enable(llava.model, schedule=SCHEDULE).disable()
 
 
-def test_a_norm_behind_the_rotation(normed: TinyType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HunYuan's order. With weights of one it would be the same."""
+@pytest.mark.parametrize("fault", ["none", "a mean", "a hook", "longer tables"])
+def test_norms_behind_the_rotation(normed: TinyType, fault: str) -> None:
+    """HunYuan's order, in which only norms that keep lengths can be taken for what they are before."""
     plain = modeling_qwen3.apply_rotary_pos_emb
     of = normed.layers[2].self_attn
     norms = of.q_norm, of.k_norm
@@ -282,9 +290,19 @@ def test_a_norm_behind_the_rotation(normed: TinyType, monkeypatch: pytest.Monkey
     of.q_norm, of.k_norm = nn.Identity(), nn.Identity()
     of.q_after, of.k_after = norms
     of.__class__ = Behind
-    for norm in norms:
-        norm.weight.fill_(1.0)
-    refused(normed, "rotates queries and keys in another way")
+    if fault == "a mean":
+        of.q_after = nn.LayerNorm(8)
+        refused(normed, "rotates queries and keys in another way")
+    elif fault == "longer tables":  # of YaRN; the norms divide it out again, and ours would not
+        normed.text.rotary_emb.attention_scaling = 1.3
+        refused(normed, "scores are not what")
+    else:
+        with reroute.enable(normed.model, schedule=SCHEDULE) as handle:
+            if fault == "a hook":
+                of.k_after.register_forward_hook(lambda *_: None)
+                given = batch(normed, ONE)
+                with handle.using(handle.plan(given["input_ids"])), pytest.raises(RerouteError, match="have hooks or"):
+                    normed.model(**given)
 
 
 # --- a proof leaves nothing behind ----------------------------------------------------------------------------------

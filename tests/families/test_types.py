@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense import near, predict
 from models import CACHE, TRANSFORMERS
-from tiny_types import PICTURE, SLIDING, TYPES, TinyType, build
+from tiny_types import PICTURE, RECURRENT, SLIDING, TYPES, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -38,7 +38,9 @@ def batch(tiny: TinyType, *prompts: list[int]) -> dict[str, Tensor]:
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
     given = {"input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts]), "attention_mask": mask}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given["position_ids"] = positions.expand(3, -1, -1) if tiny.has_sections else positions
+    given["position_ids"] = tiny.spread(positions)
+    if tiny.marks is not None:
+        given[tiny.marks] = (given["input_ids"] == PICTURE).long()
     return given
 
 
@@ -86,7 +88,7 @@ LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 KINDS = [
     pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE))
     for kind in ROUTED
-    if kind in TYPES and kind not in SLIDING and (kind not in LATER or TRANSFORMERS >= (5, 24))
+    if kind in TYPES and kind not in (*SLIDING, *RECURRENT) and (kind not in LATER or TRANSFORMERS >= (5, 24))
 ]
 
 

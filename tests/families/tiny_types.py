@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-__all__ = ["PICTURE", "SLIDING", "TYPES", "WINDOW", "TinyType", "build", "configuration", "fill"]
+__all__ = [
+    "PICTURE",
+    "RECURRENT",
+    "SLIDING",
+    "TYPES",
+    "WINDOW",
+    "TinyType",
+    "axes_of",
+    "build",
+    "configuration",
+    "fill",
+]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
@@ -38,6 +49,10 @@ SIZES: dict[str, int] = {
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 WINDOW = 6
 SLIDING = (
@@ -46,11 +61,20 @@ SLIDING = (
     "cohere_compass",
     "exaone4_5",
     "gemma3",
+    "gemma4",
     "gemma4_unified",
+    "muse_glimmer",
+    "muse_spark",
     "shieldgemma2",
     "step3p7",
 )
 """Types of which some layers slide."""
+RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+"""Types of which some layers keep a state instead of keys."""
+LOUD = (*RECURRENT, "muse_glimmer", "muse_spark")
+"""Types whose fp32 noise is as large as can be borne: their norms are around what they are at first."""
+MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids"}
+"""By which argument a type's layers are told which tokens are of pictures."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
 
@@ -59,18 +83,22 @@ SECTION = [2, 1, 1]
 class TinyType:
     """A model, its decoder and the decoder's layers.
 
-    ``has_sections``: whether its positions are those of M-RoPE. ``marks``: by which argument it is told where pictures
-    are, if it must be.
+    ``axes``: how many position ids a token has, several of M-RoPE. ``marks``: by which argument it is told where
+    pictures are, if it must be.
     """
 
     model: Any = field(repr=False)
     text: Any = field(repr=False)
-    has_sections: bool
+    axes: int
     marks: str | None = None
 
     @property
     def layers(self) -> list[Any]:
         return list(self.text.layers)
+
+    def spread(self, positions: Tensor) -> Tensor:
+        """Position ids (B, L) as its decoder takes them."""
+        return positions if self.axes == 1 else positions.expand(self.axes, -1, -1)
 
 
 def _emu3(config: Any) -> None:
@@ -106,6 +134,13 @@ def _cohere_compass(config: Any) -> None:
     config.vision_config.deepstack_visual_indexes = [0, 1]
 
 
+def _ernie4_5_vl_moe(config: Any) -> None:
+    """Experts of two sizes, for text and for pictures."""
+    text = config.text_config
+    text.moe_intermediate_size, text.mlp_layer_types = [16, 24], ["dense", *["sparse"] * (text.num_hidden_layers - 1)]
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [1, 1, 2]}
+
+
 def _glm4v_moe(config: Any) -> None:
     """Half of each head is rotated."""
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "mrope_section": [1, 1, 0]}
@@ -113,19 +148,52 @@ def _glm4v_moe(config: Any) -> None:
 
 def _hunyuan_vl(config: Any) -> None:
     sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
-    config.get_text_config().rope_parameters = sections
+    config.text_config.rope_parameters, config.text_config.head_dim = sections, 8
+
+
+def _kimi_k25(config: Any) -> None:
+    """Latent keys, of 4 rotated and 8 other features."""
+    text = config.text_config
+    text.q_lora_rank, text.kv_lora_rank, text.qk_rope_head_dim, text.qk_nope_head_dim, text.v_head_dim = 12, 16, 4, 8, 8
+    text.head_dim, text.num_key_value_heads, text.n_group, text.topk_group = 4, 4, 1, 1
+    text.first_k_dense_replace = 1
 
 
 def _lfm2_vl(config: Any) -> None:
-    kinds = ["conv", "full_attention"] * config.text_config.num_hidden_layers
-    config.text_config.layer_types = kinds[: config.text_config.num_hidden_layers]
+    _set_kinds(config.text_config, "conv", "conv", "full_attention", "conv")
+
+
+def _lfm3_vl(config: Any) -> None:
+    """Convolutions, windows and two rotary tables in one decoder."""
+    config.text_config.sliding_window = WINDOW
+    _set_kinds(config.text_config, "conv", "sliding_attention", "full_attention", "conv")
+
+
+def _qwen3_5(config: Any) -> None:
+    """Half of each head is rotated. Not too many recurrent layers: their fp32 states are noisy."""
+    text = config.get_text_config()
+    attends = "full_attention"
+    _set_kinds(text, "linear_attention", attends, attends, "linear_attention", attends, attends, attends)
+    text.rope_parameters = {**text.rope_parameters, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+
+
+def _set_kinds(text: Any, *kinds: str) -> None:
+    text.layer_types = [*kinds * text.num_hidden_layers][: text.num_hidden_layers]
 
 
 def _sliding(config: Any) -> None:
     """Windows that are shorter than prompts, and some full layers."""
     text = config.get_text_config()
-    full = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    text.sliding_window, text.layer_types = WINDOW, (full * text.num_hidden_layers)[: text.num_hidden_layers]
+    text.sliding_window = WINDOW
+    _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+
+
+def _muse(config: Any) -> None:
+    """Full layers have no rotary tables. A large factor on queries and experts would make noise loud."""
+    _sliding(config)
+    text = config.get_text_config()
+    text.layer_rope_theta = [10000.0 * (kind == "sliding_attention") for kind in text.layer_types]
+    text.qk_scale_factor, text.mlp_layer_types = 1.5, ["dense"] * text.num_hidden_layers
 
 
 def _step3p7(config: Any) -> None:
@@ -143,12 +211,17 @@ def _step3p7(config: Any) -> None:
     )
 
 
-def _gemma4_unified(config: Any) -> None:
+def _gemma4(config: Any) -> None:
+    """As the large ones are: no inputs of each layer, no keys that layers share."""
+    _gemma4_unified(config, hidden_size_per_layer_input=0)
+
+
+def _gemma4_unified(config: Any, **more: Any) -> None:
     """Full layers have longer heads."""
     text = config.text_config
     names = ("num_hidden_layers", "layer_types", "sliding_window", "pad_token_id", *SIZES)
     sizes = {name: value for name in names if (value := _read(text, name)) is not None}
-    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16)
+    config.text_config = type(text)(**{**sizes, "head_dim": 8}, global_head_dim=16, **more)
 
 
 TWEAKS: dict[str, Callable[[Any], None]] = {
@@ -157,10 +230,21 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "cohere_compass": _cohere_compass,
     "deepseek_ocr2": _deepseek_ocr2,
     "emu3": _emu3,
+    "ernie4_5_vl_moe": _ernie4_5_vl_moe,
     "fast_vlm": _clip_tower,
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
+    "kimi_k25": _kimi_k25,
     "lfm2_vl": _lfm2_vl,
+    "lfm3_vl": _lfm3_vl,
+    "minicpm_ocr": _qwen3_5,
+    "minicpmv4_6": _qwen3_5,
+    "minicpmv4_7": _qwen3_5,
+    "muse_glimmer": _muse,
+    "muse_spark": _muse,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5,
+    "gemma4": _gemma4,
     "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
     "perception_lm": _clip_tower,
@@ -216,19 +300,28 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
     for other in [other for other, _ in base.named_children() if other != name]:
         setattr(base, other, nn.Identity())
     model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
-    fill(text, model.lm_head)
+    if kind in LOUD:
+        fill(text, model.lm_head, centre=lambda weight: float(weight.mean()))
+    else:
+        fill(text, model.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
-    return TinyType(model, text, hasattr(text.rotary_emb, "mrope_section"))
+    return TinyType(model, text, axes_of(text), MARKS.get(kind))
 
 
-def fill(*modules: nn.Module) -> None:
+def axes_of(text: Any) -> int:
+    sections = getattr(text.rotary_emb, "mrope_section", None) or [0]
+    return len(next(iter(sections.values())) if isinstance(sections, dict) else sections)
+
+
+def fill(*modules: nn.Module, centre: Callable[[Tensor], float] = lambda _: 1.0) -> None:
+    """Random weights; those of norms are around their ``centre``."""
     generator = torch.Generator().manual_seed(0)
     for module in modules:
         for name, weight in module.named_parameters():
             values = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1:
-                values = 0.2 * values + float("norm" in name)
+                values = 0.2 * values + (centre(weight.data) if "norm" in name else 0.0)
             elif "embed" not in name:
                 values *= _gain(name) / _fan_in(weight) ** 0.5
             weight.data.copy_(values)

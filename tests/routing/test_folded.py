@@ -40,7 +40,7 @@ class Slowly(Ranker):
     def select(self, context: RankContext) -> Selection:
         layer, rows = context.decision.score_layer, context.rows
         adapter, spec, (cos, sin, last) = context.adapter, context.adapter.attention_spec(layer), context.tables
-        queries, keys = adapter.project(layer, context.normed(), last)
+        queries, keys = adapter.project(layer, context.normed(), context.tables)
         queries, cos, sin, scores = rotate(queries, cos[last], sin[last], spec.rope), cos.clone(), sin.clone(), []
         for start, its, n in zip(rows.metadata.starts, rows.candidates, rows.metadata.num_candidates, strict=True):
             for run in (start + its[:n]).split(5):

@@ -36,12 +36,13 @@ def test_scores_of_a_decoder_with_key_norms_are_its_attention(model: Any, layer:
     norm = adapter.input_norm(layer)
     assert norm is not None
     assert torch.equal(norm(rows), adapter.normalise(layer, rows))
-    query, keys = adapter.project(layer, adapter.normalise(layer, rows), last)
     cos, sin = adapter.rope_tables(rows, ids)
+    tables = RopeTables(cos[0], sin[0], last)
+    query, keys = adapter.project(layer, adapter.normalise(layer, rows), tables)
     got = score_topk(
         query,
         keys,
-        RopeTables(cos[0], sin[0], last),
+        tables,
         SelectRows(ids, ids[:, :0], ids[0], SelectMetadata((0,), (length,), (length,), (0,), (1,))),
         adapter.attention_spec(layer),
     )

@@ -8,10 +8,11 @@ from ...errors import UnsupportedModelError
 from . import places
 from .base import ModelAdapter
 from .llava import Llava
+from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
 from .types import REFUSED, ROUTED
 
-__all__ = ["FAMILIES", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
+__all__ = ["FAMILIES", "PER_TOKEN", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
 
 FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qwen25VL) for kind in family.model_types}
 """Of the model types that have a file, by ``config.model_type``."""

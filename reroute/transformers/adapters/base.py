@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import AttentionSpec, RMSNorm
+from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
+from reroute_kernels.reference import rotate
 
 from ...errors import RerouteError, UnsupportedModelError
 from ...rankers import Ranker
 from ..vision import Tower
 from . import places
-from .facts import LayerFacts, rms_norm_of
+from .facts import LayerFacts, rms_norm_of, without_gate
 from .layers import Layers
+from .projections import projections_of
+from .recurrent import RECURRENT, mixer_name
 from .scoring_layer import check_part, check_scoring_layer
 
 __all__ = ["ModelAdapter"]
@@ -36,7 +39,9 @@ class ModelAdapter:
 
     - ``first_layer``: the first layer that may decide: before it the decoder adds features of the pictures.
     - ``has_several_tables``: whether some layers get other rotary tables than others.
+    - ``reads_kinds``: whether layers are told something of each token beside its hidden state (``PER_TOKEN``).
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
+    - ``position_axes``: how many position ids a token has.
     - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
       get position ids in some calls (``generate``) and none in others (a plain forward).
     """
@@ -70,9 +75,11 @@ class ModelAdapter:
         self.text = getattr(self.base, self._decoder)
         places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
-        self.renumbers = not places.has_several_positions(self.base, self.text)
+        self.position_axes = places.position_axes(self.base, self.text)
+        self.renumbers = self.position_axes == 1
         self.first_layer = places.feature_levels(self.config, self.text)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
@@ -110,7 +117,11 @@ class ModelAdapter:
         Raises:
             UnsupportedModelError: something cannot be found out, or is not what the layer does.
         """
-        kinds = {self._known.facts(self, index, like_others=True).is_causal for index in compact}
+        recurrent = [index for index in compact if self.is_recurrent(index)]
+        for index in recurrent:
+            self._known.check_recurrent(self, index)
+        attending = [index for index in compact if index not in recurrent]
+        kinds = {self._known.facts(self, index, like_others=True).is_causal for index in attending}
         if len(kinds) > 1:
             raise UnsupportedModelError(
                 f"Without a mask some layers of {type(self.text).__name__} see later tokens and others do not, and "
@@ -142,12 +153,12 @@ class ModelAdapter:
                 "(copy.deepcopy) with a self_attn.layer_idx of its own in each place, or do not route it."
             )
         for index, layer in enumerate(self.layers):
-            check_part(layer, self.attention, index)
-            place = getattr(getattr(layer, self.attention), "layer_idx", index)
+            mixer = self.mixer(index)
+            place = getattr(check_part(layer, mixer, index), "layer_idx", index)
             if place != index:
                 raise UnsupportedModelError(
                     f"Decoder layer {index} uses place {place} of the cache, and routing would look for it in place "
-                    f"{index}. Set self_attn.layer_idx of layers that were moved or copied to where they are now."
+                    f"{index}. Set {mixer}.layer_idx of layers that were moved or copied to where they are now."
                 )
 
     def bound_to(self, layers: Mapping[int, Any], facts: Mapping[int, LayerFacts]) -> ModelAdapter:
@@ -173,12 +184,22 @@ class ModelAdapter:
         """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
         return self._kind(layer) == "sliding_attention"
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution, by the configuration."""
+        return self._kind(layer) in RECURRENT
+
+    def mixer(self, layer: int) -> str:
+        """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
+        return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention
+
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
         return self._kind(layer) == "full_attention" and not self._has_window(layer)
 
-    def is_known_attention(self, layer: int) -> bool:
-        """Whether ``layer`` attends to everything, or over a window of which configuration and attention agree."""
+    def is_known_kind(self, layer: int) -> bool:
+        """Whether ``layer`` is recurrent, or attends to all or over a window, as configuration and attention agree."""
+        if self.is_recurrent(layer):
+            return True
         return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
@@ -212,21 +233,45 @@ class ModelAdapter:
         normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
-    def project(self, layer: int, normed: torch.Tensor, query_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
         attention, facts = self._attention(layer), self.facts(layer)
-        heads = (-1, facts.head_dim)
-        query = attention.q_proj(normed.index_select(0, query_rows.to(normed.device))).unflatten(-1, heads)
-        keys = attention.k_proj(normed).unflatten(-1, heads)
+        heads, projections = (-1, facts.head_dim), projections_of(attention)
+        query = projections.queries(normed.index_select(0, tables.query_rows.to(normed.device)))
+        query = without_gate(query, facts.head_dim) if facts.has_query_gate else query.unflatten(-1, heads)
+        keys = projections.keys(normed).unflatten(-1, heads)
+        if facts.norms_come_last:
+            return self._as_if_normed_first(layer, query, tables), keys
         if facts.query_norm is not None:
             query = getattr(attention, facts.query_norm)(query)
+        query = query if facts.query_factor == 1 else query * facts.query_factor
         if facts.key_norm is not None and self._key_norm(layer) is None:
             keys = getattr(attention, facts.key_norm)(keys)
         return query, keys
 
+    def _as_if_normed_first(self, layer: int, query: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+        """Queries (B, H, D) that give the scores of a layer which norms behind the rotation, with keys normed before.
+
+        Turning changes no length, so the norms' divisors may come first. Their weights are both taken by the query:
+        behind its rotation, which is undone then.
+        """
+        attention, facts = self._attention(layer), self.facts(layer)
+        norms = [getattr(attention, str(name)) for name in (facts.query_norm, facts.key_norm)]
+        if any(map(_is_changed, norms)):
+            raise RerouteError(
+                f"Norms of query or key heads of layer {layer} have hooks or another forward, and come behind the "
+                "rotation, where routing runs their formula alone. Take off what is on them, or disable routing."
+            )
+        of_query, of_key = map(rms_norm_of, norms)
+        at = tables.query_rows.to(tables.cos.device)
+        cos, sin = (table.index_select(0, at).to(query.device).float() for table in tables[:2])
+        unit = of_query._replace(weight=torch.ones_like(of_query.weight, dtype=torch.float32))(query.float())
+        weighted = rotate(unit, cos, sin, facts.rope) * (of_query.weight * of_key.weight)
+        return rotate(weighted, cos, -sin, facts.rope).to(query.dtype)
+
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
-        projection, facts = self._attention(layer).k_proj, self.facts(layer)
+        projection, facts = getattr(self._attention(layer), "k_proj", None), self.facts(layer)
         if type(projection) is not torch.nn.Linear or _is_changed(projection) or facts.key_norm is not None:
             raise RerouteError(
                 f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
@@ -267,12 +312,16 @@ class ModelAdapter:
         if facts.key_norm is None or not facts.has_rms_key_norm:
             return None
         norm = getattr(self._attention(layer), facts.key_norm)
-        return None if _is_changed(norm) else rms_norm_of(norm)
+        if _is_changed(norm):
+            return None
+        formula = rms_norm_of(norm)
+        return formula._replace(weight=torch.ones_like(formula.weight)) if facts.norms_come_last else formula
 
     def _scoring_parts(self, layer: int) -> tuple[str, ...]:
         """Modules that scoring calls in ``layer``."""
         norm = self.facts(layer).input_norm
-        projections = (f"{self.attention}.q_proj", f"{self.attention}.k_proj")
+        parts = projections_of(self._attention(layer)).parts
+        projections = tuple(f"{self.attention}.{part}" for part in parts)
         return projections if norm is None else (norm, *projections)
 
     # --- pictures -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
-__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu"]
+from .projections import projections_of
+
+__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows"]
 
 ROWS = 24
 FAR = 2**17
@@ -33,19 +36,24 @@ OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 
 
 class Inputs(NamedTuple):
-    """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R)."""
+    """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R).
+
+    Without ``has_tables`` the layer gets none, and those here turn nothing.
+    """
 
     hidden: Tensor
     cos: Tensor
     sin: Tensor
     ids: Tensor
     mask: Tensor
+    has_tables: bool = True
 
     @classmethod
-    def of(cls, hidden: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Inputs:
+    def of(cls, hidden: Tensor, tables: tuple[Tensor, Tensor] | None, ids: Tensor) -> Inputs:
         """With a causal mask."""
         mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
-        return cls(hidden, cos, sin, ids, mask[None, None])
+        cos, sin = (torch.ones(1, ROWS, 2), torch.zeros(1, ROWS, 2)) if tables is None else tables
+        return cls(hidden, cos, sin, ids, mask[None, None], has_tables=tables is not None)
 
     def unrotated(self) -> Inputs:
         """The same with tables that turn nothing."""
@@ -55,14 +63,14 @@ class Inputs(NamedTuple):
 class Seen(NamedTuple):
     """What the attention function gets: query (H, R, D), key (G, R, D), its mask, and all keyword arguments.
 
-    ``inputs``: what each projection was called with before, by name.
+    ``rows``: what the projections to queries and to keys were called with before.
     """
 
     query: Tensor
     key: Tensor
     mask: Any
     options: Mapping[str, Any]
-    inputs: Mapping[str, Tensor]
+    rows: tuple[Tensor, Tensor]
 
 
 class _Reached(BaseException):
@@ -73,8 +81,20 @@ class _Reached(BaseException):
         self.given = query[0], key[0], mask, options
 
 
+class _Mixed(BaseException):
+    """The same of what a mixer returns."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
 def _tell(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
     raise _Reached(query, key, attention_mask, options)
+
+
+def _tell_mixed(module: Any, args: Any, output: Any) -> None:
+    raise _Mixed(output)
 
 
 AttentionInterface.register(IMPLEMENTATION, _tell)
@@ -87,14 +107,16 @@ class DryRun:
     """
 
     def __init__(self, layer: Any, attention: str, seed: int = 0) -> None:
-        """Of ``layer``, whose attention is its child of that name."""
+        """Of ``layer``, whose attention, or what keeps its state, is its child of that name."""
         self._generator = torch.Generator().manual_seed(seed)
         layer = getattr(layer, "_orig_mod", layer)
         of = getattr(layer, attention)
         of = getattr(of, "_orig_mod", of)
         self._inputs: dict[str, Tensor] = {}
         self.attention = self._stood_in(of)
-        self.attention.config = _Config(of.config)
+        if hasattr(of, "config"):
+            self.attention.config = _Config(of.config)
+        self.projections = projections_of(self.attention)
         for name, child in self.attention.named_children():
             if isinstance(child, _Projection):
                 child.register_forward_pre_hook(self._noting(name), with_kwargs=True)
@@ -108,29 +130,43 @@ class DryRun:
         named = [name for name, one in self._arguments.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         return tuple(named[1:])
 
-    def rows(self, width: int) -> tuple[Tensor, Tensor]:
-        """Random rows (1, R, C) of ``width`` features, and their position ids (1, R)."""
-        ids = torch.arange(ROWS) * 37
-        ids[ROWS // 2 :] += FAR
-        return torch.randn(1, ROWS, width, generator=self._generator), ids[None]
-
     def __call__(self, inputs: Inputs) -> Seen | None:
-        """What the attention function gets; None if none is called."""
-        given = {
+        """What the attention function gets; None if none is called, or not behind projections that are known."""
+        try:
+            self._run(inputs)
+        except _Reached as reached:
+            query, key, mask, options = reached.given
+            order, (of_query, of_key) = self.projections.as_projected, self.projections.names
+            if {of_query, of_key} <= self._inputs.keys():
+                return Seen(order(query), order(key), mask, options, (self._inputs[of_query], self._inputs[of_key]))
+        return None
+
+    def mixed(self, inputs: Inputs) -> Tensor | None:
+        """What the part that keeps a state returns (B, R, C); None if it calls an attention function instead."""
+        _compute_plainly(self.attention)
+        hook = self.attention.register_forward_hook(_tell_mixed)
+        try:
+            self._run(inputs)
+        except _Mixed as mixed:
+            return mixed.output
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return None
+
+    def _run(self, inputs: Inputs) -> None:
+        given: dict[str, Any] = {
             "attention_mask": inputs.mask,
             "position_ids": inputs.ids,
-            "position_embeddings": (inputs.cos, inputs.sin),
+            "position_embeddings": (inputs.cos, inputs.sin) if inputs.has_tables else None,
         }
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
         given = {name: value for name, value in given.items() if takes_any or name in self._arguments}
         if "shared_kv_states" in self._arguments:
             given["shared_kv_states"] = {}  # a layer that has no keys of its own fails
         self._inputs.clear()
-        try:
-            type(self.layer).forward(self.layer, inputs.hidden, **given)
-        except _Reached as reached:
-            return Seen(*reached.given, dict(self._inputs))
-        return None
+        type(self.layer).forward(self.layer, inputs.hidden, **given)
 
     def _noting(self, name: str) -> Any:
         def note(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -149,8 +185,8 @@ class DryRun:
 
     def _child(self, module: Any) -> Any:
         if is_projection(module):
-            return _Projection(module.out_features, self._generator)
-        if any(weight.ndim > 1 for weight in module.parameters()):
+            return _Projection(module, self._generator)
+        if not _is_depthwise(module) and any(weight.ndim > 1 for weight in module.parameters()):
             return _Unknown(type(module).__name__)
         return self._stood_in(module)
 
@@ -206,16 +242,18 @@ class _Config:
 
 
 class _Projection(nn.Module):
-    """A projection to ``out`` features, each of which is one feature of the input."""
+    """In the place of a projection: each feature is one of the input, and a random bias if it has one."""
 
-    def __init__(self, out: int, generator: torch.Generator) -> None:
+    def __init__(self, like: Any, generator: torch.Generator) -> None:
         super().__init__()
-        self.out_features = out
-        self._choice = torch.rand(out, generator=generator)
+        self.out_features = like.out_features
+        self._choice = torch.rand(self.out_features, generator=generator)
+        bias = torch.randn(self.out_features, generator=generator)
+        self._bias = bias if getattr(like, "bias", None) is not None else torch.zeros(())
 
     def forward(self, rows: Tensor) -> Tensor:
         chosen = (self._choice * rows.shape[-1]).long()
-        return rows[..., chosen] * SPREAD
+        return rows[..., chosen] * SPREAD + self._bias
 
 
 class _Unknown(nn.Module):
@@ -229,9 +267,32 @@ class _Unknown(nn.Module):
         raise NotImplementedError(f"it calls {self.name} before")
 
 
+def rows(width: int) -> tuple[Tensor, Tensor]:
+    """Random rows (1, R, C) of ``width`` features, and their position ids (1, R)."""
+    ids = torch.arange(ROWS) * 37
+    ids[ROWS // 2 :] += FAR
+    return torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(2)), ids[None]
+
+
+def _compute_plainly(module: Any) -> None:
+    """Let ``module`` compute with Transformers' own functions, where it would call kernels that need a GPU."""
+    code = inspect.unwrap(type(module).forward)
+    used = {name: code.__globals__.get(name) for name in code.__code__.co_names}
+    plain = {name: inspect.unwrap(value) for name, value in used.items() if hasattr(value, "__wrapped__")}
+    scope = {**code.__globals__, **plain}
+    function = FunctionType(code.__code__, scope, code.__name__, code.__defaults__, code.__closure__)
+    function.__kwdefaults__ = code.__kwdefaults__
+    module.forward = MethodType(function, module)
+
+
 def is_projection(module: Any) -> bool:
     """Whether ``module`` maps features to features, whatever its weights are stored as."""
     return isinstance(getattr(module, "out_features", None), int)
+
+
+def _is_depthwise(module: Any) -> bool:
+    """Whether ``module`` mixes rows of each feature by itself, so that its weights are few."""
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels
 
 
 def _clone(module: Any, children: Mapping[str, Any]) -> Any:

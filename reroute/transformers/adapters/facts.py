@@ -7,8 +7,9 @@ gets. Where none does, the layer is refused, and the sentence says which fact it
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,10 +21,10 @@ from reroute_kernels.reference import rotate
 
 from ...errors import UnsupportedModelError
 from .dry_run import DryRun, Inputs, Seen
+from .places import PER_TOKEN
 
-__all__ = ["LayerFacts", "alike", "layer_facts", "refusal", "rms_norm_of", "rotated"]
+__all__ = ["LayerFacts", "alike", "check_arguments", "layer_facts", "refusal", "rms_norm_of", "rotated", "without_gate"]
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ARGUMENTS = (
     "hidden_states",
     "attention_mask",
@@ -41,6 +42,8 @@ ARGUMENTS = (
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
 """Keyword arguments of attention functions that change no score, but for the scale, or that are looked at elsewhere."""
+EPSILONS = ("variance_epsilon", "eps")
+"""What norms call their epsilon."""
 COUNTERS = ("arange", "cumsum")
 """What code that counts the rows present calls."""
 
@@ -50,7 +53,10 @@ class LayerFacts:
     """How a layer makes scores.
 
     - ``input_norm``: its child that the input of attention comes from; None if that is what the layer gets.
-    - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation.
+    - ``query_norm``, ``key_norm``: children of the attention that norm each head, before the rotation; or behind it,
+      if ``norms_come_last``.
+    - ``query_factor``: what queries are multiplied by then.
+    - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
     - ``head_dim``: features of a head that the attention function gets.
@@ -61,6 +67,9 @@ class LayerFacts:
     input_norm: str | None
     query_norm: str | None
     key_norm: str | None
+    norms_come_last: bool
+    query_factor: float
+    has_query_gate: bool
     has_rms_input_norm: bool
     has_rms_key_norm: bool
     rotates: bool
@@ -93,16 +102,25 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
     _check_scale(layer, index, of, plain)
     heads = (-1, plain.query.shape[-1])
     rotates = not (torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key))
-    query_norm = _head_norm(layer, index, run, "q_proj", heads, plain.inputs, plain.query)
-    key_norm = _head_norm(layer, index, run, "k_proj", heads, plain.inputs, plain.key)
+    query, keys = run.projections.queries(plain.rows[0])[0], run.projections.keys(plain.rows[1])[0]
+    has_gate = query.shape[-1] == 2 * plain.query.shape[0] * heads[1]
+    query = without_gate(query, heads[1]).flatten(-2) if has_gate else query
+    factors = (1.0, *(value for value in vars(run.attention).values() if isinstance(value, float)))
+    query_norm, factor = _head_norm(layer, index, run, 0, query, plain.query, factors)
+    key_norm, _ = _head_norm(layer, index, run, 1, keys, plain.key)
+    norms = query_norm and getattr(run.attention, query_norm), key_norm and getattr(run.attention, key_norm)
+    rope, comes_last = _rope(layer, index, plain, turned, inputs, (query, keys), norms) if rotates else ("half", False)
     return LayerFacts(
         input_norm=input_norm,
         query_norm=query_norm,
         key_norm=key_norm,
+        norms_come_last=comes_last,
+        query_factor=factor,
+        has_query_gate=has_gate,
         has_rms_input_norm=input_norm is not None and _is_rms_norm(getattr(run.layer, input_norm)),
         has_rms_key_norm=key_norm is not None and _is_rms_norm(getattr(run.attention, key_norm)),
         rotates=rotates,
-        rope=_rope(layer, index, plain, turned, inputs) if rotates else "half",
+        rope=rope,
         head_dim=heads[1],
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),
@@ -120,11 +138,18 @@ def rms_norm_of(norm: Any) -> RMSNorm:
     return RMSNorm(norm.weight, eps)
 
 
-def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
-    """What no run on a few rows can show."""
-    unknown = sorted(set(run.arguments) - set(ARGUMENTS))
+def check_arguments(layer: Any, index: int, run: DryRun) -> None:
+    """Refuse a layer that takes more than is known. Raises UnsupportedModelError."""
+    has_no_inputs = getattr(layer, "hidden_size_per_layer_input", None) == 0
+    unused = ("per_layer_input",) if has_no_inputs else ()
+    unknown = sorted(set(run.arguments).difference(ARGUMENTS, PER_TOKEN, unused))
     if unknown:
         raise refusal(f"it also takes {', '.join(unknown)}, which may have an entry for each token", layer, index)
+
+
+def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
+    """What no run on a few rows can show."""
+    check_arguments(layer, index, run)
     counted = [name for part in (layer, of) for name in COUNTERS if name in _names(type(part).forward)]
     if counted:
         raise refusal(
@@ -147,7 +172,7 @@ def _seen(layer: Any, index: int, run: DryRun, inputs: Inputs) -> Seen:
     except Exception as error:
         why = f"it cannot be run on a few rows to see what it hands to attention ({type(error).__name__}: {error})"
         raise refusal(why, layer, index) from None
-    if seen is None or not {*PROJECTIONS[:2]} <= seen.inputs.keys():
+    if seen is None:
         raise refusal("it has an attention of its own, which calls no attention function of Transformers", layer, index)
     return seen
 
@@ -163,44 +188,70 @@ def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
 
 def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
     """The child of ``layer`` that makes what its projections get of its input."""
-    for name, norm in _norms(run.layer, hidden.shape[-1:]):
-        if all(alike(seen.inputs[projection], norm(hidden)) for projection in PROJECTIONS[:2]):
+    for name, norm in _norms(run.layer, hidden[0, 0]):
+        if all(alike(rows, norm(hidden)) for rows in seen.rows):
             return name
-    if all(alike(seen.inputs[projection], hidden) for projection in PROJECTIONS[:2]):
+    if all(alike(rows, hidden) for rows in seen.rows):
         return None
     raise refusal("none of its norms makes what its query and key projections get", layer, index)
 
 
 def _head_norm(
-    layer: Any, index: int, run: DryRun, projection: str, heads: tuple[int, int], given: Any, expected: Tensor
-) -> str | None:
-    """The child of the attention that makes ``expected`` (H, R, D) of what ``projection`` returns."""
-    projected = getattr(run.attention, projection)(given[projection])[0]
-    if projected.shape[-1] == expected.shape[0] * heads[1]:
-        projected = projected.unflatten(-1, heads).transpose(0, 1)
-        if alike(expected, projected):
-            return None
-        for name, norm in _norms(run.attention, expected.shape[-1:]):
-            if alike(expected, norm(projected)):
-                return name
+    layer: Any,
+    index: int,
+    run: DryRun,
+    which: int,
+    projected: Tensor,
+    expected: Tensor,
+    factors: Sequence[float] = (1.0,),
+) -> tuple[str | None, float]:
+    """The child of the attention, and the one of ``factors``, that make ``expected`` (H, R, D) of ``projected``."""
+    if projected.shape[-1] == expected.shape[0] * expected.shape[-1]:
+        projected = projected.unflatten(-1, (-1, expected.shape[-1])).transpose(0, 1)
+        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, expected[0, 0]))]
+        for factor, (name, normed) in itertools.product(factors, norms):
+            if alike(expected, factor * normed):
+                return name, factor
+    name = run.projections.names[which]
     raise refusal(
-        f"its attention function gets neither what {projection!r} returns nor a norm of each head of it", layer, index
+        f"its attention function gets neither what {name!r} returns nor a norm of each head of it", layer, index
     )
 
 
-def _norms(module: Any, shape: Any) -> Iterator[tuple[str, Any]]:
-    """The children of ``module`` that take rows of ``shape``, by name."""
+def without_gate(projected: Tensor, head_dim: int) -> Tensor:
+    """Queries (R, H, D) of ``projected`` (R, H * 2 D), in which a gate comes behind each head."""
+    heads: Tensor = projected.unflatten(-1, (-1, 2 * head_dim))
+    return heads[..., :head_dim]
+
+
+def _norms(module: Any, row: Tensor) -> Iterator[tuple[str, Any]]:
+    """The children of ``module`` that norm something like ``row``, by name."""
     for name, child in module.named_children():
         weights = list(child.parameters())
-        if weights and all(weight.shape == shape for weight in weights):
+        is_norm = bool(weights) or any(hasattr(child, eps) for eps in EPSILONS)
+        if is_norm and all(weight.shape == row.shape for weight in weights):
             yield name, child
 
 
-def _rope(layer: Any, index: int, plain: Seen, turned: Seen, inputs: Inputs) -> Rope:
+def _rope(
+    layer: Any, index: int, plain: Seen, turned: Seen, inputs: Inputs, projected: tuple[Tensor, Tensor], norms: Any
+) -> tuple[Rope, bool]:
+    """How heads are rotated, and whether their norms, of which kernels can run the formula, come behind that."""
+    after, rope = (turned.query, turned.key), None
     for rope in get_args(Rope):
-        pairs = ((plain.query, turned.query), (plain.key, turned.key))
-        if all(alike(after, rotated(before, inputs, rope)) for before, after in pairs):
-            return rope  # type: ignore[no-any-return]
+        if all(
+            alike(its, rotated(one, inputs, rope)) for its, one in zip(after, (plain.query, plain.key), strict=True)
+        ):
+            return rope, False
+    if all(norm and _is_rms_norm(norm) for norm in norms):
+        for rope in get_args(Rope):
+            heads = (
+                one.unflatten(-1, (-1, its.shape[-1])).transpose(0, 1)
+                for one, its in zip(projected, after, strict=True)
+            )
+            made = (norm(rotated(one, inputs, rope)) for norm, one in zip(norms, heads, strict=True))
+            if all(map(alike, after, made)):
+                return rope, True
     raise refusal(
         f"it rotates queries and keys in another way than is known ({', '.join(get_args(Rope))})", layer, index
     )
@@ -223,7 +274,7 @@ def _is_rms_norm(norm: Any) -> bool:
     """Whether ``norm``, of a dry run, computes what ``RMSNorm`` does, to the last bit of both dtypes."""
     if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "forward"):
         return False
-    if not (hasattr(norm, "variance_epsilon") or hasattr(norm, "eps")):
+    if not any(hasattr(norm, eps) for eps in EPSILONS):
         return False
     rows = torch.linspace(-3, 3, 64 * norm.weight.numel()).sin().unflatten(0, (64, -1))
     for dtype in (torch.float32, torch.bfloat16):

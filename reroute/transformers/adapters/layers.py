@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...errors import UnsupportedModelError
-from .dry_run import ROWS, DryRun, Inputs, layers_get, on_cpu
+from .dry_run import ROWS, DryRun, Inputs, layers_get, on_cpu, rows
 from .facts import LayerFacts, layer_facts, refusal
 from .proof import prove
+from .recurrent import check_recurrent
 from .scoring_layer import check_parts
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Layers:
         """Nothing is known."""
         self._facts: dict[Any, LayerFacts] = {}
         self._proved: dict[Any, LayerFacts] = {}
+        self._recurrent: set[Any] = set()
 
     @classmethod
     def of(cls, text: nn.Module) -> Layers:
@@ -54,11 +56,25 @@ class Layers:
                 self._facts[key] = layer_facts(adapter.layers[index], adapter.attention, index, run, inputs)
         return self._facts[key]
 
+    def check_recurrent(self, adapter: ModelAdapter, index: int) -> None:
+        """Check that layer ``index``, which keeps a state, can run on the rows that are there.
+
+        Raises:
+            UnsupportedModelError: it cannot.
+        """
+        key = _key(adapter, index, has_place=False)
+        if key not in self._recurrent:
+            with on_cpu():
+                run = DryRun(adapter.layers[index], adapter.mixer(index))
+                hidden, ids = rows(adapter.text_config.hidden_size)
+                check_recurrent(adapter.layers[index], index, run, hidden, ids)
+            self._recurrent.add(key)
+
     def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], scoring: Sequence[int]) -> bool:
         """Check what the decoder gives to the layers that run ``compact``, which is cut to the rows that are there.
 
-        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``. Returns
-        whether tables of any two layers do.
+        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``; or a layer
+        has none. Returns whether any has other ones than those.
 
         Raises:
             UnsupportedModelError: layers get something else for each token, or decisions would need several tables.
@@ -66,9 +82,7 @@ class Layers:
         if not compact:
             return False
         with on_cpu():
-            run = DryRun(adapter.layers[compact[0]], adapter.attention)
-            hidden, ids = run.rows(adapter.text_config.hidden_size)
-            calls = _calls(adapter, hidden, ids)
+            calls = _calls(adapter, *rows(adapter.text_config.hidden_size))
         for index in compact:
             args, kwargs = calls[index]
             others = [name for name, value in kwargs.items() if name not in CUT and _has_rows(value)]
@@ -80,7 +94,7 @@ class Layers:
             if not _same(tables[index], tables[scoring[0]]):
                 why = f"it gets another position_embeddings than layer {scoring[0]}, and all decisions share one"
                 raise refusal(why, adapter.layers[index], index)
-        return not all(_same(its, tables[0]) for its in tables)
+        return not all(its is None or _same(its, tables[scoring[0]]) for its in tables)
 
     def proved(self, adapter: ModelAdapter, index: int) -> LayerFacts:
         """The facts of layer ``index``, from which scores were proved to be those of its attention.
@@ -119,7 +133,7 @@ def _calls(adapter: ModelAdapter, hidden: Tensor, ids: Tensor) -> list[tuple[tup
         UnsupportedModelError: it cannot be run without its layers.
     """
     try:
-        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(3, -1, -1))
+        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(adapter.position_axes, -1, -1))
     except Exception as error:
         raise UnsupportedModelError(
             f"The decoder {type(adapter.text).__name__} cannot be run without its layers, to see what it gives "
@@ -131,18 +145,18 @@ def _dry_run(adapter: ModelAdapter, index: int) -> tuple[DryRun, Inputs]:
     """A layer, and random rows for it with the rotary tables that the decoder gives it."""
     layer = adapter.layers[index]
     run = DryRun(layer, adapter.attention)
-    hidden, ids = run.rows(adapter.text_config.hidden_size)
+    hidden, ids = rows(adapter.text_config.hidden_size)
     tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings")
-    if not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
-        raise refusal("its decoder gives it no rotary tables", layer, index)
-    return run, Inputs.of(hidden, *tables, ids)
+    if tables is not None and not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
+        raise refusal("its decoder gives it rotary tables of another form than is known", layer, index)
+    return run, Inputs.of(hidden, tables, ids)
 
 
 def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
-    """What the facts of a layer depend on: its code, and that of what it calls before attention, and their settings."""
+    """What the facts of a layer depend on: its code, that of what it calls up to its mixer, and their settings."""
     layer = adapter.layers[index]
-    attention = getattr(layer, adapter.attention)
-    parts = (layer, *layer.children(), *attention.modules())
+    mixer = getattr(layer, adapter.mixer(index))
+    parts = (layer, *layer.children(), *mixer.modules())
     return type(adapter), has_place and index, tuple(_about(part) for part in parts)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ...errors import UnsupportedModelError
 
 __all__ = [
+    "PER_TOKEN",
     "child",
     "decoder_name",
     "feature_levels",
     "final_norm",
     "has_decoder",
-    "has_several_positions",
+    "position_axes",
     "stops_early",
     "visual_ids",
 ]
@@ -57,9 +58,12 @@ def final_norm(text: Any) -> Any:
     return child(text, *FINAL_NORMS)
 
 
-def has_several_positions(base: Any, text: Any) -> bool:
-    """Whether tokens have several position ids (M-RoPE)."""
-    return hasattr(base, "compute_3d_position_ids") or hasattr(getattr(text, "rotary_emb", None), "mrope_section")
+def position_axes(base: Any, text: Any) -> int:
+    """How many position ids a token has: several of M-RoPE, else one."""
+    sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None)
+    if isinstance(sections, Mapping):  # of each kind of layers
+        sections = next(iter(sections.values()), None)
+    return len(sections) if sections else 3 if hasattr(base, "compute_3d_position_ids") else 1
 
 
 def stops_early(text: Any) -> bool:
@@ -86,15 +90,23 @@ def feature_levels(config: Any, text: Any) -> int:
     others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS)
     levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
     unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
-    if getattr(config.get_text_config(), "num_kv_shared_layers", None) == 0:  # where it begins to drop other rows
-        unknown.discard("logits_to_keep")
-    if unknown - MARKS:
+    unused = (name for name, size in UNUSED.items() if getattr(config.get_text_config(), size, None) == 0)
+    unknown = unknown.difference(unused)
+    unknown = unknown.difference(MARKS, PER_TOKEN)
+    if unknown:
         raise UnsupportedModelError(
-            f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown - MARKS))}, and it is not known "
+            f"The decoder {type(text).__name__} also takes {', '.join(sorted(unknown))}, and it is not known "
             "what it does with it between its layers. Disable routing for this model."
         )
     return levels
 
+
+UNUSED: Final = {"logits_to_keep": "num_kv_shared_layers", "per_layer_inputs": "hidden_size_per_layer_input"}
+"""Arguments of Gemma's that a decoder looks at only if this number is not 0: layers that share keys, and so begin to
+drop rows themselves; and inputs of each layer for each token."""
+
+PER_TOKEN: Final = ("moe_mm_token_type_ids",)
+"""Arguments with an entry for each token, (B, L), that layers use row by row: which experts a token may be sent to."""
 
 MARKS: Final = frozenset({"visual_pos_masks", "vision_mask", "cache_position"})
 """Arguments that go with those of ``LEVELS``, or that no layer uses."""

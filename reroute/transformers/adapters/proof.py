@@ -30,8 +30,8 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
     assert plain is not None  # facts were found out
     assert turned is not None
     normed, last = bound.normalise(index, inputs.hidden[0]), torch.tensor([inputs.hidden.shape[1] - 1])
-    query, keys = bound.project(index, normed, last)
     spec, tables = bound.attention_spec(index), inputs if bound.rotates(index) else inputs.unrotated()
+    query, keys = bound.project(index, normed, RopeTables(tables.cos[0], tables.sin[0], last))
     norm = bound.input_norm(index)
     before = keys if spec.key_norm is None else spec.key_norm(keys)
     after = (
@@ -39,14 +39,17 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
         rotated(before.transpose(0, 1), tables, spec.rope),
     )
     steps = {
-        "the norm before attention": (normed, plain.inputs["q_proj"][0]),
+        "the norm before attention": (normed, plain.rows[0][0]),
         "what kernels make of that norm": (normed if norm is None else norm(inputs.hidden[0]), normed),
-        "queries before their rotation": (query[0], plain.query[:, -1]),
-        "keys before their rotation": (before, plain.key.transpose(0, 1)),
-        "rotated queries": (after[0][:, 0], turned.query[:, -1]),
-        "rotated keys": (after[1], turned.key),
-        "scores": (_scores(query, keys, tables, last, spec), _attention(turned)),
     }
+    if not facts.norms_come_last:  # else heads are others, and only scores the same
+        steps |= {
+            "queries before their rotation": (query[0], plain.query[:, -1]),
+            "keys before their rotation": (before, plain.key.transpose(0, 1)),
+            "rotated queries": (after[0][:, 0], turned.query[:, -1]),
+            "rotated keys": (after[1], turned.key),
+        }
+    steps["scores"] = _scores(query, keys, tables, last, spec), _attention(turned)
     wrong = next((step for step, (ours, its) in steps.items() if not alike(ours, its)), None)
     if wrong is not None:
         raise refusal(f"{wrong} are not what its attention function gets", layer, index)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import UnsupportedModelError
+from .projections import projections_of
 
 __all__ = ["check_part", "check_parts", "check_scoring_layer"]
 
-PROJECTIONS = ("q_proj", "k_proj")
 ADAPTERS, ACTIVATION = "adapter_names", "alora_offsets"
 """What PEFT hands to projections in hooks of one forward: an adapter for each row, and where activated LoRA begins."""
 
@@ -20,8 +20,9 @@ def check_parts(layer: Any, index: int, attention: str) -> None:
     Raises:
         UnsupportedModelError: one is missing.
     """
-    for path in (attention, *(f"{attention}.{name}" for name in PROJECTIONS)):
-        check_part(layer, path, index)
+    projections = projections_of(check_part(layer, attention, index))
+    for name in projections.names:
+        check_part(layer, f"{attention}.{name}", index)
 
 
 def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:

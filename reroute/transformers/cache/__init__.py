@@ -23,10 +23,12 @@ from .access import (
     visible_rows,
 )
 from .layers import GuardedLayer, RoutedLayer, RowPositions
+from .recurrent import GuardedRecurrentLayer
 from .states import KeptStates
 
 __all__ = [
     "GuardedLayer",
+    "GuardedRecurrentLayer",
     "KeptStates",
     "RoutedLayer",
     "RowPositions",

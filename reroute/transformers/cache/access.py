@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from ...errors import UnsupportedCacheError
 from .layers import (
@@ -21,6 +27,7 @@ from .layers import (
     empty_like,
     visible_columns,
 )
+from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
 
 __all__ = [
@@ -47,6 +54,8 @@ __all__ = [
 WHOLE = (DynamicLayer, GuardedLayer, RoutedLayer)
 SLIDING = (DynamicSlidingWindowLayer, GuardedSlidingLayer, RoutedSlidingLayer)
 """Kinds of layers that routing can store in: plain, guarded, routed."""
+RECURRENT = (LinearAttentionLayer, GuardedRecurrentLayer)
+"""Kinds that keep a state: plain, guarded."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -60,14 +69,19 @@ def past_length(cache: Cache | None) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], bool]) -> None:
-    """Refuse a cache that cannot hold a different length in each of ``layers``, of which some may keep a window.
+def check_cache(
+    cache: Cache, layers: Iterable[int], slides: Callable[[int], bool], is_recurrent: Callable[[int], bool]
+) -> None:
+    """Refuse a cache that cannot hold a different length in each of ``layers``.
+
+    Some of them may keep a window, and others a state.
 
     Raises:
         UnsupportedCacheError: static, quantised and paged caches, and windows of other layers; says what to use.
     """
     if isinstance(cache, DynamicCache):
-        present = [(cache.layers[i], WHOLE + SLIDING if slides(i) else WHOLE) for i in layers if i < len(cache.layers)]
+        kinds = [(i, RECURRENT if is_recurrent(i) else WHOLE + SLIDING if slides(i) else WHOLE) for i in layers]
+        present = [(cache.layers[i], fits) for i, fits in kinds if i < len(cache.layers)]
         wrong = {_plain_name(layer) for layer, fits in present if type(layer) not in fits}
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
@@ -94,9 +108,9 @@ def check_whole(cache: Cache, num_layers: int) -> None:
     Raises:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
-    layers: Sequence[Any] = cache.layers
     # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
-    agree = len(layers) >= num_layers and layers[0].get_seq_length() == layers[num_layers - 1].get_seq_length()
+    layers: Sequence[Any] = [layer for layer in cache.layers[:num_layers] if type(layer) not in RECURRENT]
+    agree = len(cache.layers) >= num_layers and layers[0].get_seq_length() == layers[-1].get_seq_length()
     if not agree or is_torn(cache):
         raise UnsupportedCacheError(HALF_FILLED)
 
@@ -127,22 +141,26 @@ def is_torn(cache: Cache | None) -> bool:
     return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
 
 
-def tear(cache: Cache, past: int) -> None:
-    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, it had ``past`` tokens."""
-    layers: Sequence[Any] = cache.layers
-    if all(layer.get_seq_length() == past for layer in layers):
+def tear(cache: Cache, past: int, *, has_begun: bool) -> None:
+    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, it had ``past`` tokens.
+
+    ``has_begun``: whether any layer has run. Of a state it cannot be seen whether it has changed.
+    """
+    layers: Sequence[Any] = [layer for layer in cache.layers if type(layer) not in RECURRENT]
+    may_differ = has_begun and len(layers) < len(cache.layers)
+    if not may_differ and all(layer.get_seq_length() == past for layer in layers):
         return
     for layer in layers:
         if type(layer) in WHOLE + SLIDING:
             layer.__class__ = TornLayer
 
 
-def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
+def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | GuardedRecurrentLayer | None:
     """Layer ``index`` of ``cache`` if it takes tokens only when it is allowed to, else None."""
     if cache is None or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if isinstance(layer, GuardedLayer) else None
+    return layer if isinstance(layer, GuardedLayer | GuardedRecurrentLayer) else None
 
 
 def stored_columns(cache: Cache, index: int) -> int:
@@ -167,6 +185,16 @@ def guard(cache: Cache, floor: int) -> None:
         if type(layer) in WHOLE[:2] + SLIDING[:2] and layer.keys is not None:
             layer.__class__ = GuardedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else GuardedLayer
             layer.floor = floor
+    _guard_states(cache)
+
+
+def _guard_states(cache: Cache) -> None:
+    layers: Sequence[Any] = cache.layers
+    first = next(index for index, layer in enumerate(layers) if isinstance(layer, GuardedLayer))
+    for index, layer in enumerate(layers):
+        if type(layer) in RECURRENT and has_state(layer):
+            layer.__class__ = GuardedRecurrentLayer
+            layer.first = layers[first] if index < first else None
 
 
 def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:

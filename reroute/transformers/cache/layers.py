@@ -111,13 +111,17 @@ class GuardedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Raises:
             UnsupportedCacheError: visual tokens or what lies before them would go.
         """
+        self.check_crop(tokens_to_remove)
+        self._crop(-tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises UnsupportedCacheError if visual tokens or what lies before them would go."""
         newest = self.get_seq_length() - self.floor
         if not -newest <= tokens_to_remove <= 0:
             raise UnsupportedCacheError(
                 f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
                 f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
             )
-        self._crop(-tokens_to_remove)
 
     def _crop(self, newest: int) -> None:
         super().crop(-newest)

@@ -1,0 +1,61 @@
+"""Layers that keep a state instead of keys: they may run on the rows that are there if nothing else counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.cost import RECURRENT
+from .dry_run import DryRun, Inputs
+from .facts import alike, check_arguments, refusal
+
+__all__ = ["RECURRENT", "check_recurrent", "mixer_name"]
+
+FILLERS = 5
+
+
+def mixer_name(layer: Any, default: str) -> str:
+    """What ``layer`` calls the part that keeps its state: the one with a place in the cache; ``default`` without."""
+    layer = getattr(layer, "_orig_mod", layer)
+    found = (name for name, child in layer.named_children() if hasattr(child, "layer_idx"))
+    return next(found, default)
+
+
+def check_recurrent(layer: Any, index: int, run: DryRun, hidden: Tensor, ids: Tensor) -> None:
+    """Check that what ``layer`` makes of rows depends on these rows and their order alone.
+
+    ``hidden`` (1, R, C) at positions ``ids`` (1, R) of its dry ``run``.
+
+    Raises:
+        UnsupportedModelError: it depends on where they are, on what comes after them, or on fillers before them.
+    """
+    check_arguments(layer, index, run)
+    near = torch.arange(ids.shape[1])[None]
+    plain = _mixed(layer, index, run, hidden, near)
+    if not alike(_mixed(layer, index, run, hidden, ids), plain):
+        raise refusal("its rows depend on where in the prompt they are", layer, index)
+    half = hidden.shape[1] // 2
+    if not alike(_mixed(layer, index, run, hidden[:, :half], near[:, :half]), plain[:, :half]):
+        raise refusal("its rows depend on what comes after them", layer, index)
+    # In a batch of two, as it comes about.
+    padded = torch.cat([hidden[:, -FILLERS:], hidden], 1).expand(2, -1, -1)
+    mask = torch.ones(padded.shape[:2], dtype=torch.bool)
+    mask[1, :FILLERS] = False
+    places = torch.arange(padded.shape[1]).expand(2, -1)
+    if not alike(_mixed(layer, index, run, padded, places, mask)[1:, FILLERS:], plain):
+        raise refusal("rows that its mask hides leave something behind in its state", layer, index)
+
+
+def _mixed(layer: Any, index: int, run: DryRun, hidden: Tensor, ids: Tensor, mask: Any = None) -> Tensor:
+    """What its mixer returns, with rotary tables of these positions."""
+    angles = ids[..., None] * torch.linspace(1.0, 0.1, 8)
+    try:
+        mixed = run.mixed(Inputs(hidden, angles.cos(), angles.sin(), ids, mask))
+    except Exception as error:
+        why = f"it cannot be run on a few rows to see what its state does ({type(error).__name__}: {error})"
+        raise refusal(why, layer, index) from None
+    if mixed is None:
+        raise refusal("its configuration says that it keeps a state, and it calls an attention function", layer, index)
+    return mixed
