@@ -21,7 +21,7 @@ __all__ = ["Diverse"]
 class Diverse(Method):
     """The first decision keeps tokens that are unlike each other, later ones those that are attended to.
 
-    - ``route``: before layers 0, 11, 14 and 19 of 32, in the proportions 5 : 2 : 2 : 2.
+    - ``route``: before layers 0, 11 and 19 of 32, in the proportions 3 : 1 : 1.
     - ``remove``: before layers 0 and 14 of 32, in the proportions 27 : 8.
 
     Both suit the two small models of ``reroute.demo``, by whose answers to validation questions they were chosen
@@ -30,8 +30,8 @@ class Diverse(Method):
     """
 
     name = "diverse"
-    layers: ClassVar[dict[Action, tuple[int, ...]]] = {"route": (0, 11, 14, 19), "remove": (0, 14)}
-    proportions: ClassVar[dict[Action, tuple[float, ...]]] = {"route": (5, 2, 2, 2), "remove": (27, 8)}
+    layers: ClassVar[dict[Action, tuple[int, ...]]] = {"route": (0, 11, 19), "remove": (0, 14)}
+    proportions: ClassVar[dict[Action, tuple[float, ...]]] = {"route": (3, 1, 1), "remove": (27, 8)}
     usual_keep: ClassVar[float] = 1 / 3
 
     ratios: tuple[float, ...] | None = None

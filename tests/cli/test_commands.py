@@ -103,7 +103,7 @@ def test_run_answers_three_ways_and_writes_the_page(
     assert main(["run", str(picture), QUESTION, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "where is the leftmost digit ?" in said
-    for name in ("dense", "PDrop remove", "PDrop route"):
+    for name in ("dense", "Diverse remove", "Diverse route"):
         assert len(re.findall(f"^{name}", said, re.MULTILINE)) >= 2  # answer and cost
     (scene,) = data_of(out)
     assert scene["grid"] == [12, 12]
@@ -136,7 +136,7 @@ def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
     ("options", "says"),
     [
         (["--method", "fastw"], r"Unknown method 'fastw'; known: cdpruner, .*, fastv, .*, vscan"),
-        (["--keep", "0.05"], r"keep = 0.05 is out of reach"),
+        (["--method", "pdrop", "--keep", "0.05"], r"keep = 0.05 is out of reach"),
         (["--keep", "1"], r"--keep must lie between 0 and 1"),
         (["--model", "./nowhere"], r"\./nowhere is no model folder"),
         (["--model", "nobody/nothing"], r"The model nobody/nothing cannot be loaded: .* Without a network"),
