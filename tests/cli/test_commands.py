@@ -14,8 +14,9 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from reroute.cli import demo, doctor, main, setups
+from reroute.cli import demo, doctor, main, run, setups
 from reroute.cli.scenes import pick
+from reroute.config import DEFAULT_METHOD
 from reroute.core.schedule import Schedule
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.examples import examples
@@ -108,8 +109,12 @@ def test_run_answers_three_ways_and_writes_the_page(
     (scene,) = data_of(out)
     assert scene["grid"] == [12, 12]
     assert [run["action"] for run in scene["runs"]] == ["remove", "route"]
-    assert [len(stage["kept"]) for stage in scene["runs"][1]["stages"]] == [144, 65, 65, 32, 16]
+    assert [len(stage["kept"]) for stage in scene["runs"][1]["stages"]] == [85, 28, 28]
     assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "scene.png"]
+
+
+def test_run_uses_the_method_that_enable_uses() -> None:
+    assert run.METHOD == DEFAULT_METHOD
 
 
 def test_run_can_do_one_action_of_a_model_in_a_folder(
