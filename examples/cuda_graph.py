@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with torch.no_grad():
         print(f"plain, eager   {milliseconds(run):8.2f} ms")
-        with reroute.enable(model, method="pdrop", keep=options.keep) as handle:
+        with reroute.enable(model, keep=options.keep) as handle:
             plan = handle.plan(inputs["input_ids"])  # the one step that waits for the device
             with handle.using(plan):  # holds one place in the pool; replay only inside
                 eager = run().logits.clone()

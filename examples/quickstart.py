@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"question  {question}")
     print(f"plain     {answer()}")
-    handle = reroute.enable(model, method="pdrop", action="route", keep=options.keep)
+    handle = reroute.enable(model, keep=options.keep)
     print(f"routed    {answer()}")  # nothing else changes
     print(f"\n{handle.stats()}")
     handle.disable()  # the model is exactly what it was

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", metavar="PATH_OR_ID", help="folder or Hub name")
     parser.add_argument("--tiny", action="store_true", help="the model that ships with the package")
     parser.add_argument("--questions", type=int, default=20, metavar="N", help="of each of three kinds, with --tiny")
-    parser.add_argument("--method", default="pdrop", help="default: %(default)s")
+    parser.add_argument("--method", default="diverse", help="default: %(default)s")
     parser.add_argument("--keep", type=float, nargs="+", default=[1 / 3, 2 / 9, 1 / 9], help="budgets avg_T / N")
     parser.add_argument("--out", type=Path, metavar="JSONL", help="where the results go")
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Recoverable visual-token routing: faster prefill for vision-language models, no cut final.
 
-``reroute.enable(model, method="pdrop", keep=0.33)`` switches it on; see ``enable`` for the rest.
+``reroute.enable(model, keep=0.33)`` switches it on; see ``enable`` for the rest.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def enable(
 
     Args:
         model: a supported ``…ForConditionalGeneration``. Enabling it again replaces what was set before.
-        method: how visual tokens are ranked and on what schedule: a name (default ``"pdrop"``) or an instance.
+        method: how visual tokens are ranked and on what schedule: a name (default ``"diverse"``) or an instance.
         action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
             ratios are solved for it. Default: the method's own ratios.

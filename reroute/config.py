@@ -22,14 +22,14 @@ __all__ = ["RoutingConfig", "Settings", "check_arguments"]
 VERSION = 1
 """Of what ``to_json`` writes."""
 
-DEFAULT_METHOD = "pdrop"
+DEFAULT_METHOD = "diverse"
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
     """How a model is routed; see ``reroute.enable``, which takes the same settings one by one.
 
-    - ``method``: a name, a ``Method``, or None, which is ``"pdrop"`` unless there is a ``schedule``.
+    - ``method``: a name, a ``Method``, or None, which is ``"diverse"`` unless there is a ``schedule``.
     - ``action``: ``"route"`` or ``"remove"``.
     - ``keep``: budget avg_T / N, or None for the ratios of the method.
     - ``schedule``: decisions, instead of those of ``method`` and ``keep``.

@@ -55,8 +55,9 @@ NOTES: Final = (
     "avg_T: visual tokens that a layer runs, mean over all layers, counted. Rows of one block run the same share of "
     "the visual tokens to within 2 %, as measured and not as asked for (5 % is 7.0 to 7.2 of 144: one decision alone "
     "cannot have a number between 7 and 8).",
-    "FastV, PDrop, Diverse, DivPrune: each on its own schedule, for either action. Calibrated: what reroute calibrate "
-    "found for this model from the schedules of PDrop, FastV and Diverse, without labels, on validation pictures. "
+    "FastV, PDrop, Diverse, DivPrune: each on its own schedule, for either action. Those of FastV and PDrop were made "
+    "for larger models; that of Diverse was chosen on validation pictures of the two demo models, one for both. "
+    "Calibrated: what reroute calibrate found for this model, without labels, on validation pictures. "
     "Random: removed before the first layer.",
     "Acc@0.5: a box is right if its IoU with the true box is at least 0.5. ± in the table: binomial standard error "
     "(s.e.) of that figure. ± in the sentences: s.e. of a paired difference, as all setups got the same questions. "

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-METHOD: Final = "pdrop"
+METHOD: Final = "diverse"
+"""That of ``reroute.enable``, whose settings need torch."""
 KEEP: Final = 0.33
 MAX_NEW_TOKENS: Final = 64
 ROUNDS: Final = 5
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("image", type=Path, metavar="IMAGE", help="a picture file")
     add("question", metavar="QUESTION", help='such as "where is the red seven ?"')
     add("--model", metavar="MODEL", help="a folder, a name on the Hub, or a demo model: labels (default), text")
-    add("--method", help=f"how visual tokens are ranked: fastv, pdrop, … (default: {METHOD})")
+    add("--method", help=f"how visual tokens are ranked: pdrop, fastv, … (default: {METHOD})")
     add("--schedule", type=Path, metavar="FILE", help="decisions that reroute calibrate found, instead of a method's")
     add("--action", choices=get_args(Action), help="only this one (default: both, and dense)")
     add("--compare", action="store_true", help="with --action: answer densely too")

@@ -25,6 +25,7 @@ class CDPruner(Diverse):
     name = "cdpruner"
     layers: ClassVar[dict[Action, tuple[int, ...]]] = {**Diverse.layers, "remove": (0,)}
     proportions: ClassVar[dict[Action, tuple[float, ...]]] = {**Diverse.proportions, "remove": (1,)}
+    usual_keep: ClassVar[float] = 1 / 9
 
     first: Ranker = field(default=ConditionalDiversity(), kw_only=True)
 

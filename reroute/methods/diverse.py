@@ -21,17 +21,18 @@ __all__ = ["Diverse"]
 class Diverse(Method):
     """The first decision keeps tokens that are unlike each other, later ones those that are attended to.
 
-    - ``route``: before layers 0, 8, 14 and 19 of 32, in the proportions 40 : 13 : 13 : 4.
+    - ``route``: before layers 0, 11 and 19 of 32, in the proportions 3 : 1 : 1.
     - ``remove``: before layers 0 and 14 of 32, in the proportions 27 : 8.
 
-    Both were found on the small model of ``reroute.demo``. ``ratios`` has one per layer, relative to the N visual
-    tokens; None is those whose budget avg_T / N is 1/9. ``first`` ranks the first decision, ``ranker`` the others.
+    Both suit the two small models of ``reroute.demo``, by whose answers to validation questions they were chosen
+    (docs/design/explored.md). ``ratios`` has one per layer, relative to the N visual tokens; None is those whose budget
+    avg_T / N is 1/3. ``first`` ranks the first decision, ``ranker`` the others.
     """
 
     name = "diverse"
-    layers: ClassVar[dict[Action, tuple[int, ...]]] = {"route": (0, 8, 14, 19), "remove": (0, 14)}
-    proportions: ClassVar[dict[Action, tuple[float, ...]]] = {"route": (40, 13, 13, 4), "remove": (27, 8)}
-    usual_keep: ClassVar[float] = 1 / 9
+    layers: ClassVar[dict[Action, tuple[int, ...]]] = {"route": (0, 11, 19), "remove": (0, 14)}
+    proportions: ClassVar[dict[Action, tuple[float, ...]]] = {"route": (3, 1, 1), "remove": (27, 8)}
+    usual_keep: ClassVar[float] = 1 / 3
 
     ratios: tuple[float, ...] | None = None
     rounding: Rounding = "floor"

@@ -28,6 +28,7 @@ class VisionZip(Diverse):
     name = "visionzip"
     layers: ClassVar[dict[Action, tuple[int, ...]]] = {**Diverse.layers, "remove": (0,)}
     proportions: ClassVar[dict[Action, tuple[float, ...]]] = {**Diverse.proportions, "remove": (1,)}
+    usual_keep: ClassVar[float] = 1 / 9
 
     first: Ranker = field(default=DominantContextual(), kw_only=True)
 

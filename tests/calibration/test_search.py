@@ -117,7 +117,7 @@ def test_rankers_are_those_of_the_methods() -> None:
     assert space.key(other) != space.key(start)
     assert "Diversity" not in str(start)
     assert str(space.starts()[1]).startswith("0: ")
-    assert " Diversity, 3: " in str(space.starts()[1])
+    assert " Diversity, 4: " in str(space.starts()[1])
 
 
 def test_a_climb_gets_closer(space: Space) -> None:

@@ -14,8 +14,9 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
-from reroute.cli import demo, doctor, main, setups
+from reroute.cli import demo, doctor, main, run, setups
 from reroute.cli.scenes import pick
+from reroute.config import DEFAULT_METHOD
 from reroute.core.schedule import Schedule
 from reroute.demo import tinyvlm
 from reroute.demo.tinyvlm.examples import examples
@@ -103,13 +104,17 @@ def test_run_answers_three_ways_and_writes_the_page(
     assert main(["run", str(picture), QUESTION, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "where is the leftmost digit ?" in said
-    for name in ("dense", "PDrop remove", "PDrop route"):
+    for name in ("dense", "Diverse remove", "Diverse route"):
         assert len(re.findall(f"^{name}", said, re.MULTILINE)) >= 2  # answer and cost
     (scene,) = data_of(out)
     assert scene["grid"] == [12, 12]
     assert [run["action"] for run in scene["runs"]] == ["remove", "route"]
-    assert [len(stage["kept"]) for stage in scene["runs"][1]["stages"]] == [144, 65, 65, 32, 16]
+    assert [len(stage["kept"]) for stage in scene["runs"][1]["stages"]] == [85, 28, 28]
     assert sorted(p.name for p in out.parent.iterdir()) == ["page.html", "scene.png"]
+
+
+def test_run_uses_the_method_that_enable_uses() -> None:
+    assert run.METHOD == DEFAULT_METHOD
 
 
 def test_run_can_do_one_action_of_a_model_in_a_folder(
@@ -136,7 +141,7 @@ def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
     ("options", "says"),
     [
         (["--method", "fastw"], r"Unknown method 'fastw'; known: cdpruner, .*, fastv, .*, vscan"),
-        (["--keep", "0.05"], r"keep = 0.05 is out of reach"),
+        (["--method", "pdrop", "--keep", "0.05"], r"keep = 0.05 is out of reach"),
         (["--keep", "1"], r"--keep must lie between 0 and 1"),
         (["--model", "./nowhere"], r"\./nowhere is no model folder"),
         (["--model", "nobody/nothing"], r"The model nobody/nothing cannot be loaded: .* Without a network"),

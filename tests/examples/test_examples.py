@@ -67,7 +67,7 @@ def test_an_example_says_what_it_needs(name: str, capsys: pytest.CaptureFixture[
 def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of("quickstart")(["--tiny"]) == 0
     said = capsys.readouterr().out
-    assert re.match(r"question  what digit .*\nplain     \w+\nrouted    \w+\n\npdrop, route, backend torch ", said)
+    assert re.match(r"question  what digit .*\nplain     \w+\nrouted    \w+\n\ndiverse, route, backend torch ", said)
     assert "1 prefills recorded" in said
 
 
@@ -84,8 +84,8 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.jsonl"
     assert main_of("sweep")(["--tiny", "--questions", "1", "--keep", "0.25", "--out", str(file)]) == 0
     said = capsys.readouterr().out
-    settings = ["dense", "pdrop remove 0.250", "pdrop route 0.250"]
-    assert re.findall(r"^(dense|pdrop .*?)  ", said, re.MULTILINE) == settings
+    settings = ["dense", "diverse remove 0.250", "diverse route 0.250"]
+    assert re.findall(r"^(dense|diverse .*?)  ", said, re.MULTILINE) == settings
     dense, *others = map(json.loads, file.read_text().splitlines())
     assert (dense["avg_tokens"], dense["flops"], dense["kv_cache"]) == (144, 1, 1)
     for action, line in zip(("remove", "route"), others, strict=True):

@@ -218,7 +218,7 @@ def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level("INFO", logger="reroute")
     with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
         assert handle.schedule.layers == (2, 6)
-        assert "pdrop decides before layers (2, 6) of this model instead of (1, 3, 5)" in caplog.text
+        assert "diverse decides before layers (2, 6) of this model instead of (0, 2, 4)" in caplog.text
         handle.warm_up(visual=16)
         with handle.at(method="fastv", action="remove", keep=0.5):
             pass

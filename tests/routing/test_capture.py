@@ -19,8 +19,10 @@ from support import RULES, NoWaiting, cache_of, enable, generate, kv_lengths
 from torch import Tensor
 from turns import is_fresh
 
+import reroute
 from reroute.core.workspace import Workspace
 from reroute.errors import RerouteError
+from reroute.rankers import Diversity
 from reroute_kernels import PagedPool
 
 
@@ -67,6 +69,18 @@ def test_a_second_prefill_can_be_captured(tiny: Tiny, rules: Rules) -> None:
             with capturing():
                 output = tiny.model(**second)
         assert handle.stats().prefills == 3
+    assert torch.equal(output.logits, expected.logits)
+
+
+def test_the_usual_method_too(tiny: Tiny) -> None:
+    """Whose first decision is ranked by more than attention."""
+    first, second = inputs(tiny, 0), inputs(tiny, 10)
+    with reroute.enable(tiny.model, keep=0.4) as handle, handle.using(handle.plan(ids(tiny))):
+        expected = tiny.model(**second)
+        tiny.model(**first)
+        with capturing():
+            output = tiny.model(**second)
+        assert handle.schedule.rankers[0] == Diversity()
     assert torch.equal(output.logits, expected.logits)
 
 

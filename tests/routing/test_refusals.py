@@ -32,7 +32,7 @@ KNOWN = ", ".join(sorted(METHODS))
         ({"method": 3}, KNOWN),
         ({"action": "prune"}, "Unknown action 'prune'; known: remove, route"),
         ({"backend": "cuda"}, "Unknown backend 'cuda'; known: auto, torch, triton"),
-        ({"keep": 0.01}, "out of reach"),
+        ({"method": "pdrop", "keep": 0.01}, "out of reach"),
         ({"keep": 0}, "above 0"),
         ({"keep": 1.5}, "at most 1"),
         ({"keep": 0.5, "schedule": reroute.Schedule((2,), (0.5,))}, "not both"),

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "unknown method": {"method": "fastvv"},
     "unknown action": {"action": "prune"},
     "unknown backend": {"backend": "cuda"},
-    "a budget out of reach": {"keep": 0.01},
+    "a budget out of reach": {"method": "pdrop", "keep": 0.01},
     "a budget above 1": {"keep": 1.5},
     "a budget as text": {"keep": "0.33"},
     "a budget and a schedule": {"keep": 0.5, "schedule": reroute.Schedule((2,), (0.5,))},

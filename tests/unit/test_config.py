@@ -11,7 +11,7 @@ import pytest
 import reroute
 from reroute import RoutingConfig, Schedule
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, FastV, PDrop, Random
+from reroute.methods import METHODS, Diverse, FastV, PDrop, Random
 from reroute.rankers import RANKERS, LastTokenAttention, RandomScores, RankInputs, ScoreRanker
 
 
@@ -95,7 +95,8 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 
 
 def test_what_settings_mean_for_a_model() -> None:
-    assert RoutingConfig(keep=1 / 3).schedule_for(32) == PDrop().with_budget(1 / 3, 32, "route").schedule(32, "route")
+    assert RoutingConfig(keep=0.2).schedule_for(32) == Diverse().with_budget(0.2, 32, "route").schedule(32, "route")
+    assert RoutingConfig().schedule_for(32) == RoutingConfig(keep=1 / 3).schedule_for(32)
     schedule = Schedule((2,), (0.5,))
     explicit = RoutingConfig(schedule=schedule)
     assert (explicit.schedule_for(8), explicit.method_name) == (schedule, "schedule")

@@ -12,7 +12,7 @@ from reroute.core.moving import moved
 from reroute.core.schedule import Schedule
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
-from reroute.methods import METHODS, FastV, PDrop
+from reroute.methods import METHODS, Diverse, FastV, PDrop
 from reroute.rankers import LastTokenAttention, Ranker
 
 EVERY_SIXTH = (5, 11, 17, 23, 29)
@@ -57,7 +57,7 @@ def test_scores_stay_in_order() -> None:
 
 
 @pytest.mark.parametrize("action", ["route", "remove"])
-@pytest.mark.parametrize("method", [PDrop(), FastV()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [PDrop(), FastV(), Diverse()], ids=lambda method: method.name)
 def test_the_budget_holds(method: Any, action: Any) -> None:
     settings = RoutingConfig(method=method, action=action, keep=0.4).for_model(34).moved(34, only(*EVERY_SIXTH))
     schedule = settings.schedule
