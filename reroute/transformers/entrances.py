@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from .generation import PROMPT_END, generating, prompt_end
+from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
 from .vision import TowerRun, attach
 
@@ -123,6 +123,9 @@ class RoutedGenerator(RoutedModel):
         router = _active(self)
         if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
+            # For static caches generate makes the decoder's masks ahead, which do not tell what is padding.
+            if inputs.get("attention_mask") is not kwargs.get("attention_mask"):
+                inputs[PADDING] = kwargs.get("attention_mask")
         return inputs
 
 
@@ -202,6 +205,8 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
 @_eager
 def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
+    known = kwargs if PADDING not in kwargs else {"attention_mask": kwargs.pop(PADDING)}
+    known = {**kwargs, **known}
     outer, forward, call = _forward.get(), None, Call()
     try:
         router = call.begin(base)
@@ -209,7 +214,7 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
             return proceed(*args, **kwargs)
         labels = None if given is None or given[0] is not router else given[1]
         _labels.set(None)  # for good: they are those of one call of the base model
-        forward = router.open(args, kwargs, labels, end)
+        forward = router.open(args, known, labels, end)
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
-from .cache import GuardedLayer, RoutedLayer, guarded_layer, past_length, tear
+from .cache import GuardedLayer, RoutedLayer, guarded_layer, length_of, tear
 from .vision import Recording
 
 __all__ = ["ForwardContext", "Kwargs"]
@@ -32,7 +32,7 @@ class ForwardContext:
         self._adapter, self._shape = adapter, shape
         self._is_claimed = self._is_running = False
         self._writable: GuardedLayer | None = None
-        self._kept: tuple[Cache, int] | None = None
+        self._kept: tuple[Cache, Any] | None = None
 
     @cached_property
     def _mask_format(self) -> MaskFormat:
@@ -41,7 +41,7 @@ class ForwardContext:
 
     def keep(self, cache: Cache | None) -> None:
         """The caller has ``cache``, whatever becomes of the call."""
-        self._kept = None if cache is None else (cache, past_length(cache))
+        self._kept = None if cache is None else (cache, length_of(cache))
 
     def is_of(self, adapter: ModelAdapter) -> bool:
         """Whether it is one of the model of ``adapter``."""

@@ -16,15 +16,18 @@ from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
-from ..errors import RerouteError
+from ..errors import RerouteError, UnsupportedCacheError
 from .adapters import ModelAdapter
+from .attention import mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
     check_cache,
     check_whole,
+    has_quantized,
     is_renumbered,
     is_routed,
+    is_static,
     past_length,
     routed_layers,
     states_of,
@@ -44,18 +47,41 @@ PICTURES = ("pixel_values", "mm_encoder_outputs")
 class Prompt:
     """What a plan is made of, apart from the settings.
 
-    - ``ids`` (B, L): tokens of the call. ``mask`` (B, past + L) or None.
+    - ``ids`` (B, L): tokens of the call, or ``visual`` (B, L) bool: which of them are visual. ``mask`` (B, past + L)
+      or None.
     - ``positions``: position ids (B, L), or (3 or 4, B, L) of M-RoPE, or None.
     - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
     - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
     """
 
-    ids: torch.Tensor
+    ids: torch.Tensor | None
     mask: Any = None
     positions: torch.Tensor | None = None
     cache: Cache | None = None
     labels: torch.Tensor | None = None
     end: int | None = None
+    visual: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """RerouteError unless one of ``ids`` and ``visual`` is given, and the other arguments fit it."""
+        if (self.ids is None) == (self.visual is None):
+            raise RerouteError("Give either input_ids or visual_mask: each tells where the visual tokens are.")
+        if self.visual is None:
+            return
+        if self.visual.ndim != 2 or self.visual.dtype != torch.bool:
+            raise RerouteError(
+                "visual_mask is a tensor (batch, length) of bool, True at visual tokens, not "
+                f"{tuple(self.visual.shape)} of {self.visual.dtype}."
+            )
+        if self.labels is not None and self.labels.shape != self.shape:
+            raise RerouteError(f"labels are of {tuple(self.labels.shape)} tokens, visual_mask of {self.shape}.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        known = self.visual if self.ids is None else self.ids
+        assert known is not None
+        return known.shape[0], known.shape[1]
 
 
 class Planner:
@@ -118,7 +144,7 @@ class Planner:
         Raises:
             RerouteError: this prompt cannot be routed.
         """
-        is_visual = visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
+        is_visual = self._visual(prompt, has_picture=has_picture)
         earlier = _reopened(prompt, settings)
         if earlier is None and not is_visual.any():
             return None
@@ -149,6 +175,13 @@ class Planner:
             check_one_prompt_per_row(prompt.positions, own, has_mask=prompt.mask is not None)
         return plan
 
+    def _visual(self, prompt: Prompt, *, has_picture: bool) -> Any:
+        """(B, L) True at visual tokens. Waits for the device."""
+        if prompt.visual is not None:
+            return prompt.visual.cpu().numpy()
+        assert prompt.ids is not None
+        return visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
+
     def check_call(self, plan: Plan, cache: Cache | None) -> None:
         """Check the model and ``cache`` as they are at the call, by what the host knows.
 
@@ -163,8 +196,14 @@ class Planner:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
             check_cache(cache, compact, self.adapter.slides)
+            self._check_static(cache)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
+        if plan.reopened and plan.past and has_quantized(cache):
+            raise UnsupportedCacheError(
+                "A later turn that chooses again needs the rows of the text before the first picture as they were, and "
+                "this cache has quantised them. Put that text into the call of the first picture, or use a DynamicCache."
+            )
         kept = states_of(cache)
         if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
             raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")
@@ -185,11 +224,11 @@ class Planner:
                 if settings.config.reopens and is_routed(cache):
                     raise RerouteError(
                         "A turn that chooses again must show where its visual tokens are, and inputs_embeds do not. "
-                        "Pass input_ids, or call the model in handle.using(handle.plan(input_ids, cache=cache))."
+                        "Pass input_ids, or call the model in handle.using(handle.plan(visual_mask=…, cache=cache))."
                     )
                 self._warn(
                     "the prompt came as inputs_embeds, which do not show where visual tokens are. If it has any, pass "
-                    "input_ids, or call the model in handle.using(handle.plan(input_ids))"
+                    "input_ids, or call the model in handle.using(handle.plan(visual_mask=…))"
                 )
             return None
         if labels is not None and labels.shape != ids.shape:
@@ -240,16 +279,28 @@ class Planner:
         """
         check_attention(self.adapter, routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
+        self._check_static(cache)
         _check_shared(kwargs)
-        keys = past_length(cache) + tokens.shape[1]
-        check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
+
+        def counts() -> tuple[int, ...]:
+            keys = past_length(cache) + tokens.shape[1]
+            return keys, len(tokens) * keys
+
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
 
     def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
         _check_shared(kwargs)
         keys = plan.past + plan.length
         valid = int((plan.order[:, plan.reopened :] >= 0).sum())
         counts = (plan.shape[1], keys, plan.batch * plan.shape[1], plan.batch * keys, valid)
-        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, lambda: counts)
+
+    def _check_static(self, cache: Cache) -> None:
+        if is_static(cache) and mask_format_of(self.adapter.text_config) == "padding":
+            raise UnsupportedCacheError(
+                "Flash attention tells the rows of a static cache by their number, and routed layers have fewer. Call "
+                "model.set_attn_implementation('sdpa'), or use a DynamicCache."
+            )
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:
@@ -276,17 +327,17 @@ def _valid(prompt: Prompt) -> Any:
     """(B, L) False at padding; None if the mask does not say."""
     mask = prompt.mask
     if mask is None:
-        return np.ones(prompt.ids.shape, dtype=bool)
+        return np.ones(prompt.shape, dtype=bool)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
-    return mask[:, -prompt.ids.shape[1] :].cpu().numpy().astype(bool)
+    return mask[:, -prompt.shape[1] :].cpu().numpy().astype(bool)
 
 
 def _chooses_again(prompt: Prompt, settings: Settings) -> bool:
     """Whether this is a turn on a routed cache, neither a step nor a draft, and such turns choose again."""
     if not settings.config.reopens or settings.keeps_all or not is_routed(prompt.cache):
         return False
-    return prompt.ids.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
+    return prompt.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
 
 
 def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:

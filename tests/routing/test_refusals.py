@@ -273,13 +273,6 @@ def test_a_prompt_without_a_question(tiny: Tiny) -> None:
     refuses(tiny, RerouteError, "question after the picture", lambda: tiny.model(**chunk))
 
 
-def test_static_cache(tiny: Tiny) -> None:
-    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
-    cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
-    refuses(tiny, UnsupportedCacheError, "StaticCache|StaticLayer", lambda: tiny.model(**given, **{CACHE: cache}))
-    assert cache.get_seq_length() == 0
-
-
 def test_sliding_cache(tiny: Tiny) -> None:
     from transformers.cache_utils import DynamicSlidingWindowLayer
 

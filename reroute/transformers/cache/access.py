@@ -6,47 +6,49 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
+)
 
 from ...errors import UnsupportedCacheError
-from .layers import (
-    HALF_FILLED,
-    GuardedLayer,
-    GuardedSlidingLayer,
-    RoutedLayer,
-    RoutedSlidingLayer,
-    RowPositions,
-    TornLayer,
-    columns_of,
-    empty_like,
-    visible_columns,
-)
+from ...stats import LayerRows
+from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .states import KeptStates
+from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
 
 __all__ = [
     "cache_of",
     "check_cache",
     "check_whole",
     "cut",
+    "give_room",
     "guard",
     "guarded_layer",
+    "has_quantized",
+    "has_stored",
     "has_windows",
     "is_renumbered",
     "is_routed",
+    "is_static",
     "is_torn",
     "keep_states",
+    "layer_rows",
+    "length_of",
     "past_length",
+    "room_of",
     "route_layer",
     "routed_layers",
     "states_of",
-    "stored_columns",
     "tear",
     "visible_rows",
 ]
-
-WHOLE = (DynamicLayer, GuardedLayer, RoutedLayer)
-SLIDING = (DynamicSlidingWindowLayer, GuardedSlidingLayer, RoutedSlidingLayer)
-"""Kinds of layers that routing can store in: plain, guarded, routed."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -56,7 +58,7 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
 
 
 def past_length(cache: Cache | None) -> int:
-    """Logical length of ``cache``."""
+    """Logical length of ``cache``. Waits for the device if that is static."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -64,11 +66,14 @@ def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], boo
     """Refuse a cache that cannot hold a different length in each of ``layers``, of which some may keep a window.
 
     Raises:
-        UnsupportedCacheError: static, quantised and paged caches, and windows of other layers; says what to use.
+        UnsupportedCacheError: paged caches, and windows of other layers; says what to use.
     """
-    if isinstance(cache, DynamicCache):
-        present = [(cache.layers[i], WHOLE + SLIDING if slides(i) else WHOLE) for i in layers if i < len(cache.layers)]
-        wrong = {_plain_name(layer) for layer, fits in present if type(layer) not in fits}
+    if isinstance(cache, DynamicCache | StaticCache | QuantizedCache):
+        present = [(plain_class(cache.layers[i]), slides(i)) for i in layers if i < len(cache.layers)]
+        wrong = {plain.__name__ for plain, its in present if not can_store(plain, slides=its)}
+        wrong |= {
+            TornLayer.__name__ for i in layers if i < len(cache.layers) and isinstance(cache.layers[i], TornLayer)
+        }
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -78,27 +83,28 @@ def check_cache(cache: Cache, layers: Iterable[int], slides: Callable[[int], boo
     else:
         what = type(cache).__name__
     raise UnsupportedCacheError(
-        f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of the model's "
-        "configuration (what generate() makes by default), or disable routing for this call."
+        f"Routing needs cache layers that may differ in length; {what} cannot. Use a cache of the model's "
+        "configuration that is dynamic (what generate() makes by default), static or quantised, or disable routing "
+        "for this call."
     )
 
 
-def _plain_name(layer: Any) -> str:
-    """Of the class that ``layer`` had before it was guarded."""
-    return DynamicSlidingWindowLayer.__name__ if type(layer) in SLIDING else type(layer).__name__
-
-
 def check_whole(cache: Cache, num_layers: int) -> None:
-    """Refuse a routed cache whose layers do not agree on how long the sequence is.
+    """Refuse a routed cache whose layers do not agree on how long the sequence is. Static ones are not asked.
 
     Raises:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
     layers: Sequence[Any] = cache.layers
     # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
-    agree = len(layers) >= num_layers and layers[0].get_seq_length() == layers[num_layers - 1].get_seq_length()
+    agree = len(layers) >= num_layers and _agree(layers[0].get_seq_length(), layers[num_layers - 1].get_seq_length())
     if not agree or is_torn(cache):
         raise UnsupportedCacheError(HALF_FILLED)
+
+
+def _agree(first: Any, last: Any) -> bool:
+    """Whether two lengths are the same, of which those on a device are not waited for."""
+    return isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor) or first == last
 
 
 def is_routed(cache: Cache | None) -> bool:
@@ -122,19 +128,35 @@ def is_renumbered(cache: Cache | None) -> bool:
     return any(isinstance(layer, RoutedLayer) and layer.rows.position_offset is not None for layer in layers)
 
 
+def is_static(cache: Cache | None) -> bool:
+    """Whether ``cache`` has layers that count on the device."""
+    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+
+
+def has_quantized(cache: Cache | None) -> bool:
+    """Whether some layer of ``cache`` keeps its rows in another form than it returns them."""
+    return any(map(is_quantized, getattr(cache, "layers", ())))
+
+
 def is_torn(cache: Cache | None) -> bool:
     """Whether a forward has left ``cache`` half filled."""
     return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
 
 
-def tear(cache: Cache, past: int) -> None:
-    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, it had ``past`` tokens."""
+def length_of(cache: Cache) -> Any:
+    """Logical length of ``cache``, to compare it with later; never waits for the device."""
+    length: Any = cache.get_seq_length()
+    return length.clone() if isinstance(length, torch.Tensor) else length
+
+
+def tear(cache: Cache, past: Any) -> None:
+    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, its length was ``past``."""
     layers: Sequence[Any] = cache.layers
-    if all(layer.get_seq_length() == past for layer in layers):
+    if all(bool(layer.get_seq_length() == past) for layer in layers):
         return
     for layer in layers:
-        if type(layer) in WHOLE + SLIDING:
-            layer.__class__ = TornLayer
+        if not isinstance(layer, TornLayer) and can_store(plain_class(layer), slides=True):
+            turn_into(layer, TornLayer)
 
 
 def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
@@ -145,14 +167,61 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
     return layer if isinstance(layer, GuardedLayer) else None
 
 
-def stored_columns(cache: Cache, index: int) -> int:
-    """Rows that were ever stored in layer ``index`` of ``cache``."""
-    return columns_of(cache.layers[index]) if index < len(cache.layers) else 0
+def has_stored(cache: Cache, index: int, columns: int) -> bool:
+    """Whether layer ``index`` of ``cache`` was ever given so many rows. Static ones only say whether any."""
+    if index >= len(cache.layers):
+        return False
+    layer: Any = cache.layers[index]
+    return bool(layer.is_initialized) if isinstance(layer, StaticLayer) else columns_of(layer, 0) == columns
 
 
-def visible_rows(cache: Cache | None, index: int) -> int:
-    """How many of its rows layer ``index`` of ``cache`` gives to the next tokens."""
-    return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index])
+def visible_rows(cache: Cache | None, index: int, past: int) -> int:
+    """How many of its rows layer ``index`` of ``cache``, which is ``past`` tokens long, gives to the next tokens."""
+    return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index], past)
+
+
+def room_of(cache: Cache | None, index: int, lacks: int) -> tuple[int, int] | None:
+    """How many rows layer ``index`` of a static ``cache`` has room for, and how many tokens; None if it grows.
+
+    A layer that has not allocated anything yet is to allocate that, ``lacks`` rows less than there may be tokens.
+    """
+    layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    if not isinstance(layer, StaticLayer):
+        return None
+    rows = layer.max_cache_len - lacks if layer.keys is None else int(layer.keys.shape[-2])
+    return rows, layer.max_cache_len
+
+
+def layer_rows(cache: Cache | None, length: int) -> list[LayerRows | None]:
+    """What the layers of ``cache``, of logical ``length``, hold; None of one that holds nothing."""
+    return [_rows_of(layer, length) for layer in getattr(cache, "layers", ())]
+
+
+def _rows_of(layer: Any, length: int) -> LayerRows | None:
+    if layer.keys is None:
+        return None
+    rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
+    most = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+    if static or most is not None:  # not of more than it has
+        rows = min(rows, int(layer.keys.shape[-2]))
+    earlier = getattr(layer, "earlier", None)
+    return LayerRows(
+        rows=rows,
+        most=most,
+        room=layer.get_max_length() if static else None,
+        nbytes=nbytes,
+        row_bytes=nbytes // max(1, int(layer.keys.shape[-2]) if static else rows),
+        element_size=layer.keys.element_size(),
+        state_bytes=0 if earlier is None else earlier.nbytes,
+    )
+
+
+def give_room(cache: Cache, index: int, room: int) -> int:
+    """Let layer ``index`` of a static ``cache`` allocate ``room`` rows, if it has not yet; returns what it would."""
+    layer: Any = cache.layers[index]
+    usual: int = layer.max_cache_len
+    layer.max_cache_len = room
+    return usual
 
 
 def guard(cache: Cache, floor: int) -> None:
@@ -164,16 +233,17 @@ def guard(cache: Cache, floor: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
             layer.rows = replace(layer.rows, floor=floor)
-        if type(layer) in WHOLE[:2] + SLIDING[:2] and layer.keys is not None:
-            layer.__class__ = GuardedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else GuardedLayer
-            layer.floor = floor
+        elif layer.keys is not None and not isinstance(layer, TornLayer):
+            if can_store(plain_class(layer), slides=True):
+                turn_into(layer, GuardedLayer)
+                layer.floor = floor
 
 
 def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     """Mark layer ``index`` as holding just ``rows`` of a logical sequence."""
     layer: Any = cache.layers[index]
     layer.__dict__.pop("floor", None)
-    layer.__class__ = RoutedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else RoutedLayer
+    turn_into(layer, RoutedLayer)
     layer.rows = rows
 
 
@@ -195,6 +265,7 @@ def cut(cache: Cache, first: int, start: int) -> None:
     """Drop all from position ``start`` on of the layers of ``cache`` from ``first`` on; they have all before it."""
     layer: Any
     for layer in cache.layers[first:]:
+        layer.prefetch()  # keys and values of an offloaded one
         whole = None if layer.keys is None or not start else (layer.keys[..., :start, :], layer.values[..., :start, :])
         empty = empty_like(layer)
         layer.__class__, layer.__dict__ = type(empty), vars(empty)
