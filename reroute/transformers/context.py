@@ -318,7 +318,7 @@ class RoutedPrefill(ForwardContext):
         offset: torch.Tensor | None,
         stage_key: tuple[int, ...],
     ) -> RowPositions:
-        """What is ``stored``, or will be, at ``positions`` (B, T); text after the visual tokens may be cropped later."""
+        """What is stored at ``positions`` (B, T), or will be; text after the visual tokens may be cropped later."""
         plan, end = self.plan, self.plan.past + self.plan.length + positions.shape[1] - stored
         if is_static(self.cache):
             pass  # whose layers list all of their room

@@ -12,7 +12,7 @@ import torch
 from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
-from .planner import has_picture
+from .prompt import has_picture
 
 if TYPE_CHECKING:
     from .router import Router

@@ -6,8 +6,8 @@ Everything is refused here, before anything of the model, the cache or the pool 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
 from ..errors import RerouteError, UnsupportedCacheError
 from .adapters import ModelAdapter
-from .attention import mask_format_of
+from .attention import MaskFormat, mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
@@ -34,54 +34,19 @@ from .cache import (
 )
 from .layer_kinds import check_attention, check_kinds
 from .packing import check_one_prompt_per_row, check_tokens_of_others
+from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 
-__all__ = ["Planner", "Prompt", "has_picture"]
+__all__ = ["Planner"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "mm_encoder_outputs")
-"""What names of arguments have in them in which pictures come."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a plan is made of, apart from the settings.
-
-    - ``ids`` (B, L): tokens of the call, or ``visual`` (B, L) bool: which of them are visual. ``mask`` (B, past + L)
-      or None.
-    - ``positions``: position ids (B, L), or (3 or 4, B, L) of M-RoPE, or None.
-    - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
-    - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
-    """
-
-    ids: torch.Tensor | None
-    mask: Any = None
-    positions: torch.Tensor | None = None
-    cache: Cache | None = None
-    labels: torch.Tensor | None = None
-    end: int | None = None
-    visual: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """RerouteError unless one of ``ids`` and ``visual`` is given, and the other arguments fit it."""
-        if (self.ids is None) == (self.visual is None):
-            raise RerouteError("Give either input_ids or visual_mask: each tells where the visual tokens are.")
-        if self.visual is None:
-            return
-        if self.visual.ndim != 2 or self.visual.dtype != torch.bool:
-            raise RerouteError(
-                "visual_mask is a tensor (batch, length) of bool, True at visual tokens, not "
-                f"{tuple(self.visual.shape)} of {self.visual.dtype}."
-            )
-        if self.labels is not None and self.labels.shape != self.shape:
-            raise RerouteError(f"labels are of {tuple(self.labels.shape)} tokens, visual_mask of {self.shape}.")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, L)."""
-        known = self.visual if self.ids is None else self.ids
-        assert known is not None
-        return known.shape[0], known.shape[1]
+NOT_STATIC: dict[MaskFormat, str] = {
+    "padding": "Flash attention tells the rows of a static cache by their number, and routed layers have fewer",
+    "block": "Transformers' block masks read the length of a static cache when its layers have changed it already, "
+    "and show a row too many",
+}
+"""Why layers of static caches cannot be routed under some kinds of attention."""
 
 
 class Planner:
@@ -149,7 +114,7 @@ class Planner:
         if earlier is None and not is_visual.any():
             return None
         past, reopened = past_length(prompt.cache), 0
-        valid = _valid(prompt)
+        valid = valid_tokens(prompt)
         if earlier is not None:
             past, reopened = earlier.start, earlier.count
             is_visual, valid = _with_earlier(earlier, prompt, is_visual, valid)
@@ -160,7 +125,7 @@ class Planner:
             settings.config.action,
             past=past,
             reopened=reopened,
-            prompt_ends=_prompt_ends(prompt, is_visual, past, reopened),
+            prompt_ends=prompt_ends(prompt, is_visual, past, reopened),
         )
         if plan is not None and not plan.changes_nothing:
             if prompt.labels is not None:
@@ -201,8 +166,9 @@ class Planner:
             check_whole(cache, len(self.adapter.layers))
         if plan.reopened and plan.past and has_quantized(cache):
             raise UnsupportedCacheError(
-                "A later turn that chooses again needs the rows of the text before the first picture as they were, and "
-                "this cache has quantised them. Put that text into the call of the first picture, or use a DynamicCache."
+                "A later turn that chooses again needs the rows of the text before the first picture as they were, "
+                "and this cache has quantised them. Put that text into the call of the first picture, or use a "
+                "DynamicCache."
             )
         kept = states_of(cache)
         if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
@@ -296,11 +262,11 @@ class Planner:
         check_tokens_of_others(kwargs, self.adapter.base_parameters, lambda: counts)
 
     def _check_static(self, cache: Cache) -> None:
-        if is_static(cache) and mask_format_of(self.adapter.text_config) == "padding":
-            raise UnsupportedCacheError(
-                "Flash attention tells the rows of a static cache by their number, and routed layers have fewer. Call "
-                "model.set_attn_implementation('sdpa'), or use a DynamicCache."
-            )
+        if not is_static(cache) or (kind := mask_format_of(self.adapter.text_config)) not in NOT_STATIC:
+            return
+        raise UnsupportedCacheError(
+            f"{NOT_STATIC[kind]}. Call model.set_attn_implementation('sdpa'), or use a DynamicCache."
+        )
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:
@@ -315,22 +281,6 @@ def _check_shared(kwargs: Kwargs) -> None:
             "return_shared_kv_states asks for the keys of all tokens, and routed layers lack some. Generate without an "
             "assistant that reads them, or disable routing."
         )
-
-
-def has_picture(kwargs: Kwargs) -> bool:
-    """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
-    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
-    return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
-
-
-def _valid(prompt: Prompt) -> Any:
-    """(B, L) False at padding; None if the mask does not say."""
-    mask = prompt.mask
-    if mask is None:
-        return np.ones(prompt.shape, dtype=bool)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return None
-    return mask[:, -prompt.shape[1] :].cpu().numpy().astype(bool)
 
 
 def _chooses_again(prompt: Prompt, settings: Settings) -> bool:
@@ -386,20 +336,3 @@ def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: An
             "text into the call of the first picture."
         )
     return is_visual, known[:, earlier.start :]
-
-
-def _prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:
-    """One past the last prompt token of each sample: answers that are already there must not rank the picture."""
-    batch, length = is_visual.shape
-    if prompt.end is not None:
-        return [min(length, prompt.end - past)] * batch
-    if prompt.labels is None:
-        return [length] * batch
-    ends = []
-    own = np.pad(prompt.labels.cpu().numpy(), ((0, 0), (reopened, 0)), constant_values=-100)
-    for row, labels in zip(is_visual, own, strict=True):
-        picture = np.flatnonzero(row).max() if row.any() else length  # without one nothing is ranked
-        answer = np.flatnonzero(labels[picture + 1 :] != -100)
-        # Labels from the picture on leave no question: then all of the text is the prompt.
-        ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)
-    return ends

@@ -357,16 +357,20 @@ def test_layers_that_were_allocated_before() -> None:
     assert all(layer.keys is keys for layer, keys in zip(cache.layers, held, strict=True))
 
 
-def test_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("flash_attention_2", "tells the rows of a static cache by their number"), ("flex_attention", "a row too many")],
+)
+def test_attention_that_cannot(monkeypatch: pytest.MonkeyPatch, name: str, why: str) -> None:
     tiny = models.tiny("llava-gqa")
     given = tiny.inputs([samples_of(tiny)[0]])
     with enable(tiny, RULES[0]):
         cache = static(tiny)
         tiny.model(**given, **{CACHE: cache})
         step = tiny.follow([samples_of(tiny)[0]], [tiny.prompt(1, 1)])
-        monkeypatch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", "flash_attention_2")
+        monkeypatch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", name)
         for arguments in ({**given, CACHE: static(tiny)}, {**step, CACHE: cache}):
-            with pytest.raises(UnsupportedCacheError, match="tells the rows of a static cache by their number"):
+            with pytest.raises(UnsupportedCacheError, match=why):
                 tiny.model(**arguments)
 
 

@@ -155,7 +155,7 @@ def tear(cache: Cache, past: Any) -> None:
     if all(bool(layer.get_seq_length() == past) for layer in layers):
         return
     for layer in layers:
-        if not isinstance(layer, TornLayer) and can_store(plain_class(layer), slides=True):
+        if not isinstance(layer, TornLayer) and _can_store(layer):
             turn_into(layer, TornLayer)
 
 
@@ -224,6 +224,10 @@ def give_room(cache: Cache, index: int, room: int) -> int:
     return usual
 
 
+def _can_store(layer: Any) -> bool:
+    return can_store(plain_class(layer), slides=True)
+
+
 def guard(cache: Cache, floor: int) -> None:
     """Make all layers of a routed ``cache`` refuse what one of them must, before any changes.
 
@@ -233,10 +237,9 @@ def guard(cache: Cache, floor: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
             layer.rows = replace(layer.rows, floor=floor)
-        elif layer.keys is not None and not isinstance(layer, TornLayer):
-            if can_store(plain_class(layer), slides=True):
-                turn_into(layer, GuardedLayer)
-                layer.floor = floor
+        elif not isinstance(layer, TornLayer) and layer.keys is not None and _can_store(layer):
+            turn_into(layer, GuardedLayer)
+            layer.floor = floor
 
 
 def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:

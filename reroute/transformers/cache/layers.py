@@ -32,8 +32,8 @@ class RowPositions:
     """Which rows of the logical sequence a routed layer holds.
 
     - ``key_positions`` (B, T) int64: logical position of each of the first T rows that were stored, ascending, -1 for
-      fillers. Rows stored later follow one by one. A sliding layer may have dropped some of the first; a static one lists
-      all that it has room for.
+      fillers. Rows stored later follow one by one. A sliding layer may have dropped some of the first; a static one
+      lists all that it has room for.
     - ``logical``: the logical length when T rows are stored.
     - ``floor``: the logical length to which the cache may be cropped.
     - ``has_fillers``: whether ``key_positions`` has any -1.
