@@ -26,11 +26,13 @@ from .cache import (
     guard,
     has_stored,
     has_windows,
+    is_guarded,
     is_routed,
     is_static,
     keep_states,
     room_of,
     route_layer,
+    takes_any_step,
     visible_rows,
 )
 from .forward import ForwardContext, Kwargs
@@ -133,7 +135,7 @@ class RoutedPrefill(ForwardContext):
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
         if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
-            return self._earlier_turns.before_layer(index, hidden, kwargs)
+            return self._earlier_turns.adapt(index, hidden, kwargs)
         kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         return hidden
 
@@ -341,6 +343,15 @@ class RoutedDecode(ForwardContext):
         self._cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+        """Adapt what layers get, one by one, unless it can be told at once that none needs it."""
+        cache = cache_of(kwargs)
+        if self._kept_states is None and kwargs.get("attention_mask") is None and takes_any_step(cache):
+            self.is_idle = True
+            self._allow_updates(cache, index)
+            return hidden
+        return self.adapt(index, hidden, kwargs)
+
+    def adapt(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
@@ -386,7 +397,8 @@ class DensePrefill(RoutedDecode):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
-        return super().before_layer(index, hidden, kwargs)
+        self.is_idle = not is_guarded(self.cache)
+        return hidden if self.is_idle else super().before_layer(index, hidden, kwargs)
 
 
 def _tables(kwargs: Kwargs) -> PositionTables:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
-from .cache import GuardedLayer, RoutedLayer, guarded_layer, length_of, tear
+from .cache import GuardedLayer, RoutedLayer, allow_updates, guarded_layer, length_of, tear
 from .vision import Recording
 
 __all__ = ["ForwardContext", "Kwargs"]
@@ -22,16 +22,19 @@ Kwargs = dict[str, Any]
 class ForwardContext:
     """One forward of the base model, seen from its decoder and its layers.
 
-    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``is_idle``: whether all layers that follow run as they are, and need not ask.
     """
 
     recording: Recording | None = None
+    is_idle = False
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
         self._adapter, self._shape = adapter, shape
         self._is_claimed = self._is_running = False
         self._writable: GuardedLayer | None = None
+        self._may_store: tuple[Cache, int] | None = None
         self._kept: tuple[Cache, Any] | None = None
 
     @cached_property
@@ -93,6 +96,15 @@ class ForwardContext:
         """The call has ended, in whatever way. Idempotent."""
         if self._writable is not None:
             self._writable.forbid_update()  # it failed before its layer stored anything
+        if self._may_store is not None:
+            allow_updates(*self._may_store, False)
+            self._may_store = None
+
+    def _allow_updates(self, cache: Cache | None, first: int) -> None:
+        """Let all layers from ``first`` on store the tokens of this forward."""
+        if cache is not None:
+            self._may_store = cache, first
+            allow_updates(cache, first, True)
 
     def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
         """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .access import (
+    allow_updates,
     cache_of,
     check_cache,
     check_whole,
@@ -13,6 +14,7 @@ from .access import (
     has_quantized,
     has_stored,
     has_windows,
+    is_guarded,
     is_renumbered,
     is_routed,
     is_static,
@@ -25,6 +27,7 @@ from .access import (
     route_layer,
     routed_layers,
     states_of,
+    takes_any_step,
     tear,
     visible_rows,
 )
@@ -36,6 +39,7 @@ __all__ = [
     "KeptStates",
     "RoutedLayer",
     "RowPositions",
+    "allow_updates",
     "cache_of",
     "check_cache",
     "check_whole",
@@ -46,6 +50,7 @@ __all__ = [
     "has_quantized",
     "has_stored",
     "has_windows",
+    "is_guarded",
     "is_renumbered",
     "is_routed",
     "is_static",
@@ -58,6 +63,7 @@ __all__ = [
     "route_layer",
     "routed_layers",
     "states_of",
+    "takes_any_step",
     "tear",
     "visible_rows",
 ]

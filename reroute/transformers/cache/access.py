@@ -24,6 +24,7 @@ from .states import KeptStates
 from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
 
 __all__ = [
+    "allow_updates",
     "cache_of",
     "check_cache",
     "check_whole",
@@ -34,6 +35,7 @@ __all__ = [
     "has_quantized",
     "has_stored",
     "has_windows",
+    "is_guarded",
     "is_renumbered",
     "is_routed",
     "is_static",
@@ -46,6 +48,7 @@ __all__ = [
     "route_layer",
     "routed_layers",
     "states_of",
+    "takes_any_step",
     "tear",
     "visible_rows",
 ]
@@ -107,9 +110,17 @@ def _agree(first: Any, last: Any) -> bool:
     return isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor) or first == last
 
 
+def _has(cache: Cache | None, kind: type[Any]) -> bool:
+    """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, so that no generator is made for it."""
+    for layer in getattr(cache, "layers", ()):  # noqa: SIM110
+        if isinstance(layer, kind):
+            return True
+    return False
+
+
 def is_routed(cache: Cache | None) -> bool:
     """Whether some layer of ``cache`` lacks rows."""
-    return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
+    return _has(cache, RoutedLayer)
 
 
 def routed_layers(cache: Cache) -> list[int]:
@@ -130,7 +141,7 @@ def is_renumbered(cache: Cache | None) -> bool:
 
 def is_static(cache: Cache | None) -> bool:
     """Whether ``cache`` has layers that count on the device."""
-    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+    return _has(cache, StaticLayer)
 
 
 def has_quantized(cache: Cache | None) -> bool:
@@ -140,7 +151,7 @@ def has_quantized(cache: Cache | None) -> bool:
 
 def is_torn(cache: Cache | None) -> bool:
     """Whether a forward has left ``cache`` half filled."""
-    return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
+    return _has(cache, TornLayer)
 
 
 def length_of(cache: Cache) -> Any:
@@ -165,6 +176,31 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | None:
         return None
     layer = cache.layers[index]
     return layer if isinstance(layer, GuardedLayer) else None
+
+
+def is_guarded(cache: Cache | None) -> bool:
+    """Whether some layer of ``cache`` takes tokens only when it is allowed to."""
+    return _has(cache, GuardedLayer)
+
+
+def allow_updates(cache: Cache, first: int, may: bool) -> None:
+    """Let the layers of ``cache`` from ``first`` on store the tokens of the forward that now runs, or not any more."""
+    for layer in cache.layers[first:]:
+        if isinstance(layer, GuardedLayer):
+            layer.may_update = may
+
+
+def takes_any_step(cache: Cache | None) -> bool:
+    """Whether layers of ``cache`` need nothing of tokens that come without a mask: all rows that they have count.
+
+    Not those of static caches, which are not all filled, nor of windows, which show the last ones.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, RoutedLayer) and (layer.rows.has_fillers or layer.rows.position_offset is not None):
+            return False
+        if isinstance(layer, DynamicSlidingWindowLayer | StaticLayer):
+            return False
+    return True
 
 
 def has_stored(cache: Cache, index: int, columns: int) -> bool:
@@ -252,9 +288,11 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
 
 def states_of(cache: Cache | None) -> KeptStates | None:
     """What ``cache`` keeps for later turns, if it is of all its tokens: calls without it may have come since."""
-    layers = getattr(cache, "layers", ())
-    kept = next((its for layer in layers if (its := getattr(layer, "earlier", None)) is not None), None)
-    return kept if kept is not None and kept.end == past_length(cache) else None
+    for layer in getattr(cache, "layers", ()):
+        kept: KeptStates | None = getattr(layer, "earlier", None)
+        if kept is not None:
+            return kept if kept.end == past_length(cache) else None
+    return None
 
 
 def keep_states(cache: Cache, kept: KeptStates | None) -> None:

@@ -70,12 +70,13 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that.
 
     - ``floor``: the logical length to which it may be cropped. Of what lies before, not all layers have all.
+    - ``may_update``: whether it takes tokens, once.
     - ``plain``: its class otherwise.
     """
 
     floor: int
     plain: ClassVar[type[Any]]
-    _may_update = False
+    may_update = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are made anew: the class has no name by which it could be found."""
@@ -83,11 +84,11 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def allow_update(self) -> None:
         """Let the forward that now runs store its tokens here."""
-        self._may_update = True
+        self.may_update = True
 
     def forbid_update(self) -> None:
         """Undo ``allow_update``: the forward has ended."""
-        self._may_update = False
+        self.may_update = False
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store tokens.
@@ -95,12 +96,12 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Raises:
             UnsupportedCacheError: in a forward without routing; nothing is stored then.
         """
-        if not self._may_update:
+        if not self.may_update:
             raise UnsupportedCacheError(
                 "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
                 "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
             )
-        self._may_update = False
+        self.may_update = False
         keys, values = super().update(*args, **kwargs)  # type: ignore[safe-super]
         return keys, values
 
@@ -287,6 +288,7 @@ def plain_class(layer: Any) -> type[Any]:
 
 def turn_into(layer: Any, kind: type[Any]) -> None:
     """Make ``layer`` one of ``kind`` that stores as it did before."""
+    layer.may_update = False  # compiled code is compiled anew if an attribute comes only later
     layer.__class__ = _class_of(kind, plain_class(layer))  # type: ignore[arg-type]  # types are hashable
 
 

@@ -20,7 +20,7 @@ __all__ = ["can_store", "columns_of", "empty_like", "held_bytes", "is_quantized"
 Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 """Base of all that quantise: since Transformers 5.24 there are some without a residual in full precision."""
 
-OF_ROUTING = ("rows", "earlier", "floor", "_may_update")
+OF_ROUTING = ("rows", "earlier", "floor", "may_update")
 """Attributes that layers have only while routing knows of them."""
 
 
