@@ -28,6 +28,7 @@ from .methods import Method
 from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import ModelAdapter, Prompt, Router
+from .transformers.cache import layer_rows
 from .transformers.context import DensePrefill, RoutedPrefill
 from .warm_up import ShortPrefills
 
@@ -203,21 +204,32 @@ class Handle:
 
     def plan(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Any = None,
         *,
         labels: torch.Tensor | None = None,
+        visual_mask: torch.Tensor | None = None,
     ) -> Plan | None:
         """Read a prompt (B, L) ahead of its prefill: the one step that waits for the device.
 
-        ``labels`` (B, L), if the forward will get them: the prompt ends where the answer begins. Returns None if there
-        are no visual tokens. Use it with ``using``, e.g. to capture a prefill in a CUDA graph.
+        Args:
+            input_ids: (B, L), whose placeholders are the visual tokens.
+            attention_mask: (B, past + L), False at padding; all are tokens without one.
+            cache: the one that the prefill will go on with, if any.
+            labels: (B, L), if the forward will get them: the prompt ends where the answer begins.
+            visual_mask: (B, L) bool, True at visual tokens, instead of ``input_ids``: for prompts as ``inputs_embeds``,
+                which do not show where they are.
+
+        Returns:
+            None if there are no visual tokens. Use it with ``using``: for ``model(inputs_embeds=…)`` and
+            ``model.generate(inputs_embeds=…)``, or to capture a prefill in a CUDA graph.
 
         Raises:
-            RerouteError: this prompt cannot be routed, or routing is disabled.
+            RerouteError: this prompt cannot be routed, not just one of ``input_ids`` and ``visual_mask`` is given, or
+                routing is disabled.
         """
-        return self._router.plan(Prompt(input_ids, attention_mask, None, cache, labels))
+        return self._router.plan(Prompt(input_ids, attention_mask, None, cache, labels, visual=visual_mask))
 
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
         """Run the forwards inside ``with`` on ``plan``, without looking at their ids; None routes nothing.
@@ -291,14 +303,15 @@ class Handle:
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings
-        layers = () if forward.cache is None else forward.cache.layers
+        plan = forward.plan
+        layers = layer_rows(forward.cache, plan.past + plan.length)
         names = self._names(settings, self.backend if prefill is None else prefill.backend)
         shape = self._shape
         if settings.needs_vision:
             shape = replace(shape, tower=self._router.adapter.tower.shape)
         with self._recording:
             count = self._totals.prefills + 1
-            stats = make_stats(forward.plan, shape, names, layers, prefills=count)
+            stats = make_stats(plan, shape, names, layers, prefills=count)
             self._stats, self._totals = stats, self._totals.plus(stats)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks

@@ -12,7 +12,26 @@ from .core.cost import ModelShape, prefill_cost
 from .core.decision import Decision
 from .core.plan import Plan
 
-__all__ = ["Stats", "Totals", "make_stats"]
+__all__ = ["LayerRows", "Stats", "Totals", "make_stats"]
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """What a layer of a cache holds after a prefill.
+
+    - ``rows``: as many are stored; ``most`` as many would be at most, of a window.
+    - ``room``: how many tokens a static cache has room for, else None. The plain model would allocate as many rows.
+    - ``nbytes`` of all that is allocated, ``row_bytes`` of one row, ``element_size`` of one number.
+    - ``state_bytes``: of what is kept so that later turns may choose again.
+    """
+
+    rows: int
+    most: int | None
+    room: int | None
+    nbytes: int
+    row_bytes: int
+    element_size: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,7 @@ def make_stats(
     plan: Plan,
     shape: ModelShape,
     names: dict[str, Any],
-    cache_layers: Sequence[Any],
+    cache_layers: Sequence[LayerRows | None],
     *,
     prefills: int,
 ) -> Stats:
@@ -157,7 +176,8 @@ def make_stats(
         plan: of the prefill; one that changes nothing ran dense.
         shape: the decoder.
         names: the descriptive fields.
-        cache_layers: the layers of the cache after the prefill, none without a cache.
+        cache_layers: what the layers of the cache hold after the prefill, None where one holds nothing; none without
+            a cache.
         prefills: how many prefills were recorded, this one included.
     """
     # Layers that a later turn does not run again run its own tokens alone.
@@ -168,21 +188,21 @@ def make_stats(
     width_of = {stage: plan.width(stage) for stage in set(stages)}
     widths = [*[plan.shape[1]] * again, *(width_of[stage] for stage in stages)]
     # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
-    tensors = [_rows_of(layer) for layer in cache_layers]
-    kept = zip_longest(tensors[: len(widths)], widths)
+    kept = zip_longest(cache_layers[: len(widths)], widths)
     stored = tuple(
-        0 if layer in shape.recurrent else width if pair is None else int(pair[0].shape[-2])
-        for layer, (pair, width) in enumerate(kept)
+        0 if index in shape.recurrent else width if layer is None else layer.rows
+        for index, (layer, width) in enumerate(kept)
     )
-    is_stored = all(pair is not None or i in shape.recurrent for i, pair in enumerate(tensors))
-    filled = [tensor for pair in tensors if pair is not None for tensor in pair]
+    is_stored = all(layer is not None or index in shape.recurrent for index, layer in enumerate(cache_layers))
+    filled = [layer for layer in cache_layers if layer is not None]
     scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
     routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing; later ones what they may at most.
     first, length, total = plan.schedule.layers[0], plan.shape[1], plan.past + plan.length
-    most = [min(total, getattr(layer, "sliding_window", total + 1) - 1) for layer in cache_layers[: len(widths)]]
+    most = [total if layer is None or layer.most is None else min(total, layer.most) for layer in cache_layers]
+    most = most[: len(widths)]
     all_keys = [*stored[:first], *most[first:], *[total] * (len(widths) - max(first, len(most)))]
-    size = filled[0].element_size() if filled else 0
+    size = filled[0].element_size if filled else 0
     dense = prefill_cost(shape, [length] * len(widths), all_keys, batch=plan.batch, bytes_per_element=size)
     return Stats(
         **names,
@@ -194,23 +214,18 @@ def make_stats(
         prefill_flops=float(routed.prefill_flops),
         scoring_flops=float(routed.scoring_flops),
         prefill_flops_dense=float(dense.prefill_flops),
-        kv_bytes=sum(tensor.nbytes for tensor in filled),
-        kv_bytes_dense=_row_bytes(tensors, all_keys) if is_stored else dense.kv_bytes,
-        state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
+        kv_bytes=sum(layer.nbytes for layer in filled),
+        kv_bytes_dense=_row_bytes(cache_layers, all_keys) if is_stored else dense.kv_bytes,
+        state_bytes=sum(layer.state_bytes for layer in filled),
         layer_lengths=stored,
         prefills=prefills,
     )
 
 
-def _rows_of(layer: Any) -> Any:
-    """Keys and values of a cache layer; None if it has none, or keeps a state instead."""
-    return None if getattr(layer, "keys", None) is None else (layer.keys, layer.values)
-
-
-def _row_bytes(tensors: Sequence[Any], rows: Sequence[int]) -> int:
-    """Of caches of so many ``rows`` in each layer, whose heads may differ from layer to layer."""
-    each = (sum(tensor.nbytes for tensor in pair or ()) // max(1, pair[0].shape[-2] if pair else 0) for pair in tensors)
-    return sum(size * count for size, count in zip(each, rows, strict=False))
+def _row_bytes(layers: Sequence[LayerRows | None], rows: Sequence[int]) -> int:
+    """Of caches of so many ``rows`` in each layer, whose heads may differ from layer to layer; None has none."""
+    filled = [(layer, count) for layer, count in zip(layers, rows, strict=False) if layer is not None]
+    return sum(layer.row_bytes * (count if layer.room is None else layer.room) for layer, count in filled)
 
 
 def _scoring_flops(plan: Plan, shape: ModelShape) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -22,12 +22,17 @@ from .cache import (
     RowPositions,
     cache_of,
     cut,
+    give_room,
     guard,
+    has_stored,
     has_windows,
+    is_guarded,
     is_routed,
+    is_static,
     keep_states,
+    room_of,
     route_layer,
-    stored_columns,
+    takes_any_step,
     visible_rows,
 )
 from .forward import ForwardContext, Kwargs
@@ -69,6 +74,19 @@ class _Stage:
     rows: RowPositions
 
 
+class _Held(NamedTuple):
+    """What a layer of the cache has before a stage stores in it.
+
+    - ``layer``, if it lacks rows; it gives the last ``visible`` of its rows.
+    - ``room``: of a static cache, how many rows there will be room for, and how many tokens in all layers. Such layers
+      give what is empty yet, too: it is hidden as what comes later.
+    """
+
+    layer: RoutedLayer | None
+    visible: int
+    room: tuple[int, int] | None
+
+
 class RoutedPrefill(ForwardContext):
     """A prefill whose layers from the first decision on run compact."""
 
@@ -100,6 +118,7 @@ class RoutedPrefill(ForwardContext):
         self._stages: dict[tuple[Any, ...], _Stage] = {}
         self._begun: PositionTables | None = None
         self._running: _Stage | None = None
+        self._usual_room: tuple[int, int] | None = None
         self._is_restored = False
         self._kept_states = kept if plan.reopened else None
         self._earlier_turns = RoutedDecode(adapter, self._shape)
@@ -121,7 +140,7 @@ class RoutedPrefill(ForwardContext):
             self._forget_pictures(decision)
         self._has_begun = True
         if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
-            return self._earlier_turns.before_layer(index, hidden, kwargs)
+            return self._earlier_turns.adapt(index, hidden, kwargs)
         if self._adapter.is_recurrent(index):
             kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
         else:
@@ -136,8 +155,9 @@ class RoutedPrefill(ForwardContext):
         output = self._earlier_turns.after_layer(index, super().after_layer(index, output))
         stage, self._running = self._running, None
         # Nothing is stored while gradient checkpointing recomputes layers.
-        if stage is not None and self.cache is not None and stored_columns(self.cache, index) == stage.stored:
+        if stage is not None and self.cache is not None and has_stored(self.cache, index, stage.stored):
             route_layer(self.cache, index, stage.rows)
+        self._give_usual_room()
         if index < len(self._adapter.layers) - 1:
             return output
         self._is_restored = True
@@ -173,8 +193,14 @@ class RoutedPrefill(ForwardContext):
         super().close()
         self._earlier_turns.close()
         self.recording = None
+        self._give_usual_room()
         if self.prefill is not None:
             self.prefill.close()
+
+    def _give_usual_room(self) -> None:
+        if self._usual_room is not None and self.cache is not None:
+            give_room(self.cache, *self._usual_room)
+            self._usual_room = None
 
     def _logical(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.prefill is None:
@@ -226,13 +252,18 @@ class RoutedPrefill(ForwardContext):
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
         tables: Tables | None = kwargs.get("position_embeddings")
-        visible = visible_rows(self.cache, index)
+        visible = visible_rows(self.cache, index, self.plan.past)
+        room = room_of(self.cache, index, self.plan.length - prefill.positions.shape[1])
         earlier = () if layer is None else layer.rows.stage_key
-        key = (earlier, visible, id(mask), id(tables and tables[0]) if self._adapter.has_several_tables else None)
+        own = id(tables and tables[0]) if self._adapter.has_several_tables else None
+        key = (earlier, visible, room, id(mask), own)
         if key not in self._stages:
-            self._stages[key] = self._make_stage(prefill, layer, visible, mask, tables, hidden.dtype)
+            held = _Held(layer, visible, room)
+            self._stages[key] = self._make_stage(prefill, held, mask, tables, hidden.dtype)
         stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
+        if self._running is not None and self.cache is not None and room is not None:
+            self._usual_room = index, give_room(self.cache, index, room[0])
         return stage
 
     def _rows_in_order(self, prefill: Prefill, index: int, kwargs: Kwargs) -> Kwargs:
@@ -244,26 +275,31 @@ class RoutedPrefill(ForwardContext):
     def _make_stage(
         self,
         prefill: Prefill,
-        layer: RoutedLayer | None,
-        visible: int,
+        held: _Held,
         mask: torch.Tensor | None,
         tables: Tables | None,
         dtype: torch.dtype,
     ) -> _Stage:
-        """For ``layer`` and others of its kind, which give the last ``visible`` of their earlier rows."""
         plan, rows = self.plan, prefill.positions
         positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
-        if layer is not None:
-            positions = torch.cat([layer.all_positions_with(0), positions], 1)
+        if held.layer is not None:
+            positions = torch.cat([held.layer.all_positions_until(plan.past), positions], 1)
         elif plan.past:
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             positions = torch.cat([past, positions], 1)
-        has_fillers = prefill.has_fillers or (layer is not None and layer.rows.has_fillers)
+        has_fillers = prefill.has_fillers or (held.layer is not None and held.layer.rows.has_fillers)
+        stored, visible, end = positions.shape[1], held.visible + rows.shape[1], plan.past + plan.length
+        if held.room is not None:
+            visible, longest = held.room
+            later = torch.arange(end, end + visible - stored, device=rows.device)
+            later = later.masked_fill_(later >= longest, -1)  # there may be more room than is ever needed
+            has_fillers = has_fillers or end + visible - stored > longest
+            positions = torch.cat([positions, later.expand(plan.batch, -1)], 1)
         adapted = {
             "attention_mask": prefill_mask(
                 None if plan.reopened else mask,  # that is of the new tokens alone
                 rows,
-                positions[:, positions.shape[1] - visible - rows.shape[1] :],
+                positions[:, positions.shape[1] - visible :],
                 past=plan.past,
                 has_fillers=has_fillers,
                 is_causal=self._adapter.is_causal,
@@ -272,9 +308,10 @@ class RoutedPrefill(ForwardContext):
             ),
             **self._places_of_rows(prefill, tables),
         }
-        stage_key = (*(() if layer is None else layer.rows.stage_key), plan.decisions[prefill.stage].layer)
-        rows_then = self._rows(positions, has_fillers, prefill.position_offset, stage_key)
-        return _Stage((mask, tables), adapted, positions.shape[1], rows_then)
+        earlier = () if held.layer is None else held.layer.rows.stage_key
+        stage_key = (*earlier, plan.decisions[prefill.stage].layer)
+        rows_then = self._rows(positions, stored, has_fillers, prefill.position_offset, stage_key)
+        return _Stage((mask, tables), adapted, stored, rows_then)
 
     def _places_of_rows(self, prefill: Prefill, tables: Tables | None) -> Kwargs:
         """Tables and position ids of the rows that run, for a layer that gets logical ``tables``, if it gets some."""
@@ -292,19 +329,27 @@ class RoutedPrefill(ForwardContext):
         """The logical length to which the cache may be cropped: text after the visual tokens may go.
 
         Not if some of it is padding, in layers that keep a window: fillers would come behind rows, and drop out later
-        than the rows that they stand for.
+        than the rows that they stand for. Nor in static ones, whose rows have a place for good.
         """
         plan = self.plan
-        has_no_tail = plan.tail_has_padding and self.cache is not None and has_windows(self.cache)
+        keeps_places = self.cache is not None and (has_windows(self.cache) or is_static(self.cache))
+        has_no_tail = plan.tail_has_padding and keeps_places
         return plan.past + plan.length - (0 if has_no_tail else plan.tail)
 
     def _rows(
-        self, positions: torch.Tensor, has_fillers: bool, offset: torch.Tensor | None, stage_key: tuple[int, ...]
+        self,
+        positions: torch.Tensor,
+        stored: int,
+        has_fillers: bool,
+        offset: torch.Tensor | None,
+        stage_key: tuple[int, ...],
     ) -> RowPositions:
-        """What is stored at ``positions`` (B, T); text after the visual tokens may be cropped later."""
-        plan, end = self.plan, self.plan.past + self.plan.length
-        if not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
-            positions, end = positions[:, : positions.shape[1] - plan.tail], end - plan.tail
+        """What is stored at ``positions`` (B, T), or will be; text after the visual tokens may be cropped later."""
+        plan, end = self.plan, self.plan.past + self.plan.length + positions.shape[1] - stored
+        if is_static(self.cache):
+            pass  # whose layers list all of their room
+        elif not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
+            positions, end = positions[:, : stored - plan.tail], end - plan.tail
         return RowPositions(positions, end, self._floor, has_fillers, offset, stage_key)
 
 
@@ -322,6 +367,15 @@ class RoutedDecode(ForwardContext):
         self._cache: Cache | None = None
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+        """Adapt what layers get, one by one, unless it can be told at once that none needs it."""
+        cache = cache_of(kwargs)
+        if self._kept_states is None and kwargs.get("attention_mask") is None and takes_any_step(cache):
+            self.is_idle = True
+            self._allow_updates(cache, index)
+            return hidden
+        return self.adapt(index, hidden, kwargs)
+
+    def adapt(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
@@ -347,8 +401,8 @@ class RoutedDecode(ForwardContext):
         """``mask``, or one that shows all from position ``first`` on, for the keys that ``layer`` has then."""
         key = (layer.rows.stage_key, first, id(mask))
         if key not in self._masks:
-            keys, length = layer.key_positions_with(new), layer.get_seq_length() + new
-            adapted = decode_mask(mask, keys, length, first=first, mask_format=self._mask_format)
+            keys = layer.key_positions_with(new)
+            adapted = decode_mask(mask, keys, layer.columns_with(new), first=first, mask_format=self._mask_format)
             self._masks[key] = mask, adapted
         return self._masks[key][1]
 
@@ -367,7 +421,8 @@ class DensePrefill(RoutedDecode):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
-        return super().before_layer(index, hidden, kwargs)
+        self.is_idle = not is_guarded(self.cache)
+        return hidden if self.is_idle else super().before_layer(index, hidden, kwargs)
 
 
 def _at(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from .generation import PROMPT_END, generating, prompt_end
+from .compiled import adapt_step, is_step
+from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
 from .vision import TowerRun, attach
 
@@ -85,7 +86,7 @@ class RoutedModel(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        router, proceed = _active(self), own_method(RoutedModel, self, "__call__")
+        router, proceed = _active(self, kwargs), own_method(RoutedModel, self, "__call__")
         if router is None:
             return proceed(*args, **kwargs)
         # Hooks run before ``forward``, and what they call has no labels; one that others put there may not come by it.
@@ -94,7 +95,7 @@ class RoutedModel(Intercepted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, as wrappers do directly."""
-        router, proceed = _active(self), own_method(RoutedModel, self, "forward")
+        router, proceed = _active(self, kwargs), own_method(RoutedModel, self, "forward")
         return proceed(*args, **kwargs) if router is None else _run_model(self, proceed, args, kwargs)
 
 
@@ -123,6 +124,9 @@ class RoutedGenerator(RoutedModel):
         router = _active(self)
         if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
+            # For static caches generate makes the decoder's masks ahead, which do not tell what is padding.
+            if inputs.get("attention_mask") is not kwargs.get("attention_mask"):
+                inputs[PADDING] = kwargs.get("attention_mask")
         return inputs
 
 
@@ -131,8 +135,11 @@ class RoutedBase(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model."""
-        router, proceed = _active(self), own_method(RoutedBase, self, "__call__")
-        return proceed(*args, **kwargs) if router is None else _run_base(self, proceed, args, kwargs)
+        router, proceed = _active(self, kwargs), own_method(RoutedBase, self, "__call__")
+        if router is None:
+            kwargs.pop(PROMPT_END, None)
+            return proceed(*args, **kwargs)
+        return _run_base(self, proceed, args, kwargs)
 
 
 class RoutedDecoder(Intercepted):
@@ -140,7 +147,7 @@ class RoutedDecoder(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
-        router, proceed = _active(self), own_method(RoutedDecoder, self, "__call__")
+        router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_decoder(self, proceed, args, kwargs)
 
 
@@ -149,8 +156,14 @@ class RoutedDecoderLayer(Intercepted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
-        forward, proceed = kwargs.pop(FORWARD, None), own_method(RoutedDecoderLayer, self, "__call__")
+        forward = kwargs.pop(FORWARD, None)
+        if forward is not None and forward.is_idle and isinstance(self, RoutedDecoderLayer):
+            return super().__call__(*args, **kwargs)  # all that a layer of a decoding step has to pass
+        proceed = own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None:
+            role = role_of(self) if torch.compiler.is_compiling() else None
+            if role is not None:
+                adapt_step(role.layer, role.router.adapter.text_config, kwargs)
             return proceed(*args, **kwargs)
         args = _enter_layer(self, forward, args, kwargs)
         return _leave_layer(self, forward, proceed(*args, **kwargs))
@@ -174,11 +187,13 @@ class RoutedTowerLayer(Intercepted):
         return proceed(*args, **kwargs) if router is None else _run_tower_layer(self, proceed, args, kwargs)
 
 
-def _active(module: Any) -> Router | None:
-    """The router of ``module``, unless compiled code may run without it."""
+def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
+    """The router of ``module``, unless compiled code may run a call with ``kwargs`` without it."""
     role = role_of(module)
     router: Router | None = None if role is None else role.router
-    return None if router is None or (torch.compiler.is_compiling() and router.may_be_compiled()) else router
+    if router is None or not torch.compiler.is_compiling():
+        return router
+    return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
 
 
 def _eager_throughout(function: Function) -> Function:
@@ -202,6 +217,8 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
 @_eager
 def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
+    known = kwargs if PADDING not in kwargs else {"attention_mask": kwargs.pop(PADDING)}
+    known = {**kwargs, **known}
     outer, forward, call = _forward.get(), None, Call()
     try:
         router = call.begin(base)
@@ -209,7 +226,7 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
             return proceed(*args, **kwargs)
         labels = None if given is None or given[0] is not router else given[1]
         _labels.set(None)  # for good: they are those of one call of the base model
-        forward = router.open(args, kwargs, labels, end)
+        forward = router.open(args, known, labels, end)
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
-from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, guarded_layer, past_length, tear
+from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, allow_updates, guarded_layer, length_of, tear
 from .vision import Recording
 
 __all__ = ["ForwardContext", "Kwargs"]
@@ -22,10 +22,12 @@ Kwargs = dict[str, Any]
 class ForwardContext:
     """One forward of the base model, seen from its decoder and its layers.
 
-    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``is_idle``: whether all layers that follow run as they are, and need not ask.
     """
 
     recording: Recording | None = None
+    is_idle = False
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""
@@ -33,7 +35,8 @@ class ForwardContext:
         self._is_claimed = self._is_running = False
         self._has_begun = False
         self._writable: GuardedLayer | GuardedRecurrentLayer | None = None
-        self._kept: tuple[Cache, int] | None = None
+        self._may_store: tuple[Cache, int] | None = None
+        self._kept: tuple[Cache, Any] | None = None
 
     @cached_property
     def _mask_format(self) -> MaskFormat:
@@ -42,7 +45,7 @@ class ForwardContext:
 
     def keep(self, cache: Cache | None) -> None:
         """The caller has ``cache``, whatever becomes of the call."""
-        self._kept = None if cache is None else (cache, past_length(cache))
+        self._kept = None if cache is None else (cache, length_of(cache))
 
     def is_of(self, adapter: ModelAdapter) -> bool:
         """Whether it is one of the model of ``adapter``."""
@@ -96,6 +99,16 @@ class ForwardContext:
         """The call has ended, in whatever way. Idempotent."""
         if self._writable is not None:
             self._writable.forbid_update()  # it failed before its layer stored anything
+        if self._may_store is not None:
+            allow_updates(*self._may_store, False)
+            self._may_store = None
+
+    def _allow_updates(self, cache: Cache | None, first: int) -> None:
+        """Let all layers from ``first`` on store the tokens of this forward."""
+        if cache is not None:
+            self._has_begun = True
+            self._may_store = cache, first
+            allow_updates(cache, first, True)
 
     def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
         """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""

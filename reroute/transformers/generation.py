@@ -12,15 +12,18 @@ import torch
 from ..core.plan import visual_mask
 from ..errors import RerouteError
 from .cache import cache_of, past_length
-from .planner import has_picture
+from .prompt import has_picture
 
 if TYPE_CHECKING:
     from .router import Router
 
-__all__ = ["PROMPT_END", "generating", "prompt_end"]
+__all__ = ["PADDING", "PROMPT_END", "generating", "prompt_end"]
 
 PROMPT_END = "reroute_prompt_end"
 """The keyword argument in which a forward of ``generate`` is told where the prompt ends."""
+
+PADDING = "reroute_padding"
+"""The keyword argument in which it is given the mask (B, past + L), or None, that ``generate`` made another one of."""
 
 _generations: ContextVar[tuple[tuple[Router, int | None], ...]] = ContextVar("reroute_generations", default=())
 

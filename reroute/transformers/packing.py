@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,12 @@ def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, h
             raise RerouteError(_PACKED)
 
 
-def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], counts: Collection[int]) -> None:
+def check_tokens_of_others(
+    kwargs: Mapping[str, Any], known: Collection[str], counts: Callable[[], Collection[int]]
+) -> None:
     """Refuse arguments beyond the ``known`` ones that layers would get at the logical length.
 
-    ``counts``: how many entries an argument with one for each token may have.
+    ``counts``: how many entries an argument with one for each token may have; asked if there is any to look at.
 
     Raises:
         RerouteError: names the argument.
@@ -66,7 +68,7 @@ def check_tokens_of_others(kwargs: Mapping[str, Any], known: Collection[str], co
             continue
         if name in BORDERS:
             raise RerouteError(f"{name} was given: {_PACKED}")
-        if any(size in counts for leaf in tree_leaves(value) for size in getattr(leaf, "shape", ())):
+        if any(size in counts() for leaf in tree_leaves(value) for size in getattr(leaf, "shape", ())):
             raise RerouteError(
                 f"{name} has an entry for each token, and it is not known how to pick those of the tokens that run. "
                 "Call the model without it, or disable routing for this call."

@@ -6,8 +6,8 @@ Everything is refused here, before anything of the model, the cache or the pool 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,46 +16,37 @@ from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
-from ..errors import RerouteError
+from ..errors import RerouteError, UnsupportedCacheError
 from .adapters import ModelAdapter
+from .attention import MaskFormat, mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
     check_cache,
     check_whole,
+    has_quantized,
     is_renumbered,
     is_routed,
+    is_static,
     past_length,
     routed_layers,
     states_of,
 )
 from .layer_kinds import check_attention, check_kinds, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
+from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 
-__all__ = ["Planner", "Prompt", "has_picture"]
+__all__ = ["Planner"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "image_patches", "mm_encoder_outputs")
-"""What names of arguments have in them in which pictures come."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a plan is made of, apart from the settings.
-
-    - ``ids`` (B, L): tokens of the call. ``mask`` (B, past + L) or None.
-    - ``positions``: position ids (B, L), or several (…, B, L) of M-RoPE, or None.
-    - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
-    - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
-    """
-
-    ids: torch.Tensor
-    mask: Any = None
-    positions: torch.Tensor | None = None
-    cache: Cache | None = None
-    labels: torch.Tensor | None = None
-    end: int | None = None
+NOT_STATIC: dict[MaskFormat, str] = {
+    "padding": "Flash attention tells the rows of a static cache by their number, and routed layers have fewer",
+    "block": "Transformers' block masks read the length of a static cache when its layers have changed it already, "
+    "and show a row too many",
+}
+"""Why layers of static caches cannot be routed under some kinds of attention."""
 
 
 class Planner:
@@ -120,12 +111,12 @@ class Planner:
         Raises:
             RerouteError: this prompt cannot be routed.
         """
-        is_visual = visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
+        is_visual = self._visual(prompt, has_picture=has_picture)
         earlier = _reopened(prompt, settings)
         if earlier is None and not is_visual.any():
             return None
         past, reopened = past_length(prompt.cache), 0
-        valid = _valid(prompt)
+        valid = valid_tokens(prompt)
         if earlier is not None:
             past, reopened = earlier.start, earlier.count
             is_visual, valid = _with_earlier(earlier, prompt, is_visual, valid)
@@ -136,7 +127,7 @@ class Planner:
             settings.config.action,
             past=past,
             reopened=reopened,
-            prompt_ends=_prompt_ends(prompt, is_visual, past, reopened),
+            prompt_ends=prompt_ends(prompt, is_visual, past, reopened),
         )
         if plan is not None and not plan.changes_nothing:
             if prompt.labels is not None:
@@ -152,6 +143,13 @@ class Planner:
             check_one_prompt_per_row(prompt.positions, own, has_mask=has_mask, axes=axes)
         return plan
 
+    def _visual(self, prompt: Prompt, *, has_picture: bool) -> Any:
+        """(B, L) True at visual tokens. Waits for the device."""
+        if prompt.visual is not None:
+            return prompt.visual.cpu().numpy()
+        assert prompt.ids is not None
+        return visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
+
     def check_call(self, plan: Plan, cache: Cache | None) -> None:
         """Check the model and ``cache`` as they are at the call, by what the host knows.
 
@@ -166,9 +164,16 @@ class Planner:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
             check_cache(cache, compact, self.adapter.slides, self.adapter.is_recurrent)
+            self._check_static(cache)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
             check_turn(self.adapter, plan, compact)
+        if plan.reopened and plan.past and has_quantized(cache):
+            raise UnsupportedCacheError(
+                "A later turn that chooses again needs the rows of the text before the first picture as they were, "
+                "and this cache has quantised them. Put that text into the call of the first picture, or use a "
+                "DynamicCache."
+            )
         kept = states_of(cache)
         if plan.reopened and (kept is None or (kept.start, kept.layer) != (plan.past, schedule.first_look)):
             raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")
@@ -189,11 +194,11 @@ class Planner:
                 if settings.config.reopens and is_routed(cache):
                     raise RerouteError(
                         "A turn that chooses again must show where its visual tokens are, and inputs_embeds do not. "
-                        "Pass input_ids, or call the model in handle.using(handle.plan(input_ids, cache=cache))."
+                        "Pass input_ids, or call the model in handle.using(handle.plan(visual_mask=…, cache=cache))."
                     )
                 self._warn(
                     "the prompt came as inputs_embeds, which do not show where visual tokens are. If it has any, pass "
-                    "input_ids, or call the model in handle.using(handle.plan(input_ids))"
+                    "input_ids, or call the model in handle.using(handle.plan(visual_mask=…))"
                 )
             return None
         if labels is not None and labels.shape != ids.shape:
@@ -244,16 +249,28 @@ class Planner:
         """
         check_attention(self.adapter, routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
+        self._check_static(cache)
         _check_shared(kwargs)
-        keys = past_length(cache) + tokens.shape[1]
-        check_tokens_of_others(kwargs, self.adapter.base_parameters, (keys, len(tokens) * keys))
+
+        def counts() -> tuple[int, ...]:
+            keys = past_length(cache) + tokens.shape[1]
+            return keys, len(tokens) * keys
+
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
 
     def _check_others(self, kwargs: Kwargs, plan: Plan) -> None:
         _check_shared(kwargs)
         keys = plan.past + plan.length
         valid = int((plan.order[:, plan.reopened :] >= 0).sum())
         counts = (plan.shape[1], keys, plan.batch * plan.shape[1], plan.batch * keys, valid)
-        check_tokens_of_others(kwargs, self.adapter.base_parameters, counts)
+        check_tokens_of_others(kwargs, self.adapter.base_parameters, lambda: counts)
+
+    def _check_static(self, cache: Cache) -> None:
+        if not is_static(cache) or (kind := mask_format_of(self.adapter.text_config)) not in NOT_STATIC:
+            return
+        raise UnsupportedCacheError(
+            f"{NOT_STATIC[kind]}. Call model.set_attn_implementation('sdpa'), or use a DynamicCache."
+        )
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:
@@ -270,27 +287,11 @@ def _check_shared(kwargs: Kwargs) -> None:
         )
 
 
-def has_picture(kwargs: Kwargs) -> bool:
-    """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
-    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
-    return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
-
-
-def _valid(prompt: Prompt) -> Any:
-    """(B, L) False at padding; None if the mask does not say."""
-    mask = prompt.mask
-    if mask is None:
-        return np.ones(prompt.ids.shape, dtype=bool)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return None
-    return mask[:, -prompt.ids.shape[1] :].cpu().numpy().astype(bool)
-
-
 def _chooses_again(prompt: Prompt, settings: Settings) -> bool:
     """Whether this is a turn on a routed cache, neither a step nor a draft, and such turns choose again."""
     if not settings.config.reopens or settings.keeps_all or not is_routed(prompt.cache):
         return False
-    return prompt.ids.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
+    return prompt.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
 
 
 def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:
@@ -339,20 +340,3 @@ def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: An
             "text into the call of the first picture."
         )
     return is_visual, known[:, earlier.start :]
-
-
-def _prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:
-    """One past the last prompt token of each sample: answers that are already there must not rank the picture."""
-    batch, length = is_visual.shape
-    if prompt.end is not None:
-        return [min(length, prompt.end - past)] * batch
-    if prompt.labels is None:
-        return [length] * batch
-    ends = []
-    own = np.pad(prompt.labels.cpu().numpy(), ((0, 0), (reopened, 0)), constant_values=-100)
-    for row, labels in zip(is_visual, own, strict=True):
-        picture = np.flatnonzero(row).max() if row.any() else length  # without one nothing is ranked
-        answer = np.flatnonzero(labels[picture + 1 :] != -100)
-        # Labels from the picture on leave no question: then all of the text is the prompt.
-        ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)
-    return ends

@@ -29,7 +29,8 @@ from .entrances import (
 )
 from .forward import ForwardContext
 from .interception import Role, intercept, role_of
-from .planner import Planner, Prompt, has_picture
+from .planner import Planner
+from .prompt import Prompt, has_picture
 from .scopes import Given, Scopes
 from .vision import TowerRun, recording_of
 

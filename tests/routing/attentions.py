@@ -1,9 +1,11 @@
-"""Attention of a model by its name, flash attention included: kernels that run here stand in for it."""
+"""Attention of a model by its name: kernels that run here stand in for flash attention, uncompiled code for flex."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from models import Tiny
 from torch import Tensor
 
-FLASH, HUB = "flash_attention_2", "kernels-community/flash-attn2"
+FLASH, HUB, FLEX = "flash_attention_2", "kernels-community/flash-attn2", "flex_attention"
 
 
 @contextmanager
@@ -20,8 +22,27 @@ def attention_of(tiny: Tiny, name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if name in (FLASH, HUB):
             _flash_on_cpu(patch)
+        if name == FLEX:
+            _flex_without_compiler(patch)
         patch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", name)
         yield
+
+
+def _flex_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What flex attention says it does, operation by operation, instead of a kernel for every shape."""
+    import torch.nn.attention.flex_attention as flex
+    from transformers import masking_utils as masks
+    from transformers.integrations import flex_attention as theirs
+
+    def attend(*args: Any, training: bool = False, **kwargs: Any) -> Any:
+        with warnings.catch_warnings(action="ignore"):  # that it is slow
+            return flex.flex_attention(*args, **kwargs)
+
+    def mask(*args: Any, _compile: bool = False, **kwargs: Any) -> Any:
+        return flex.create_block_mask(*args, **kwargs)
+
+    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", attend)
+    monkeypatch.setattr(masks, "create_block_mask", mask)
 
 
 def _flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

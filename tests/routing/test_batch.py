@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from attentions import FLASH, HUB, attention_of
+from attentions import FLASH, FLEX, HUB, attention_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import NAMES, Sample, Tiny
@@ -42,7 +42,7 @@ def check_rows(tiny: Tiny, samples: Sequence[Sample], rules: Rules, side: str, *
     assert kv_lengths(cache_of(out))[first:] == longest[first:]
 
 
-@pytest.fixture(params=["sdpa", "eager", FLASH, HUB])
+@pytest.fixture(params=["sdpa", "eager", FLASH, HUB, FLEX])
 def attention(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[str]:
     with attention_of(tiny, request.param):
         yield request.param

@@ -112,11 +112,6 @@ def own_attention(tiny: Tiny) -> Made:
 
 
 CASES: dict[str, tuple[Case, str]] = {
-    "static cache": (static_cache, "StaticCache cannot"),
-    "generation with a static cache": (
-        functools.partial(generated, cache_implementation="static", disable_compile=True),
-        "StaticCache cannot|2-D attention_mask",
-    ),
     "sliding cache": (sliding_cache, "DynamicSlidingWindowLayer cannot"),
     "chunked prefill": (functools.partial(generated, prefill_chunk_size=22), "Chunked prefill"),
     "4-D mask": (lambda tiny: [tiny.model(**masks(tiny)).logits], "2-D attention_mask"),
@@ -128,6 +123,12 @@ CASES: dict[str, tuple[Case, str]] = {
     "attention of one's own": (own_attention, "'own' cannot be routed"),
 }
 """What routing refuses, and how."""
+
+ROUTED_TOO: dict[str, Case] = {
+    "static cache": static_cache,
+    "generation with a static cache": functools.partial(generated, cache_implementation="static", disable_compile=True),
+}
+"""What routing can do, and does with ``keep=1`` as the plain model."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "keep": {"keep": 1.0},
@@ -166,6 +167,20 @@ def test_what_routing_refuses(few: Tiny, case: str) -> None:
     assert same(run(few), plain)
 
 
+@pytest.mark.parametrize("case", ROUTED_TOO)
+def test_what_is_routed_too(few: Tiny, case: str) -> None:
+    run = ROUTED_TOO[case]
+    plain = run(few)
+    for settings in SETTINGS.values():
+        with reroute.enable(few.model, **settings):
+            assert same(run(few), plain), settings
+    with enable(few, FEW) as handle:
+        assert not same(run(few), plain)
+        with handle.at(keep=1.0):
+            assert same(run(few), plain)
+    assert same(run(few), plain)
+
+
 def test_attention_that_cannot_be_routed(few: Tiny) -> None:
     """It is asked for when something shall be routed."""
     text = few.model.config.get_text_config()
@@ -184,8 +199,9 @@ def test_attention_that_cannot_be_routed(few: Tiny) -> None:
 def test_prefills_are_counted(few: Tiny) -> None:
     """With a cache whose layers do not tell how long they are, too."""
     with reroute.enable(few.model, keep=1.0) as handle:
-        for count, case in enumerate(("static cache", "sliding cache", "4-D mask", "packed rows"), 1):
-            CASES[case][0](few)
+        refused = (CASES[case][0] for case in ("sliding cache", "4-D mask", "packed rows"))
+        for count, run in enumerate((static_cache, *refused), 1):
+            run(few)
             assert handle.totals().prefills == count
             assert handle.stats().keep == 1
 

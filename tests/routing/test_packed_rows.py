@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attentions import FLASH, attention_of
+from attentions import FLASH, FLEX, attention_of
 from models import CACHE, Sample, Tiny, tiny
 from oracle import Rules, predict
 from support import FEW, cache_of, close, enable, generate, refuses, rows, same_decisions, small
@@ -51,7 +51,7 @@ def without_mask(given: dict[str, Any]) -> dict[str, Any]:
 # --- position ids -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH, FLEX])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("family", "form"), FORMS)
 def test_position_ids_that_begin_anew(family: str, form: str, masked: bool, attention: str) -> None:
@@ -67,7 +67,7 @@ def test_position_ids_that_begin_anew(family: str, form: str, masked: bool, atte
         assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH, FLEX])
 @pytest.mark.parametrize("rules", ACTIONS)
 def test_what_the_refusal_says_to_do(few: Tiny, rules: Rules, attention: str) -> None:
     """Each prompt in a row of its own."""
@@ -169,7 +169,7 @@ def test_the_position_ids_that_generate_makes(few: Tiny, side: str, masked_end: 
                 close(torch.stack(output.logits)[:, b], expected.logits[len(sample) - 1 :])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH, FLEX])
 def test_packed_text_is_the_plain_model_s(few: Tiny, attention: str) -> None:
     """Nothing is routed, so nothing is asked of its rows."""
     sample = few.prompt(0, 15)

@@ -205,14 +205,16 @@ def test_chunks_are_turned_off_by_what_the_refusal_says(tiny: Tiny, monkeypatch:
         assert handle.stats().prefills == 1
 
 
-UNKNOWN_MASKS = ("flex_attention", "an_own_function", "paged|eager")
+UNKNOWN_MASKS = ("an_own_function", "paged|eager")
 
 
 @pytest.mark.parametrize("name", UNKNOWN_MASKS)
 def test_attention_with_unknown_masks(tiny: Tiny, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", name)
     before = snapshot(tiny.model)
-    with pytest.raises(RerouteError, match=rf"'{re.escape(name)}' cannot be routed.* 'sdpa', 'eager' or a flash"):
+    with pytest.raises(
+        RerouteError, match=rf"'{re.escape(name)}' cannot be routed.* 'sdpa', 'eager', 'flex_attention' or a flash"
+    ):
         enable(tiny, RULES[0])
     assert snapshot(tiny.model) == before
 
@@ -271,13 +273,6 @@ def test_scores_of_another_shape(tiny: Tiny, rank: Callable[[list[Tensor]], Any]
 def test_a_prompt_without_a_question(tiny: Tiny) -> None:
     chunk = tiny.inputs([tiny.prompt(0, 5, tiny.grid)])
     refuses(tiny, RerouteError, "question after the picture", lambda: tiny.model(**chunk))
-
-
-def test_static_cache(tiny: Tiny) -> None:
-    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
-    cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
-    refuses(tiny, UnsupportedCacheError, "StaticCache|StaticLayer", lambda: tiny.model(**given, **{CACHE: cache}))
-    assert cache.get_seq_length() == 0
 
 
 def test_sliding_cache(tiny: Tiny) -> None:

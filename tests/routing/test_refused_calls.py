@@ -15,7 +15,7 @@ from oracle import Rules, predict
 from support import FEW, cache_of, close, enable, generate, schedule, state_of, unchanged
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from unfit_models import MODELS, decoder, whole
 
 import reroute
@@ -154,7 +154,9 @@ def test_caches_that_are_refused(refusing: Refused) -> None:
     sliding = DynamicCache()
     sliding.layer_class_to_replicate = None
     sliding.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(few.num_layers)]
-    for cache in (StaticCache(config=config, max_cache_len=64), sliding):
+    static = StaticCache(config=config, max_cache_len=64)
+    static.layers[2] = StaticSlidingWindowLayer(max_cache_len=64, sliding_window=8)
+    for cache in (static, sliding):
         for call in (few.model, few.model.model):
             refusing.check(type(cache).__name__, lambda: call(**refusing.given, **{CACHE: cache}), cache)  # noqa: B023
     refusing.goes_on()
@@ -190,10 +192,11 @@ def test_generations_that_are_refused(refusing: Refused) -> None:
     few, given = refusing.few, refusing.few.inputs([refusing.new])
     cut = {**given, **arguments_that_are_refused(few, given, 0)["no question"]}
     static = StaticCache(config=few.model.config.get_text_config(), max_cache_len=64)
+    static.layers[2] = StaticSlidingWindowLayer(max_cache_len=64, sliding_window=8)
     cases: dict[str, tuple[dict[str, Any], Any]] = {
         "chunks": ({**given, "prefill_chunk_size": 8}, refusing.empty),
         "no question": (cut, refusing.empty),
-        "a static cache": (given, static),
+        "a static cache with windows": (given, static),
     }
     for name, (arguments, cache) in cases.items():
         refusing.check(name, lambda: generate(few, arguments, 2, **{CACHE: cache}), cache)  # noqa: B023

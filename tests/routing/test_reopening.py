@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from attentions import FLASH, attention_of
+from attentions import FLASH, FLEX, attention_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import CACHE, NAMES, TRANSFORMERS, Sample, Tiny, text
@@ -115,7 +115,7 @@ def test_another_question_on_a_cache_that_was_cropped_to_the_picture(few: Tiny, 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rules", [FEW, Rules((2, 4), (0.5, 0.25), score_layer_offset=-1)])
-@pytest.mark.parametrize("attention", ["eager", "sdpa", FLASH])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", FLASH, FLEX])
 def test_batches_with_padding(few: Tiny, side: str, rules: Rules, attention: str) -> None:
     """One picture, two, and none; rows end where they end."""
     before = [few.prompt(0, 5, few.grid, 4), few.prompt(1, 1, few.grid, 2, few.grid, 3), few.prompt(2, 9)]

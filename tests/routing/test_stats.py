@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -19,7 +18,7 @@ import reroute
 from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
 from reroute.methods import FastV, Random
 from reroute.rankers import LastTokenAttention
-from reroute.stats import Stats, Totals, make_stats
+from reroute.stats import LayerRows, Stats, Totals, make_stats
 from reroute_kernels import PagedPool
 
 TWO_PICTURES_ONLY = Rules((2,), (0.97,), rounding="half_even")
@@ -221,8 +220,8 @@ def test_a_window_before_the_first_routing_layer_saves_nothing(tiny: Tiny) -> No
     assert plan is not None
     rows = [7, 7, *[plan.length] * (tiny.num_layers - 2)]
     shape = shape_of(tiny)
-    stored = [torch.zeros(1, shape.kv_heads, n, shape.head_dim) for n in rows]
-    layers = [SimpleNamespace(keys=tensor, values=tensor) for tensor in stored]
+    size = 2 * 4 * shape.kv_heads * shape.head_dim
+    layers = [LayerRows(n, n if n == 7 else None, None, n * size, size, 4, 0) for n in rows]
     names = {"method": "", "action": "route", "backend": "", "backend_reason": ""}
     stats = make_stats(plan, shape, names, layers, prefills=1)
     assert stats.prefill_flops == stats.prefill_flops_dense

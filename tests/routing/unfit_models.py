@@ -102,7 +102,7 @@ def layer(model: Any) -> Any:
 MODELS: dict[str, Callable[[Tiny], Any]] = {
     "a model that cannot be right": changed(lambda model: type(model.config), "model_type", "gemma3n"),
     "a decoder without rotary tables": replaced(decoder, "rotary_emb", None),
-    "attention with unknown masks": changed(text, "_attn_implementation", "flex_attention"),
+    "attention with unknown masks": changed(text, "_attn_implementation", "an_own_function"),
     "sliding windows": changed(text, "layer_types", ["full_attention"] * 4 + ["sliding_attention"]),
     "tensor parallelism": changed(lambda model: model, "_tp_size", 2),
     "no decoder": replaced(lambda model: model.model, "language_model", None),

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from reroute.errors import UnsupportedCacheError
 from reroute.transformers.attention import decode_mask, prefill_mask
-from reroute.transformers.cache import RoutedLayer, RowPositions, guard, route_layer, stored_columns, visible_rows
+from reroute.transformers.cache import RoutedLayer, RowPositions, guard, has_stored, route_layer, visible_rows
 
 WINDOW = 5
 Layer: Any = DynamicSlidingWindowLayer
@@ -55,7 +55,7 @@ class Both:
         for given, every in zip(expected, self.all, strict=True):
             seen = [p for p in every.tolist() if p > self.length - count - WINDOW]
             assert given.tolist()[-len(seen) :] == seen
-        assert stored_columns(self.cache, 0) == self.all.shape[1]
+        assert has_stored(self.cache, 0, self.all.shape[1])
 
     def crop(self, count: int) -> None:
         self.layer.crop(-count)
@@ -71,7 +71,7 @@ def test_long_answers() -> None:
     for count in (1, 1, 1, 3, 1, 8, 1):
         both.add(count)
         assert both.layer.keys.shape[-2] == min(WINDOW - 1, both.all.shape[1])
-        assert visible_rows(both.cache, 0) == both.layer.keys.shape[-2]
+        assert visible_rows(both.cache, 0, both.length) == both.layer.keys.shape[-2]
 
 
 def test_short_prompts() -> None:

@@ -8,10 +8,10 @@ from ...errors import RerouteError
 
 __all__ = ["MaskFormat", "mask_format_of"]
 
-MaskFormat = Literal["additive", "boolean", "padding"]
-"""4-D and added to the logits, 4-D and True where visible, or 2-D and True where there is a token."""
+MaskFormat = Literal["additive", "boolean", "block", "padding"]
+"""4-D and added to the logits, 4-D and True where visible, a ``BlockMask``, or 2-D and True where there is a token."""
 
-FORMATS: dict[str, MaskFormat] = {"eager": "additive", "sdpa": "boolean"}
+FORMATS: dict[str, MaskFormat] = {"eager": "additive", "sdpa": "boolean", "flex_attention": "block"}
 
 
 def mask_format_of(text_config: Any) -> MaskFormat:
@@ -27,5 +27,5 @@ def mask_format_of(text_config: Any) -> MaskFormat:
         return "padding"
     raise RerouteError(
         f"Attention implementation {name!r} cannot be routed: its masks are not known. Call "
-        "model.set_attn_implementation(…) with 'sdpa', 'eager' or a flash attention."
+        "model.set_attn_implementation(…) with 'sdpa', 'eager', 'flex_attention' or a flash attention."
     )

@@ -7,15 +7,18 @@ wherever the attention is then right, because any mask keeps CUDA's fast kernels
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .blocks import block_mask
 from .formats import MaskFormat
 
 __all__ = ["decode_mask", "prefill_mask"]
 
 
 def prefill_mask(
-    mask: torch.Tensor | None,
+    mask: Any,
     rows: torch.Tensor,
     key_positions: torch.Tensor,
     *,
@@ -24,12 +27,12 @@ def prefill_mask(
     is_causal: bool = True,
     mask_format: MaskFormat,
     dtype: torch.dtype,
-) -> torch.Tensor | None:
+) -> Any:
     """Mask for a stage of a prefill.
 
     Args:
-        mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, or
-            (B, past + L) in the format ``padding``. Of sliding layers it has only the last columns.
+        mask: Transformers' mask for the logical sequence: None, (B|1, 1, L, past + L) bool or additive, (B, past + L)
+            in the format ``padding``, or a ``BlockMask``. Of sliding layers it has only the last columns.
         rows: (B, S) position within this call of every running row, -1 for fillers.
         key_positions: (B, T) logical position of every key, -1 for fillers; the last S are those of ``rows``.
         past: logical length of the cache before this call.
@@ -38,6 +41,10 @@ def prefill_mask(
         mask_format: of a mask built from nothing.
         dtype: of an additive mask built from nothing.
     """
+    if mask_format == "block":
+        if mask is None:
+            return block_mask(None, torch.where(rows < 0, -1, rows + past), key_positions, is_causal=is_causal)
+        return block_mask(mask, rows, _columns(key_positions, past + mask.shape[2], mask)[0])
     if mask is None:
         if not has_fillers and (past == 0 or not is_causal or mask_format == "padding"):
             return None
@@ -60,14 +67,15 @@ def prefill_mask(
     return _without_fillers(picked, rows, key_positions) if has_fillers else picked
 
 
-def decode_mask(
-    mask: torch.Tensor | None, key_positions: torch.Tensor, length: int, *, first: int = 0, mask_format: MaskFormat
-) -> torch.Tensor:
+def decode_mask(mask: Any, key_positions: torch.Tensor, length: int, *, first: int = 0, mask_format: MaskFormat) -> Any:
     """Mask for new tokens on a cache with rows at ``key_positions`` (B, T), -1 for fillers; the last are the new ones.
 
     ``length`` is the logical one with them. With ``mask`` None every key from position ``first`` on that is not a
     filler is visible (Transformers passes None only then).
     """
+    if mask_format == "block":
+        rows = torch.arange(mask.shape[2], device=key_positions.device).expand(len(key_positions), -1)
+        return block_mask(mask, rows, _columns(key_positions, length, mask)[0])
     if mask is None:
         present = key_positions >= first
         return present if mask_format == "padding" else present[:, None, None, :]
@@ -82,7 +90,7 @@ def decode_mask(
     return picked.masked_fill(~present, torch.finfo(picked.dtype).min)
 
 
-def _columns(key_positions: torch.Tensor, length: int, mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def _columns(key_positions: torch.Tensor, length: int, mask: Any) -> tuple[torch.Tensor, bool]:
     """Which of the columns of ``mask``, the last ones of a logical sequence, are keys at ``key_positions`` (B, T).
 
     A key before all of them is hidden as fillers are, -1. Returns whether there may be some.

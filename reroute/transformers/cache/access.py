@@ -6,56 +6,57 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
 )
 
 from ...errors import UnsupportedCacheError
-from .layers import (
-    HALF_FILLED,
-    GuardedLayer,
-    GuardedSlidingLayer,
-    RoutedLayer,
-    RoutedSlidingLayer,
-    RowPositions,
-    TornLayer,
-    columns_of,
-    empty_like,
-    visible_columns,
-)
+from ...stats import LayerRows
+from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
+from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
 
 __all__ = [
+    "allow_updates",
     "cache_of",
     "check_cache",
     "check_whole",
     "cut",
+    "give_room",
     "guard",
     "guarded_layer",
+    "has_quantized",
+    "has_stored",
     "has_windows",
+    "is_guarded",
     "is_renumbered",
     "is_routed",
+    "is_static",
     "is_torn",
     "keep_states",
+    "layer_rows",
+    "length_of",
     "past_length",
+    "room_of",
     "route_layer",
     "routed_layers",
     "states_of",
-    "stored_columns",
+    "takes_any_step",
     "tear",
     "visible_rows",
 ]
 
-WHOLE = (DynamicLayer, GuardedLayer, RoutedLayer)
-SLIDING = (DynamicSlidingWindowLayer, GuardedSlidingLayer, RoutedSlidingLayer)
-"""Kinds of layers that routing can store in: plain, guarded, routed."""
 RECURRENT = (LinearAttentionLayer, GuardedRecurrentLayer)
-"""Kinds that keep a state: plain, guarded."""
+"""Kinds of layers that keep a state instead of rows: plain, guarded."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -65,7 +66,7 @@ def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
 
 
 def past_length(cache: Cache | None) -> int:
-    """Logical length of ``cache``."""
+    """Logical length of ``cache``. Waits for the device if that is static."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -77,12 +78,14 @@ def check_cache(
     Some of them may keep a window, and others a state.
 
     Raises:
-        UnsupportedCacheError: static, quantised and paged caches, and windows of other layers; says what to use.
+        UnsupportedCacheError: paged caches, and windows of other layers; says what to use.
     """
-    if isinstance(cache, DynamicCache):
-        kinds = [(i, RECURRENT if is_recurrent(i) else WHOLE + SLIDING if slides(i) else WHOLE) for i in layers]
-        present = [(cache.layers[i], fits) for i, fits in kinds if i < len(cache.layers)]
-        wrong = {_plain_name(layer) for layer, fits in present if type(layer) not in fits}
+    if isinstance(cache, DynamicCache | StaticCache | QuantizedCache):
+        wrong = {
+            _name(cache.layers[i])
+            for i in layers
+            if i < len(cache.layers) and not _fits(cache.layers[i], slides(i), is_recurrent(i))
+        }
         later = cache.layer_class_to_replicate
         if later not in (None, DynamicLayer):
             wrong.add(later.__name__)
@@ -92,32 +95,52 @@ def check_cache(
     else:
         what = type(cache).__name__
     raise UnsupportedCacheError(
-        f"Routing needs cache layers that may differ in length; {what} cannot. Use a DynamicCache of the model's "
-        "configuration (what generate() makes by default), or disable routing for this call."
+        f"Routing needs cache layers that may differ in length; {what} cannot. Use a cache of the model's "
+        "configuration that is dynamic (what generate() makes by default), static or quantised, or disable routing "
+        "for this call."
     )
 
 
-def _plain_name(layer: Any) -> str:
-    """Of the class that ``layer`` had before it was guarded."""
-    return DynamicSlidingWindowLayer.__name__ if type(layer) in SLIDING else type(layer).__name__
+def _fits(layer: Any, slides: bool, is_recurrent: bool) -> bool:
+    """Whether ``layer`` may be that of a decoder layer which slides, or keeps a state, or neither."""
+    if is_recurrent:
+        return type(layer) in RECURRENT
+    return not isinstance(layer, TornLayer) and can_store(plain_class(layer), slides=slides)
+
+
+def _name(layer: Any) -> str:
+    return TornLayer.__name__ if isinstance(layer, TornLayer) else plain_class(layer).__name__
 
 
 def check_whole(cache: Cache, num_layers: int) -> None:
-    """Refuse a routed cache whose layers do not agree on how long the sequence is.
+    """Refuse a routed cache whose layers do not agree on how long the sequence is. Static ones are not asked.
 
     Raises:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
     # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
     layers: Sequence[Any] = [layer for layer in cache.layers[:num_layers] if type(layer) not in RECURRENT]
-    agree = len(cache.layers) >= num_layers and layers[0].get_seq_length() == layers[-1].get_seq_length()
+    agree = len(cache.layers) >= num_layers and _agree(layers[0].get_seq_length(), layers[-1].get_seq_length())
     if not agree or is_torn(cache):
         raise UnsupportedCacheError(HALF_FILLED)
 
 
+def _agree(first: Any, last: Any) -> bool:
+    """Whether two lengths are the same, of which those on a device are not waited for."""
+    return isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor) or first == last
+
+
+def _has(cache: Cache | None, kind: type[Any]) -> bool:
+    """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, so that no generator is made for it."""
+    for layer in getattr(cache, "layers", ()):  # noqa: SIM110
+        if isinstance(layer, kind):
+            return True
+    return False
+
+
 def is_routed(cache: Cache | None) -> bool:
     """Whether some layer of ``cache`` lacks rows."""
-    return any(isinstance(layer, RoutedLayer) for layer in getattr(cache, "layers", ()))
+    return _has(cache, RoutedLayer)
 
 
 def routed_layers(cache: Cache) -> list[int]:
@@ -136,23 +159,39 @@ def is_renumbered(cache: Cache | None) -> bool:
     return any(isinstance(layer, RoutedLayer) and layer.rows.position_offset is not None for layer in layers)
 
 
+def is_static(cache: Cache | None) -> bool:
+    """Whether ``cache`` has layers that count on the device."""
+    return _has(cache, StaticLayer)
+
+
+def has_quantized(cache: Cache | None) -> bool:
+    """Whether some layer of ``cache`` keeps its rows in another form than it returns them."""
+    return any(map(is_quantized, getattr(cache, "layers", ())))
+
+
 def is_torn(cache: Cache | None) -> bool:
     """Whether a forward has left ``cache`` half filled."""
-    return any(isinstance(layer, TornLayer) for layer in getattr(cache, "layers", ()))
+    return _has(cache, TornLayer)
 
 
-def tear(cache: Cache, past: int, *, has_begun: bool) -> None:
-    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, it had ``past`` tokens.
+def length_of(cache: Cache) -> Any:
+    """Logical length of ``cache``, to compare it with later; never waits for the device."""
+    length: Any = cache.get_seq_length()
+    return length.clone() if isinstance(length, torch.Tensor) else length
+
+
+def tear(cache: Cache, past: Any, *, has_begun: bool) -> None:
+    """Let nobody go on with ``cache``, if a forward that failed has changed it; before, its length was ``past``.
 
     ``has_begun``: whether any layer has run. Of a state it cannot be seen whether it has changed.
     """
     layers: Sequence[Any] = [layer for layer in cache.layers if type(layer) not in RECURRENT]
     may_differ = has_begun and len(layers) < len(cache.layers)
-    if not may_differ and all(layer.get_seq_length() == past for layer in layers):
+    if not may_differ and all(bool(layer.get_seq_length() == past) for layer in layers):
         return
     for layer in layers:
-        if type(layer) in WHOLE + SLIDING:
-            layer.__class__ = TornLayer
+        if not isinstance(layer, TornLayer) and _can_store(layer):
+            turn_into(layer, TornLayer)
 
 
 def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | GuardedRecurrentLayer | None:
@@ -163,14 +202,90 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | GuardedRecu
     return layer if isinstance(layer, GuardedLayer | GuardedRecurrentLayer) else None
 
 
-def stored_columns(cache: Cache, index: int) -> int:
-    """Rows that were ever stored in layer ``index`` of ``cache``."""
-    return columns_of(cache.layers[index]) if index < len(cache.layers) else 0
+def is_guarded(cache: Cache | None) -> bool:
+    """Whether some layer of ``cache`` takes tokens only when it is allowed to."""
+    return _has(cache, GuardedLayer)
 
 
-def visible_rows(cache: Cache | None, index: int) -> int:
-    """How many of its rows layer ``index`` of ``cache`` gives to the next tokens."""
-    return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index])
+def allow_updates(cache: Cache, first: int, may: bool) -> None:
+    """Let the layers of ``cache`` from ``first`` on store the tokens of the forward that now runs, or not any more."""
+    for layer in cache.layers[first:]:
+        if isinstance(layer, GuardedLayer | GuardedRecurrentLayer):
+            layer.may_update = may
+
+
+def takes_any_step(cache: Cache | None) -> bool:
+    """Whether layers of ``cache`` need nothing of tokens that come without a mask: all rows that they have count.
+
+    Not those of static caches, which are not all filled, nor of windows, which show the last ones.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, RoutedLayer) and (layer.rows.has_fillers or layer.rows.position_offset is not None):
+            return False
+        if isinstance(layer, DynamicSlidingWindowLayer | StaticLayer):
+            return False
+    return True
+
+
+def has_stored(cache: Cache, index: int, columns: int) -> bool:
+    """Whether layer ``index`` of ``cache`` was ever given so many rows. Static ones only say whether any."""
+    if index >= len(cache.layers):
+        return False
+    layer: Any = cache.layers[index]
+    return bool(layer.is_initialized) if isinstance(layer, StaticLayer) else columns_of(layer, 0) == columns
+
+
+def visible_rows(cache: Cache | None, index: int, past: int) -> int:
+    """How many of its rows layer ``index`` of ``cache``, which is ``past`` tokens long, gives to the next tokens."""
+    return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index], past)
+
+
+def room_of(cache: Cache | None, index: int, lacks: int) -> tuple[int, int] | None:
+    """How many rows layer ``index`` of a static ``cache`` has room for, and how many tokens; None if it grows.
+
+    A layer that has not allocated anything yet is to allocate that, ``lacks`` rows less than there may be tokens.
+    """
+    layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    if not isinstance(layer, StaticLayer):
+        return None
+    rows = layer.max_cache_len - lacks if layer.keys is None else int(layer.keys.shape[-2])
+    return rows, layer.max_cache_len
+
+
+def layer_rows(cache: Cache | None, length: int) -> list[LayerRows | None]:
+    """What the layers of ``cache``, of logical ``length``, hold; None of one that holds nothing."""
+    return [_rows_of(layer, length) for layer in getattr(cache, "layers", ())]
+
+
+def _rows_of(layer: Any, length: int) -> LayerRows | None:
+    if getattr(layer, "keys", None) is None:  # or it keeps a state
+        return None
+    rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
+    most = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+    if static or most is not None:  # not of more than it has
+        rows = min(rows, int(layer.keys.shape[-2]))
+    earlier = getattr(layer, "earlier", None)
+    return LayerRows(
+        rows=rows,
+        most=most,
+        room=layer.get_max_length() if static else None,
+        nbytes=nbytes,
+        row_bytes=nbytes // max(1, int(layer.keys.shape[-2]) if static else rows),
+        element_size=layer.keys.element_size(),
+        state_bytes=0 if earlier is None else earlier.nbytes,
+    )
+
+
+def give_room(cache: Cache, index: int, room: int) -> int:
+    """Let layer ``index`` of a static ``cache`` allocate ``room`` rows, if it has not yet; returns what it would."""
+    layer: Any = cache.layers[index]
+    usual: int = layer.max_cache_len
+    layer.max_cache_len = room
+    return usual
+
+
+def _can_store(layer: Any) -> bool:
+    return can_store(plain_class(layer), slides=True)
 
 
 def guard(cache: Cache, floor: int) -> None:
@@ -182,8 +297,8 @@ def guard(cache: Cache, floor: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
             layer.rows = replace(layer.rows, floor=floor)
-        if type(layer) in WHOLE[:2] + SLIDING[:2] and layer.keys is not None:
-            layer.__class__ = GuardedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else GuardedLayer
+        elif not isinstance(layer, TornLayer) and _can_store(layer) and layer.keys is not None:
+            turn_into(layer, GuardedLayer)
             layer.floor = floor
     _guard_states(cache)
 
@@ -201,15 +316,17 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     """Mark layer ``index`` as holding just ``rows`` of a logical sequence."""
     layer: Any = cache.layers[index]
     layer.__dict__.pop("floor", None)
-    layer.__class__ = RoutedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else RoutedLayer
+    turn_into(layer, RoutedLayer)
     layer.rows = rows
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:
     """What ``cache`` keeps for later turns, if it is of all its tokens: calls without it may have come since."""
-    layers = getattr(cache, "layers", ())
-    kept = next((its for layer in layers if (its := getattr(layer, "earlier", None)) is not None), None)
-    return kept if kept is not None and kept.end == past_length(cache) else None
+    for layer in getattr(cache, "layers", ()):
+        kept: KeptStates | None = getattr(layer, "earlier", None)
+        if kept is not None:
+            return kept if kept.end == past_length(cache) else None
+    return None
 
 
 def keep_states(cache: Cache, kept: KeptStates | None) -> None:
@@ -223,6 +340,7 @@ def cut(cache: Cache, first: int, start: int) -> None:
     """Drop all from position ``start`` on of the layers of ``cache`` from ``first`` on; they have all before it."""
     layer: Any
     for layer in cache.layers[first:]:
+        layer.prefetch()  # keys and values of an offloaded one
         whole = None if layer.keys is None or not start else (layer.keys[..., :start, :], layer.values[..., :start, :])
         empty = empty_like(layer)
         layer.__class__, layer.__dict__ = type(empty), vars(empty)

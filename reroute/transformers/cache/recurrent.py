@@ -19,15 +19,15 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
     """
 
     first: GuardedLayer | None = None
-    _may_update = False
+    may_update = False
 
     def allow_update(self) -> None:
         """Let the forward that now runs read and write the state here."""
-        self._may_update = True
+        self.may_update = True
 
     def forbid_update(self) -> None:
         """Undo ``allow_update``: the layer of the model has ended."""
-        self._may_update = False
+        self.may_update = False
 
     @property
     def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
@@ -36,7 +36,7 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
         Raises:
             UnsupportedCacheError: in a forward without routing; nothing has changed then.
         """
-        if not self._may_update:
+        if not self.may_update:
             raise UnsupportedCacheError(
                 "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
                 "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
@@ -60,7 +60,7 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Become an ordinary empty layer again."""
-        for name in ("first", "_may_update"):
+        for name in ("first", "may_update"):
             self.__dict__.pop(name, None)
         self.__class__ = LinearAttentionLayer  # type: ignore[assignment]
         LinearAttentionLayer.reset(self)

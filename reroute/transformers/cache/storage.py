@@ -1,0 +1,92 @@
+"""The kinds of cache layers in which routing can store, and how much each of them holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import cache_utils
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedLayer,
+    StaticLayer,
+)
+
+__all__ = ["can_store", "columns_of", "empty_like", "held_bytes", "is_quantized", "visible_columns"]
+
+Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
+"""Base of all that quantise: since Transformers 5.24 there are some without a residual in full precision."""
+
+OF_ROUTING = ("rows", "earlier", "floor", "may_update")
+"""Attributes that layers have only while routing knows of them."""
+
+
+def can_store(plain: type[Any], *, slides: bool) -> bool:
+    """Whether a layer of class ``plain`` may lack rows, as that of a decoder layer that ``slides`` or does not."""
+    if plain is DynamicSlidingWindowLayer:
+        return slides
+    return plain in (DynamicLayer, StaticLayer) or issubclass(plain, Quantized)
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether ``layer`` keeps its rows in another form than it returns them."""
+    return isinstance(layer, Quantized)
+
+
+def columns_of(layer: Any, length: int) -> int:
+    """How many rows were ever stored in ``layer`` of a cache of logical ``length``. Never waits for the device.
+
+    A sliding one has dropped those that no window shows any more; a static one counts on the device, so that what it
+    holds is told by what it will hold once it is full.
+    """
+    if isinstance(layer, StaticLayer):
+        if not layer.is_initialized:
+            return 0
+        rows = getattr(layer, "rows", None)
+        return length if rows is None else int(rows.key_positions.shape[1]) - (rows.logical - length)
+    if isinstance(layer, DynamicSlidingWindowLayer) or is_quantized(layer):
+        return int(layer.cumulative_length)
+    return 0 if layer.keys is None else int(layer.keys.shape[-2])
+
+
+def visible_columns(layer: Any, length: int) -> int:
+    """How many of its rows ``layer`` gives to the next tokens, apart from the room that a static one has left."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        stored = 0 if layer.keys is None else int(layer.keys.shape[-2])
+        return min(stored, layer.sliding_window - 1)
+    return columns_of(layer, length)
+
+
+def held_bytes(layer: Any) -> int:
+    """Bytes of keys and values, in whatever form; all that is allocated for them."""
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    leaves = tree_leaves([getattr(layer, name, None) for name in names])
+    return sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _nbytes(tensor: Any) -> int:
+    """Of a tensor, or of those inside of a wrapper."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def empty_like(layer: Any) -> Any:
+    """An ordinary layer with nothing in it, of the kind and the room that ``layer`` was of."""
+    if isinstance(layer, StaticLayer):
+        return StaticLayer(max_cache_len=layer.max_cache_len)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        sliding = DynamicSlidingWindowLayer(layer.sliding_window)
+        sliding.record_past = layer.record_past
+        return sliding
+    if not is_quantized(layer):
+        return DynamicLayer()  # type: ignore[no-untyped-call]
+    empty: Any = object.__new__(getattr(layer, "plain", type(layer)))
+    vars(empty).update({name: value for name, value in vars(layer).items() if name not in OF_ROUTING})
+    CacheLayerMixin.__init__(empty)  # type: ignore[no-untyped-call]
+    empty.cumulative_length = 0
+    empty._quantized_keys = empty._quantized_values = empty._pending_beam_idx = None
+    return empty

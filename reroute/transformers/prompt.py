@@ -1,0 +1,94 @@
+"""What a call tells of its prompt: its tokens, which of them are visual, which are padding, and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from ..errors import RerouteError
+
+__all__ = ["Prompt", "has_picture", "prompt_ends", "valid_tokens"]
+
+Kwargs = Mapping[str, Any]
+
+PICTURES = ("pixel_values", "image_patches", "mm_encoder_outputs")
+"""What names of arguments have in them in which pictures come."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a plan is made of, apart from the settings.
+
+    - ``ids`` (B, L): tokens of the call, or ``visual`` (B, L) bool: which of them are visual. ``mask`` (B, past + L)
+      or None.
+    - ``positions``: position ids (B, L), or several (…, B, L) of M-RoPE, or None.
+    - ``labels`` (B, L) or None: the prompt of a sample ends where its answer begins.
+    - ``end``: one past the logical position of the last prompt token, or None where that is the last token.
+    """
+
+    ids: torch.Tensor | None
+    mask: Any = None
+    positions: torch.Tensor | None = None
+    cache: Cache | None = None
+    labels: torch.Tensor | None = None
+    end: int | None = None
+    visual: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """RerouteError unless one of ``ids`` and ``visual`` is given, and the other arguments fit it."""
+        if (self.ids is None) == (self.visual is None):
+            raise RerouteError("Give either input_ids or visual_mask: each tells where the visual tokens are.")
+        if self.visual is None:
+            return
+        if self.visual.ndim != 2 or self.visual.dtype != torch.bool:
+            raise RerouteError(
+                "visual_mask is a tensor (batch, length) of bool, True at visual tokens, not "
+                f"{tuple(self.visual.shape)} of {self.visual.dtype}."
+            )
+        if self.labels is not None and self.labels.shape != self.shape:
+            raise RerouteError(f"labels are of {tuple(self.labels.shape)} tokens, visual_mask of {self.shape}.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        known = self.visual if self.ids is None else self.ids
+        assert known is not None
+        return known.shape[0], known.shape[1]
+
+
+def has_picture(kwargs: Kwargs) -> bool:
+    """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
+    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
+    return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
+
+
+def valid_tokens(prompt: Prompt) -> Any:
+    """(B, L) False at padding; None if the mask does not say."""
+    mask = prompt.mask
+    if mask is None:
+        return np.ones(prompt.shape, dtype=bool)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    return mask[:, -prompt.shape[1] :].cpu().numpy().astype(bool)
+
+
+def prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:
+    """One past the last prompt token of each sample: answers that are already there must not rank the picture."""
+    batch, length = is_visual.shape
+    if prompt.end is not None:
+        return [min(length, prompt.end - past)] * batch
+    if prompt.labels is None:
+        return [length] * batch
+    ends = []
+    own = np.pad(prompt.labels.cpu().numpy(), ((0, 0), (reopened, 0)), constant_values=-100)
+    for row, labels in zip(is_visual, own, strict=True):
+        picture = np.flatnonzero(row).max() if row.any() else length  # without one nothing is ranked
+        answer = np.flatnonzero(labels[picture + 1 :] != -100)
+        # Labels from the picture on leave no question: then all of the text is the prompt.
+        ends.append(int(picture + 1 + answer[0]) if len(answer) and answer[0] > 0 else length)
+    return ends

@@ -1,0 +1,188 @@
+"""Decoding steps on a routed cache: one graph when they are compiled, and next to nothing of Python when not."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import CACHE, Sample, Tiny, text
+from oracle import Rules, predict
+from support import cache_of, close, enable, generate
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+import reroute
+
+RULES = Rules((1, 2), (0.5, 0.25))
+TOKENS = (5, 6, 7, 8, 9)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """No compiled code goes from one test to the next, and inference is what is compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()
+
+
+def three_layers(name: str) -> Tiny:
+    return models.llava(layers=3) if name == "llava" else models.qwen(layers=3)
+
+
+def new_cache(tiny: Tiny, kind: str) -> Any:
+    config = tiny.model.config.get_text_config()
+    return StaticCache(config=config, max_cache_len=48) if kind == "static" else DynamicCache(config=config)
+
+
+def run_steps(tiny: Tiny, samples: list[Sample], cache: Any, call: Callable[..., Any]) -> list[torch.Tensor]:
+    """Logits of a prefill that is not compiled, and of steps that ``call`` runs."""
+    before = samples
+    logits = [tiny.model(**tiny.inputs(samples, positions=True), **{CACHE: cache}).logits[:, -1:]]
+    for token in TOKENS:
+        given = tiny.follow(before, [text(token)] * len(samples))
+        if len(samples) == 1:
+            del given["attention_mask"]
+        given["position_ids"] = given["position_ids"].contiguous()
+        logits.append(call(**given, **{CACHE: cache}).logits)
+        before = [sample + text(token) for sample in before]
+    return logits
+
+
+BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "graphs"), [("static", 1), ("dynamic", 2)])
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_one_graph(name: str, kind: str, graphs: int, backend: str) -> None:
+    """No break, and no new graph from step to step; a dynamic cache takes one for any length after that for the first.
+
+    So it is without routing.
+    """
+    tiny = three_layers(name)
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    run = lambda: run_steps(
+        tiny, [sample], new_cache(tiny, kind), torch.compile(tiny.model.__call__, fullgraph=True, backend=backend)
+    )
+    if backend == "eager":
+        run()
+        assert counters["stats"]["unique_graphs"] == graphs
+    with enable(tiny, RULES):
+        counters.clear()
+        logits = run()
+        assert counters["stats"]["unique_graphs"] == graphs
+    expected = predict(tiny, sample, RULES, then=TOKENS).logits[len(sample) - 1 :]
+    close(torch.cat(logits, 1)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_a_batch(name: str, kind: str) -> None:
+    """With padding and fillers, of which masks are made."""
+    tiny = three_layers(name)
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 7)]
+    with enable(tiny, RULES):
+        compiled = torch.compile(tiny.model.__call__, fullgraph=True, backend="eager")
+        logits = run_steps(tiny, samples, new_cache(tiny, kind), compiled)
+    for b, sample in enumerate(samples):
+        close(torch.cat(logits, 1)[b], predict(tiny, sample, RULES, then=TOKENS).logits[len(sample) - 1 :])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+def test_generation(name: str) -> None:
+    """``generate`` compiles steps on static caches: in one graph for prompts with padding, and for later calls."""
+    tiny = three_layers(name)
+    config = CompileConfig(backend="eager", fullgraph=True)
+    setattr(config, "_compile_all_devices", True)  # noqa: B010  # as tests of Transformers do
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 7)]
+    with enable(tiny, RULES) as handle:
+        expected = generate(tiny, samples, 6, cache_implementation="static", disable_compile=True)
+        for count in (1, 2):
+            output = generate(tiny, samples, 6, cache_implementation="static", compile_config=config)
+            assert torch.equal(output.sequences, expected.sequences)
+            assert handle.stats().prefills == 1 + count
+            assert counters["stats"]["unique_graphs"] == 1
+    close(torch.stack(output.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_step() -> None:
+    """Renumbered rows and states for later turns need more than a mask: routing then runs between compiled parts."""
+    tiny = three_layers("llava")
+    sample = tiny.prompt(0, 5, tiny.grid, 4)
+    renumbered = Rules((1,), (0.5,), action="remove", position_mode="renumbered")
+    for rules, settings in ((renumbered, {}), (RULES, {"reopens": True})):
+        with enable(tiny, rules, **settings):
+            cache = new_cache(tiny, "dynamic")
+            logits = run_steps(tiny, [sample], cache, torch.compile(tiny.model.__call__, backend="eager"))
+            strict = torch.compile(tiny.model.__call__, backend="eager", fullgraph=True)
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="reroute plans and routes"):
+                strict(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+        close(torch.cat(logits, 1)[0], predict(tiny, sample, rules, then=TOKENS).logits[len(sample) - 1 :])
+
+
+# --- frames of Python ---------------------------------------------------------------------------------------------
+
+
+def frames(call: Callable[[], Any]) -> Counter[str]:
+    """How often each function of the product is entered in ``call``; generators at each of their values."""
+    counts: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("reroute"):
+            counts[f"{module}.{frame.f_code.co_name}"] += 1
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return counts
+
+
+def per_layer(measure: Callable[[Tiny], Counter[str]]) -> dict[str, float]:
+    """What grows with the number of layers, and by how much for each."""
+    few, many = (measure(models.llava(layers=count)) for count in (6, 14))
+    grown = {name: (many[name] - few[name]) / 8 for name in many}
+    return {name: count for name, count in grown.items() if count}
+
+
+def test_a_step_costs_a_layer_two_frames() -> None:
+    """The layer's own class lets it pass, and the cache's takes its token. No other function runs for each layer."""
+
+    def measure(tiny: Tiny) -> Counter[str]:
+        sample = tiny.prompt(0, 5, tiny.grid, 4)
+        with reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3), (0.5, 0.25))):
+            cache = cache_of(tiny.model(**tiny.inputs([sample]), use_cache=True))
+            step = lambda: tiny.model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+            step()
+            return frames(step)
+
+    assert per_layer(measure) == {
+        "reroute.transformers.entrances.__call__": 1,
+        "reroute.transformers.cache.layers.update": 1,
+    }
+
+
+def test_a_prefill_that_keeps_all_costs_a_layer_one_frame() -> None:
+    """While layers run. Stats are made of the plan afterwards."""
+
+    def measure(tiny: Tiny) -> Counter[str]:
+        given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+        with reroute.enable(tiny.model, keep=1.0):
+            tiny.model(**given, use_cache=False)
+            return frames(lambda: tiny.model(**given, use_cache=False))
+
+    grown = {name: count for name, count in per_layer(measure).items() if name.startswith("reroute.transformers")}
+    assert grown == {"reroute.transformers.entrances.__call__": 1}
