@@ -74,8 +74,7 @@ class ForwardContext:
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """What the decoder gets instead of ``output`` (B, S, C) of layer ``index``."""
-        if self._writable is not None:
-            self._writable.forbid_update()
+        self.forbid_update()
         return output
 
     def after_decoder(self, output: Any) -> Any:
@@ -94,8 +93,12 @@ class ForwardContext:
 
     def close(self) -> None:
         """The call has ended, in whatever way. Idempotent."""
+        self.forbid_update()  # it may have failed before its layer stored anything
+
+    def forbid_update(self) -> None:
+        """Undo what the last layer was allowed: it has ended."""
         if self._writable is not None:
-            self._writable.forbid_update()  # it failed before its layer stored anything
+            self._writable.forbid_update()
 
     def _allow_update(self, cache: Cache | None, index: int) -> RoutedLayer | None:
         """Let layer ``index`` store the tokens of this forward; returns the layer if it lacks rows of earlier ones."""
