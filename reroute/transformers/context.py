@@ -152,7 +152,8 @@ class RoutedPrefill(ForwardContext):
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """Mark what the layer stored; after the last one, the states at logical length again."""
-        output = self._earlier_turns.after_layer(index, super().after_layer(index, output))
+        self.forbid_update()
+        self._earlier_turns.forbid_update()
         stage, self._running = self._running, None
         # Nothing is stored while gradient checkpointing recomputes layers.
         if stage is not None and self.cache is not None and has_stored(self.cache, index, stage.stored):

@@ -77,8 +77,7 @@ class ForwardContext:
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
         """What the decoder gets instead of ``output`` (B, S, C) of layer ``index``."""
-        if self._writable is not None:
-            self._writable.forbid_update()
+        self.forbid_update()
         return output
 
     def after_decoder(self, output: Any) -> Any:
@@ -97,11 +96,15 @@ class ForwardContext:
 
     def close(self) -> None:
         """The call has ended, in whatever way. Idempotent."""
-        if self._writable is not None:
-            self._writable.forbid_update()  # it failed before its layer stored anything
+        self.forbid_update()  # it may have failed before its layer stored anything
         if self._may_store is not None:
             allow_updates(*self._may_store, False)
             self._may_store = None
+
+    def forbid_update(self) -> None:
+        """Undo what the last layer was allowed: it has ended."""
+        if self._writable is not None:
+            self._writable.forbid_update()
 
     def _allow_updates(self, cache: Cache | None, first: int) -> None:
         """Let all layers from ``first`` on store the tokens of this forward."""

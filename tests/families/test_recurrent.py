@@ -106,7 +106,7 @@ def test_forwards_without_routing(kind: str) -> None:
     expected = predict(tiny, [*ONE, *TOKENS[:2]], LAYERS, (0.4, 0.7), prompt=len(ONE)).logits
     cache = DynamicCache(config=tiny.text.config)
     with reroute.enable(tiny.model, schedule=SCHEDULE) as handle:
-        talk(handle, tiny, cache, [[ONE], [TOKENS[:1]]])
+        talk(handle, tiny, cache, [[ONE], [[TOKENS[0]]]])
     last = step(tiny, batch(tiny, [*ONE, TOKENS[0]]), TOKENS[1], cache)
     with pytest.raises(UnsupportedCacheError, match="this forward runs without it"):
         tiny.model(**last, use_cache=True)

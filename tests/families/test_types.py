@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reroute
+from reroute.errors import RerouteError
 from reroute.transformers import ROUTED
+from reroute.transformers.planner import has_picture
 
 LAYERS, RATIOS = (3, 4, 5), (0.6, 0.3, 0.5)
 """Behind the levels of DeepStack; at the last one tokens come back."""
@@ -85,22 +87,27 @@ ALIKE = (
 """Types whose decoder is one that another type has too: Llama, Qwen2, Qwen3, GLM-4V."""
 LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 """Types that the oldest supported release makes of other parts."""
-KINDS = [
-    pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE))
+SINGULAR = ("ernie4_5_vl_moe", "fuyu", "hunyuan_vl", "kimi_k25")
+"""Types whose attention or experts are like no others'."""
+WAYS = [("route", "eager"), ("route", "sdpa"), ("remove", "eager"), ("remove", "sdpa")]
+CASES = [
+    pytest.param(kind, *way, marks=[pytest.mark.slow] * (kind in ALIKE or way != WAYS[0]))
     for kind in ROUTED
+    for way in (WAYS if kind in SINGULAR else WAYS[:1])
     if kind in TYPES and kind not in (*SLIDING, *RECURRENT) and (kind not in LATER or TRANSFORMERS >= (5, 24))
 ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_type_against_the_oracle(kind: str) -> None:
-    tiny = build(kind)
+@pytest.mark.parametrize(("kind", "action", "attention"), CASES)
+def test_a_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
+    dense, tiny = build(kind), build(kind, attention)
+    ratios = RATIOS if action == "route" else tuple(sorted(RATIOS, reverse=True))
     plain = tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits
-    schedule = reroute.Schedule(LAYERS, RATIOS)
-    expected = [predict(tiny, [*ids, 7], LAYERS, RATIOS, prompt=len(ids)) for ids in (ONE, TWO)]
+    schedule = reroute.Schedule(LAYERS, ratios)
+    expected = [predict(dense, [*ids, 7], LAYERS, ratios, prompt=len(ids), action=action) for ids in (ONE, TWO)]
     assert min(one.margin for one in expected) > MARGIN
-    with reroute.enable(tiny.model, schedule=schedule, trace=True) as handle:
+    with reroute.enable(tiny.model, schedule=schedule, action=action, trace=True) as handle:
         for samples, wanted in (([ONE], expected[:1]), ([ONE, TWO], expected)):
             logits, after = run(handle, tiny, *samples)
             for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
@@ -110,3 +117,14 @@ def test_a_type_against_the_oracle(kind: str) -> None:
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+
+
+def test_kinds_of_tokens_in_turns_that_choose_again() -> None:
+    """Those of earlier turns are not kept."""
+    with pytest.raises(RerouteError, match="or are told the kinds of tokens"):
+        reroute.enable(build("ernie4_5_vl_moe").model, reopens=True, keep=0.6)
+
+
+def test_pictures_by_other_names() -> None:
+    assert has_picture({"image_patches": torch.zeros(1, 2, 3)})
+    assert not has_picture({"image_patches": None})

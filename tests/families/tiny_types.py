@@ -212,8 +212,10 @@ def _step3p7(config: Any) -> None:
 
 
 def _gemma4(config: Any) -> None:
-    """As the large ones are: no inputs of each layer, no keys that layers share."""
-    _gemma4_unified(config, hidden_size_per_layer_input=0)
+    """As the large ones are: full layers take keys for values, and nothing comes in between layers."""
+    heads = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    _gemma4_unified(config, **heads, **experts)
 
 
 def _gemma4_unified(config: Any, **more: Any) -> None:

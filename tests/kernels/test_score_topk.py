@@ -83,6 +83,8 @@ MODELS = [
     ScoreShape(4, 1, 128, 64, "interleaved", FP16),  # partial, one key head
     ScoreShape(40, 2, 16, 16, "half", BF16),  # more than a block of query heads for a key head
     ScoreShape(3, 3, 256, 256, "half", BF16),
+    ScoreShape(16, 2, 256, 64, "half", BF16),  # Qwen3.5
+    ScoreShape(8, 8, 192, 64, "half", BF16),  # Kimi K2.5: heads made of latent keys
     ScoreShape(6, 3, 32, 0, "half", BF16),  # no rotary embedding
     ScoreShape(6, 2, 64, 32, "half", FP32),
     ScoreShape(4, 2, 32, 24, "interleaved", FP32),

@@ -304,12 +304,13 @@ def guard(cache: Cache, floor: int) -> None:
 
 
 def _guard_states(cache: Cache) -> None:
-    layers: Sequence[Any] = cache.layers
-    first = next(index for index, layer in enumerate(layers) if isinstance(layer, GuardedLayer))
-    for index, layer in enumerate(layers):
-        if type(layer) in RECURRENT and has_state(layer):
-            layer.__class__ = GuardedRecurrentLayer
-            layer.first = layers[first] if index < first else None
+    layer: Any
+    first = next((layer for layer in cache.layers if isinstance(layer, GuardedLayer)), None)
+    for layer in cache.layers:
+        if layer is first:
+            first = None  # states of later layers come behind it
+        elif type(layer) in RECURRENT and has_state(layer):
+            layer.__class__, layer.first = GuardedRecurrentLayer, first
 
 
 def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
