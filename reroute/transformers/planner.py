@@ -18,7 +18,7 @@ from ..config import Settings
 from ..core.plan import Plan, plan_tokens, visual_mask
 from ..errors import RerouteError, UnsupportedCacheError
 from .adapters import ModelAdapter
-from .attention import MaskFormat, mask_format_of
+from .attention import mask_format_of
 from .cache import (
     KeptStates,
     cache_of,
@@ -39,14 +39,6 @@ from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 __all__ = ["Planner"]
 
 Kwargs = Mapping[str, Any]
-
-
-NOT_STATIC: dict[MaskFormat, str] = {
-    "padding": "Flash attention tells the rows of a static cache by their number, and routed layers have fewer",
-    "block": "Transformers' block masks read the length of a static cache when its layers have changed it already, "
-    "and show a row too many",
-}
-"""Why layers of static caches cannot be routed under some kinds of attention."""
 
 
 class Planner:
@@ -266,11 +258,17 @@ class Planner:
         check_tokens_of_others(kwargs, self.adapter.base_parameters, lambda: counts)
 
     def _check_static(self, cache: Cache) -> None:
-        if not is_static(cache) or (kind := mask_format_of(self.adapter.text_config)) not in NOT_STATIC:
-            return
-        raise UnsupportedCacheError(
-            f"{NOT_STATIC[kind]}. Call model.set_attn_implementation('sdpa'), or use a DynamicCache."
-        )
+        kind = mask_format_of(self.adapter.text_config) if is_static(cache) else "boolean"
+        if kind == "padding":
+            raise UnsupportedCacheError(
+                "Flash attention tells the rows of a static cache by their number, and routed layers have fewer. Call "
+                "model.set_attn_implementation('sdpa'), or use a DynamicCache."
+            )
+        if kind == "block":
+            raise UnsupportedCacheError(
+                "Transformers' block masks read the length of a static cache when its layers have changed it already, "
+                "and show a row too many. Call model.set_attn_implementation('sdpa'), or use a DynamicCache."
+            )
 
     def _warn(self, why: str) -> None:
         if why not in self._warned:

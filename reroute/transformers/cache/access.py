@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -131,9 +131,9 @@ def _agree(first: Any, last: Any) -> bool:
 
 
 def _has(cache: Cache | None, kind: type[Any]) -> bool:
-    """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, so that no generator is made for it."""
+    """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, and ``isinstance`` of an ABC takes time."""
     for layer in getattr(cache, "layers", ()):  # noqa: SIM110
-        if isinstance(layer, kind):
+        if kind in type(layer).__mro__:
             return True
     return False
 
@@ -143,9 +143,9 @@ def is_routed(cache: Cache | None) -> bool:
     return _has(cache, RoutedLayer)
 
 
-def routed_layers(cache: Cache) -> list[int]:
+def routed_layers(cache: Cache) -> Iterator[int]:
     """Which layers of ``cache`` lack rows."""
-    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, RoutedLayer)]
+    return (index for index, layer in enumerate(cache.layers) if isinstance(layer, RoutedLayer))
 
 
 def has_windows(cache: Cache) -> bool:
@@ -209,8 +209,9 @@ def is_guarded(cache: Cache | None) -> bool:
 
 def allow_updates(cache: Cache, first: int, may: bool) -> None:
     """Let the layers of ``cache`` from ``first`` on store the tokens of the forward that now runs, or not any more."""
+    layer: Any
     for layer in cache.layers[first:]:
-        if isinstance(layer, GuardedLayer | GuardedRecurrentLayer):
+        if GuardedLayer in type(layer).__mro__ or type(layer) is GuardedRecurrentLayer:
             layer.may_update = may
 
 
@@ -220,9 +221,10 @@ def takes_any_step(cache: Cache | None) -> bool:
     Not those of static caches, which are not all filled, nor of windows, which show the last ones.
     """
     for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, RoutedLayer) and (layer.rows.has_fillers or layer.rows.position_offset is not None):
+        kinds = type(layer).__mro__
+        if RoutedLayer in kinds and (layer.rows.has_fillers or layer.rows.position_offset is not None):
             return False
-        if isinstance(layer, DynamicSlidingWindowLayer | StaticLayer):
+        if DynamicSlidingWindowLayer in kinds or StaticLayer in kinds:
             return False
     return True
 

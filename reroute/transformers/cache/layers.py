@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
-from .storage import columns_of, empty_like, visible_columns
+from .storage import columns_of, empty_like, is_quantized, visible_columns
 
 __all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "turn_into"]
 
@@ -127,7 +127,7 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
                 f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
             )
-        if not (self.plain.is_croppable and hasattr(self.plain, "crop")):
+        if is_quantized(self) or not hasattr(self.plain, "crop"):
             raise UnsupportedCacheError(
                 f"{self.plain.__name__} cannot give tokens back. Use a DynamicCache, or start a new cache."
             )
