@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from .core.cost import ModelShape, prefill_cost
 from .core.decision import Decision
 from .core.plan import Plan
+from .graphs import GraphUse
 
-__all__ = ["Stats", "Totals", "make_stats"]
+__all__ = ["Stats", "StoredLayer", "Totals", "make_stats"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Stats:
     ``state_bytes`` is what the cache keeps beside keys and values, so that later turns may choose again
     (``reopens=True``). Of a turn that does, all but ``visual`` is of what it ran: no visual token in layers that it
     does not run again.
+
+    Where graphs are on, ``graph`` says whether this prefill was replayed, or why not. Fillers of a graph are in
+    ``prefill_flops`` and ``scoring_flops``, and not in the cache.
 
     ``prefills`` counts those that were recorded so far, this one included.
     """
@@ -50,6 +56,7 @@ class Stats:
     state_bytes: int = 0
     layer_lengths: tuple[int, ...] = ()
     prefills: int = 0
+    graph: GraphUse | None = None
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -60,7 +67,8 @@ class Stats:
         stages = ", ".join(f"layer {layer}: {_slashed(kept)}" for layer, kept in counts)
         visual = f"visual tokens {_slashed(self.visual)}, kept from {stages}"
         states = (f"states for later turns {self.state_bytes / 2**20:.4g} MiB",) if self.state_bytes else ()
-        return "\n".join((head, visual, *_costs(self), *states, f"{self.prefills} prefills recorded"))
+        graph = () if self.graph is None else (str(self.graph),)
+        return "\n".join((head, visual, *_costs(self), *states, *graph, f"{self.prefills} prefills recorded"))
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,21 @@ def _prompts(visual: Sequence[int]) -> int:
     return sum(n > 0 for n in visual)
 
 
+@dataclass(frozen=True)
+class StoredLayer:
+    """What statistics read of a layer of a cache, to be made later: nothing of it is kept alive."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """A tensor without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    values = keys
+
+
 def make_stats(
     plan: Plan,
     shape: ModelShape,
@@ -150,6 +173,8 @@ def make_stats(
     cache_layers: Sequence[Any],
     *,
     prefills: int,
+    graph: GraphUse | None = None,
+    rows: Sequence[int] = (),
 ) -> Stats:
     """Stats of one prefill.
 
@@ -159,21 +184,22 @@ def make_stats(
         names: the descriptive fields.
         cache_layers: the layers of the cache after the prefill, none without a cache.
         prefills: how many prefills were recorded, this one included.
+        graph: whether a graph was replayed, and ``rows``: those of its class, which ran then.
     """
     # Layers that a later turn does not run again run its own tokens alone.
     again = plan.schedule.first_look if plan.reopened else 0
     layers = range(again, shape.num_layers)
     stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
     active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / shape.num_layers
-    width_of = {stage: plan.width(stage) for stage in set(stages)}
+    width_of = {stage: rows[stage + 1] if rows else plan.width(stage) for stage in set(stages)}
     widths = [*[plan.shape[1]] * again, *(width_of[stage] for stage in stages)]
     # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
     tensors = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache_layers]
     kept = zip_longest(tensors[: len(widths)], widths)
     stored = tuple(width if pair is None else int(pair[0].shape[-2]) for pair, width in kept)
     filled = [tensor for pair in tensors if pair is not None for tensor in pair]
-    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
-    routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
+    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape, rows)
+    routed = prefill_cost(shape, widths, widths if rows else stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing; later ones what they may at most.
     first, length, total = plan.schedule.layers[0], plan.shape[1], plan.past + plan.length
     most = [min(total, getattr(layer, "sliding_window", total + 1) - 1) for layer in cache_layers[: len(widths)]]
@@ -195,6 +221,7 @@ def make_stats(
         state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
+        graph=graph,
     )
 
 
@@ -204,19 +231,23 @@ def _row_bytes(tensors: Sequence[Any], rows: Sequence[int]) -> int:
     return sum(size * count for size, count in zip(each, rows, strict=False))
 
 
-def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
+def _scoring_flops(plan: Plan, shape: ModelShape, rows: Sequence[int]) -> int:
     """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
     flops = 0
     for decision in plan.decisions:
-        for row_count, candidates, k in zip(_scored_rows(plan, decision), decision.candidates, decision.k, strict=True):
+        for row_count, candidates, k in zip(
+            _scored_rows(plan, decision, rows), decision.candidates, decision.k, strict=True
+        ):
             flops += decision.ranker.flops(shape, row_count, candidates, k)
     for layer, rankers in plan.schedule.looks.items():
         decision = plan.decisions[plan.schedule.next_stage(layer)]
-        for row_count, candidates in zip(_scored_rows(plan, decision), decision.candidates, strict=True):
+        for row_count, candidates in zip(_scored_rows(plan, decision, rows), decision.candidates, strict=True):
             flops += sum(ranker.note_flops(shape, row_count, candidates) for ranker in rankers)
     return flops
 
 
-def _scored_rows(plan: Plan, decision: Decision) -> Sequence[int]:
-    """Of each sample."""
+def _scored_rows(plan: Plan, decision: Decision, rows: Sequence[int]) -> Sequence[int]:
+    """Of each sample, in a graph of ``rows`` if there are any."""
+    if rows:
+        return [rows[decision.left_by + 1]] * plan.batch
     return plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch

@@ -9,23 +9,32 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
+from ..graphs import GraphUse
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
 from .cache import GuardedLayer, RoutedLayer, guarded_layer, past_length, tear
 from .vision import Recording
 
-__all__ = ["ForwardContext", "Kwargs"]
+__all__ = ["FORWARD", "ForwardContext", "Kwargs"]
 
 Kwargs = dict[str, Any]
+
+FORWARD = "reroute_forward"
+"""The keyword argument in which a decoder hands the forward to its layers."""
 
 
 class ForwardContext:
     """One forward of the base model, seen from its decoder and its layers.
 
-    ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
+    - ``asks_eager``: why it is not replayed, if its call is known to be none that could be.
+    - ``graph``: whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
     """
 
     recording: Recording | None = None
+    asks_eager: str = ""
+    graph: GraphUse | None = None
+    rows: tuple[int, ...] = ()
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""

@@ -177,6 +177,10 @@ class ModelAdapter:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
         return self._kind(layer) == "full_attention" and not self._has_window(layer)
 
+    def sees_only_before(self, layer: int) -> bool:
+        """Whether without a mask a token of ``layer`` sees only what comes before it."""
+        return self._known.facts(self, layer, like_others=True).is_causal
+
     def is_known_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything, or over a window of which configuration and attention agree."""
         return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import UnsupportedCacheError
@@ -28,6 +29,7 @@ __all__ = [
     "check_cache",
     "check_whole",
     "cut",
+    "fill_layer",
     "guard",
     "guarded_layer",
     "has_windows",
@@ -175,6 +177,19 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     layer.__class__ = RoutedSlidingLayer if isinstance(layer, DynamicSlidingWindowLayer) else RoutedLayer
     layer.rows = rows
+
+
+def fill_layer(cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let layer ``index`` of a cache that is empty hold ``keys`` and ``values`` (B, G, T, D) themselves.
+
+    ``update`` would copy them, behind what is there.
+    """
+    layers: Any = cache.layers
+    while len(layers) <= index:
+        layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+    layer = layers[index]
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:
