@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -173,7 +173,7 @@ def make_stats(
     cache_layers: Sequence[Any],
     *,
     prefills: int,
-    graph: GraphUse | None = None,
+    graph: Callable[[], GraphUse] | None = None,
     rows: Sequence[int] = (),
 ) -> Stats:
     """Stats of one prefill.
@@ -184,7 +184,7 @@ def make_stats(
         names: the descriptive fields.
         cache_layers: the layers of the cache after the prefill, none without a cache.
         prefills: how many prefills were recorded, this one included.
-        graph: whether a graph was replayed, and ``rows``: those of its class, which ran then.
+        graph: says whether a graph was replayed, and ``rows``: those of its class, which ran then.
     """
     # Layers that a later turn does not run again run its own tokens alone.
     again = plan.schedule.first_look if plan.reopened else 0
@@ -221,7 +221,7 @@ def make_stats(
         state_bytes=sum(its.nbytes for layer in cache_layers if (its := getattr(layer, "earlier", None)) is not None),
         layer_lengths=stored,
         prefills=prefills,
-        graph=graph,
+        graph=None if graph is None else graph(),
     )
 
 

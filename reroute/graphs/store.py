@@ -10,7 +10,7 @@ from ..core.cost import ModelShape
 from ..core.schedule import Schedule
 from .settings import Graphs
 from .shape_class import ShapeClass
-from .waste import Roofline, Waste, waste
+from .waste import Roofline
 
 __all__ = ["GraphStore"]
 
@@ -28,8 +28,9 @@ class GraphStore(Generic[Graph]):
 
     def __init__(self, graphs: Graphs, shape: ModelShape) -> None:
         """Empty."""
-        self._graphs, self._shape, self._roofline = graphs, shape, Roofline()
+        self._graphs, self.shape, self._roofline = graphs, shape, Roofline()
         self._held: OrderedDict[tuple[Hashable, ShapeClass], Graph] = OrderedDict()
+        self._known: dict[tuple[ShapeClass, tuple[int, ...]], float] = {}
         self._seen: OrderedDict[tuple[Hashable, ShapeClass], str] = OrderedDict()
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class GraphStore(Generic[Graph]):
         if not fitting:
             return None
         cheapest = min(fitting, key=lambda its: self._seconds(its, schedule))
-        if self.waste(cheapest, schedule, needed).seconds > self._graphs.max_waste:
+        if self._share(cheapest, schedule, needed) > self._graphs.max_waste:
             return None
         self._held.move_to_end((key, cheapest))
         return self._held[key, cheapest]
@@ -62,7 +63,7 @@ class GraphStore(Generic[Graph]):
 
         ``at_once``: for the first prompt already.
         """
-        share = self.waste(own, schedule, needed).seconds
+        share = self._share(own, schedule, needed)
         if share > self._graphs.max_waste:
             return (
                 f"fillers would add {share:.1%} to its modelled time in a graph, and max_waste is "
@@ -80,6 +81,7 @@ class GraphStore(Generic[Graph]):
         self._seen.move_to_end((key, own))
         if len(self._seen) > MOST_SEEN:
             self._seen.popitem(last=False)
+            self._known.clear()
 
     def put(self, key: Hashable, own: ShapeClass, graph: Graph) -> None:
         """Hold ``graph``, and let go of the one that was not used for longest if there are too many."""
@@ -87,9 +89,14 @@ class GraphStore(Generic[Graph]):
         if len(self._held) > self._graphs.max_graphs:
             self._held.popitem(last=False)
 
-    def waste(self, shape_class: ShapeClass, schedule: Schedule, needed: Sequence[int]) -> Waste:
-        """Of ``shape_class`` for a prompt that needs ``needed`` rows."""
-        return waste(self._shape, schedule, shape_class.rows, needed, shape_class.batch, self._roofline)
+    def _share(self, shape_class: ShapeClass, schedule: Schedule, needed: Sequence[int]) -> float:
+        """Of modelled time that fillers add."""
+        least = self._roofline.prefill_seconds(self.shape, schedule, needed, shape_class.batch)
+        return self._seconds(shape_class, schedule) / least - 1
 
     def _seconds(self, shape_class: ShapeClass, schedule: Schedule) -> float:
-        return self._roofline.prefill_seconds(self._shape, schedule, shape_class.rows, shape_class.batch)
+        key = shape_class, schedule.layers
+        if key not in self._known:
+            rows, batch = shape_class.rows, shape_class.batch
+            self._known[key] = self._roofline.prefill_seconds(self.shape, schedule, rows, batch)
+        return self._known[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -28,12 +29,12 @@ class ForwardContext:
 
     - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
     - ``asks_eager``: why it is not replayed, if its call is known to be none that could be.
-    - ``graph``: whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
+    - ``graph``: says whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
     """
 
     recording: Recording | None = None
     asks_eager: str = ""
-    graph: GraphUse | None = None
+    graph: Callable[[], GraphUse] | None = None
     rows: tuple[int, ...] = ()
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:

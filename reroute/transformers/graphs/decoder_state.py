@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from operator import is_
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 __all__ = ["DecoderState", "has_hooks_of_others"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+PARTS = ("_modules", "_parameters", "_buffers", *HOOKS)
+IS_TRAINING = itemgetter("training")
 INSTEAD = ("forward", "_hf_hook", "_compiled_call_impl")
 """Attributes that a module has where its class does not decide what runs: accelerate's, ``module.compile()``'s."""
 
@@ -20,29 +25,36 @@ class DecoderState:
 
     def __init__(self, text: nn.Module) -> None:
         """As they are now."""
-        modules = [vars(module) for module in text.modules()]
-        parts = [its[name] for its in modules for name in ("_modules", "_parameters", "_buffers", *HOOKS)]
-        tensors = [t for its in modules for name in ("_parameters", "_buffers") for t in its[name].values()]
         # An attribute that hides one of the class is a new entry of the module.
-        self._modules = [(its, len(its), its["training"]) for its in modules]
-        self._empty = [part for part in parts if not part]
-        self._parts = [(part, list(part.values())) for part in parts if part]
-        self._tensors = [tensor for tensor in tensors if tensor is not None]
-        self._addresses = self._addresses_now()
+        self._modules = [vars(module) for module in text.modules()]
+        parts = [its[name] for its in self._modules for name in PARTS]
+        self._empty, self._filled = [part for part in parts if not part], [part for part in parts if part]
+        self._values = list(_values(self._filled))
+        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._sizes, self._addresses = self._sizes_now(), self._addresses_now()
         self.devices = {tensor.device for tensor in self._tensors}
+        self.is_training = any(map(IS_TRAINING, self._modules))
 
     @property
     def still_is(self) -> bool:
-        """Whether all is as it was, values of weights apart. Asked at each call, so it is written to be fast."""
-        if any(self._empty) or self._addresses_now() != self._addresses:
-            return False
-        for its, count, training in self._modules:
-            if len(its) != count or its["training"] is not training:
-                return False
-        return all(len(part) == len(values) and all(map(is_, part.values(), values)) for part, values in self._parts)
+        """Whether all is as it was, values of weights apart. Asked at each call, so nearly all of it runs in C."""
+        return (
+            not any(self._empty)
+            and self._sizes_now() == self._sizes
+            and all(map(is_, _values(self._filled), self._values))
+            and self._addresses_now() == self._addresses
+            and any(map(IS_TRAINING, self._modules)) is self.is_training
+        )
+
+    def _sizes_now(self) -> tuple[list[int], list[int]]:
+        return list(map(len, self._modules)), list(map(len, self._filled))
 
     def _addresses_now(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+
+def _values(parts: list[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(part.values() for part in parts)
 
 
 def has_hooks_of_others(text: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield f"its decoder is spread over {', '.join(sorted(map(str, state.devices)))}"
     if has_hooks_of_others(text):
         yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
-    if text.training:
+    if state.is_training:
         yield "its decoder is in training mode"
     if adapter.first_layer:
         yield "features of pictures come between its layers, which is not checked yet"

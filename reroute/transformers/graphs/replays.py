@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from reroute_kernels import Backend
 from ...config import Settings
 from ...core.cost import ModelShape
 from ...core.plan import Plan
-from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows
+from ...core.schedule import Schedule
+from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows, waste
 from ..adapters import ModelAdapter
 from ..cache import cache_of
 from ..context import DensePrefill, RoutedPrefill
@@ -58,7 +60,7 @@ class Replays:
                 with arena.turn(), torch.inference_mode(False), torch.no_grad():
                     output, why = self._in_turn(arena, forward, decoder, kwargs)
         if output is None:
-            forward.graph = GraphUse(why, None, *self.held)
+            forward.graph = partial(GraphUse, why, None, *self.held)
         return output
 
     @property
@@ -111,8 +113,9 @@ class Replays:
             forward.ran_elsewhere(cache, found.positions(alignment), offsets)
         else:
             forward.cache = cache
-        spent = self._store.waste(found.shape_class, plan.schedule, needed_rows(plan))
-        forward.graph, forward.rows = GraphUse("", spent, *self.held), found.shape_class.rows
+        rows, needed = found.shape_class.rows, needed_rows(plan)
+        forward.graph = partial(_use, self._store.shape, plan.schedule, rows, needed, plan.batch, *self.held)
+        forward.rows = rows
         return found.output(found.hidden(alignment), cache), ""
 
     def _why_not_model(self, settings: Settings, backend: Backend) -> str:
@@ -177,6 +180,19 @@ class Replays:
         if cache is None and (self._adapter.text_config.use_cache if use is None else use):
             cache = DynamicCache(config=self._adapter.text_config)
         return cache
+
+
+def _use(
+    shape: ModelShape,
+    schedule: Schedule,
+    rows: Sequence[int],
+    needed: Sequence[int],
+    batch: int,
+    graphs: int,
+    nbytes: int,
+) -> GraphUse:
+    """Of a replay, when somebody asks: nothing of it holds a graph or the model."""
+    return GraphUse("", waste(shape, schedule, rows, needed, batch), graphs, nbytes)
 
 
 def _nowhere(device: torch.device) -> str:
