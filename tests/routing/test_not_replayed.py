@@ -190,7 +190,7 @@ def test_rotary_tables_by_the_largest_position(tapes: list[Tape]) -> None:
     config = tiny.model.config.get_text_config()
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     kind = type(tiny.model.model.language_model.rotary_emb)
-    tiny.model.model.language_model.rotary_emb = kind(config)
+    tiny.model.model.language_model.rotary_emb = kind(config).eval()
     assert "largest position (dynamic)" in why(tiny, inputs_of(tiny))
     assert not tapes
 
@@ -302,7 +302,7 @@ def test_hooks_of_all_modules(tapes: list[Tape]) -> None:
 def test_settings_are_checked() -> None:
     for wrong in ({"max_graphs": 0}, {"max_graphs": "3"}, {"max_waste": -1}, {"max_waste": float("nan")}):
         with pytest.raises(RerouteError, match="max_"):
-            reroute.Graphs(**wrong)  # type: ignore[arg-type]
+            reroute.Graphs(**wrong)
     with pytest.raises(RerouteError, match="graphs must be"):
         reroute.RoutingConfig(graphs=3)  # type: ignore[arg-type]
     config = reroute.RoutingConfig(schedule=Schedule((2,), (0.5,)), graphs=GRAPHS)

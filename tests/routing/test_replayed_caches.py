@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import CACHE, Sample, Tiny
+from models import CACHE, TRANSFORMERS, Sample, Tiny
 from oracle import Rules
 from replays import capture, replayed, route, same_caches
 from support import RULES, cache_of, close, generate, mixed_batch, tiny_models
@@ -48,6 +48,8 @@ def beside(tiny: Tiny, rules: Rules, samples: list[Sample], run: Callable[[list[
     ids=["greedy", "beams", "several beams"],
 )
 def test_generation(tiny: Tiny, rules: Rules, batch: int, settings: dict[str, Any]) -> None:
+    if settings and tiny.is_qwen and TRANSFORMERS < (5, 19):
+        pytest.skip("Transformers gives beams of such prompts the wrong pictures")
     mine, eager = beside(tiny, rules, prompts(tiny)[:batch], lambda samples: generate(tiny, samples, **settings))
     assert torch.equal(mine.sequences, eager.sequences)
     for its, other in zip(mine.logits, eager.logits, strict=True):

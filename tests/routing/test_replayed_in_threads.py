@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_threads_have_their_own_results(tiny: Tiny) -> None:
         for job in jobs[:4]:
             run(job)
         with ThreadPoolExecutor(4) as pool:
-            outputs = list(pool.map(torch.no_grad()(run), jobs))
+            outputs = list(pool.map(run, jobs))
         assert handle.totals().prefills == 2 + 12
         for each in (handle, second):
             assert each.stats().graph.graphs == 2
@@ -106,10 +106,10 @@ def test_a_decoder_that_changes_is_captured_anew(tapes: list[Tape]) -> None:
     tiny = models.llava()
     sample, new = some(tiny, 2)
     inputs = tiny.inputs([new])
-    text = tiny.model.model.language_model
+    text: Any = tiny.model.model.language_model
     with route(tiny, RULES[0]) as handle:
         capture(tiny, [sample])
-        changes = (
+        changes: tuple[Callable[[], Any], ...] = (
             lambda: text.layers[3].mlp.down_proj.weight.data.mul_(0.5),  # in place: read where it is
             lambda: setattr(text.layers[3].mlp.down_proj.weight, "data", text.layers[3].mlp.down_proj.weight * 0.5),
             lambda: setattr(text, "norm", models.llava(seed=9).model.model.language_model.norm),
@@ -156,7 +156,7 @@ def test_warm_up_captures_ahead(tiny: Tiny) -> None:
 def test_warm_up_that_cannot(tapes: list[Tape]) -> None:
     tiny = models.tiny("llava-gqa")
     with route(tiny, RULES[0], trace=True) as handle:
-        with pytest.raises(reroute.errors.RerouteError, match="No graph can be captured .*trace=True"):
+        with pytest.raises(reroute.errors.RerouteError, match=r"No graph can be captured .*trace=True"):
             handle.warm_up(visual=16, text=9)
         with pytest.raises(reroute.errors.RerouteError, match="at least one visual token"):
             handle.warm_up(visual=16, text=0)
