@@ -198,6 +198,26 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@pytest.mark.usefixtures("tapes")
+def test_fillers_are_in_order_and_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a decoder might look at: positions that fall would look like the beginning of another sequence."""
+    tiny, seen = models.tiny("llava-gqa"), []
+    rotary = type(tiny.model.model.language_model.rotary_emb)
+    tables = rotary.forward
+
+    def watched(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+        seen.append((x.clone(), position_ids.clone()))
+        return tables(self, x, position_ids)
+
+    monkeypatch.setattr(rotary, "forward", watched)
+    with route(tiny, RULES[0]):
+        capture(tiny, mixed_batch(tiny))
+    embeds, positions = seen[-1]
+    assert embeds.shape[:2] == positions.shape == (3, 64)
+    assert embeds.isfinite().all()
+    assert positions.diff().eq(1).all()
+
+
 def test_more_waste_than_allowed_runs_eagerly(tapes: list[Tape]) -> None:
     tiny = models.tiny("llava-gqa")
     inputs = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
