@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -27,18 +27,19 @@ Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 class Arena:
     """Inputs, outputs and homes of the graphs of one device lie here, those of each from the beginning on.
 
-    So nothing in it outlives a turn (``turn``), and it is as large as the largest graph needs. Graphs that were
-    captured before it grew keep what they were captured with.
+    So nothing in it outlives a turn (``turn``), and ``memory`` is as large as the largest graph needs. Graphs that were
+    captured before it grew hold what they were captured with.
     """
 
-    _shared: ClassVar[WeakValueDictionary[torch.device, Arena]] = WeakValueDictionary()
+    _shared: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
     _shared_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
         """Empty. KeyError if nothing can be recorded on ``device``."""
         self.device = device
         self.recorder = RECORDERS[device.type](device)
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._ever: list[weakref.ref[torch.Tensor]] = []
         self._lock = threading.Lock()
         self._last: Mark | None = None
 
@@ -67,10 +68,11 @@ class Arena:
         """Tensors of ``layout``. What is in them is what the turn before has left."""
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in layout]
         places = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        if sum(places) > self._memory.numel():
+        if sum(places) > self.memory.numel():
             with torch.inference_mode(False):  # what was born in it could not be written outside it later
-                self._memory = torch.empty(sum(places), dtype=torch.uint8, device=self.device)
-        pieces = self._memory[: sum(places)].split(places)
+                self.memory = torch.empty(sum(places), dtype=torch.uint8, device=self.device)
+            self._ever = [ref for ref in self._ever if ref() is not None] + [weakref.ref(self.memory)]
+        pieces = self.memory[: sum(places)].split(places)
         return [
             piece[:size].view(dtype).view(shape)
             for piece, size, (shape, dtype) in zip(pieces, sizes, layout, strict=True)
@@ -84,5 +86,5 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that is shared now, with what recording has reserved."""
-        return self._memory.numel() + self.recorder.nbytes
+        """Of ``memory``, what older graphs hold of it as it was, and what recording has reserved."""
+        return sum(0 if (its := ref()) is None else its.numel() for ref in self._ever) + self.recorder.nbytes

@@ -293,6 +293,12 @@ def _global_hook() -> Iterator[None]:
         handle.remove()
 
 
+def test_autocast(tapes: list[Tape]) -> None:
+    tiny = models.tiny("llava-gqa")
+    assert "autocast is on" in why(tiny, inputs_of(tiny), lambda: torch.autocast("cpu", torch.bfloat16))
+    assert not tapes
+
+
 def test_hooks_of_all_modules(tapes: list[Tape]) -> None:
     tiny = models.tiny("llava-gqa")
     assert "hooks for all modules" in why(tiny, inputs_of(tiny), _global_hook)

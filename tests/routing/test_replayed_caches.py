@@ -8,9 +8,10 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from models import CACHE, TRANSFORMERS, Sample, Tiny
 from oracle import Rules
-from replays import capture, replayed, route, same_caches
+from replays import capture, replayed, route, same_caches, same_outputs
 from support import RULES, cache_of, close, generate, mixed_batch, tiny_models
 from torch import Tensor
 from transformers import DynamicCache
@@ -121,22 +122,34 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(vars(value))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_nothing_is_a_view_of_static_memory(tiny: Tiny, batch: int) -> None:
+def padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One prompt with padding before it, as a multiple of some number asks for."""
+    per_token = inputs["input_ids"].shape
+    return {name: F.pad(its, (4, 0)) if its.shape == per_token else its for name, its in inputs.items()}
+
+
+@pytest.mark.parametrize("kind", ["one", "one, padded", "a batch"])
+def test_nothing_is_a_view_of_static_memory(tiny: Tiny, kind: str) -> None:
     rules = [*ROUTE_AND_REMOVE, Rules((2,), (1.0,))]
     if not tiny.is_qwen:
         rules.append(Rules((2, 4), (0.5, 0.25), "remove", position_mode="renumbered"))
+    batch = 3 if kind == "a batch" else 1
+    inputs = tiny.inputs(prompts(tiny)[:batch])
+    inputs = padded(inputs) if kind == "one, padded" else inputs
     for its in rules:
+        with route(tiny, its, graphs=False):
+            eager = tiny.model(**inputs)
         with route(tiny, its) as handle:
             capture(tiny, mixed_batch(tiny)[:batch])
-            output = replayed(handle, tiny, tiny.inputs(prompts(tiny)[:batch]))
-            static = handle._router._replays._arena._memory.untyped_storage().data_ptr()
+            output = replayed(handle, tiny, inputs)
+            static = handle._router._replays._arena.memory.untyped_storage().data_ptr()
             held = [output.logits, *tensors(cache_of(output).layers)]
             assert len(held) > 2 * tiny.num_layers
             assert all(t.untyped_storage().data_ptr() != static for t in held)
             before = [t.clone() for t in held]
             replayed(handle, tiny, tiny.inputs(mixed_batch(tiny)[:batch]))
             assert all(map(torch.equal, held, before))
+        same_outputs(output, eager, inputs["attention_mask"].bool())
 
 
 def test_a_cache_of_the_callers_is_filled(tiny: Tiny) -> None:

@@ -112,9 +112,10 @@ def test_a_decoder_that_changes_is_captured_anew(tapes: list[Tape]) -> None:
         changes: tuple[Callable[[], Any], ...] = (
             lambda: text.layers[3].mlp.down_proj.weight.data.mul_(0.5),  # in place: read where it is
             lambda: setattr(text.layers[3].mlp.down_proj.weight, "data", text.layers[3].mlp.down_proj.weight * 0.5),
+            lambda: setattr(text.layers[1].self_attn, "scaling", 0.1),
             lambda: setattr(text, "norm", models.llava(seed=9).model.model.language_model.norm),
         )
-        for change, recorded in zip(changes, (1, 2, 3), strict=True):
+        for change, recorded in zip(changes, (1, 2, 3, 4), strict=True):
             change()
             for _ in range(2):
                 output = tiny.model(**inputs)

@@ -188,7 +188,7 @@ def test_a_tape_reads_weights_and_the_arena_alone(tiny: Tiny, tapes: list[Tape])
     with route(tiny, RULES[0]) as handle:
         capture(tiny, mixed_batch(tiny))
         arena = handle._router._replays._arena
-        known = {_memory(t) for t in (*tiny.model.parameters(), *tiny.model.buffers(), arena._memory)}
+        known = {_memory(t) for t in (*tiny.model.parameters(), *tiny.model.buffers(), arena.memory)}
         others = [t for t in tapes[0].external if _memory(t) not in known]
     # The table of pages, and the numbers of visual tokens; both are of the class.
     assert sorted(map(tuple, (t.shape for t in others))) == [(1, 64), (3,)]

@@ -86,7 +86,7 @@ class CapturedPrefill:
     def replay(self, plan: Plan, given: Given) -> None:
         """Serve the prompts of ``plan``. What comes out stays where it is until the turn ends."""
         assert self._replay is not None
-        self._arena.lend(self._packed)
+        self._arena.lend(self._memory)
         self._fill(plan, given)
         self._replay()
 
@@ -139,6 +139,7 @@ class CapturedPrefill:
                 *buffers,
             ]
         )
+        self._memory = self._arena.memory  # held for as long as the graph
         self._parts = self._table.views(self._packed)
         self._cache.store_in(stored)
         if self._plan is not None:

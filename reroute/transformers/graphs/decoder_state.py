@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import chain
 from operator import is_, itemgetter
@@ -15,13 +16,14 @@ __all__ = ["DecoderState", "has_hooks_of_others"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 PARTS = ("_modules", "_parameters", "_buffers", *HOOKS)
-IS_TRAINING = itemgetter("training")
+OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 INSTEAD = ("forward", "_hf_hook", "_compiled_call_impl")
 """Attributes that a module has where its class does not decide what runs: accelerate's, ``module.compile()``'s."""
 
 
 class DecoderState:
-    """The modules, weights and hooks of a decoder at one moment."""
+    """The modules of a decoder at one moment, their weights, hooks and settings."""
 
     def __init__(self, text: nn.Module) -> None:
         """As they are now."""
@@ -32,8 +34,10 @@ class DecoderState:
         self._values = list(_values(self._filled))
         self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
         self._sizes, self._addresses = self._sizes_now(), self._addresses_now()
+        self._getters = [itemgetter("training", *_settings(its)) for its in self._modules]
+        self._settings = copy.deepcopy(self._settings_now())
         self.devices = {tensor.device for tensor in self._tensors}
-        self.is_training = any(map(IS_TRAINING, self._modules))
+        self.is_training = any(map(itemgetter("training"), self._modules))
 
     @property
     def still_is(self) -> bool:
@@ -43,14 +47,30 @@ class DecoderState:
             and self._sizes_now() == self._sizes
             and all(map(is_, _values(self._filled), self._values))
             and self._addresses_now() == self._addresses
-            and any(map(IS_TRAINING, self._modules)) is self.is_training
+            and self._settings_now() == self._settings
         )
 
     def _sizes_now(self) -> tuple[list[int], list[int]]:
         return list(map(len, self._modules)), list(map(len, self._filled))
 
+    def _settings_now(self) -> list[Any]:
+        return [getter(its) for getter, its in zip(self._getters, self._modules, strict=True)]
+
     def _addresses_now(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._tensors))
+
+
+def _settings(module: dict[str, Any]) -> list[str]:
+    """Names of attributes of a module that are plain values, as scales, epsilons and names of adapters are."""
+    return [name for name, value in module.items() if name not in OWN and _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _is_plain([*value, *value.values()])
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _values(parts: list[dict[str, Any]]) -> Iterator[Any]:

@@ -118,6 +118,8 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
         yield "a capture runs, of which it becomes a part"
     if is_recorded(embeds, adapter.text.parameters()):
         yield "gradients are recorded"
+    if torch.is_autocast_enabled(embeds.device.type):
+        yield "autocast is on, and what it makes of weights is gone when it ends"
     if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
         yield "there are hooks for all modules"
     others = [name for name, value in kwargs.items() if name not in KNOWN and value is not None and value is not False]

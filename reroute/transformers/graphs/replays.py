@@ -168,10 +168,8 @@ class Replays:
 
     def _key(self, settings: Settings, backend: Backend, given: Given, own: ShapeClass) -> Hashable:
         """All that is baked into a graph beside its class, and that ``DecoderState`` does not watch."""
-        kind = given.embeds.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         routing = (settings.schedule, settings.config.action, backend.name) if own.num_stages else None
-        return routing, given.embeds.dtype, autocast, self._adapter.text_config._attn_implementation
+        return routing, given.embeds.dtype, self._adapter.text_config._attn_implementation
 
     def _cache(self, kwargs: Kwargs) -> Cache | None:
         """What the call fills: its own cache, or the one that the decoder would make."""
