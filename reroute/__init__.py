@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .config import RoutingConfig
     from .core.schedule import Schedule
+    from .graphs import Graphs
     from .handle import Handle
     from .oracle import record_attention
 
 __all__ = [
+    "Graphs",
     "Handle",
     "RoutingConfig",
     "Schedule",
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 
 # Torch and Transformers take seconds to import: only when something needs them, so that `reroute --help` is instant.
 _LAZY = {
+    "Graphs": ".graphs",
     "Handle": ".handle",
     "RoutingConfig": ".config",
     "Schedule": ".core.schedule",

@@ -16,6 +16,7 @@ from reroute_kernels import BackendUnavailable, PagedPool, check_backend
 from .config import RoutingConfig, check_arguments
 from .core.schedule import Action, Schedule
 from .errors import RerouteError
+from .graphs import Graphs
 from .methods import Method
 from .schedule_file import ScheduleFile, is_file
 
@@ -44,6 +45,7 @@ def enable(
     pool: PagedPool | None = ...,
     trace: bool = ...,
     reopens: bool = ...,
+    graphs: bool | Graphs = ...,
 ) -> Handle: ...
 
 
@@ -59,6 +61,7 @@ def enable(
     backend: str = ...,
     trace: bool = ...,
     reopens: bool = ...,
+    graphs: bool | Graphs = ...,
 ) -> None: ...
 
 
@@ -74,6 +77,7 @@ def enable(
     pool: PagedPool | None = None,
     trace: bool = False,
     reopens: bool = False,
+    graphs: bool | Graphs = False,
 ) -> Handle | None:
     """Route the prefills of ``model``; without a model, of every supported model of this process, present and future.
 
@@ -91,6 +95,9 @@ def enable(
         reopens: let each later turn on a cache choose again among all visual tokens, as a fresh prompt of the whole
             conversation would, at the cost of one routed prefill. What it takes is kept with the cache: a hidden state
             per token (``Stats.state_bytes``). Without it, a later turn sees the tokens that the first one chose.
+        graphs: replay prefills as CUDA graphs, from the second prompt of a shape class on, or the first after
+            ``handle.warm_up``. ``True``, or a ``Graphs`` with limits. What cannot be replayed runs eagerly, and
+            ``handle.stats().graph`` says why.
         config: all of these settings in one object, instead of one by one.
         pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
 
@@ -106,7 +113,7 @@ def enable(
     explicit: Any = schedule
     if is_file(schedule):
         explicit, keep = _schedule_in(schedule, model, keep), None
-    given = RoutingConfig(method, action, keep, explicit, backend, trace, reopens)
+    given = RoutingConfig(method, action, keep, explicit, backend, trace, reopens, graphs)
     if config is not None and given != RoutingConfig():
         raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
     chosen = given if config is None else config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from reroute_kernels import BACKENDS, PagedPool
@@ -14,6 +14,7 @@ from .core.moving import moved
 from .core.schedule import Action, Schedule
 from .core.solver import check_keep
 from .errors import RerouteError
+from .graphs import Graphs
 from .methods import METHODS, Method, get
 from .rankers import Ranker
 
@@ -36,6 +37,7 @@ class RoutingConfig:
     - ``backend``: ``"auto"``, ``"torch"`` or ``"triton"``.
     - ``trace``: keep the decisions of the last prefill.
     - ``reopens``: later turns choose again among all visual tokens.
+    - ``graphs``: prefills replay CUDA graphs; True is ``Graphs()``.
 
     Raises:
         RerouteError: settings that cannot be right whatever the model and the machine.
@@ -48,6 +50,7 @@ class RoutingConfig:
     backend: str = "auto"
     trace: bool = False
     reopens: bool = False
+    graphs: bool | Graphs = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -60,6 +63,10 @@ class RoutingConfig:
         for name in ("trace", "reopens"):
             if not isinstance(value := getattr(self, name), bool):
                 raise RerouteError(f"{name} must be True or False, not {shown(value)}.")
+        if not isinstance(self.graphs, bool | Graphs):
+            raise RerouteError(f"graphs must be True, False or a reroute.Graphs, not {shown(self.graphs)}.")
+        if self.graphs is True:
+            object.__setattr__(self, "graphs", Graphs())
         if self.schedule is not None and self.keep is not None:
             raise RerouteError("Give either schedule= (explicit ratios) or keep= (a budget to solve for), not both.")
         if self.schedule is not None and self.method is not None:
@@ -126,6 +133,8 @@ class RoutingConfig:
             written["method"] = METHODS.named(self.method)
         if self.schedule is not None:
             written["schedule"] = self.schedule.as_dict()
+        if isinstance(self.graphs, Graphs):
+            written["graphs"] = asdict(self.graphs)
         try:
             return json.dumps({"version": VERSION, **written})
         except TypeError as error:
@@ -152,6 +161,8 @@ class RoutingConfig:
                 read["method"] = METHODS.built(read["method"])
             if read.get("schedule") is not None:
                 read["schedule"] = Schedule.from_dict(read["schedule"])
+            if isinstance(read.get("graphs"), dict):
+                read["graphs"] = Graphs(**read["graphs"])
             return cls(**read)
         except RerouteError:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
@@ -24,17 +24,22 @@ from .core.prefill import PositionTables, Prefill
 from .core.schedule import Action, Schedule
 from .core.workspace import Workspace
 from .errors import RerouteError
+from .graphs import Graphs, check_device
 from .methods import Method
-from .stats import Stats, Totals, make_stats
+from .stats import LayerRows, Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import ModelAdapter, Prompt, Router
 from .transformers.cache import layer_rows
 from .transformers.context import DensePrefill, RoutedPrefill
-from .warm_up import ShortPrefills
+from .transformers.graphs import Replays
+from .warm_up import ShortPrefills, long_prompts
 
 __all__ = ["Handle"]
 
 logger = logging.getLogger("reroute")
+
+MOST_UNSETTLED = 64
+"""Prefills of which statistics are not made yet: each holds its plan."""
 
 
 class Handle:
@@ -71,9 +76,15 @@ class Handle:
             )
         self._trace: Trace | None = None
         self._totals, self._recording = Totals(), threading.Lock()
+        self._unsettled: list[Callable[..., Stats]] = []
         self._callbacks: tuple[tuple[Callable[[Stats], None]], ...] = ()
-        self._router = Router(adapter, settings, self._start, self._done)
-        self._choose_backend(next(adapter.text.parameters()).device)
+        device = next(adapter.text.parameters()).device
+        replays = None
+        if isinstance(config.graphs, Graphs):
+            check_device(device)
+            replays = Replays(config.graphs, adapter, self._shape, self._backend_on)
+        self._router = Router(adapter, settings, self._start, self._done, replays)
+        self._choose_backend(device)
         self._stats = Stats(**self._names(settings, self.backend))
 
     def attach(self, model: Any, replaced: Handle | None = None) -> None:
@@ -94,6 +105,10 @@ class Handle:
     def _choose_backend(self, device: torch.device) -> None:
         self.backend: Backend = resolve(self.config.backend, device)
         self._device = device
+
+    def _backend_on(self, device: torch.device) -> Backend:
+        self._follow(device)
+        return self.backend
 
     def _names(self, settings: Settings, backend: Backend) -> dict[str, Any]:
         return {
@@ -186,11 +201,15 @@ class Handle:
 
     def stats(self) -> Stats:
         """Budget of the last prefill with visual tokens, whether its plan deferred any of them or not."""
-        return self._stats
+        with self._recording:
+            self._settle()
+            return self._stats
 
     def totals(self) -> Totals:
         """Sums and means over all prefills with visual tokens since ``enable``, by whatever thread."""
-        return self._totals
+        with self._recording:
+            self._settle()
+            return self._totals
 
     @property
     def trace(self) -> Trace | None:
@@ -242,12 +261,14 @@ class Handle:
         return self._router.using(plan)
 
     @torch.no_grad()
-    def warm_up(self, *, visual: int, batch: int = 1) -> WarmUp:
+    def warm_up(self, *, visual: int, batch: int = 1, text: int | None = None) -> WarmUp:
         """Compile and load, before serving, every kernel that prefills up to this size can need.
 
         Args:
             visual: most visual tokens N of one prompt.
             batch: most prompts of one prefill.
+            text: with ``graphs=True``, text tokens M of a prompt. The class of ``batch`` prompts of ``visual`` and
+                ``text`` tokens is captured then, unless it has a graph: the first of them is replayed already.
 
         Returns:
             These kernels, how long each took and whether Triton had its binary; none on the torch backend. It prints
@@ -258,16 +279,28 @@ class Handle:
         changed.
 
         Raises:
-            RerouteError: routing was disabled, or a size is below 1.
+            RerouteError: routing was disabled, a size is below 1, or no graph can be captured; says why.
         """
-        if not (is_count(visual) and is_count(batch)):
-            raise RerouteError(f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}.")
+        if text is not None and not self.config.graphs:
+            raise RerouteError("A warm-up with text= captures a graph: pass graphs=True to reroute.enable too.")
+        if not (is_count(visual) and is_count(batch) and (text is None or is_count(text))):
+            raise RerouteError(
+                f"A warm-up is for at least one visual token and one prompt, not {visual=}, {batch=}, {text=}."
+            )
         settings = self._router.settings
         short = ShortPrefills(self._router.adapter, settings)
         pool = self._place(short.hidden, short.tables)
         if settings.keeps_all:
-            return WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
-        return load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, batch))
+            ready = WarmUp(self.backend.name, "every visual token is kept", visual, batch, ())
+        else:
+            ready = load_kernels(self.backend, visual, batch, lambda backend: short.run(backend, pool, batch))
+        if text is not None:
+            why = self._router.capture(*long_prompts(self._router.adapter, settings, visual, text, batch))
+            if why:
+                raise RerouteError(
+                    f"No graph can be captured for {batch} prompts of {visual} visual and {text} text tokens: {why}."
+                )
+        return ready
 
     def _place(self, hidden: torch.Tensor, tables: PositionTables) -> PagedPool:
         """The pool for a prefill of ``hidden``; it is where ``tables`` are, and so the backend is chosen for there."""
@@ -303,17 +336,39 @@ class Handle:
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings
-        plan = forward.plan
-        layers = layer_rows(forward.cache, plan.past + plan.length)
+        plan, graph, rows, layers = forward.plan, forward.graph, forward.rows, _layers_after(forward)
         names = self._names(settings, self.backend if prefill is None else prefill.backend)
         shape = self._shape
         if settings.needs_vision:
             shape = replace(shape, tower=self._router.adapter.tower.shape)
+
+        def make(prefills: int) -> Stats:  # keeps nothing of the call alive
+            return make_stats(plan, shape, names, layers(), prefills=prefills, graph=graph, rows=rows)
+
         with self._recording:
-            count = self._totals.prefills + 1
-            stats = make_stats(plan, shape, names, layers, prefills=count)
-            self._stats, self._totals = stats, self._totals.plus(stats)
+            self._unsettled.append(make)
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks
+            # Of a replay they would cost a good part of what it takes: so they are made when somebody asks.
+            if callbacks or not forward.rows or len(self._unsettled) == MOST_UNSETTLED:
+                self._settle()
+            stats = self._stats
         for (callback,) in callbacks:
             callback(stats)
+
+    def _settle(self) -> None:
+        """Make the statistics of all prefills so far."""
+        unsettled, self._unsettled = self._unsettled, []
+        for make in unsettled:
+            self._stats = make(prefills=self._totals.prefills + 1)
+            self._totals = self._totals.plus(self._stats)
+
+
+def _layers_after(forward: RoutedPrefill | DensePrefill) -> Callable[[], Sequence[LayerRows | None]]:
+    """What the layers of the cache hold after ``forward``. Of a replay it is only made when it is asked for."""
+    if not forward.rows:
+        known = layer_rows(forward.cache, forward.plan.past + forward.plan.length)
+        return lambda: known
+    layers: Sequence[Any] = () if forward.cache is None else forward.cache.layers
+    held = [(layer.keys.shape, layer.values.shape, layer.keys.dtype) for layer in layers]
+    return lambda: [LayerRows.of(*its) for its in held]

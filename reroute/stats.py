@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from .core.cost import ModelShape, prefill_cost
 from .core.decision import Decision
 from .core.plan import Plan
+from .graphs import GraphUse
 
 __all__ = ["LayerRows", "Stats", "Totals", "make_stats"]
 
@@ -33,6 +36,12 @@ class LayerRows:
     element_size: int
     state_bytes: int
 
+    @classmethod
+    def of(cls, keys: torch.Size, values: torch.Size, dtype: torch.dtype) -> LayerRows:
+        """Of a layer that grows and holds ``keys`` and ``values`` (B, G, T, D) of these shapes, and no more."""
+        rows, nbytes = keys[-2], (keys.numel() + values.numel()) * dtype.itemsize
+        return cls(rows, None, None, nbytes, nbytes // max(1, rows), dtype.itemsize, 0)
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -48,6 +57,9 @@ class Stats:
     ``state_bytes`` is what the cache keeps beside keys and values, so that later turns may choose again
     (``reopens=True``). Of a turn that does, all but ``visual`` is of what it ran: no visual token in layers that it
     does not run again.
+
+    Where graphs are on, ``graph`` says whether this prefill was replayed, or why not. Fillers of a graph are in
+    ``prefill_flops`` and ``scoring_flops``, and not in the cache.
 
     ``prefills`` counts those that were recorded so far, this one included.
     """
@@ -69,6 +81,7 @@ class Stats:
     state_bytes: int = 0
     layer_lengths: tuple[int, ...] = ()
     prefills: int = 0
+    graph: GraphUse | None = None
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -79,7 +92,8 @@ class Stats:
         stages = ", ".join(f"layer {layer}: {_slashed(kept)}" for layer, kept in counts)
         visual = f"visual tokens {_slashed(self.visual)}, kept from {stages}"
         states = (f"states for later turns {self.state_bytes / 2**20:.4g} MiB",) if self.state_bytes else ()
-        return "\n".join((head, visual, *_costs(self), *states, f"{self.prefills} prefills recorded"))
+        graph = () if self.graph is None else (str(self.graph),)
+        return "\n".join((head, visual, *_costs(self), *states, *graph, f"{self.prefills} prefills recorded"))
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,8 @@ def make_stats(
     cache_layers: Sequence[LayerRows | None],
     *,
     prefills: int,
+    graph: Callable[[], GraphUse] | None = None,
+    rows: Sequence[int] = (),
 ) -> Stats:
     """Stats of one prefill.
 
@@ -179,13 +195,14 @@ def make_stats(
         cache_layers: what the layers of the cache hold after the prefill, None where one holds nothing; none without
             a cache.
         prefills: how many prefills were recorded, this one included.
+        graph: says whether a graph was replayed, and ``rows``: those of its class, which ran then.
     """
     # Layers that a later turn does not run again run its own tokens alone.
     again = plan.schedule.first_look if plan.reopened else 0
     layers = range(again, shape.num_layers)
     stages = [-1 if plan.changes_nothing else plan.schedule.stage_of(layer) for layer in layers]
     active = sum(count * sum(plan.active_visual(s)) for s, count in Counter(stages).items()) / shape.num_layers
-    width_of = {stage: plan.width(stage) for stage in set(stages)}
+    width_of = {stage: rows[stage + 1] if rows else plan.width(stage) for stage in set(stages)}
     widths = [*[plan.shape[1]] * again, *(width_of[stage] for stage in stages)]
     # Layers under gradient checkpointing store nothing, and a cache may have fewer layers or more.
     kept = zip_longest(cache_layers[: len(widths)], widths)
@@ -195,8 +212,8 @@ def make_stats(
     )
     is_stored = all(layer is not None or index in shape.recurrent for index, layer in enumerate(cache_layers))
     filled = [layer for layer in cache_layers if layer is not None]
-    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape)
-    routed = prefill_cost(shape, widths, stored, scoring=scoring, batch=plan.batch)
+    scoring = 0 if plan.changes_nothing else _scoring_flops(plan, shape, rows)
+    routed = prefill_cost(shape, widths, widths if rows else stored, scoring=scoring, batch=plan.batch)
     # Layers before the first routing layer store what they would without routing; later ones what they may at most.
     first, length, total = plan.schedule.layers[0], plan.shape[1], plan.past + plan.length
     most = [total if layer is None or layer.most is None else min(total, layer.most) for layer in cache_layers]
@@ -219,6 +236,7 @@ def make_stats(
         state_bytes=sum(layer.state_bytes for layer in filled),
         layer_lengths=stored,
         prefills=prefills,
+        graph=None if graph is None else graph(),
     )
 
 
@@ -228,19 +246,23 @@ def _row_bytes(layers: Sequence[LayerRows | None], rows: Sequence[int]) -> int:
     return sum(layer.row_bytes * (count if layer.room is None else layer.room) for layer, count in filled)
 
 
-def _scoring_flops(plan: Plan, shape: ModelShape) -> int:
+def _scoring_flops(plan: Plan, shape: ModelShape, rows: Sequence[int]) -> int:
     """Of all decisions and samples: rows of this prompt only are ranked, whatever the cache holds."""
     flops = 0
     for decision in plan.decisions:
-        for row_count, candidates, k in zip(_scored_rows(plan, decision), decision.candidates, decision.k, strict=True):
+        for row_count, candidates, k in zip(
+            _scored_rows(plan, decision, rows), decision.candidates, decision.k, strict=True
+        ):
             flops += decision.ranker.flops(shape, row_count, candidates, k)
     for layer, rankers in plan.schedule.looks.items():
         decision = plan.decisions[plan.schedule.next_stage(layer)]
-        for row_count, candidates in zip(_scored_rows(plan, decision), decision.candidates, strict=True):
+        for row_count, candidates in zip(_scored_rows(plan, decision, rows), decision.candidates, strict=True):
             flops += sum(ranker.note_flops(shape, row_count, candidates) for ranker in rankers)
     return flops
 
 
-def _scored_rows(plan: Plan, decision: Decision) -> Sequence[int]:
-    """Of each sample."""
+def _scored_rows(plan: Plan, decision: Decision, rows: Sequence[int]) -> Sequence[int]:
+    """Of each sample, in a graph of ``rows`` if there are any."""
+    if rows:
+        return [rows[decision.left_by + 1]] * plan.batch
     return plan.lengths if decision.from_pool else [plan.width(decision.left_by)] * plan.batch

@@ -19,7 +19,7 @@ from .rankers import RANKERS, RandomScores, Ranker
 from .transformers import ModelAdapter
 from .transformers.context import RoutedPrefill
 
-__all__ = ["ShortPrefills"]
+__all__ = ["ShortPrefills", "long_prompts"]
 
 TEXT, VISUAL = 0, 1
 PROMPT = np.array([TEXT] * 4 + [VISUAL] * 16 + [TEXT] * 4)
@@ -35,12 +35,7 @@ class ShortPrefills:
     def __init__(self, adapter: ModelAdapter, settings: Settings) -> None:
         """Embed two prompts."""
         self._adapter, self._settings = adapter, settings
-        embedding = adapter.text.get_input_embeddings()
-        device = embedding.weight.device
-        ids = torch.zeros(2, len(PROMPT), dtype=torch.int64, device="cpu" if device.type == "meta" else device)
-        self.hidden: torch.Tensor = embedding(ids)
-        self._positions = torch.arange(len(PROMPT), device=self.hidden.device).expand(2, -1)
-        ids = self._positions if adapter.renumbers else self._positions.expand(adapter.position_axes, -1, -1)
+        self.hidden, self._positions, ids = _embedded(adapter, 2, len(PROMPT))
         self.tables = PositionTables(*adapter.rope_tables(self.hidden, ids), self._positions)
 
     def run(self, backend: Backend, pool: PagedPool, batch: int) -> None:
@@ -75,6 +70,27 @@ class ShortPrefills:
                 hidden = forward.after_layer(layer, hidden)
         finally:
             forward.close()
+
+
+def long_prompts(
+    adapter: ModelAdapter, settings: Settings, visual: int, text: int, batch: int
+) -> tuple[Plan, torch.Tensor, torch.Tensor]:
+    """The plan of ``batch`` prompts of so many tokens, their embeddings and rotary position ids."""
+    ids = np.tile([VISUAL] * visual + [TEXT] * text, (batch, 1))
+    plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), settings.schedule, settings.config.action)
+    assert plan is not None
+    hidden, _, positions = _embedded(adapter, batch, visual + text)
+    return plan, hidden, positions
+
+
+def _embedded(adapter: ModelAdapter, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings (B, L, C), positions (B, L), and what rotary tables are made of: the same, or several of them."""
+    embedding = adapter.text.get_input_embeddings()
+    device = embedding.weight.device
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
+    hidden: torch.Tensor = embedding(ids)
+    positions = torch.arange(length, device=hidden.device).expand(batch, -1)
+    return hidden, positions, positions if adapter.renumbers else positions.expand(adapter.position_axes, -1, -1)
 
 
 def _with_known_rankers(schedule: Schedule) -> Schedule:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .pool import Lease
+from .pool import Pages
 from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectRows
 
 BACKENDS = ("auto", "torch", "triton")
@@ -52,7 +52,7 @@ class Backend:
     reason: str
     defer: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     admit: Admit
-    defer_rmsnorm: Callable[[Lease, Tensor, Tensor, Tensor, RMSNorm], Tensor]
+    defer_rmsnorm: Callable[[Pages, Tensor, Tensor, Tensor, RMSNorm], Tensor]
     select: Callable[[Tensor, SelectRows], Selection]
     score_topk: Callable[[Tensor, Tensor, RopeTables, SelectRows, AttentionSpec], Selection]
     diverse_topk: Callable[[Tensor, SelectRows], Selection]

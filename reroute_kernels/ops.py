@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .metadata import SelectMetadata
-from .pool import Lease
+from .pool import Pages
 from .ranking import picks_per_round
 from .reference import AttentionSpec, RMSNorm, RopeTables, Selection, SelectRows
 from .triton_kernels import defer_rmsnorm as _defer_rmsnorm
@@ -114,7 +114,7 @@ _defer_rmsnorm_op = _register(
 )
 
 
-def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+def defer_rmsnorm(lease: Pages, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
     """``reroute_kernels.reference.defer_rmsnorm`` by the Triton kernel, which needs only ``inverse_index``."""
     normed: Tensor = _defer_rmsnorm_op(lease.pages, lease.table, inverse_index, hidden, *norm)
     return normed

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -40,6 +40,24 @@ class PoolStats:
     bytes_in_use: int
     peak_bytes_in_use: int
     leases: int
+
+
+class Pages(Protocol):
+    """R rows in pages: those of a lease, or others that lie alike.
+
+    - ``pages`` (P, page_size, C): memory that holds them; ``table`` (T,) int64: page ids in row order.
+    """
+
+    @property
+    def pages(self) -> Tensor:
+        """See above."""
+
+    @property
+    def table(self) -> Tensor:
+        """See above."""
+
+    def rows(self) -> Tensor:
+        """All of them (R, C), to read only."""
 
 
 class Lease:

@@ -21,7 +21,7 @@ from .metadata import SelectMetadata
 from .ranking import diversity_scores, ranked
 
 if TYPE_CHECKING:
-    from .pool import Lease
+    from .pool import Pages
 
 Rope = Literal["half", "interleaved"]
 
@@ -160,7 +160,7 @@ def admit(pages: Tensor, table: Tensor, rows: Tensor, *aux: Tensor) -> tuple[Ten
     return gather(pages.view(-1, pages.shape[-1]), slots), *(gather(tensor, index) for tensor in aux)
 
 
-def defer_rmsnorm(lease: Lease, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
+def defer_rmsnorm(lease: Pages, rows: Tensor, inverse_index: Tensor, hidden: Tensor, norm: RMSNorm) -> Tensor:
     """Defer, and return all rows of the lease after a norm: what keys are projected from.
 
     Args:

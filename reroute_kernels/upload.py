@@ -25,6 +25,19 @@ def upload(integers: Any, device: torch.device) -> Tensor:
             "host integers cannot be uploaded inside a CUDA graph capture: run the prefill once before, in the same "
             "`with handle.using(plan)`"
         )
+    return _staged(integers, stream).to(device, non_blocking=True)
+
+
+def upload_to(target: Tensor, integers: Any) -> None:
+    """``upload`` to ``target``, an int64 tensor that is there already: what a graph reads.
+
+    Each call stages in memory of its own, which PyTorch gives to nobody else before the copy is done.
+    """
+    target.copy_(_staged(integers, stream_on(target.device)), non_blocking=True)
+
+
+def _staged(integers: Any, stream: torch.cuda.Stream | None) -> Tensor:
+    """On the host, as int64; pinned for a copy on ``stream``."""
     staged = torch.tensor(integers, dtype=torch.int64, device="cpu")
     # Pinned afterwards: torch.tensor refuses to pin what comes from numpy.
-    return (staged if stream is None else staged.pin_memory()).to(device, non_blocking=True)
+    return staged if stream is None else staged.pin_memory()

@@ -49,20 +49,25 @@ class Tape(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[_Step] = []
         self._made: dict[int, Tensor] = {}
-        self.external: list[Tensor] = []
+        self._external: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and record."""
         out = func(*args, **(kwargs or {}))
         given = _tensors((args, kwargs or {}))
         for tensor in given:
-            if _memory(tensor) not in self._made and all(_memory(t) != _memory(tensor) for t in self.external):
-                self.external.append(tensor)
+            if _memory(tensor) not in self._made:
+                self._external.setdefault(_memory(tensor), tensor)
         known = set(map(_memory, given))
         is_view = all(_memory(t) in known for t in _tensors(out)) and not func._schema.is_mutable
         self._made |= {_memory(t): t for t in _tensors(out) if _memory(t) not in known}
         self._steps.append(_Step(func, args, kwargs or {}, out, not is_view))
         return out
+
+    @property
+    def external(self) -> list[Tensor]:
+        """What was made outside, a tensor of each memory."""
+        return list(self._external.values())
 
     @property
     def signature(self) -> list[tuple[Any, ...]]:
@@ -77,6 +82,10 @@ class Tape(TorchDispatchMode):
         last: dict[int, int] = {}
         for index, step in enumerate(self._steps):
             last |= {_memory(t): index for t in (*step.inputs, *_tensors(step.out))}
+        ends: dict[int, list[Tensor]] = {}
+        for memory, use in last.items():
+            if memory in self._made and memory not in kept:
+                ends.setdefault(use, []).append(self._made[memory])
         for tensor in self._made.values():
             _poison(tensor)
         for index, step in enumerate(self._steps):
@@ -85,9 +94,8 @@ class Tape(TorchDispatchMode):
                 for old, value in zip(_tensors(step.out), _tensors(new), strict=True):
                     if old is not value:
                         old.copy_(value)
-            for memory, use in last.items():
-                if use == index and memory in self._made and memory not in kept:
-                    _poison(self._made[memory])
+            for tensor in ends.get(index, ()):
+                _poison(tensor)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

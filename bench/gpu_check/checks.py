@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +16,10 @@ from torch import Tensor
 import reroute
 from reroute.handle import Handle
 
-from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, build, inputs_of
+from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of
 from .capture import captured_prefill
 
-__all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting"]
+__all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting", "replays"]
 
 
 class CheckFailed(Exception):
@@ -43,9 +46,7 @@ class Prefills:
 
     def run(self) -> list[Tensor]:
         """Logits, and the keys and values of every layer."""
-        output = self.model(inputs_embeds=self.embeds, use_cache=True)
-        layers = output[CACHE].layers
-        return [output.logits, *(layer.keys for layer in layers), *(layer.values for layer in layers)]
+        return _results(self.model, {"inputs_embeds": self.embeds, "use_cache": True})
 
     def routing(self) -> Handle:
         # Not "auto": on a GPU it is the kernels that are to be checked.
@@ -100,7 +101,72 @@ def no_waiting(device: torch.device, guard: Callable[[], AbstractContextManager[
         return f"{handle.stats().prefills} prefills, backend {handle.stats().backend}"
 
 
-CHECKS: dict[str, Callable[[torch.device], str]] = {"graph": graph, "no-waiting": no_waiting}
+REPLAYED = replace(STANDARD, layers=32, side=12, text=48)
+"""Deep and thin: launches take most of an eager prefill. With a ninth of its tokens every stage is whole tiles."""
+RUNS = 20
+
+
+@torch.no_grad()
+def replays(device: torch.device, size: Size = REPLAYED) -> str:
+    """Prefills with ``graphs=True`` give the bits of eager ones where nothing is filled up; and how long both take."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model: Any = build(size, dtype)
+    model.to(device)
+    prompts = [_prompt(size, dtype, device, seed) for seed in range(4)]
+    said = []
+    for name, ratio in (("dense", 1.0), ("routed", 1 / 9)):
+        given: dict[str, Any] = {
+            "schedule": reroute.Schedule((1, 3, 5), (ratio,) * 3),
+            "backend": "triton" if device.type == "cuda" else "torch",
+        }
+        with reroute.enable(model, **given):
+            eager = [_results(model, prompt) for prompt in prompts]
+            eager_ms = _milliseconds(lambda: model(**prompts[0]), device)
+        with reroute.enable(model, graphs=reroute.Graphs(max_waste=10), **given) as handle:
+            for prompt in prompts[:2]:  # the second one is captured
+                model(**prompt)
+            for prompt, expected in zip(prompts, eager, strict=True):
+                replayed = _results(model, prompt)
+                use = handle.stats().graph
+                if use is None or not use.is_replayed:
+                    raise CheckFailed(f"a {name} prefill was not replayed: {use}")
+                _equal(replayed, expected)
+            graph_ms = _milliseconds(lambda: model(**prompts[0]), device)
+        said.append(f"{name}: eager {eager_ms:.3f} ms, replayed {graph_ms:.3f} ms, bit for bit; {use}")
+    return "\n".join(said)
+
+
+def _prompt(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
+    """One of the same length, with another picture and other text."""
+    generator = torch.Generator().manual_seed(seed)
+    given = inputs_of(size, dtype)
+    ids = torch.randint(1, 512, given["input_ids"].shape, generator=generator)
+    features = given["mm_encoder_outputs"]["image"].pooler_output[0]
+    features = torch.randn(features.shape, generator=generator).to(features.dtype) * features.std()
+    given["input_ids"] = torch.where(given["input_ids"] == IMAGE_ID, IMAGE_ID, ids).to(device)
+    given["mm_encoder_outputs"]["image"].pooler_output = [features.to(device)]
+    return given
+
+
+def _results(model: Any, given: dict[str, Any]) -> list[Tensor]:
+    output = model(**given)
+    layers = output[CACHE].layers
+    return [output.logits, *(layer.keys for layer in layers), *(layer.values for layer in layers)]
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Median of a call and its results."""
+    times = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)
+
+
+CHECKS: dict[str, Callable[[torch.device], str]] = {"graph": graph, "no-waiting": no_waiting, "replays": replays}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -166,6 +166,7 @@ STEPS = (
     _kernel_tests("load_kernels", 30, also="reference_sync"),
     _check("graph"),
     _check("no-waiting"),
+    _check("replays"),
     _prefills("llava-7b", 100),
     _prefills("qwen-7b", 100),
     Step("operations", (_module("operations"),), estimate=60, limit=70, least=30, measures=True),

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
         ("cuda", _cuda, "Check the driver with nvidia-smi, or hide the GPU with CUDA_VISIBLE_DEVICES= (empty)."),
         ("environment", _environment, ""),
         ("backend", _backend, "Unset REROUTE_BACKEND, or set it to torch, which runs everywhere."),
+        ("graphs", _graphs, "Leave graphs=True out: prefills are right without them."),
         ("models", _models, f"Run: pip install --upgrade {DISTRIBUTION}"),
         ("tinyvlm", _tinyvlm, f"Run: pip install --force-reinstall --no-deps {DISTRIBUTION}"),
     )
@@ -97,6 +98,30 @@ def _environment() -> str:
 def _backend() -> str:
     backend = backend_of("auto", choose_device("auto"))
     return f"auto means {backend.name}: {backend.reason}"
+
+
+def _graphs() -> str:
+    """Capture a prefill of the model that ships with the package, and replay it."""
+    import reroute
+
+    from ..demo import tinyvlm
+    from ..demo.tinyvlm.evaluation import answers
+    from ..demo.tinyvlm.examples import examples
+    from ..graphs import RECORDERS
+
+    device = choose_device("auto")
+    if device.type not in RECORDERS:
+        return f"no prefill can be captured on {device.type}: CUDA graphs need a GPU"
+    with quiet():
+        model, processor = tinyvlm.load()
+        model.to(device)  # type: ignore[arg-type]  # annotated for a mixin
+        with reroute.enable(model, method="pdrop", keep=1 / 3, graphs=reroute.Graphs(max_waste=100)) as handle:
+            for _ in range(3):
+                answers(model, processor, examples("test", {"attr": 1}))
+            use = handle.stats().graph
+    if use is None or not use.is_replayed:
+        raise RuntimeError(f"a prefill of tinyvlm is not replayed: {use}")
+    return f"a prefill of tinyvlm: {use}"
 
 
 def _models() -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..core.plan import Plan
 
-__all__ = ["TILE", "ShapeClass"]
+__all__ = ["TILE", "ShapeClass", "needed_rows"]
 
 TILE = 64
 """Rows are rounded up to this many: matrix products compute whole tiles in any case."""
@@ -24,6 +24,11 @@ class ShapeClass:
     batch: int
     rows: tuple[int, ...]
 
+    @property
+    def num_stages(self) -> int:
+        """Decisions that the graph makes; none where every visual token is kept."""
+        return len(self.rows) - 1
+
     @classmethod
     def of(cls, plan: Plan) -> ShapeClass:
         """The smallest class of ``plan``. Padding of the prompts has no row in it."""
@@ -39,5 +44,6 @@ class ShapeClass:
 
 
 def needed_rows(plan: Plan) -> tuple[int, ...]:
-    """Rows of the longest sample in the dense layers, and in each stage."""
-    return tuple(max(plan.active(stage)) for stage in range(-1, len(plan.decisions)))
+    """Rows of the longest sample in the dense layers, and in each stage, if the plan changes anything."""
+    num_stages = 0 if plan.changes_nothing else len(plan.decisions)
+    return tuple(max(plan.active(stage)) for stage in range(-1, num_stages))

@@ -43,14 +43,13 @@ class PromptTable:
     """
 
     shape_class: ShapeClass
-    num_stages: int
     starts: tuple[int, ...]
     num_rows: int
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parts, in their order."""
-        batch, length, stages = self.shape_class.batch, self.shape_class.rows[0], self.num_stages
+        batch, length, stages = self.shape_class.batch, self.shape_class.rows[0], self.shape_class.num_stages
         per_row, per_pool_row, per_decision = (batch, length), (self.num_rows,), (stages, batch)
         return {
             "rows": per_row,
@@ -115,7 +114,7 @@ class PromptTable:
 
     def _count(self, plan: Plan, parts: dict[str, Ints]) -> None:
         """Counts of each decision; what a removal left lies in rows of the class's length."""
-        for decision in plan.decisions:
+        for decision in plan.decisions[: self.shape_class.num_stages]:
             starts: Sequence[int] = self.starts
             if not decision.from_pool:
                 starts = [b * self.shape_class.rows[decision.left_by + 1] for b in range(plan.batch)]

@@ -47,8 +47,8 @@ class Roofline:
         )
 
     def prefill_seconds(self, shape: ModelShape, schedule: Schedule, rows: Sequence[int], batch: int) -> float:
-        """All layers, of which those of stage i run on ``rows[i + 1]``."""
-        layers = _layers_of(schedule, shape.num_layers)
+        """All layers, of which those of stage i run on ``rows[i + 1]``, if there are rows of stages."""
+        layers = _layers_of(schedule, shape.num_layers, len(rows) - 1)
         return sum(n * self.layer_seconds(shape, r, batch) for n, r in zip(layers, rows, strict=True))
 
 
@@ -73,12 +73,12 @@ def waste(
     return Waste(spent / least - 1, _flops(shape, schedule, rows) / _flops(shape, schedule, needed) - 1)
 
 
-def _layers_of(schedule: Schedule, num_layers: int) -> tuple[int, ...]:
-    """How many layers are dense, and how many each stage has."""
-    begins = (0, *schedule.layers, num_layers)
+def _layers_of(schedule: Schedule, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """How many layers are dense, and how many each stage has; all are dense if there are none."""
+    begins = (0, *schedule.layers[:num_stages], num_layers)
     return tuple(end - begin for begin, end in pairwise(begins))
 
 
 def _flops(shape: ModelShape, schedule: Schedule, rows: Sequence[int]) -> int:
-    layers = _layers_of(schedule, shape.num_layers)
+    layers = _layers_of(schedule, shape.num_layers, len(rows) - 1)
     return sum(n * layer_flops(shape, r) for n, r in zip(layers, rows, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from reroute_kernels import Selection
+from reroute_kernels import Backend, Selection
 
 from ..checks import shown, whole
 from ..errors import RerouteError
@@ -42,6 +42,10 @@ class LastTokenAttention(Ranker):
                 "layer_offset must be 0 (score with the routing layer) or -1 (with the layer before it), not "
                 f"{shown(self.layer_offset)}."
             )
+
+    def within_capacities(self, backend: Backend) -> bool:
+        """See ``Ranker``."""
+        return True
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""

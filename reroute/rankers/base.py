@@ -141,6 +141,10 @@ class Ranker(ABC):
         """
         return
 
+    def within_capacities(self, backend: Backend) -> bool:
+        """Whether it selects by ``backend`` without counts on the host: ``SelectMetadata`` may then be capacities."""
+        return False
+
     def looks_before(self, layer: int) -> Collection[int]:
         """The layers on whose input it makes a ``note``, ahead of its decision before ``layer`` and no later."""
         return ()

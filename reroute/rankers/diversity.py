@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reroute_kernels import Selection
+from reroute_kernels import Backend, Selection
 
 from .base import RankContext, Ranker
 
@@ -22,6 +22,10 @@ class Diversity(Ranker):
     The first pick is the one least like the mean. Picks are made in rounds of k // 8, at least 1
     (``reroute_kernels.diverse_topk``). All images of a prompt compete in one choice.
     """
+
+    def within_capacities(self, backend: Backend) -> bool:
+        """See ``Ranker``."""
+        return backend.name == "triton"
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""

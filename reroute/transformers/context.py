@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -119,7 +120,7 @@ class RoutedPrefill(ForwardContext):
         self._begun: PositionTables | None = None
         self._running: _Stage | None = None
         self._usual_room: tuple[int, int] | None = None
-        self._is_restored = False
+        self._is_restored = self._ran_elsewhere = False
         self._kept_states = kept if plan.reopened else None
         self._earlier_turns = RoutedDecode(adapter, self._shape)
 
@@ -178,7 +179,7 @@ class RoutedPrefill(ForwardContext):
         Raises:
             RerouteError: layers were left out, or ran without routing.
         """
-        if not self._is_restored or self.prefill is None or self.prefill.stage < len(self.plan.decisions) - 1:
+        if not self._ran_elsewhere and not self._ran_whole:
             raise RerouteError(
                 "Not all of the decoder's layers ran as routing needs it: other code runs them, or leaves some out. "
                 "Call reroute.enable again on the model as it is now; with layers that are left out at random, "
@@ -188,6 +189,31 @@ class RoutedPrefill(ForwardContext):
             guard(self.cache, self._floor)
             keep_states(self.cache, self._kept_states)
         super().finish()
+
+    def ran_elsewhere(
+        self, cache: Cache | None, positions: Sequence[torch.Tensor], offsets: torch.Tensor | None
+    ) -> None:
+        """The layers have run in a graph. If there is a ``cache`` it holds what they stored, of each stage at
+        ``positions`` (B, T).
+
+        ``offsets`` (stages, B) of renumbered positions: see ``RowPositions``.
+        """
+        self._ran_elsewhere, self.cache = True, cache
+        if cache is None:
+            return
+        ends = [*self.plan.schedule.layers[1:], len(self._adapter.layers)]
+        for decision, its, end in zip(self.plan.decisions, positions, ends, strict=True):
+            active, width = self.plan.active(decision.stage), self.plan.width(decision.stage)
+            offset = None if offsets is None else offsets[decision.stage][:, None]
+            rows = self._rows(its, its.shape[1], min(active) < width, offset, (decision.layer,))
+            for index in range(decision.layer, end):
+                route_layer(cache, index, rows)
+
+    @property
+    def _ran_whole(self) -> bool:
+        """Whether every layer ran, and every decision was made."""
+        prefill = self.prefill
+        return self._is_restored and prefill is not None and prefill.stage == len(self.plan.decisions) - 1
 
     def close(self) -> None:
         """Free what the prefill holds. Idempotent."""

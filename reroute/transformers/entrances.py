@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from .compiled import adapt_step, is_step
+from .forward import FORWARD, ForwardContext
 from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
 from .vision import TowerRun, attach
 
 if TYPE_CHECKING:
-    from .forward import ForwardContext
     from .router import Router
 
 __all__ = [
@@ -37,9 +37,6 @@ __all__ = [
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-FORWARD = "reroute_forward"
-"""The keyword argument in which a decoder hands the forward to its layers."""
 
 _labels: ContextVar[tuple[Router, torch.Tensor | None] | None] = ContextVar("reroute_labels", default=None)
 """Of the whole model's call, until its base model is called."""
@@ -148,7 +145,7 @@ class RoutedDecoder(Intercepted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
-        return proceed(*args, **kwargs) if router is None else _run_decoder(self, proceed, args, kwargs)
+        return proceed(*args, **kwargs) if router is None else _run_decoder(router, self, proceed, args, kwargs)
 
 
 class RoutedDecoderLayer(Intercepted):
@@ -245,11 +242,14 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
 
 
 @_eager
-def _run_decoder(decoder: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def _run_decoder(router: Router, decoder: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     forward = _forward.get()
     if forward is None or not forward.claim(decoder, args, kwargs):
         return proceed(*args, **kwargs)
-    return forward.after_decoder(proceed(*args, **kwargs, **{FORWARD: forward}))
+    output = router.replay(forward, proceed, kwargs)
+    if output is None:
+        output = proceed(*args, **kwargs, **{FORWARD: forward})
+    return forward.after_decoder(output)
 
 
 @_eager

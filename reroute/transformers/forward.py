@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -9,14 +10,18 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..errors import RerouteError
+from ..graphs import GraphUse
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, allow_updates, guarded_layer, length_of, tear
 from .vision import Recording
 
-__all__ = ["ForwardContext", "Kwargs"]
+__all__ = ["FORWARD", "ForwardContext", "Kwargs"]
 
 Kwargs = dict[str, Any]
+
+FORWARD = "reroute_forward"
+"""The keyword argument in which a decoder hands the forward to its layers."""
 
 
 class ForwardContext:
@@ -24,10 +29,15 @@ class ForwardContext:
 
     - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
     - ``is_idle``: whether all layers that follow run as they are, and need not ask.
+    - ``asks_eager``: why it is not replayed, if its call is known to be none that could be.
+    - ``graph``: says whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
     """
 
     recording: Recording | None = None
     is_idle = False
+    asks_eager: str = ""
+    graph: Callable[[], GraphUse] | None = None
+    rows: tuple[int, ...] = ()
 
     def __init__(self, adapter: ModelAdapter, shape: tuple[int, int]) -> None:
         """``shape`` (B, L): tokens of the call. ``keep`` names the cache that its caller has, if it has one."""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import RerouteError
 
-__all__ = ["check_one_prompt_per_row", "check_tokens_of_others"]
+__all__ = ["check_one_prompt_per_row", "check_tokens_of_others", "is_packed"]
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that tell kernels where the sequences of a packed row begin."""
@@ -26,7 +26,17 @@ _PACKED = (
 
 
 def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool, axes: int = 3) -> None:
-    """Refuse position ids that begin anew within a row. Waits for the device.
+    """Refuse rows in which ``is_packed``. Waits for the device.
+
+    Raises:
+        RerouteError: rows are packed.
+    """
+    if is_packed(position_ids, valid, has_mask=has_mask, axes=axes):
+        raise RerouteError(_PACKED)
+
+
+def is_packed(position_ids: torch.Tensor | None, valid: Any, *, has_mask: bool, axes: int = 3) -> bool:
+    """Whether position ids begin anew within a row. Waits for the device.
 
     Args:
         position_ids: (B, L), or those of M-RoPE, (axes, B, L), or with one more row of text in front; or None.
@@ -34,12 +44,9 @@ def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, h
         has_mask: whether there is an attention mask. Without one, Transformers takes any step but 1 for a border,
             unless it has the positions of M-RoPE only.
         axes: how many positions M-RoPE has for a token.
-
-    Raises:
-        RerouteError: rows are packed.
     """
     if position_ids is None:
-        return
+        return False
     counts_tokens = position_ids.ndim == 2 or len(position_ids) == axes + 1
     first = position_ids if position_ids.ndim == 2 else position_ids[0]  # of M-RoPE: of text, or time
     ids = np.broadcast_to(first.cpu().numpy(), valid.shape)
@@ -50,7 +57,8 @@ def check_one_prompt_per_row(position_ids: torch.Tensor | None, valid: Any, *, h
         if has_mask:  # generate counts drafts behind a masked token from its filler on
             anew &= (np.diff(columns) == 1) | (known[1:] == known[:1])
         if anew.any():
-            raise RerouteError(_PACKED)
+            return True
+    return False
 
 
 def check_tokens_of_others(

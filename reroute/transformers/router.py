@@ -28,7 +28,9 @@ from .entrances import (
     RoutedTowerLayer,
 )
 from .forward import ForwardContext
-from .interception import Role, intercept, role_of
+from .graphs import Replays
+from .interception import Role, intercept, own_method, role_of
+from .packing import is_packed
 from .planner import Planner
 from .prompt import Prompt, has_picture
 from .scopes import Given, Scopes
@@ -50,6 +52,7 @@ class Router:
     """Routes the calls of one model between ``attach`` and ``detach``, from any thread.
 
     ``start`` makes the prefill of a plan; ``done`` is told of every prefill with a plan that succeeded.
+    ``replays``: its graphs, if prefills are replayed.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Router:
         settings: Settings,
         start: PrefillFactory,
         done: Callable[[RoutedPrefill | DensePrefill], None],
+        replays: Replays | None = None,
     ) -> None:
         """Check that ``adapter``'s model can be routed by ``settings``.
 
@@ -67,7 +71,7 @@ class Router:
         self._planner: Planner | None = Planner(adapter)
         self._planner.check(settings)
         self._settings = settings
-        self._start, self._done = start, done
+        self._start, self._done, self._replays = start, done, replays
         self._entrances = ExitStack()
         self._lock = threading.RLock()
         self._scopes = Scopes()
@@ -154,7 +158,7 @@ class Router:
         finally:  # an interrupt then, and nothing of it is left
             with self._lock:  # others may detach it too
                 self._entrances.close()
-            self._planner = None
+            self._planner = self._replays = None
 
     @contextmanager
     def idle(self, *, for_another: bool = False) -> Iterator[None]:
@@ -310,9 +314,11 @@ class Router:
                 record_states=states,
             )
             forward.keep(cache)
+            forward.asks_eager = self._asks_eager(plan, named, labels)
             return forward
         if plan is not None:
             forward = DensePrefill(plan, settings, self.adapter)
+            forward.asks_eager = self._asks_eager(plan, named, labels)
         elif has_routed_cache:
             # Of what is not planned it is not known where its visual tokens are, if it has any.
             is_text = tokens.shape[1] == 1 or not (named.get("input_ids") is None or has_picture(named))
@@ -320,6 +326,35 @@ class Router:
         if forward is not None and has_routed_cache:
             forward.keep(cache)
         return forward
+
+    def replay(self, forward: ForwardContext, decoder: Callable[..., Any], kwargs: Kwargs) -> Any:
+        """What ``decoder``, the decoder's own call, would return; None if it has to be called with ``kwargs``."""
+        if self._replays is None or not isinstance(forward, RoutedPrefill | DensePrefill):
+            return None
+        return self._replays.run(forward, decoder, dict(kwargs), forward.asks_eager)
+
+    def capture(self, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor) -> str:
+        """Capture the graph of the class of ``plan``; why not, if it cannot be. See ``Handle.warm_up``."""
+        assert self._replays is not None
+        decoder = own_method(RoutedDecoder, self.adapter.text, "__call__")
+        return self._replays.capture(self.settings, decoder, plan, embeds, positions)
+
+    def _asks_eager(self, plan: Plan, named: Kwargs, labels: torch.Tensor | None) -> str:
+        """Why a call of the base model is none that could be replayed, as far as it is known before it begins."""
+        if self._replays is None:
+            return ""
+        if self._scopes.given is not None:
+            return "its plan was made ahead (handle.using), as for a graph that is captured by hand"
+        if labels is not None:
+            return "it has labels"
+        if plan.past or plan.reopened:
+            return "it is a later turn"
+        has_mask = named.get("attention_mask") is not None
+        # Of a plan that changes something the planner has refused such rows.
+        axes, ids = self.adapter.position_axes, named.get("position_ids")
+        if plan.changes_nothing and is_packed(ids, plan.order >= 0, has_mask=has_mask, axes=axes):
+            return "several prompts are packed in one row"
+        return ""
 
     def tower_run(self, args: Args, kwargs: Kwargs, *, is_for_one: bool) -> TowerRun | None:
         """What to keep of a run of the vision tower that begins here and now; None if nobody will look at it.

@@ -86,7 +86,7 @@ def test_doctor_says_what_to_do(
     said = capsys.readouterr().out
     assert "Unset REROUTE_BACKEND" in said
     assert "--force-reinstall" in said
-    assert "2 of 8 checks failed" in said
+    assert "2 of 9 checks failed" in said
 
 
 def test_doctor_knows_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from models import Tiny
 from support import FAMILIES, small
+from tape import Tape
+from tape_recorder import record_on_tapes
 
 import reroute
 from reroute_kernels import PagedPool
@@ -29,6 +31,12 @@ def few(request: pytest.FixtureRequest) -> Tiny:
 def own(request: pytest.FixtureRequest) -> Tiny:
     """As ``few``, and the test may change it."""
     return models.llava(layers=5) if request.param == "llava" else models.qwen(layers=5)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Graphs are made on the CPU: tapes, which are listed as they are recorded."""
+    return record_on_tapes(monkeypatch)
 
 
 @pytest.fixture

@@ -196,6 +196,10 @@ class ModelAdapter:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
         return self._kind(layer) == "full_attention" and not self._has_window(layer)
 
+    def sees_only_before(self, layer: int) -> bool:
+        """Whether without a mask a token of ``layer`` sees only what comes before it."""
+        return self._known.facts(self, layer, like_others=True).is_causal
+
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` is recurrent, or attends to all or over a window, as configuration and attention agree."""
         if self.is_recurrent(layer):

@@ -31,6 +31,7 @@ __all__ = [
     "check_cache",
     "check_whole",
     "cut",
+    "fill_layer",
     "give_room",
     "guard",
     "guarded_layer",
@@ -321,6 +322,19 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     turn_into(layer, RoutedLayer)
     layer.rows = rows
+
+
+def fill_layer(cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let layer ``index`` of a cache that is empty hold ``keys`` and ``values`` (B, G, T, D) themselves.
+
+    ``update`` would copy them, behind what is there.
+    """
+    layers: Any = cache.layers
+    while len(layers) <= index:
+        layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+    layer = layers[index]
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:

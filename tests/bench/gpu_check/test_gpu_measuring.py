@@ -17,8 +17,11 @@ from unittest import mock
 
 import pytest
 import torch
+from tape import Tape
+from tape_recorder import record_on_tapes
 
 import reroute
+from bench.end_to_end.models import QUICK
 from bench.gpu_check import checks, environment, micro, operations, smoke
 from bench.gpu_check.checks import CheckFailed
 from bench.gpu_check.day import FAILED, NO_START, NOTHING_RUN, PASSED, UNFINISHED, WRONG
@@ -295,3 +298,26 @@ def test_no_waiting_step_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     checks.no_waiting(CPU)
     assert modes == ["error", "default"]
+
+
+SMALL = replace(QUICK, text=48)
+
+
+def test_replays_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    record_on_tapes(monkeypatch)
+    monkeypatch.setattr(checks, "RUNS", 1)
+    dense, routed = checks.replays(CPU, SMALL).splitlines()
+    assert "dense: eager" in dense
+    assert "routed: eager" in routed
+    assert routed.count("0.0% more FLOPs for fillers") == 1
+
+
+def test_replays_step_finds_stale_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    record_on_tapes(monkeypatch)
+    monkeypatch.setattr(checks, "RUNS", 1)
+    monkeypatch.setattr(Tape, "replay", lambda self: None)
+    with pytest.raises(CheckFailed, match="differ in tensor 0"):
+        checks.replays(CPU, SMALL)
+    monkeypatch.setattr("reroute.transformers.graphs.replays.why_not_call", lambda *_: "it is a test")
+    with pytest.raises(CheckFailed, match="was not replayed: ran eagerly: it is a test"):
+        checks.replays(CPU, SMALL)

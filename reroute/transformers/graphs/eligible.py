@@ -1,0 +1,158 @@
+"""Why a prefill is not replayed but runs eagerly, in clauses: by facts of the model, and by what its call asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from reroute_kernels import Backend
+from reroute_kernels.streams import is_capturing, stream_on
+
+from ...config import Settings
+from ...core.home import is_recorded
+from ...errors import RerouteError
+from ..adapters import ModelAdapter
+from ..attention import mask_format_of
+from ..cache import cache_of
+from ..forward import Kwargs
+from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
+
+__all__ = ["why_not_call", "why_not_model"]
+
+KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
+"""Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+HOST_READS = frozenset({"item", "tolist", "nonzero", "numpy", "cpu", "unique", "unique_consecutive", "masked_select"})
+"""What code calls that reads values of tensors on the host, or makes shapes of them."""
+
+
+def why_not_model(adapter: ModelAdapter, settings: Settings, backend: Backend, state: DecoderState) -> str:
+    """Why no prefill of this model under ``settings`` is replayed; empty if some are. ``state``: of its decoder."""
+    reasons = [_decoder(adapter, state), _attention(adapter)]
+    if not settings.keeps_all:
+        reasons.append(_routing(adapter, settings, backend))
+    return next((reason for its in reasons for reason in its), "")
+
+
+def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
+    text = adapter.text
+    if len(state.devices) > 1:
+        yield f"its decoder is spread over {', '.join(sorted(map(str, state.devices)))}"
+    if has_hooks_of_others(text):
+        yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
+    if state.is_training:
+        yield "its decoder is in training mode"
+    if adapter.first_layer:
+        yield "features of pictures come between its layers, which is not checked yet"
+    reading = sorted(_reading_on_the_host(text))
+    if reading:
+        yield f"{', '.join(reading)} read values on the host"
+    kinds = _rope_kinds(adapter)
+    unknown = [kind for kind in kinds if "dynamic" in kind or "longrope" in kind]
+    if unknown or not kinds:
+        yield f"its rotary tables depend on the largest position ({', '.join(unknown) or 'no kind of RoPE is named'})"
+
+
+def _attention(adapter: ModelAdapter) -> Iterator[str]:
+    try:
+        if mask_format_of(adapter.text_config) == "additive":
+            yield "eager attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
+        layers = range(len(adapter.layers))
+        other = [i for i in layers if not (adapter.is_full_attention(i) and adapter.sees_only_before(i))]
+    except RerouteError as error:
+        yield f"not all of its layers are known: {error}"
+        return
+    if other:
+        yield f"layers {other} slide, or see later tokens"
+
+
+def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Iterator[str]:
+    config, schedule = settings.config, settings.schedule
+    if config.trace:
+        yield "trace=True asks for what a graph does not give out"
+    if config.reopens:
+        yield "reopens=True keeps hidden states that a graph does not give out"
+    if adapter.has_several_tables:
+        yield "its layers have rotary tables of their own"
+    if schedule.looks:
+        yield "its rankers make notes at other layers"
+    others = {type(ranker).__name__ for ranker in schedule.rankers if not ranker.within_capacities(backend)}
+    if others:
+        yield f"{', '.join(sorted(others))} ranks by counts that the host has (backend {backend.name})"
+
+
+def _reading_on_the_host(text: nn.Module) -> set[str]:
+    """Names of classes of modules whose code does."""
+    found = set()
+    for kind in {type(module) for module in text.modules()} - {type(text)}:
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is not None and HOST_READS.intersection(code.co_names):
+            found.add(kind.__name__)
+    return found
+
+
+def _rope_kinds(adapter: ModelAdapter) -> list[str]:
+    """By Transformers' names; none if the decoder has no rotary module that says it."""
+    kinds: Any = getattr(getattr(adapter.text, "rotary_emb", None), "rope_type", None)
+    if kinds is None:
+        return []
+    return [kinds] if isinstance(kinds, str) else list(map(str, kinds.values()))
+
+
+def why_not_call(adapter: ModelAdapter, kwargs: Kwargs) -> str:
+    """Why this call of the decoder with ``kwargs`` is not replayed; empty if it may be."""
+    return next(_call(adapter, kwargs), "")
+
+
+def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
+    embeds, cache = kwargs["inputs_embeds"], cache_of(kwargs)
+    if type(embeds) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+        yield "its tensors are not plain ones, or a dispatch mode looks at them"
+    if is_capturing(stream_on(embeds.device)):
+        yield "a capture runs, of which it becomes a part"
+    if is_recorded(embeds, adapter.text.parameters()):
+        yield "gradients are recorded"
+    if torch.is_autocast_enabled(embeds.device.type):
+        yield "autocast is on, and what it makes of weights is gone when it ends"
+    if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
+        yield "there are hooks for all modules"
+    others = [name for name, value in kwargs.items() if name not in KNOWN and value is not None and value is not False]
+    if others != ["return_dict"] * len(others):
+        yield f"the decoder also gets {', '.join(others)}"
+    asked = [name for name in OUTPUTS if getattr(adapter.text_config, name, False)]
+    if asked or not getattr(adapter.text_config, "return_dict", True) or kwargs.get("return_dict") is False:
+        yield f"it returns more, or otherwise, than is known ({', '.join(asked) or 'return_dict=False'})"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        yield "it has a mask of its own"
+    if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
+        yield "its position ids are not of the form that is known for this model"
+    if cache is not None and not _is_empty(cache):
+        yield "its cache is not an empty DynamicCache of plain layers"
+
+
+def _has_known_positions(adapter: ModelAdapter, positions: Any, device: torch.device) -> bool:
+    if positions is None:
+        return adapter.renumbers
+    if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int64 or positions.device != device:
+        return False
+    if adapter.renumbers:
+        return positions.ndim == 2
+    return positions.ndim == 3 and len(positions) - adapter.position_axes in (0, 1)  # that of text may come before
+
+
+def _is_empty(cache: Any) -> bool:
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    later = getattr(cache, "layer_class_to_replicate", None)
+    return later in (None, DynamicLayer) and _are_empty(cache.layers)
+
+
+def _are_empty(layers: Iterable[Any]) -> bool:
+    return all(type(layer) is DynamicLayer and (layer.keys is None or not layer.keys.numel()) for layer in layers)

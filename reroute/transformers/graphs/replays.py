@@ -1,0 +1,202 @@
+"""Prefills of one model that are replayed where they can be: who asks whether, captures, and hands over the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from reroute_kernels import Backend
+
+from ...config import Settings
+from ...core.cost import ModelShape
+from ...core.plan import Plan
+from ...core.schedule import Schedule
+from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows, waste
+from ..adapters import ModelAdapter
+from ..cache import cache_of
+from ..context import DensePrefill, RoutedPrefill
+from ..forward import Kwargs
+from .captured import CapturedPrefill, Given
+from .decoder_state import DecoderState
+from .eligible import why_not_call, why_not_model
+from .refused import CannotCapture
+
+__all__ = ["Replays"]
+
+Decoder = Callable[..., Any]
+"""The own call of a decoder, as if it were not routed, with keyword arguments."""
+
+
+class Replays:
+    """The graphs of the model of ``adapter``, for all of its calls from whatever thread."""
+
+    def __init__(
+        self, graphs: Graphs, adapter: ModelAdapter, shape: ModelShape, backend: Callable[[torch.device], Backend]
+    ) -> None:
+        """``backend``: what runs operations on a device. Nothing is captured yet."""
+        self._adapter, self._backend = adapter, backend
+        self._store: GraphStore[CapturedPrefill] = GraphStore(graphs, shape)
+        self._arena: Arena | None = None
+        self._state: DecoderState | None = None
+        self._refused: dict[Hashable, str] = {}
+
+    def run(self, forward: RoutedPrefill | DensePrefill, decoder: Decoder, kwargs: Kwargs, why: str = "") -> Any:
+        """What ``decoder`` would return for ``kwargs``, from a replay; None if it has to be called.
+
+        ``why`` it has to be, if that is known. In any case ``forward.graph`` says what came of it.
+        """
+        output, why = None, why or why_not_call(self._adapter, kwargs)
+        if not why:
+            embeds = kwargs["inputs_embeds"]
+            arena = self._arena_on(embeds.device)
+            if arena is None:
+                why = _nowhere(embeds.device)
+            else:
+                # What is made in inference mode could not be written in a later replay outside of it.
+                with arena.turn(), torch.inference_mode(False), torch.no_grad():
+                    output, why = self._in_turn(arena, forward, decoder, kwargs)
+        if output is None:
+            forward.graph = partial(GraphUse, why, None, *self.held)
+        return output
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many graphs there are, and what those of their device hold in bytes."""
+        return len(self._store), 0 if self._arena is None else self._arena.nbytes
+
+    def capture(
+        self, settings: Settings, decoder: Decoder, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor
+    ) -> str:
+        """Have a graph for ``plan``; why there is none, if so. ``embeds`` and ``positions`` are of any such prompts."""
+        given = Given(embeds, positions)
+        arena = self._arena_on(given.embeds.device)
+        if arena is None:
+            return _nowhere(given.embeds.device)
+        with arena.turn(), torch.inference_mode(False), torch.no_grad():
+            backend = self._backend(given.embeds.device)
+            why = self._why_not_model(settings, backend)
+            if not why:
+                found = self._found(arena, settings, backend, decoder, plan, given, at_once=True)
+                why = found if isinstance(found, str) else ""
+            return why
+
+    def _arena_on(self, device: torch.device) -> Arena | None:
+        if device.type not in RECORDERS:
+            return None
+        if self._arena is None or self._arena.device != device:
+            self._arena = Arena.shared(device)
+        return self._arena
+
+    def _in_turn(
+        self, arena: Arena, forward: RoutedPrefill | DensePrefill, decoder: Decoder, kwargs: Kwargs
+    ) -> tuple[Any, str]:
+        settings, plan, embeds = forward.settings, forward.plan, kwargs["inputs_embeds"]
+        backend = self._backend(embeds.device)
+        why = self._why_not_model(settings, backend)
+        if why:
+            return None, why
+        given = Given(embeds, _rotary(kwargs.get("position_ids"), self._adapter.position_axes))
+        found = self._found(arena, settings, backend, decoder, plan, given)
+        if isinstance(found, str):
+            return None, found
+        found.replay(plan, given)
+        alignment = Alignment(plan, found.shape_class.num_stages, embeds.device)
+        cache = self._cache(kwargs)
+        if cache is not None:
+            found.fill(cache, alignment)
+        if isinstance(forward, RoutedPrefill):
+            offsets = found.dropped() if plan.schedule.position_mode == "renumbered" else None
+            forward.ran_elsewhere(cache, found.positions(alignment), offsets)
+        else:
+            forward.cache = cache
+        rows, needed = found.shape_class.rows, needed_rows(plan)
+        forward.graph = partial(_use, self._store.shape, plan.schedule, rows, needed, plan.batch, *self.held)
+        forward.rows = rows
+        return found.output(found.hidden(alignment), cache), ""
+
+    def _why_not_model(self, settings: Settings, backend: Backend) -> str:
+        """See ``eligible``; known until the decoder changes, and with it all that was captured is gone."""
+        if self._state is None or not self._state.still_is:
+            self._state = DecoderState(self._adapter.text)
+            self._store.clear()
+            self._refused.clear()
+        config = settings.config
+        key = (
+            (settings.schedule, config.action, config.trace, config.reopens),
+            (backend.name, self._adapter.text_config._attn_implementation),
+        )
+        try:
+            hash(key)
+        except TypeError:
+            return "a ranker of it has no hash, by which its graphs could be found"
+        if key not in self._refused:
+            self._refused[key] = why_not_model(self._adapter, settings, backend, self._state)
+        return self._refused[key]
+
+    def _found(
+        self,
+        arena: Arena,
+        settings: Settings,
+        backend: Backend,
+        decoder: Decoder,
+        plan: Plan,
+        given: Given,
+        *,
+        at_once: bool = False,
+    ) -> CapturedPrefill | str:
+        """The graph for the prompts of ``plan``, captured if need be; or why there is none."""
+        own, needed, schedule = ShapeClass.of(plan), needed_rows(plan), plan.schedule
+        key = self._key(settings, backend, given, own)
+        best = self._store.best(key, own, schedule, needed)
+        if best is not None:
+            return best
+        why = self._store.why_not(key, own, schedule, needed, at_once=at_once)
+        if why:
+            return why
+        graph = CapturedPrefill(own, settings, self._adapter, backend, arena)
+        try:
+            graph.capture(decoder, plan, given)
+        except CannotCapture as error:
+            self._store.note(key, own, str(error))
+            return str(error)
+        self._store.put(key, own, graph)
+        return graph
+
+    def _key(self, settings: Settings, backend: Backend, given: Given, own: ShapeClass) -> Hashable:
+        """All that is baked into a graph beside its class, and that ``DecoderState`` does not watch."""
+        routing = (settings.schedule, settings.config.action, backend.name) if own.num_stages else None
+        return routing, given.embeds.dtype, self._adapter.text_config._attn_implementation
+
+    def _cache(self, kwargs: Kwargs) -> Cache | None:
+        """What the call fills: its own cache, or the one that the decoder would make."""
+        cache = cache_of(kwargs)
+        use = kwargs.get("use_cache")
+        if cache is None and (self._adapter.text_config.use_cache if use is None else use):
+            cache = DynamicCache(config=self._adapter.text_config)
+        return cache
+
+
+def _use(
+    shape: ModelShape,
+    schedule: Schedule,
+    rows: Sequence[int],
+    needed: Sequence[int],
+    batch: int,
+    graphs: int,
+    nbytes: int,
+) -> GraphUse:
+    """Of a replay, when somebody asks: nothing of it holds a graph or the model."""
+    return GraphUse("", waste(shape, schedule, rows, needed, batch), graphs, nbytes)
+
+
+def _nowhere(device: torch.device) -> str:
+    return f"it runs on {device.type}, and graphs are made on {', '.join(RECORDERS)} only"
+
+
+def _rotary(positions: torch.Tensor | None, axes: int) -> torch.Tensor | None:
+    """Of M-RoPE the last ``axes`` rows, of which tables are made; one more before them is for masks."""
+    return positions if positions is None or positions.ndim == 2 else positions[-axes:]

@@ -1,0 +1,44 @@
+"""Tapes in place of CUDA graphs: prefills are replayed on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+import pytest
+from tape import Tape
+
+from reroute.graphs import RECORDERS, Arena
+
+__all__ = ["TapeRecorder", "record_on_tapes"]
+
+
+class TapeRecorder:
+    """See ``reroute.graphs.Recorder``. ``tapes``: all that were recorded by anyone, in their order."""
+
+    tapes: list[Tape]
+
+    def __init__(self, tapes: list[Tape]) -> None:
+        self.tapes = tapes
+
+    def rehearse(self, run: Callable[[], None]) -> None:
+        run()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        tape = Tape()
+        with tape:
+            run()
+        self.tapes.append(tape)
+        return tape.replay
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+def record_on_tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """From now on graphs are made on the CPU; the list fills with what is recorded."""
+    tapes: list[Tape] = []
+    monkeypatch.setitem(RECORDERS, "cpu", lambda device: TapeRecorder(tapes))
+    monkeypatch.setattr(Arena, "_shared", WeakValueDictionary())  # one of a test that failed may live
+    return tapes
