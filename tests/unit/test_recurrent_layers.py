@@ -101,5 +101,5 @@ def test_an_empty_state() -> None:
 def test_layers_of_another_kind() -> None:
     cache = routed(has_recurrent_state=True)
     check_cache(cache, range(4), lambda _: False, lambda layer: layer in (0, 2))
-    with pytest.raises(UnsupportedCacheError, match="GuardedLayer cannot"):
+    with pytest.raises(UnsupportedCacheError, match="DynamicLayer cannot"):
         check_cache(cache, range(4), lambda _: False, lambda layer: layer < 3)

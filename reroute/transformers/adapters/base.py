@@ -188,6 +188,11 @@ class ModelAdapter:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution, by the configuration."""
         return self._kind(layer) in RECURRENT
 
+    @cached_property
+    def has_one_mask(self) -> bool:
+        """Whether all layers get the same mask: none slides, and none keeps a state."""
+        return not any(self.slides(index) or self.is_recurrent(index) for index in range(len(self.layers)))
+
     def mixer(self, layer: int) -> str:
         """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
         return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention

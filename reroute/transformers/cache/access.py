@@ -212,7 +212,7 @@ def allow_updates(cache: Cache, first: int, may: bool) -> None:
     """Let the layers of ``cache`` from ``first`` on store the tokens of the forward that now runs, or not any more."""
     layer: Any
     for layer in cache.layers[first:]:
-        if GuardedLayer in type(layer).__mro__ or type(layer) is GuardedRecurrentLayer:
+        if GuardedLayer in type(layer).__mro__:
             layer.may_update = may
 
 
