@@ -81,21 +81,14 @@ def test_text_before_and_after_a_picture(kind: str) -> None:
 @STATES
 def test_later_turns_of_a_batch(kind: str) -> None:
     """Fillers between the rows of two turns would change states."""
-    tiny, other = build(kind, layers=8), [*ONE[:-1], 9]
-    longer = prompt(2, 3, 9, 3)
-    assert len(longer) == len(ONE)
+    tiny, other, longer = build(kind, layers=8), [*ONE[:-1], 9], prompt(2, 3, 9, 3)
+    cache, alone = (DynamicCache(config=tiny.text.config) for _ in range(2))
     with reroute.enable(tiny.model, schedule=SCHEDULE) as handle:
-        for second, is_even in (([other, ONE], True), ([ONE, longer], False)):
-            cache = DynamicCache(config=tiny.text.config)
-            if is_even:
-                both = talk(handle, tiny, cache, [[ONE, other], second])
-                alone = talk(handle, tiny, DynamicCache(config=tiny.text.config), [[other], [ONE]])
-                near(both[1:], alone)
-                continue
-            talk(handle, tiny, cache, [[ONE, other]])
-            mask = torch.ones(2, 2 * len(ONE), dtype=torch.long)
-            with pytest.raises(RerouteError, match=r"keep a state, and samples of this later turn keep different"):
-                handle.plan(torch.tensor(second), mask, cache)
+        both = talk(handle, tiny, cache, [[ONE, other], [other, ONE]])
+        near(both[1:], talk(handle, tiny, alone, [[other], [ONE]]))
+        mask = torch.ones(2, 2 * len(ONE) + len(longer), dtype=torch.long)
+        with pytest.raises(RerouteError, match=r"keep a state, and samples of this later turn keep different"):
+            handle.plan(torch.tensor([ONE, longer]), mask, cache)
 
 
 @torch.no_grad()

@@ -256,3 +256,20 @@ def test_a_removal_leaves_less_to_rank() -> None:
         ("remove", "route"): whole + 2 * left,
         ("remove", "remove"): whole + left + rest,
     }
+
+
+def test_layers_that_keep_a_state_have_no_keys() -> None:
+    sizes: dict[str, int] = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 10,
+        "num_hidden_layers": 3,
+        "head_dim": 4,
+    }
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 5, "shared_expert_intermediate_size": 7}
+    kinds = ["linear_attention", "full_attention", "conv", "full_attention"]
+    shape = ModelShape.from_config(SimpleNamespace(**sizes, **experts, layer_types=kinds))
+    assert (shape.intermediate, shape.recurrent) == (2 * 5 + 7, (0, 2))
+    assert kv_bytes(shape, [6, 4, 3]) == kv_bytes(replace(shape, recurrent=()), [4])
+    counted = prefill_cost(shape, [6, 4, 3]).prefill_flops
+    assert counted == layer_flops(shape, 6, 0) + layer_flops(shape, 4) + layer_flops(shape, 3, 0)
