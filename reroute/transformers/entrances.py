@@ -155,12 +155,11 @@ class RoutedDecoderLayer(Intercepted):
         """Call the layer."""
         forward = kwargs.pop(FORWARD, None)
         if forward is not None and forward.is_idle and isinstance(self, RoutedDecoderLayer):
-            return super().__call__(*args, **kwargs)  # all that a layer of a decoding step has to pass
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # all that is between it and a decoding step
         proceed = own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None:
-            role = role_of(self) if torch.compiler.is_compiling() else None
-            if role is not None:
-                adapt_step(role.layer, role.router.adapter.text_config, kwargs)
+            if torch.compiler.is_compiling():
+                _adapt_compiled(self, kwargs)
             return proceed(*args, **kwargs)
         args = _enter_layer(self, forward, args, kwargs)
         return _leave_layer(self, forward, proceed(*args, **kwargs))
@@ -191,6 +190,13 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     if router is None or not torch.compiler.is_compiling():
         return router
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
+
+
+def _adapt_compiled(layer: Any, kwargs: Kwargs) -> None:
+    """Let ``layer`` take part in a step that is compiled as a whole, if it is one."""
+    role = role_of(layer)
+    if role is not None:
+        adapt_step(role.layer, role.router.adapter.text_config, kwargs)
 
 
 def _eager_throughout(function: Function) -> Function:
@@ -228,7 +234,7 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         output = proceed(*args, **kwargs)
         if forward is not None:
             forward.close()
-            router.finish(forward)
+            _finish(router, forward)
         return output
     except BaseException:
         if forward is not None:
@@ -239,6 +245,11 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         if forward is not None:
             forward.close()
         call.end()
+
+
+@_eager_throughout
+def _finish(router: Router, forward: ForwardContext) -> None:
+    router.finish(forward)
 
 
 @_eager

@@ -36,6 +36,11 @@ def three_layers(name: str) -> Tiny:
     return models.llava(layers=3) if name == "llava" else models.qwen(layers=3)
 
 
+def compiled(tiny: Tiny, backend: str = "eager", *, fullgraph: bool = True) -> Any:
+    function: Any = torch.compile(tiny.model.__call__, fullgraph=fullgraph, backend=backend)
+    return function
+
+
 def new_cache(tiny: Tiny, kind: str) -> Any:
     config = tiny.model.config.get_text_config()
     return StaticCache(config=config, max_cache_len=48) if kind == "static" else DynamicCache(config=config)
@@ -91,8 +96,7 @@ def test_a_batch(name: str, kind: str) -> None:
     tiny = three_layers(name)
     samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 7)]
     with enable(tiny, RULES):
-        compiled = torch.compile(tiny.model.__call__, fullgraph=True, backend="eager")
-        logits = run_steps(tiny, samples, new_cache(tiny, kind), compiled)
+        logits = run_steps(tiny, samples, new_cache(tiny, kind), compiled(tiny))
     for b, sample in enumerate(samples):
         close(torch.cat(logits, 1)[b], predict(tiny, sample, RULES, then=TOKENS).logits[len(sample) - 1 :])
 
@@ -102,7 +106,7 @@ def test_a_batch(name: str, kind: str) -> None:
 def test_generation(name: str) -> None:
     """``generate`` compiles steps on static caches: in one graph for prompts with padding, and for later calls."""
     tiny = three_layers(name)
-    config = CompileConfig(backend="eager", fullgraph=True)
+    config: Any = CompileConfig(backend="eager", fullgraph=True)
     setattr(config, "_compile_all_devices", True)  # noqa: B010  # as tests of Transformers do
     samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 7)]
     with enable(tiny, RULES) as handle:
@@ -121,13 +125,12 @@ def test_what_is_no_step() -> None:
     tiny = three_layers("llava")
     sample = tiny.prompt(0, 5, tiny.grid, 4)
     renumbered = Rules((1,), (0.5,), action="remove", position_mode="renumbered")
-    for rules, settings in ((renumbered, {}), (RULES, {"reopens": True})):
-        with enable(tiny, rules, **settings):
+    for rules, reopens in ((renumbered, False), (RULES, True)):
+        with enable(tiny, rules, reopens=reopens):
             cache = new_cache(tiny, "dynamic")
-            logits = run_steps(tiny, [sample], cache, torch.compile(tiny.model.__call__, backend="eager"))
-            strict = torch.compile(tiny.model.__call__, backend="eager", fullgraph=True)
+            logits = run_steps(tiny, [sample], cache, compiled(tiny, fullgraph=False))
             with pytest.raises(torch._dynamo.exc.Unsupported, match="reroute plans and routes"):
-                strict(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+                compiled(tiny)(input_ids=torch.tensor([[5]]), **{CACHE: cache})
         close(torch.cat(logits, 1)[0], predict(tiny, sample, rules, then=TOKENS).logits[len(sample) - 1 :])
 
 
