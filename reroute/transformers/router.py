@@ -28,9 +28,8 @@ from .entrances import (
     RoutedTowerLayer,
 )
 from .forward import ForwardContext
-from .graphs import Replays
+from .graphs import Replays, why_not_prompt
 from .interception import Role, intercept, own_method, role_of
-from .packing import is_packed
 from .planner import Planner
 from .prompt import Prompt, has_picture
 from .scopes import Given, Scopes
@@ -343,18 +342,7 @@ class Router:
         """Why a call of the base model is none that could be replayed, as far as it is known before it begins."""
         if self._replays is None:
             return ""
-        if self._scopes.given is not None:
-            return "its plan was made ahead (handle.using), as for a graph that is captured by hand"
-        if labels is not None:
-            return "it has labels"
-        if plan.past or plan.reopened:
-            return "it is a later turn"
-        has_mask = named.get("attention_mask") is not None
-        # Of a plan that changes something the planner has refused such rows.
-        axes, ids = self.adapter.position_axes, named.get("position_ids")
-        if plan.changes_nothing and is_packed(ids, plan.order >= 0, has_mask=has_mask, axes=axes):
-            return "several prompts are packed in one row"
-        return ""
+        return why_not_prompt(self.adapter, plan, named, labels, is_given=self._scopes.given is not None)
 
     def tower_run(self, args: Args, kwargs: Kwargs, *, is_for_one: bool) -> TowerRun | None:
         """What to keep of a run of the vision tower that begins here and now; None if nobody will look at it.

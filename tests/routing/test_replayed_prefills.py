@@ -126,6 +126,32 @@ def test_ties_go_to_the_first(rules: Rules) -> None:
         same_outputs(replayed(handle, tiny, inputs), eager, inputs["attention_mask"].bool())
 
 
+class LikeTheSum(Ranker):
+    """By the product with the sum of all rows that there are, whatever they are."""
+
+    def within_capacities(self, backend: Backend) -> bool:
+        return True
+
+    def select(self, context: RankContext) -> Selection:
+        states, rows = context.hidden(), context.rows
+        starts = rows.metadata.counts(states.device)[0]
+        scores = states[rows.candidates.clamp(min=0) + starts[:, None]] @ states.sum(0)
+        return context.backend.select(scores, rows)
+
+
+@pytest.mark.usefixtures("tapes")
+def test_nothing_is_left_of_the_prompt_before() -> None:
+    """Rows behind a prompt are zero, as in the pool."""
+    tiny, ranker = models.tiny("llava-gqa"), LikeTheSum()
+    long, short = tiny.prompt(0, 9, tiny.grid, tiny.grid, 9), tiny.prompt(1, 2, tiny.grid, 3)
+    with enable(tiny, RULES[0], ranker) as handle:
+        eager = tiny.model(**tiny.inputs([short]))
+        assert is_clear(handle.trace)
+    with route(tiny, RULES[0], ranker) as handle:
+        capture(tiny, [long])
+        same_outputs(replayed(handle, tiny, tiny.inputs([short])), eager, torch.ones(1, len(short), dtype=torch.bool))
+
+
 @pytest.mark.usefixtures("tapes")
 def test_a_larger_graph_serves_smaller_prompts(tiny: Tiny) -> None:
     """The cheapest of those that can."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,20 +16,43 @@ from reroute_kernels.streams import is_capturing, stream_on
 
 from ...config import Settings
 from ...core.home import is_recorded
+from ...core.plan import Plan
 from ...errors import RerouteError
 from ..adapters import ModelAdapter
 from ..attention import mask_format_of
 from ..cache import cache_of
 from ..forward import Kwargs
+from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
 
-__all__ = ["why_not_call", "why_not_model"]
+__all__ = ["why_not_call", "why_not_model", "why_not_prompt"]
 
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 HOST_READS = frozenset({"item", "tolist", "nonzero", "numpy", "cpu", "unique", "unique_consecutive", "masked_select"})
 """What code calls that reads values of tensors on the host, or makes shapes of them."""
+
+
+def why_not_prompt(
+    adapter: ModelAdapter, plan: Plan, named: Mapping[str, Any], labels: torch.Tensor | None, *, is_given: bool
+) -> str:
+    """Why a call of the base model is not replayed, by its arguments ``named``; empty if it may be.
+
+    ``is_given``: whether ``plan`` was made ahead.
+    """
+    if is_given:
+        return "its plan was made ahead (handle.using), as for a graph that is captured by hand"
+    if labels is not None:
+        return "it has labels"
+    if plan.past or plan.reopened:
+        return "it is a later turn"
+    has_mask = named.get("attention_mask") is not None
+    # Of a plan that changes something the planner has refused such rows.
+    ids, axes = named.get("position_ids"), adapter.position_axes
+    if plan.changes_nothing and is_packed(ids, plan.order >= 0, has_mask=has_mask, axes=axes):
+        return "several prompts are packed in one row"
+    return ""
 
 
 def why_not_model(adapter: ModelAdapter, settings: Settings, backend: Backend, state: DecoderState) -> str:
