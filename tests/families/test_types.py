@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import reroute
 from reroute.errors import RerouteError
 from reroute.transformers import ROUTED
-from reroute.transformers.planner import has_picture
+from reroute.transformers.prompt import has_picture
 
 LAYERS, RATIOS = (3, 4, 5), (0.6, 0.3, 0.5)
 """Behind the levels of DeepStack; at the last one tokens come back."""
