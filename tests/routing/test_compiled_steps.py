@@ -74,9 +74,11 @@ def test_one_graph(name: str, kind: str, graphs: int, backend: str) -> None:
     """
     tiny = three_layers(name)
     sample = tiny.prompt(0, 5, tiny.grid, 4)
-    run = lambda: run_steps(
-        tiny, [sample], new_cache(tiny, kind), torch.compile(tiny.model.__call__, fullgraph=True, backend=backend)
-    )
+
+    def run() -> list[torch.Tensor]:
+        compiled = torch.compile(tiny.model.__call__, fullgraph=True, backend=backend)
+        return run_steps(tiny, [sample], new_cache(tiny, kind), compiled)
+
     if backend == "eager":
         run()
         assert counters["stats"]["unique_graphs"] == graphs
@@ -168,7 +170,10 @@ def test_a_step_costs_a_layer_two_frames() -> None:
         sample = tiny.prompt(0, 5, tiny.grid, 4)
         with reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3), (0.5, 0.25))):
             cache = cache_of(tiny.model(**tiny.inputs([sample]), use_cache=True))
-            step = lambda: tiny.model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+
+            def step() -> Any:
+                return tiny.model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+
             step()
             return frames(step)
 
