@@ -68,7 +68,7 @@ mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a 
 	$(BIN)/python tests/mutants
 
 upstream: $(VENV)/.dev ## Run Transformers' own tests of models without routing and with it, TRANSFORMERS=checkout of what is installed
-	$(BIN)/python tests/upstream/upstream.py $(TRANSFORMERS) --keep 1 0.5
+	$(BIN)/python tests/upstream/upstream.py $(TRANSFORMERS) --keep 1 0.75
 
 train: $(VENV)/.dev ## Train a demo model from scratch, MODEL=labels or MODEL=text (an hour or two on two cores)
 	$(BIN)/python -m training.tinyvlm.train --model $(MODEL) --out runs/$(MODEL)

@@ -1,7 +1,8 @@
 """``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...]``: Transformers' own tests, also with routing.
 
 Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers without routing, and once for each K with
-every model routed at that budget, and prints the tests that come out differently. Exits with 1 if any does at keep=1.
+every model routed at that budget, and prints the tests that come out differently, in how many of them prefills were
+routed, and why models were not. Exits with 1 if a test differs at keep=1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
@@ -18,23 +21,36 @@ from xml.etree import ElementTree
 HERE = Path(__file__).parent
 MAIN_TYPES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl", "mistral3", "gemma3")
 
-Outcomes = dict[str, tuple[str, str]]
-"""Of each test, ``passed``, ``skipped``, ``failure`` or ``error``, and why."""
+
+@dataclass(frozen=True)
+class Run:
+    """Of each test, ``passed``, ``skipped``, ``failure`` or ``error``, and why; and what routing had to do.
+
+    ``routed``: tests with prefills of routed models. ``refused``: why models were not routed, and how often.
+    """
+
+    outcomes: dict[str, tuple[str, str]]
+    routed: int
+    refused: Counter[str]
 
 
-def outcomes(report: Path) -> Outcomes:
-    """Those of a JUnit report. A test with subtests fails if one of them does."""
-    found: Outcomes = {}
+def read(report: Path) -> Run:
+    """A JUnit report. A test with subtests fails if one of them does."""
+    found: dict[str, tuple[str, str]] = {}
+    routed, refused = 0, Counter[str]()
     for case in ElementTree.parse(report).iter("testcase"):
+        notes = [(note.get("name"), note.get("value", "")) for note in case.iter("property")]
+        routed += any(name == "prefills" and value != "0" for name, value in notes)
+        refused.update(value for name, value in notes if name == "refused")
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = ("passed", "") if result is None else (result.tag, result.get("message") or "")
         if name not in found or found[name][0] not in ("failure", "error"):
             found[name] = outcome
-    return found
+    return Run(found, routed, refused)
 
 
-def run(checkout: Path, kind: str, keep: float | None) -> Outcomes:
+def run(checkout: Path, kind: str, keep: float | None) -> Run:
     """Of the tests of one type, routed at budget ``keep``, or not at all.
 
     Raises:
@@ -52,13 +68,13 @@ def run(checkout: Path, kind: str, keep: float | None) -> Outcomes:
         )
         if ended.returncode not in (0, 1):  # 1: tests failed
             sys.exit(f"{kind}: pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
-        return outcomes(report)
+        return read(report)
 
 
-def differences(plain: Outcomes, routed: Outcomes) -> list[str]:
+def differences(plain: Run, routed: Run) -> list[str]:
     """A line for each test that came out differently."""
-    missing = ("not run", "")
-    pairs = {name: (plain.get(name, missing), routed.get(name, missing)) for name in sorted({*plain, *routed})}
+    missing, names = ("not run", ""), sorted({*plain.outcomes, *routed.outcomes})
+    pairs = {name: (plain.outcomes.get(name, missing), routed.outcomes.get(name, missing)) for name in names}
     return [
         f"  {name}: {before[0]}, and {after[0]} with routing. {after[1]}".rstrip()
         for name, (before, after) in pairs.items()
@@ -78,8 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in options.types:
         plain = run(options.checkout, kind, None)
         for keep in options.keep:
-            lines = differences(plain, run(options.checkout, kind, keep))
-            print(f"{kind}, keep={keep:g}: {len(plain)} tests, {len(lines)} differ", *lines, sep="\n", flush=True)
+            routed = run(options.checkout, kind, keep)
+            lines, tests = differences(plain, routed), f"{len(plain.outcomes)} tests, {routed.routed} of them routed"
+            refused = [f"  {count} times: {why}" for why, count in routed.refused.most_common()]
+            print(f"{kind}, keep={keep:g}: {tests}, {len(lines)} differ", *lines, *refused, sep="\n", flush=True)
             differs_at_one |= keep == 1 and bool(lines)
     sys.exit(int(differs_at_one))
 
