@@ -169,6 +169,12 @@ class ModelAdapter:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
         return places.visual_ids(self.config)
 
+    @property
+    def has_one_kind(self) -> bool:
+        """Whether all layers attend alike by the configuration, and so get the same mask."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return kinds is None or len(set(kinds)) <= 1
+
     def slides(self, layer: int) -> bool:
         """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
         return self._kind(layer) == "sliding_attention"
