@@ -396,8 +396,8 @@ class RoutedDecode(ForwardContext):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Adapt what layers get, one by one, unless it can be told at once that none needs it."""
         cache = cache_of(kwargs)
-        has_mask = kwargs.get("attention_mask") is not None or not self._adapter.has_one_mask
-        if self._kept_states is None and not has_mask and takes_any_step(cache):
+        has_no_mask = self._adapter.has_one_kind and kwargs.get("attention_mask") is None
+        if has_no_mask and self._kept_states is None and takes_any_step(cache):
             self.is_idle = True
             self._allow_updates(cache, index)
             return hidden

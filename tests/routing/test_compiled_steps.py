@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -76,8 +77,7 @@ def test_one_graph(name: str, kind: str, graphs: int, backend: str) -> None:
     sample = tiny.prompt(0, 5, tiny.grid, 4)
 
     def run() -> list[torch.Tensor]:
-        compiled = torch.compile(tiny.model.__call__, fullgraph=True, backend=backend)
-        return run_steps(tiny, [sample], new_cache(tiny, kind), compiled)
+        return run_steps(tiny, [sample], new_cache(tiny, kind), compiled(tiny, backend))
 
     if backend == "eager":
         run()
@@ -170,10 +170,7 @@ def test_a_step_costs_a_layer_two_frames() -> None:
         sample = tiny.prompt(0, 5, tiny.grid, 4)
         with reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3), (0.5, 0.25))):
             cache = cache_of(tiny.model(**tiny.inputs([sample]), use_cache=True))
-
-            def step() -> Any:
-                return tiny.model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
-
+            step = functools.partial(tiny.model, input_ids=torch.tensor([[5]]), **{CACHE: cache})
             step()
             return frames(step)
 

@@ -180,6 +180,12 @@ class ModelAdapter:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
         return places.visual_ids(self.config)
 
+    @property
+    def has_one_kind(self) -> bool:
+        """Whether all layers attend alike by the configuration, and so get the same mask."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return kinds is None or len(set(kinds)) <= 1
+
     def slides(self, layer: int) -> bool:
         """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
         return self._kind(layer) == "sliding_attention"
@@ -187,11 +193,6 @@ class ModelAdapter:
     def is_recurrent(self, layer: int) -> bool:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution, by the configuration."""
         return self._kind(layer) in RECURRENT
-
-    @cached_property
-    def has_one_mask(self) -> bool:
-        """Whether all layers get the same mask: none slides, and none keeps a state."""
-        return not any(self.slides(index) or self.is_recurrent(index) for index in range(len(self.layers)))
 
     def mixer(self, layer: int) -> str:
         """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
