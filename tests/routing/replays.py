@@ -79,6 +79,6 @@ def is_clear(trace: Any) -> bool:
     for stage in trace or ():
         for scores, kept in zip(stage.scores, stage.kept, strict=True):
             ordered = scores.sort(descending=True).values
-            if 0 < len(kept) < len(scores) and ordered[len(kept) - 1] - ordered[len(kept)] < 1e-5:
+            if 0 < len(kept) < len(scores) and ordered[len(kept) - 1] - ordered[len(kept)] < 1e-6:
                 return False
     return True

@@ -39,7 +39,9 @@ def compare(tiny: Tiny, rules: Rules, seen: Sequence[Sample], new: Sequence[Samp
     with route(tiny, rules) as handle:
         capture(tiny, seen)
         output = replayed(handle, tiny, inputs)
-    same_outputs(output, eager, inputs["attention_mask"].bool())
+    valid = inputs["attention_mask"].bool()
+    same_outputs(output, eager, valid)
+    assert torch.equal(output.logits[~valid], eager.logits[~valid])  # zero
 
 
 @pytest.mark.usefixtures("tapes")
@@ -73,6 +75,16 @@ def full(tiny: Tiny, seed: int) -> Sample:
     for _ in range(8):
         parts += [tiny.grid, 7]
     return tiny.prompt(seed, *parts)
+
+
+@pytest.mark.usefixtures("tapes")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rules", [RULES[0], RULES[2], RULES[3], EARLY[1]])
+def test_stages_of_other_sizes(tiny: Tiny, rules: Rules, batch: int) -> None:
+    """Three tiles of dense rows, two of stages; the second prompt of a batch is in other rows than the first."""
+    parts: list[Any] = [11] + [tiny.grid, 9] * 6 + [tiny.grid, 5]
+    new = [tiny.prompt(20 + b, *parts[: len(parts) - 4 * b], 1) for b in range(batch)]
+    compare(tiny, rules, [full(tiny, b) for b in range(batch)], new)
 
 
 TILES = Rules((2, 5), (0.5, 0.0), rounding="floor0")
