@@ -76,8 +76,8 @@ def _kernel_tests(name: str, estimate: float, parts: int = 1, group: str = "kern
     return Step(f"{group}/{name}", programs, estimate, limit=150, least=min(estimate, 30), shares=True)
 
 
-def _check(name: str) -> Step:
-    return Step(f"checks/{name}", (_module("checks", name),), estimate=30, limit=100, least=25, shares=True)
+def _check(name: str, estimate: float = 30, *, shares: bool = True) -> Step:
+    return Step(f"checks/{name}", (_module("checks", name),), estimate, limit=100, least=25, shares=shares)
 
 
 def _prefills(model: str, seconds: float) -> Step:
@@ -161,14 +161,14 @@ STEPS = (
     _kernel_tests("rows", 50, parts=2),
     _kernel_tests("defer_rmsnorm", 50),
     _kernel_tests("ops", 40, also="capacities"),
-    _kernel_tests("routing", 30),
+    _kernel_tests("routing", 30, also="replays"),
     _kernel_tests("pool", 20),
     _kernel_tests("load_kernels", 30, also="reference_sync"),
     _check("graph"),
     _check("no-waiting"),
-    _check("replays"),
-    _prefills("llava-7b", 100),
-    _prefills("qwen-7b", 100),
+    _check("replays", 25, shares=False),  # it says how long they take
+    _prefills("llava-7b", 90),
+    _prefills("qwen-7b", 90),
     Step("operations", (_module("operations"),), estimate=60, limit=70, least=30, measures=True),
     _kernel_tests("stress", 40, group="streams"),
     _sanitizer("memcheck"),
