@@ -71,12 +71,16 @@ def run(checkout: Path, kind: str, keep: float | None) -> Run:
         return read(report)
 
 
+def first_line(message: str) -> str:
+    return message.partition("\n")[0]
+
+
 def differences(plain: Run, routed: Run) -> list[str]:
     """A line for each test that came out differently."""
     missing, names = ("not run", ""), sorted({*plain.outcomes, *routed.outcomes})
     pairs = {name: (plain.outcomes.get(name, missing), routed.outcomes.get(name, missing)) for name in names}
     return [
-        f"  {name}: {before[0]}, and {after[0]} with routing. {after[1]}".rstrip()
+        f"  {name}: {before[0]}, and {after[0]} with routing. {first_line(after[1])}".rstrip()
         for name, (before, after) in pairs.items()
         if before[0] != after[0]
     ]
