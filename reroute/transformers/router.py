@@ -16,7 +16,8 @@ from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length, states_of
-from .context import DensePrefill, PrefillFactory, RoutedDecode, RoutedPrefill
+from .context import DensePrefill, PrefillFactory, RoutedPrefill
+from .decoding import RoutedDecode
 from .entrances import (
     Call,
     RoutedBase,

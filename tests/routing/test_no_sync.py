@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import reroute
 from reroute.transformers import ModelAdapter
-from reroute.transformers.context import RoutedDecode, RoutedPrefill
+from reroute.transformers.context import RoutedPrefill
+from reroute.transformers.decoding import RoutedDecode
 
 
 @pytest.mark.parametrize("rules", [*RULES, Rules((2, 4), (0.5, 0.3), "remove", score_layer_offset=-1)])

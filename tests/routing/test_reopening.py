@@ -39,7 +39,8 @@ from turns import first, is_fresh, turn
 
 from reroute.errors import RerouteError
 from reroute.transformers.cache import RoutedLayer
-from reroute.transformers.context import RoutedDecode, RoutedPrefill
+from reroute.transformers.context import RoutedPrefill
+from reroute.transformers.decoding import RoutedDecode
 
 EARLY = Rules((3, 5), (0.5, 0.25), score_layer_offset=-1)
 """Scores a layer earlier: a layer between runs all tokens again, dense."""
