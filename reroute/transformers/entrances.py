@@ -220,8 +220,10 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
 @_eager
 def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
-    known = kwargs if PADDING not in kwargs else {"attention_mask": kwargs.pop(PADDING)}
-    known = {**kwargs, **known}
+    known = kwargs
+    if PADDING in kwargs:
+        padding = kwargs.pop(PADDING)
+        known = {**kwargs, "attention_mask": padding}
     outer, forward, call = _forward.get(), None, Call()
     try:
         router = call.begin(base)

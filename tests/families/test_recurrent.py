@@ -13,7 +13,7 @@ from dense import near, predict
 from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, prompt, step
-from test_windows import TOKENS, decode, talk
+from test_windows import TOKENS, WAYS, check_against_oracle, decode, talk
 from tiny_types import RECURRENT, TYPES, build, configuration
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
@@ -24,7 +24,6 @@ from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModel
 from reroute.methods import PDrop
 
 LAYERS = (2, 6)
-WAYS = [("route", "sdpa"), ("route", "eager"), ("remove", "sdpa"), ("remove", "eager")]
 ALIKE = ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
 """Types whose decoder is Qwen3.5's."""
 SAMPLES = ("qwen3_5", "lfm2_vl")
@@ -36,24 +35,9 @@ CASES = [
 ]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(("kind", "action", "attention"), CASES)
 def test_a_recurrent_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
-    dense, tiny = build(kind, layers=8), build(kind, attention, layers=8)
-    ratios = (0.4, 0.7) if action == "route" else (0.7, 0.4)
-    expected = [predict(dense, [*ids, *TOKENS], LAYERS, ratios, prompt=len(ids), action=action) for ids in (ONE, TWO)]
-    plain = tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits
-    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, ratios), action=action, trace=True) as handle:
-        for samples, wanted in (([ONE], expected[:1]), ([ONE, TWO], expected)):
-            logits, after, _ = decode(handle, tiny, *samples)
-            for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
-                assert one.margin > 1e-6
-                assert [stage.kept[b].tolist() for stage in handle.trace] == one.kept
-                near(logits[b, -len(ids) :], one.logits[: len(ids)])
-                near(after[:, b], one.logits[len(ids) :])
-        with handle.at(keep=1.0):
-            assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
-    assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+    check_against_oracle(kind, action, attention)
 
 
 # --- caches ---------------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ CASES = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "action", "attention"), CASES)
-def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
+def check_against_oracle(kind: str, action: Any, attention: str) -> None:
+    """One prompt and a batch, with tokens after them: selections, logits; plain bits at ``keep=1`` and afterwards."""
     dense, tiny = build(kind, layers=8), build(kind, attention, layers=8)
     ratios = (0.4, 0.7) if action == "route" else (0.7, 0.4)
     expected = [predict(dense, [*ids, *TOKENS], LAYERS, ratios, prompt=len(ids), action=action) for ids in (ONE, TWO)]
@@ -73,6 +73,11 @@ def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: st
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize(("kind", "action", "attention"), CASES)
+def test_a_sliding_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
+    check_against_oracle(kind, action, attention)
 
 
 @torch.no_grad()

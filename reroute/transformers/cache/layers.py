@@ -26,6 +26,11 @@ HALF_FILLED = (
     "Start a new cache."
 )
 
+WITHOUT_ROUTING = (
+    "This cache was filled while routing was on, and this forward runs without it: its masks and positions would not "
+    "fit. Call reroute.enable again to go on with the cache, or start a new one."
+)
+
 
 @dataclass(frozen=True)
 class RowPositions:
@@ -97,10 +102,7 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             UnsupportedCacheError: in a forward without routing; nothing is stored then.
         """
         if not self.may_update:
-            raise UnsupportedCacheError(
-                "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
-                "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
-            )
+            raise UnsupportedCacheError(WITHOUT_ROUTING)
         self.may_update = False
         keys, values = super().update(*args, **kwargs)  # type: ignore[safe-super]
         return keys, values

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.cache_utils import LinearAttentionLayer
 
 from ...errors import UnsupportedCacheError
-from .layers import GuardedLayer
+from .layers import WITHOUT_ROUTING, GuardedLayer
 
 __all__ = ["GuardedRecurrentLayer", "has_state"]
 
@@ -37,10 +37,7 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
             UnsupportedCacheError: in a forward without routing; nothing has changed then.
         """
         if not self.may_update:
-            raise UnsupportedCacheError(
-                "This cache was filled while routing was on, and this forward runs without it: its masks and positions "
-                "would not fit. Call reroute.enable again to go on with the cache, or start a new one."
-            )
+            raise UnsupportedCacheError(WITHOUT_ROUTING)
         return _known(self)
 
     def crop(self, tokens_to_remove: int) -> None:
