@@ -16,7 +16,7 @@ __all__ = ["check_one_prompt_per_row", "check_tokens_of_others", "is_packed"]
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that tell kernels where the sequences of a packed row begin."""
 
-UNREAD = ("token_type_ids", "mm_token_type_ids", "shift_labels")
+UNREAD = ("token_type_ids", "mm_token_type_ids", "labels", "shift_labels")
 """Arguments per token that no layer reads: kinds of tokens, and what only the loss needs."""
 
 _PACKED = (

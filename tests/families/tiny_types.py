@@ -33,7 +33,7 @@ __all__ = [
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
-LAYERS, VOCABULARY, PICTURE, VIDEO = 6, 200, 150, 151
+LAYERS, VOCABULARY, PICTURE, VIDEO, AUDIO = 6, 200, 150, 151, 152
 SIZES: dict[str, int] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -274,6 +274,8 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
             setattr(vision, name, 1)
     if _read(config, "video_token_id") is not None:
         config.video_token_id = VIDEO
+    if _read(config, "audio_token_id") is not None:
+        config.audio_token_id = AUDIO
     config.image_token_id = PICTURE  # last: it may be another name of the same
     if kind in SLIDING:
         _sliding(config)

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cache_kinds
 import models
 import pytest
 import torch
@@ -14,89 +15,25 @@ from cut_short import ended, raising, refused
 from models import CACHE, TRANSFORMERS, Sample, Tiny
 from oracle import Rules, predict
 from support import FEW, RULES, NoWaiting, cache_of, close, enable, generate, inside, new_tokens, same_decisions, small
-from torch import Tensor
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, QuantizedCache, QuantizedLayer, StaticLayer
+from transformers import StaticCache
+from transformers.cache_utils import QuantizedCache
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
 from reroute.transformers.cache import RoutedLayer
 
-ROOM, STEPS = 96, 4
-AWAY = 2.0**40
 NAMES = ("llava-gqa", "qwen")
-
-
-class Lossless(QuantizedLayer):  # type: ignore[no-untyped-call]
-    """A quantiser that loses nothing: what is wrong then is not its rounding. It has a short residual."""
-
-    def __init__(self) -> None:
-        super().__init__(residual_length=3)
-
-    def _quantize(self, tensor: Tensor, axis: int = 0) -> tuple[Tensor, float]:
-        return tensor.clone() * 2, 0.5
-
-    def _dequantize(self, q_tensor: tuple[Tensor, float]) -> Tensor:
-        return q_tensor[0] * q_tensor[1]
-
-
-def static(tiny: Tiny) -> Any:
-    return StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=ROOM)
-
-
-def quantized(tiny: Tiny) -> Any:
-    cache = object.__new__(QuantizedCache)
-    super(QuantizedCache, cache).__init__(layers=[Lossless() for _ in range(tiny.num_layers)])
-    return cache
-
-
-def offloaded(tiny: Tiny) -> Any:
-    return DynamicCache(config=tiny.model.config.get_text_config(), offloading=True)
-
-
-def offloaded_static(tiny: Tiny) -> Any:
-    return StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=ROOM, offloading=True)
-
-
-KINDS: dict[str, Callable[[Tiny], Any]] = {
-    "static": static,
-    "quantized": quantized,
-    "offloaded": offloaded,
-    "offloaded static": offloaded_static,
-}
+ROOM, STEPS = cache_kinds.ROOM, 4
 STATIC = ("static", "offloaded static")
-
-
-class _Stream:
-    """In place of CUDA's."""
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
+KINDS: dict[str, Callable[[Tiny], Any]] = {
+    name: lambda tiny, make=make: make(tiny.model.config.get_text_config()) for name, make in cache_kinds.KINDS.items()
+}
+static = KINDS["static"]
 
 
 @pytest.fixture(autouse=True)
 def _two_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between their updates offloaded layers have other values, which whoever reads them there would notice."""
-
-    def offload(self: Any) -> None:
-        if self.is_initialized and not vars(self).get("is_away"):
-            self.keys, self.values, self.is_away = self.keys * AWAY, self.values * AWAY, True
-
-    def prefetch(self: Any) -> None:
-        if vars(self).pop("is_away", False):
-            self.keys, self.values = self.keys / AWAY, self.values / AWAY
-
-    for kind in (DynamicLayer, StaticLayer):
-        monkeypatch.setattr(kind, "offload", offload)
-        monkeypatch.setattr(kind, "prefetch", prefetch)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: _Stream())
-    monkeypatch.setattr(torch, "Stream", _Stream)
+    cache_kinds.offload_on_cpu(monkeypatch)
 
 
 def samples_of(tiny: Tiny) -> list[Sample]:

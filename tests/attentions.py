@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Tiny
 from torch import Tensor
 
 FLASH, HUB, FLEX = "flash_attention_2", "kernels-community/flash-attn2", "flex_attention"
 
 
 @contextmanager
-def attention_of(tiny: Tiny, name: str) -> Iterator[None]:
-    """Let the decoder of ``tiny`` attend by the implementation ``name``."""
+def attention_of(tiny: Any, name: str) -> Iterator[None]:
+    """Let the decoder of ``tiny.model`` attend by the implementation ``name``."""
     with pytest.MonkeyPatch.context() as patch:
         if name in (FLASH, HUB):
             _flash_on_cpu(patch)

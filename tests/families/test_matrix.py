@@ -1,0 +1,58 @@
+"""Every type with every feature: right by the oracle, or refused with a sentence. ``MATRIX=all`` runs all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import pytest
+import torch
+from features import FEATURES
+from models import TRANSFORMERS
+from test_types import LATER
+from tiny_types import RECURRENT, SLIDING, TYPES
+
+from reroute.errors import RerouteError
+from reroute.transformers import ROUTED
+
+KINDS = [kind for kind in ROUTED if kind in TYPES and (kind not in LATER or TRANSFORMERS >= (5, 24))]
+WINDOWS = (*SLIDING, "lfm3_vl")
+DELTA = tuple(kind for kind in RECURRENT if kind not in ("lfm2_vl", "lfm3_vl"))
+"""States that do not go back; rows of a convolution do."""
+OF_TWO_WAYS = ("paligemma",)
+"""A whole prompt sees itself both ways, so that parts of a text say something else than the text, in the plain model
+too; and its flash attention is causal."""
+
+REFUSED: Final[dict[str, tuple[tuple[str, ...], str]]] = {
+    "flash": (WINDOWS, "counts the window of layers"),
+    "static cache": (WINDOWS, "StaticSlidingWindowLayer cannot"),
+    "offloaded static cache": (WINDOWS, "StaticSlidingWindowLayer cannot"),
+    "quantized cache": (RECURRENT, "that may differ in length"),
+    "tokens taken back": (DELTA, "they do not go back"),
+    "turns that choose again": ((*SLIDING, *RECURRENT, "ernie4_5_vl_moe"), "reopens=True is not built for layers"),
+}
+"""For which types a feature is refused, and what the sentence says."""
+DIFFERENT: Final = ("flash", "outputs", "tokens taken back", "turns that choose again")
+"""Features that mean something else for types ``OF_TWO_WAYS``."""
+SAMPLE: Final = 2
+"""Features of each type that run before a merge; neighbours run others."""
+
+
+def _cells() -> list[tuple[str, str]]:
+    features, everything = list(FEATURES), os.environ.get("MATRIX") == "all"
+    cells = []
+    for row, kind in enumerate(KINDS):
+        chosen = features if everything else [features[(SAMPLE * row + i) % len(features)] for i in range(SAMPLE)]
+        cells += [(kind, name) for name in chosen if not (kind in OF_TWO_WAYS and name in DIFFERENT)]
+    return cells
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "feature"), _cells())
+def test_a_feature_of_a_type(kind: str, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, sentence = REFUSED.get(feature, ((), ""))
+    if kind not in kinds:
+        FEATURES[feature](kind, monkeypatch)
+        return
+    with pytest.raises(RerouteError, match=sentence):
+        FEATURES[feature](kind, monkeypatch)
