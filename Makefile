@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings mutants upstream \
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings matrix mutants upstream \
 	train clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
@@ -52,7 +52,7 @@ test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel test
 $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
-weekly: $(TRITON_ALL:%=all-triton-%) test-week interleavings mutants ## All executors and Tritons, random cases, mutants (hours)
+weekly: $(TRITON_ALL:%=all-triton-%) test-week interleavings matrix mutants ## All executors and Tritons, random cases, mutants (hours)
 
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors
@@ -63,6 +63,9 @@ test-week: $(VENV)/.dev ## Run over 10 000 random kernel cases in the interprete
 
 interleavings: $(VENV)/.dev ## Run 100 000 random steps of two threads that share a model (under an hour)
 	INTERLEAVINGS=100000 $(PYTEST) tests/routing/test_interleavings.py
+
+matrix: $(VENV)/.dev ## Run every type of model with every feature, against a dense oracle (minutes)
+	MATRIX=all $(PYTEST) tests/families/test_matrix.py
 
 mutants: $(VENV)/.dev ## Plant faults in the kernels one by one, and see that a test notices each (about an hour)
 	$(BIN)/python tests/mutants

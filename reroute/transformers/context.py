@@ -19,6 +19,7 @@ from .adapters import PER_TOKEN, ModelAdapter
 from .attention import prefill_mask
 from .cache import (
     KeptStates,
+    Room,
     RoutedLayer,
     RowPositions,
     cache_of,
@@ -79,13 +80,12 @@ class _Held(NamedTuple):
     """What a layer of the cache has before a stage stores in it.
 
     - ``layer``, if it lacks rows; it gives the last ``visible`` of its rows.
-    - ``room``: of a static cache, how many rows there will be room for, and how many tokens in all layers. Such layers
-      give what is empty yet, too: it is hidden as what comes later.
+    - ``room``: of a static cache, if it gives what is empty yet, too: that is hidden as what comes later.
     """
 
     layer: RoutedLayer | None
     visible: int
-    room: tuple[int, int] | None
+    room: Room | None
 
 
 class RoutedPrefill(ForwardContext):
@@ -280,7 +280,8 @@ class RoutedPrefill(ForwardContext):
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
         tables: Tables | None = kwargs.get("position_embeddings")
         visible = visible_rows(self.cache, index, self.plan.past)
-        room = room_of(self.cache, index, self.plan.length - prefill.positions.shape[1])
+        new, end = prefill.positions.shape[1], self.plan.past + self.plan.length
+        room = room_of(self.cache, index, self.plan.length - new, new, end)
         earlier = () if layer is None else layer.rows.stage_key
         own = id(tables and tables[0]) if self._adapter.has_several_tables else None
         key = (earlier, visible, room, id(mask), own)
@@ -290,7 +291,7 @@ class RoutedPrefill(ForwardContext):
         stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
         if self._running is not None and self.cache is not None and room is not None:
-            self._usual_room = index, give_room(self.cache, index, room[0])
+            self._usual_room = index, give_room(self.cache, index, room.rows)
         return stage
 
     def _rows_in_order(self, prefill: Prefill, index: int, kwargs: Kwargs) -> Kwargs:
@@ -316,19 +317,22 @@ class RoutedPrefill(ForwardContext):
             positions = torch.cat([past, positions], 1)
         has_fillers = prefill.has_fillers or (held.layer is not None and held.layer.rows.has_fillers)
         stored, visible, end = positions.shape[1], held.visible + rows.shape[1], plan.past + plan.length
+        places, is_cut = positions, False
         if held.room is not None:
-            visible, longest = held.room
+            visible, longest = held.room.rows, held.room.tokens
             later = torch.arange(end, end + visible - stored, device=rows.device)
             later = later.masked_fill_(later >= longest, -1)  # there may be more room than is ever needed
-            has_fillers = has_fillers or end + visible - stored > longest
+            is_cut = end + visible - stored > longest
             positions = torch.cat([positions, later.expand(plan.batch, -1)], 1)
+            if held.room.is_fixed:
+                places, has_fillers = positions, has_fillers or is_cut
         adapted = {
             "attention_mask": prefill_mask(
                 None if plan.reopened else mask,  # that is of the new tokens alone
                 rows,
                 positions[:, positions.shape[1] - visible :],
                 past=plan.past,
-                has_fillers=has_fillers,
+                has_fillers=has_fillers or is_cut,
                 is_causal=self._adapter.is_causal,
                 mask_format=self._mask_format,
                 dtype=dtype,
@@ -337,7 +341,7 @@ class RoutedPrefill(ForwardContext):
         }
         earlier = () if held.layer is None else held.layer.rows.stage_key
         stage_key = (*earlier, plan.decisions[prefill.stage].layer)
-        rows_then = self._rows(positions, stored, has_fillers, prefill.position_offset, stage_key)
+        rows_then = self._rows(places, stored, has_fillers, prefill.position_offset, stage_key)
         return _Stage((mask, tables), adapted, stored, rows_then)
 
     def _places_of_rows(self, prefill: Prefill, tables: Tables | None) -> Kwargs:
@@ -374,7 +378,7 @@ class RoutedPrefill(ForwardContext):
         """What is stored at ``positions`` (B, T), or will be; text after the visual tokens may be cropped later."""
         plan, end = self.plan, self.plan.past + self.plan.length + positions.shape[1] - stored
         if is_static(self.cache):
-            pass  # whose layers list all of their room
+            pass  # whose layers list all of their room, if rows stay where they are
         elif not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one
             positions, end = positions[:, : stored - plan.tail], end - plan.tail
         return RowPositions(positions, end, self._floor, has_fillers, offset, stage_key)

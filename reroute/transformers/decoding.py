@@ -63,7 +63,7 @@ class RoutedDecode(ForwardContext):
 
     def _mask(self, layer: RoutedLayer, mask: torch.Tensor | None, new: int, first: int) -> torch.Tensor:
         """``mask``, or one that shows all from position ``first`` on, for the keys that ``layer`` has then."""
-        key = (layer.rows.stage_key, first, id(mask))
+        key = (layer.rows.stage_key, type(layer), first, id(mask))
         if key not in self._masks:
             keys = layer.key_positions_with(new)
             adapted = decode_mask(mask, keys, layer.columns_with(new), first=first, mask_format=self._mask_format)

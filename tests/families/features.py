@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -35,11 +35,11 @@ class Routed:
     kind: str
     action: str = "route"
     attention: str = "eager"
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         some = self.kind in SLIDING or self.kind in RECURRENT  # that may decide at few layers only
-        self.layers, self.ratios = ((2, 6), (0.4, 0.7)) if some else ((3, 4, 5), (0.6, 0.3, 0.5))
+        self.layers: tuple[int, ...] = (2, 6) if some else (3, 4, 5)
+        self.ratios: tuple[float, ...] = (0.4, 0.7) if some else (0.6, 0.3, 0.5)
         if self.action == "remove":
             self.ratios = tuple(sorted(self.ratios, reverse=True))
         depth = 8 if some else 6
@@ -49,7 +49,8 @@ class Routed:
     def on(self, **settings: Any) -> Iterator[Any]:
         """A handle."""
         schedule = reroute.Schedule(self.layers, self.ratios)
-        with reroute.enable(self.tiny.model, schedule=schedule, action=self.action, **settings) as handle:  # type: ignore[arg-type]
+        enable: Any = reroute.enable
+        with enable(self.tiny.model, schedule=schedule, action=self.action, **settings) as handle:
             yield handle
 
     def predict(self, ids: list[int], *, after: tuple[int, ...] = (), chosen: Any = None) -> Predicted:
@@ -66,12 +67,12 @@ class Routed:
 Feature = Callable[[str, pytest.MonkeyPatch], None]
 
 
-def _answer(routed: Routed, cache: Any = None, **settings: Any) -> Any:
-    """A batch, and tokens after it. Returns the cache."""
+def _answer(routed: Routed, cache: Any = None) -> None:
+    """A batch, and tokens after it."""
     samples = (ONE, TWO)
     cache = routed.cache() if cache is None else cache
     given = batch(routed.tiny, *samples)
-    with routed.on(**settings) as handle:
+    with routed.on() as handle:
         with handle.using(handle.plan(given["input_ids"], given["attention_mask"])):
             logits = [routed.tiny.model(**given, **{CACHE: cache}, use_cache=True).logits]
         for token in ANSWER:
@@ -80,7 +81,6 @@ def _answer(routed: Routed, cache: Any = None, **settings: Any) -> Any:
             given = {name: inputs[name] for name in ("attention_mask", "position_ids")}
     for b, ids in enumerate(samples):
         _is_right(torch.cat(logits, 1)[b], routed.predict(ids, after=ANSWER))
-    return cache
 
 
 def _is_right(logits: Tensor, expected: Predicted) -> None:

@@ -25,8 +25,6 @@ too; and its flash attention is causal."""
 
 REFUSED: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "flash": (WINDOWS, "counts the window of layers"),
-    "static cache": (WINDOWS, "StaticSlidingWindowLayer cannot"),
-    "offloaded static cache": (WINDOWS, "StaticSlidingWindowLayer cannot"),
     "quantized cache": (RECURRENT, "that may differ in length"),
     "tokens taken back": (DELTA, "they do not go back"),
     "turns that choose again": ((*SLIDING, *RECURRENT, "ernie4_5_vl_moe"), "reopens=True is not built for layers"),
@@ -50,6 +48,8 @@ def _cells() -> list[tuple[str, str]]:
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "feature"), _cells())
 def test_a_feature_of_a_type(kind: str, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if feature == "tokens taken back" and kind in WINDOWS and TRANSFORMERS < (5, 24):
+        pytest.skip("in this release plain windows that record what they drop give more rows than their masks have")
     kinds, sentence = REFUSED.get(feature, ((), ""))
     if kind not in kinds:
         FEATURES[feature](kind, monkeypatch)

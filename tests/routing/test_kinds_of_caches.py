@@ -25,9 +25,13 @@ from reroute.transformers.cache import RoutedLayer
 NAMES = ("llava-gqa", "qwen")
 ROOM, STEPS = cache_kinds.ROOM, 4
 STATIC = ("static", "offloaded static")
-KINDS: dict[str, Callable[[Tiny], Any]] = {
-    name: lambda tiny, make=make: make(tiny.model.config.get_text_config()) for name, make in cache_kinds.KINDS.items()
-}
+
+
+def _of_decoder(make: Callable[[Any], Any]) -> Callable[[Tiny], Any]:
+    return lambda tiny: make(tiny.model.config.get_text_config())
+
+
+KINDS = {name: _of_decoder(make) for name, make in cache_kinds.KINDS.items()}
 static = KINDS["static"]
 
 

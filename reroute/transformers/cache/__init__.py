@@ -35,12 +35,17 @@ from .access import (
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 from .recurrent import GuardedRecurrentLayer
 from .states import KeptStates
+from .storage import Room
+from .windows import RoutedSlidingLayer, RoutedStaticSlidingLayer
 
 __all__ = [
     "GuardedLayer",
     "GuardedRecurrentLayer",
     "KeptStates",
+    "Room",
     "RoutedLayer",
+    "RoutedSlidingLayer",
+    "RoutedStaticSlidingLayer",
     "RowPositions",
     "allow_updates",
     "cache_of",

@@ -23,7 +23,17 @@ from ...stats import LayerRows
 from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
-from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
+from .storage import (
+    Room,
+    can_store,
+    columns_of,
+    empty_like,
+    held_bytes,
+    is_quantized,
+    most_columns,
+    room_for,
+    visible_columns,
+)
 
 __all__ = [
     "allow_updates",
@@ -151,7 +161,7 @@ def routed_layers(cache: Cache) -> Iterator[int]:
 
 def has_windows(cache: Cache) -> bool:
     """Whether some layer of ``cache`` keeps a window."""
-    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return any(most_columns(layer) is not None for layer in cache.layers)
 
 
 def is_renumbered(cache: Cache | None) -> bool:
@@ -243,16 +253,10 @@ def visible_rows(cache: Cache | None, index: int, past: int) -> int:
     return 0 if cache is None or index >= len(cache.layers) else visible_columns(cache.layers[index], past)
 
 
-def room_of(cache: Cache | None, index: int, lacks: int) -> tuple[int, int] | None:
-    """How many rows layer ``index`` of a static ``cache`` has room for, and how many tokens; None if it grows.
-
-    A layer that has not allocated anything yet is to allocate that, ``lacks`` rows less than there may be tokens.
-    """
-    layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    if not isinstance(layer, StaticLayer):
-        return None
-    rows = layer.max_cache_len - lacks if layer.keys is None else int(layer.keys.shape[-2])
-    return rows, layer.max_cache_len
+def room_of(cache: Cache | None, index: int, lacks: int, new: int, end: int) -> Room | None:
+    """What layer ``index`` of ``cache`` has allocated or is to allocate; see ``room_for``."""
+    has_layer = cache is not None and index < len(cache.layers)
+    return room_for(cache.layers[index], lacks, new, end) if cache is not None and has_layer else None
 
 
 def layer_rows(cache: Cache | None, length: int) -> list[LayerRows | None]:
@@ -264,7 +268,7 @@ def _rows_of(layer: Any, length: int) -> LayerRows | None:
     if getattr(layer, "keys", None) is None:  # or it keeps a state
         return None
     rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
-    most = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+    most = most_columns(layer)
     if static or most is not None:  # not of more than it has
         rows = min(rows, int(layer.keys.shape[-2]))
     earlier = getattr(layer, "earlier", None)

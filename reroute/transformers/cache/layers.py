@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
-from .storage import columns_of, empty_like, is_quantized, visible_columns
+from .storage import can_crop, columns_of, empty_like, visible_columns
 
-__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "turn_into"]
+__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "stored_as", "turn_into"]
 
 HALF_FILLED = (
     "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. "
@@ -71,6 +71,20 @@ class RowPositions:
         return replace(self, key_positions=kept, logical=logical, has_fillers=has_fillers), columns
 
 
+ROUTED: dict[type[Any], type[Any]] = {}
+"""Kinds of storage that need more than ``RoutedLayer`` has, the more special ones last."""
+
+
+def stored_as(plain: type[Any]) -> Callable[[type[Any]], type[Any]]:
+    """Let a subclass of ``RoutedLayer`` be what layers of class ``plain`` become."""
+
+    def register(kind: type[Any]) -> type[Any]:
+        ROUTED[plain] = kind
+        return kind
+
+    return register
+
+
 class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """A layer of a cache in which some lack rows: takes tokens only in forwards that are adapted to that.
 
@@ -112,7 +126,7 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Raises:
             UnsupportedCacheError: visual tokens or what lies before them would go, or the layer cannot give tokens
-                back (quantised ones; static ones before Transformers 5.24).
+                back (quantised ones; static ones before Transformers 5.24, or with a window that may be full).
         """
         self.check_crop(tokens_to_remove)
         self._crop(-tokens_to_remove)
@@ -129,7 +143,7 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"Cannot crop({tokens_to_remove}) a routed cache: only its {newest} tokens after the visual ones can "
                 f"be removed, by crop({-newest}) to crop(0). Start a new cache for a shorter prompt."
             )
-        if is_quantized(self) or not hasattr(self.plain, "crop"):
+        if not can_crop(self):
             raise UnsupportedCacheError(
                 f"{self.plain.__name__} cannot give tokens back. Use a DynamicCache, or start a new cache."
             )
@@ -221,34 +235,7 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             self.earlier = self.earlier.moved(move)
 
 
-class RoutedSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
-    """A routed layer that keeps the last W - 1 of its rows, for a window of W.
-
-    Between two rows of a sample there are no more rows than logical positions. So whatever the window of a later token
-    shows is among them; what else is, its mask hides. ``cumulative_length`` counts all rows that were ever stored.
-    """
-
-    sliding_window: int
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``GuardedLayer``. Returns as many rows as ``key_positions_with`` says, also while more are recorded."""
-        seen = visible_columns(self, 0) + key_states.shape[-2]
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys[..., -seen:, :], values[..., -seen:, :]
-
-    @property
-    def first_visible(self) -> int:
-        """See ``RoutedLayer``: where the window of the next token begins."""
-        return max(0, self.get_seq_length() - self.sliding_window + 1)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of Transformers' masks and the position of the first one, as of a layer that lacks no rows."""
-        first = self.first_visible
-        return self.get_seq_length() - first + query_length, first
-
-
+@stored_as(StaticLayer)
 class RoutedStaticLayer(RoutedLayer):  # type: ignore[no-untyped-call]
     """A routed layer with room for as many rows as it lacks less than the cache has room for tokens.
 
@@ -306,17 +293,10 @@ def turn_into(layer: Any, kind: type[Any]) -> None:
 def _class_of(kind: Any, plain: Any) -> Any:
     own = kind
     if kind is RoutedLayer:
-        own = next((its for base, its in ROUTED.items() if issubclass(plain, base)), kind)
+        own = next((its for base, its in reversed(ROUTED.items()) if issubclass(plain, base)), kind)
     name = f"{kind.__name__.removesuffix('Layer')}{plain.__name__}"
     # A layer type of Transformers' own stays with the plain class.
     return type(kind)(name, (own, plain), {"plain": plain, "_layer_type": None, "__doc__": own.__doc__})
-
-
-ROUTED: dict[type[Any], type[Any]] = {
-    DynamicSlidingWindowLayer: RoutedSlidingLayer,
-    StaticLayer: RoutedStaticLayer,
-}
-"""Kinds of storage that need more than ``RoutedLayer`` has."""
 
 
 def _kind_of(layer: Any) -> type[Any]:

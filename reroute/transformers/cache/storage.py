@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -13,9 +13,21 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     QuantizedLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
-__all__ = ["can_store", "columns_of", "empty_like", "held_bytes", "is_quantized", "visible_columns"]
+__all__ = [
+    "Room",
+    "can_crop",
+    "can_store",
+    "columns_of",
+    "empty_like",
+    "held_bytes",
+    "is_quantized",
+    "most_columns",
+    "room_for",
+    "visible_columns",
+]
 
 Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 """Base of all that quantise: since Transformers 5.24 there are some without a residual in full precision."""
@@ -26,7 +38,7 @@ OF_ROUTING = ("rows", "earlier", "floor", "may_update")
 
 def can_store(plain: type[Any], *, slides: bool) -> bool:
     """Whether a layer of class ``plain`` may lack rows, as that of a decoder layer that ``slides`` or does not."""
-    if plain is DynamicSlidingWindowLayer:
+    if plain in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
         return slides
     return plain in (DynamicLayer, StaticLayer) or issubclass(plain, Quantized)
 
@@ -36,12 +48,23 @@ def is_quantized(layer: Any) -> bool:
     return isinstance(layer, Quantized)
 
 
+def can_crop(layer: Any) -> bool:
+    """Whether ``layer`` can give tokens back: not what it keeps in another form, nor rows that a window dropped."""
+    return not is_quantized(layer) and hasattr(_plain(layer), "crop") and getattr(layer, "is_croppable", True)
+
+
+def _plain(layer: Any) -> type[Any]:
+    return getattr(layer, "plain", type(layer))
+
+
 def columns_of(layer: Any, length: int) -> int:
     """How many rows were ever stored in ``layer`` of a cache of logical ``length``. Never waits for the device.
 
     A sliding one has dropped those that no window shows any more; a static one counts on the device, so that what it
     holds is told by what it will hold once it is full.
     """
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return int(layer.cumulative_length_int)  # of the host, unlike that of other static ones
     if isinstance(layer, StaticLayer):
         if not layer.is_initialized:
             return 0
@@ -52,12 +75,50 @@ def columns_of(layer: Any, length: int) -> int:
     return 0 if layer.keys is None else int(layer.keys.shape[-2])
 
 
+def most_columns(layer: Any) -> int | None:
+    """How many rows ``layer`` keeps of those that were stored, if it keeps a window; else None."""
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return int(layer.max_cache_len if layer.keys is None else layer.keys.shape[-2])
+    return layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
 def visible_columns(layer: Any, length: int) -> int:
     """How many of its rows ``layer`` gives to the next tokens, apart from the room that a static one has left."""
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        stored = 0 if layer.keys is None else int(layer.keys.shape[-2])
-        return min(stored, layer.sliding_window - 1)
-    return columns_of(layer, length)
+    columns, most = columns_of(layer, length), most_columns(layer)
+    if most is None or columns < most:
+        return columns
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return most - 1  # the oldest one is no longer in any window
+    return min(most, int(layer.keys.shape[-2]))  # those that are only recorded do not count
+
+
+class Room(NamedTuple):
+    """What a static layer has allocated.
+
+    - ``rows``: as many. Those that are empty yet are given away too.
+    - ``tokens``: how many there may be at most in all layers.
+    - ``is_fixed``: whether a row never moves, so that the places of all later tokens are known.
+    """
+
+    rows: int
+    tokens: int
+    is_fixed: bool
+
+
+def room_for(layer: Any, lacks: int, new: int, end: int) -> Room | None:
+    """Of ``layer``, when ``new`` rows come to it; None if it gives away just what is stored.
+
+    ``end``: the logical length then. What has not been allocated yet is to be ``lacks`` rows less than what a plain
+    layer would have.
+    """
+    if not isinstance(layer, StaticLayer):
+        return None
+    usual, is_window = layer.max_cache_len, isinstance(layer, StaticSlidingWindowLayer)
+    is_shorter = is_window and not getattr(layer, "is_croppable", False)  # than what may come, for all that is known
+    rows = int(layer.keys.shape[-2]) if layer.keys is not None else usual if is_shorter else usual - lacks
+    if not is_window:
+        return Room(rows, usual, is_fixed=True)
+    return Room(rows, end, is_fixed=False) if columns_of(layer, end) + new <= rows else None
 
 
 def held_bytes(layer: Any) -> int:
@@ -76,6 +137,10 @@ def _nbytes(tensor: Any) -> int:
 
 def empty_like(layer: Any) -> Any:
     """An ordinary layer with nothing in it, of the kind and the room that ``layer`` was of."""
+    if isinstance(layer, StaticSlidingWindowLayer):
+        window = StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+        window.__dict__.update({name: its for name, its in vars(layer).items() if name == "_is_croppable"})
+        return window
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     if isinstance(layer, DynamicSlidingWindowLayer):
