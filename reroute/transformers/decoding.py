@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..core.prefill import PositionTables
-from .adapters import ModelAdapter
+from .adapters import ModelAdapter, in_form_of, tables_in
 from .attention import decode_mask
 from .cache import KeptStates, RoutedLayer, cache_of, keep_states, takes_any_step
 from .forward import ForwardContext, Kwargs
@@ -52,7 +52,8 @@ class RoutedDecode(ForwardContext):
             kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1], first)
         if layer.rows.position_offset is not None:
             kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
-            kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
+            cos, sin = self._adapter.rope_tables(hidden, ids)
+            kwargs["position_embeddings"] = in_form_of(kwargs["position_embeddings"], cos, sin)
         return hidden
 
     def finish(self) -> None:
@@ -73,7 +74,7 @@ class RoutedDecode(ForwardContext):
 
 def tables_of(kwargs: Kwargs) -> PositionTables:
     """Rotary tables and position ids that a decoder gives to a layer."""
-    cos, sin = kwargs["position_embeddings"]
-    ids = kwargs.get("position_ids")
+    tables, ids = tables_in(kwargs["position_embeddings"]), kwargs.get("position_ids")
+    assert tables is not None  # those of layers were looked at
     # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
-    return PositionTables(cos, sin, ids if ids is None or ids.ndim == 2 else None)
+    return PositionTables(*tables, ids if ids is None or ids.ndim == 2 else None)

@@ -32,7 +32,7 @@ from .cache import (
     routed_layers,
     states_of,
 )
-from .layer_kinds import check_attention, check_kinds, check_turn
+from .layer_kinds import attended_layers, check_attention, check_kinds, check_prompt, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 
@@ -79,8 +79,7 @@ class Planner:
             )
         compact = range(first, len(adapter.layers))
         check_kinds(adapter, schedule, compact)
-        scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
-        adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
+        adapter.check_facts(sorted(attended_layers(schedule)), compact, schedule.first_look)
         is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
         is_mixed = is_mixed or adapter.reads_kinds or any(map(adapter.is_recurrent, compact))
         if is_mixed and (reopens or schedule.position_mode == "renumbered"):
@@ -151,7 +150,8 @@ class Planner:
         schedule = plan.schedule
         compact = range(schedule.first_look if plan.reopened else schedule.layers[0], len(self.adapter.layers))
         check_attention(self.adapter, compact)
-        self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
+        self.adapter.check_layers(sorted(attended_layers(schedule)))
+        check_prompt(self.adapter, plan, compact)
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:

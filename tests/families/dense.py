@@ -6,8 +6,9 @@ state have no mask for that: they run on the other rows, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ def predict(
     prompt: int | None = None,
     action: str = "route",
     chosen: Sequence[list[int]] | None = None,
+    ranks: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     **given: Any,
 ) -> Predicted:
     """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it.
 
     ``chosen``: what each decision kept, where it was not ranked with all tokens before it, as in later turns.
+    ``ranks``: scores (L,) of hidden states (L, C), of decisions that are not made by attention.
     """
     prompt = len(ids) if prompt is None else prompt
     dense, calls = _inputs(tiny, ids, given)
@@ -53,7 +56,8 @@ def predict(
             states = dense[index]
         if index in layers:
             if chosen is None:
-                scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
+                by = ranks.get(index)
+                scores = by(states[0]) if by else _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
                 ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
                 count = max(1, int(len(visual) * ratios[len(kept)]))
                 if count < len(ranked):

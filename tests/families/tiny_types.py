@@ -17,6 +17,7 @@ from models import _gain
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.llama4 import modeling_llama4
 
 __all__ = [
     "PICTURE",
@@ -34,6 +35,8 @@ __all__ = [
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
 LAYERS, VOCABULARY, PICTURE, VIDEO = 6, 200, 150, 151
+PLACES = {"llama4": ("language_model", "model")}
+"""Children that lead to the decoder, of types whose model has it in another place than its child ``model``."""
 SIZES: dict[str, int] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -54,7 +57,7 @@ SIZES: dict[str, int] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-WINDOW = 6
+WINDOW, LONG_WINDOW = 6, 20
 SLIDING = (
     "aya_vision",
     "cohere2_vision",
@@ -63,6 +66,8 @@ SLIDING = (
     "gemma3",
     "gemma4",
     "gemma4_unified",
+    "idefics2",
+    "llama4",
     "muse_glimmer",
     "muse_spark",
     "shieldgemma2",
@@ -185,7 +190,32 @@ def _sliding(config: Any) -> None:
     """Windows that are shorter than prompts, and some full layers."""
     text = config.get_text_config()
     text.sliding_window = WINDOW
-    _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+    if getattr(text, "layer_types", None) is not None:
+        _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+
+
+def _idefics2(config: Any) -> None:
+    """All layers slide, so that some must see a whole prompt; not its answer too."""
+    config.text_config.sliding_window = LONG_WINDOW
+
+
+def _llama4(config: Any) -> None:
+    """Chunks instead of windows. Full layers do not rotate, and scale queries of long prompts.
+
+    The first one is full, for what begins a chunk has nothing that would tell tokens of a picture apart.
+    """
+    _mend_llama4()
+    text, chunks = config.text_config, "chunked_attention"
+    text.sliding_window, text.attention_chunk_size, text.intermediate_size_mlp = None, WINDOW, 48
+    _set_kinds(text, "full_attention", chunks)
+    text.no_rope_layers = [int(kind == chunks) for kind in text.layer_types]
+
+
+def _mend_llama4() -> None:
+    """The forward of Transformers 5.24.0 reads a field that the output of its own text model lacks."""
+    module: Any = modeling_llama4
+    if hasattr(module, "MoeCausalLMOutputWithPast"):
+        module.MoeCausalLMOutputWithPast.image_outputs = None
 
 
 def _muse(config: Any) -> None:
@@ -236,9 +266,11 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "fast_vlm": _clip_tower,
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
+    "idefics2": _idefics2,
     "kimi_k25": _kimi_k25,
     "lfm2_vl": _lfm2_vl,
     "lfm3_vl": _lfm3_vl,
+    "llama4": _llama4,
     "minicpm_ocr": _qwen3_5,
     "minicpmv4_6": _qwen3_5,
     "minicpmv4_7": _qwen3_5,
@@ -295,17 +327,22 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
     """A shared model of a type: whoever changes it restores it."""
     with torch.device("meta"):
         model: Any = getattr(transformers, TYPES[kind])(configuration(kind, layers)).eval()
-    base = model.model
-    name = "language_model" if hasattr(base, "language_model") else "text_model"
+    if kind in PLACES:
+        *path, name = PLACES[kind]
+    else:
+        path, name = ["model"], "language_model" if hasattr(model.model, "language_model") else "text_model"
+    base, headed = functools.reduce(getattr, path, model), model if path == ["model"] else getattr(model, path[0])
     text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()
     setattr(base, name, text)
-    for other in [other for other, _ in base.named_children() if other != name]:
-        setattr(base, other, nn.Identity())
-    model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
+    for owner in {base, model}:
+        for other, module in list(owner.named_children()):
+            if not any(part is text or part is headed for part in module.modules()):
+                setattr(owner, other, nn.Identity())
+    headed.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
     if kind in LOUD:
-        fill(text, model.lm_head, centre=lambda weight: float(weight.mean()))
+        fill(text, headed.lm_head, centre=lambda weight: float(weight.mean()))
     else:
-        fill(text, model.lm_head)
+        fill(text, headed.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
     return TinyType(model, text, axes_of(text), MARKS.get(kind))

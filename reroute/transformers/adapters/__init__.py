@@ -7,23 +7,39 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from . import places
 from .base import ModelAdapter
+from .llama4 import Llama4
 from .llava import Llava
 from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
+from .tables import identity, in_form_of, tables_in
 from .types import REFUSED, ROUTED
 
-__all__ = ["FAMILIES", "PER_TOKEN", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
+__all__ = [
+    "FAMILIES",
+    "PER_TOKEN",
+    "REFUSED",
+    "ROUTED",
+    "ModelAdapter",
+    "adapter_of",
+    "check_type",
+    "identity",
+    "in_form_of",
+    "is_supported",
+    "tables_in",
+]
 
-FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qwen25VL) for kind in family.model_types}
+FAMILIES: dict[str, type[ModelAdapter]] = {
+    kind: family for family in (Llama4, Llava, Qwen25VL) for kind in family.model_types
+}
 """Of the model types that have a file, by ``config.model_type``."""
 
 
 def is_supported(model: Any) -> bool:
     """Whether ``model`` is a whole vision-language model that may be routed; ``adapter_of`` looks closer."""
     config: Any = getattr(model, "config", None)
-    if not (places.visual_ids(config) and hasattr(model, "generate") and hasattr(model, "lm_head")):
+    if not (places.visual_ids(config) and hasattr(model, "generate") and places.is_whole(model)):
         return False
-    return config.model_type not in REFUSED and places.has_decoder(getattr(model, "model", None))
+    return config.model_type not in REFUSED
 
 
 def adapter_of(model: Any) -> ModelAdapter:

@@ -51,8 +51,9 @@ def check_recurrent(layer: Any, index: int, run: DryRun, hidden: Tensor, ids: Te
 def _mixed(layer: Any, index: int, run: DryRun, hidden: Tensor, ids: Tensor, mask: Any = None) -> Tensor:
     """What its mixer returns, with rotary tables of these positions."""
     angles = ids[..., None] * torch.linspace(1.0, 0.1, 8)
+    tables = angles.cos(), angles.sin()
     try:
-        mixed = run.mixed(Inputs(hidden, angles.cos(), angles.sin(), ids, mask))
+        mixed = run.mixed(Inputs(hidden, *tables, ids, mask, tables))
     except Exception as error:
         why = f"it cannot be run on a few rows to see what its state does ({type(error).__name__}: {error})"
         raise refusal(why, layer, index) from None
