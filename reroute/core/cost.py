@@ -85,7 +85,9 @@ def _kinds(text_config: Any) -> Sequence[str]:
 
 def _intermediate(text_config: Any) -> int:
     """Of the MLP that each token runs: of experts that it is sent to and of the shared one, if there are only those."""
-    said = _size(text_config, "intermediate_size", None)
+    said, ungated = _size(text_config, "intermediate_size", None), getattr(text_config, "ffn_dim", None)
+    if said is None and ungated is not None:  # two matrices, of which three of this width have the size
+        return int(ungated * 2 // 3)
     if said is not None or getattr(text_config, "moe_intermediate_size", None) is None:
         return int(_size(text_config, "intermediate_size"))
     shared = getattr(text_config, "shared_expert_intermediate_size", None) or 0

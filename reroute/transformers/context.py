@@ -253,9 +253,7 @@ class RoutedPrefill(ForwardContext):
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan = cache_of(kwargs), self.plan
         self._begun_with = kwargs.get("position_embeddings")
-        if kwargs.get("position_embeddings") is None:
-            kwargs = {**kwargs, "position_embeddings": _no_rotation(hidden)}
-        tables = tables_of(kwargs)
+        tables = tables_of(kwargs, hidden)
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
@@ -394,12 +392,6 @@ class DensePrefill(RoutedDecode):
         self.cache = cache_of(kwargs)
         self.is_idle = not is_guarded(self.cache)
         return hidden if self.is_idle else super().before_layer(index, hidden, kwargs)
-
-
-def _no_rotation(hidden: torch.Tensor) -> Tables:
-    """Tables (1, L, 2) that turn nothing, for layers that get none."""
-    cos = hidden.new_ones(1, hidden.shape[1], 2)
-    return cos, torch.zeros_like(cos)
 
 
 def _at(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,8 @@ class Planner:
         schedule.validate(len(adapter.layers), settings.config.action)
         if schedule.position_mode == "renumbered" and not adapter.renumbers:
             raise RerouteError(
-                "position_mode='renumbered' needs one position id per token, and this model has three (M-RoPE). "
-                "Use position_mode='preserved'."
+                "position_mode='renumbered' needs one position id per token, from which rotary tables are made, and "
+                "this model has three (M-RoPE), or embeds positions. Use position_mode='preserved'."
             )
         if settings.keeps_all:
             return  # the plain model, whatever its attention
@@ -138,6 +138,11 @@ class Planner:
         """(B, L) True at visual tokens. Waits for the device."""
         if prompt.visual is not None:
             return prompt.visual.cpu().numpy()
+        if self.adapter.marks is not None:
+            raise RerouteError(
+                f"Visual tokens of {type(self.adapter.base).__name__} have no ids of their own: pass "
+                f"visual_mask={self.adapter.marks}.bool() instead of input_ids."
+            )
         assert prompt.ids is not None
         return visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
 
@@ -195,13 +200,16 @@ class Planner:
             return None
         if labels is not None and labels.shape != ids.shape:
             labels = None
-        prompt = Prompt(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end)
-        brings = has_picture(kwargs)
+        brings, marks = has_picture(kwargs), self.adapter.marks
+        visual = None if marks is None else _marked(kwargs.get(marks) if brings else None, ids)
+        given = ids if visual is None else None
+        prompt = Prompt(given, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end, visual)
         if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
             return None
         plan = self.plan(prompt, settings, has_picture=brings)
         if plan is None and brings:
-            self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
+            where = f"of its placeholders {self.adapter.visual_ids} in input_ids" if marks is None else f"in {marks}"
+            self._warn(f"there is a picture, but none {where}")
         elif plan is not None and not plan.changes_nothing:
             self._check_others(kwargs, plan)
         return plan
@@ -274,6 +282,11 @@ class Planner:
         if why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
+
+
+def _marked(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    """(B, L) True where ``mask`` marks one of the tokens of this call, ``ids`` (B, L)."""
+    return torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _check_shared(kwargs: Kwargs) -> None:

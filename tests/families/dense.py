@@ -68,11 +68,11 @@ def predict(
             if action == "remove":
                 candidates, there = kept[-1], active.clone()
         if hasattr(layer, "self_attn"):
-            states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+            states = torch.where(active[:, None], _first(layer(states, **_hiding(kwargs, ~active))), states)
         else:
             states = states.clone()
             states[:, active] = layer(states[:, active], **kwargs)
-    with _hook(tiny.layers[-1], lambda *_: states):
+    with _hook(tiny.layers[-1], lambda _, __, output: (states,) if isinstance(output, tuple) else states):
         return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
 
 
@@ -103,6 +103,12 @@ def _options(tiny: TinyType, ids: Sequence[int], given: Any) -> dict[str, Any]:
 def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:
     """The arguments of a layer in which nobody sees the rows that are ``gone``."""
     return {**kwargs, "attention_mask": kwargs["attention_mask"].masked_fill(gone, torch.finfo(torch.float32).min)}
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _attention(layer: Any, states: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.llama4 import modeling_llama4
 
 __all__ = [
+    "MARKED",
     "PICTURE",
     "RECURRENT",
     "SLIDING",
@@ -35,7 +36,11 @@ __all__ = [
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
 LAYERS, VOCABULARY, PICTURE, VIDEO = 6, 200, 150, 151
-PLACES = {"llama4": ("language_model", "model")}
+PLACES = {
+    "chameleon": ("model",),
+    "kosmos-2.5": ("text_model", "model"),
+    "llama4": ("language_model", "model"),
+}
 """Children that lead to the decoder, of types whose model has it in another place than its child ``model``."""
 SIZES: dict[str, int] = {
     "hidden_size": 32,
@@ -78,7 +83,9 @@ RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", 
 """Types of which some layers keep a state instead of keys."""
 LOUD = (*RECURRENT, "muse_glimmer", "muse_spark")
 """Types whose fp32 noise is as large as can be borne: their norms are around what they are at first."""
-MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids"}
+MARKED = {"kosmos-2.5": "image_embeds_position_mask"}
+"""By which argument a type is told which tokens are visual, where no id does."""
+MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids", **MARKED}
 """By which argument a type's layers are told which tokens are of pictures."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
@@ -130,7 +137,10 @@ def _aya_vision(config: Any) -> None:
 
 
 def _chameleon(config: Any) -> None:
+    """Its decoder has the vision tower."""
     config.vocabulary_map = {"<image>": PICTURE}
+    sizes = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "latent_channels": 32}
+    config.vq_config = type(config.vq_config)(**sizes)
 
 
 def _cohere_compass(config: Any) -> None:
@@ -162,6 +172,12 @@ def _kimi_k25(config: Any) -> None:
     text.q_lora_rank, text.kv_lora_rank, text.qk_rope_head_dim, text.qk_nope_head_dim, text.v_head_dim = 12, 16, 4, 8, 8
     text.head_dim, text.num_key_value_heads, text.n_group, text.topk_group = 4, 4, 1, 1
     text.first_k_dense_replace = 1
+
+
+def _kosmos2_5(config: Any) -> None:
+    text = config.text_config
+    text.ffn_dim, text.attention_heads = 48, 4
+    config.vision_config.num_hidden_layers = 1
 
 
 def _lfm2_vl(config: Any) -> None:
@@ -268,6 +284,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "hunyuan_vl": _hunyuan_vl,
     "idefics2": _idefics2,
     "kimi_k25": _kimi_k25,
+    "kosmos-2.5": _kosmos2_5,
     "lfm2_vl": _lfm2_vl,
     "lfm3_vl": _lfm3_vl,
     "llama4": _llama4,
@@ -306,7 +323,8 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
             setattr(vision, name, 1)
     if _read(config, "video_token_id") is not None:
         config.video_token_id = VIDEO
-    config.image_token_id = PICTURE  # last: it may be another name of the same
+    if kind not in MARKED:
+        config.image_token_id = PICTURE  # last: it may be another name of the same
     if kind in SLIDING:
         _sliding(config)
     if kind in TWEAKS:
@@ -331,7 +349,8 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
         *path, name = PLACES[kind]
     else:
         path, name = ["model"], "language_model" if hasattr(model.model, "language_model") else "text_model"
-    base, headed = functools.reduce(getattr, path, model), model if path == ["model"] else getattr(model, path[0])
+    base = functools.reduce(getattr, path, model)
+    headed = model if path in ([], ["model"]) else getattr(model, path[0])
     text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()
     setattr(base, name, text)
     for owner in {base, model}:
@@ -349,7 +368,7 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
 
 
 def axes_of(text: Any) -> int:
-    sections = getattr(text.rotary_emb, "mrope_section", None) or [0]
+    sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None) or [0]
     return len(next(iter(sections.values())) if isinstance(sections, dict) else sections)
 
 

@@ -43,8 +43,8 @@ class ModelAdapter(LayerKinds):
     - ``reads_kinds``: whether layers are told something of each token beside its hidden state (``PER_TOKEN``).
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
     - ``position_axes``: how many position ids a token has.
-    - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
-      get position ids in some calls (``generate``) and none in others (a plain forward).
+    - ``renumbers``: whether position ids are one number per token, from which rotary tables are made, so that kept
+      tokens may be renumbered. Of M-RoPE's, layers get position ids in some calls (``generate``) and none in others.
     - ``decoder_embeds``: whether the decoder itself makes hidden states of ids and pictures.
     """
 
@@ -52,6 +52,8 @@ class ModelAdapter(LayerKinds):
     """``config.model_type`` of the models that a subclass is for."""
     attention: ClassVar[str] = "self_attn"
     """What a layer calls its attention."""
+    marks: ClassVar[str | None] = None
+    """The argument (B, L) of the base model that marks visual tokens, where no ids do."""
     merges: ClassVar[frozenset[str]] = frozenset()
     """Arguments of the decoder that it makes hidden states of, before its first layer, beside ids."""
 
@@ -80,7 +82,7 @@ class ModelAdapter(LayerKinds):
         places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
         self.position_axes = places.position_axes(self.base, self.text)
-        self.renumbers = self.position_axes == 1
+        self.renumbers = self.position_axes == 1 and hasattr(self.text, "rotary_emb")
         self.decoder_embeds = bool(self.merges) or self.base is self.text
         self.first_layer = places.feature_levels(self.config, self.text, self.merges)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)

@@ -32,6 +32,8 @@ SPREAD = 3.0
 IMPLEMENTATION = "reroute_dry_run"
 """Name of the attention function that tells what it gets."""
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("hooks", "with_kwargs", "always_called")))
+EPSILONS = ("variance_epsilon", "eps")
+"""What norms call their epsilon."""
 OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 """What others put on one module beside hooks."""
 
@@ -192,7 +194,8 @@ class DryRun:
     def _child(self, module: Any) -> Any:
         if is_projection(module):
             return _Projection(module, self._generator)
-        if not _is_depthwise(module) and any(weight.ndim > 1 for weight in module.parameters()):
+        has_matrices = any(weight.ndim > 1 for weight in module.parameters())
+        if has_matrices and not _is_depthwise(module) and not any(hasattr(module, eps) for eps in EPSILONS):
             return _Unknown(type(module).__name__)
         return self._stood_in(module)
 
@@ -216,6 +219,10 @@ def layers_get(
     for name in children:
         if "rotary" in name:
             children[name] = _with_random_buffers(children[name])
+    if not any("rotary" in name for name in children):  # positions are in what it embeds
+        for name in children:
+            if "emb" in name:
+                children[name].forward = lambda *_, **__: torch.zeros(1, 1, hidden.shape[-1])
     clone = _clone(text, children)
     clone.config = _Config(text.config, "eager", settings)
     for make in (lambda output: output, lambda output: (output,)):

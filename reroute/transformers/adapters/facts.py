@@ -19,7 +19,7 @@ from reroute_kernels import RMSNorm, Rope
 from reroute_kernels.reference import rotate
 
 from ...errors import UnsupportedModelError
-from .dry_run import FAR, ROWS, DryRun, Inputs, Seen
+from .dry_run import EPSILONS, FAR, ROWS, DryRun, Inputs, Seen
 from .places import PER_TOKEN
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ ARGUMENTS = (
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
 """Keyword arguments of attention functions that change no score, but for the scale, or that are looked at elsewhere."""
-EPSILONS = ("variance_epsilon", "eps")
-"""What norms call their epsilon."""
 COUNTERS = ("arange", "cumsum")
 """What code that counts the rows present calls."""
 
@@ -196,7 +194,7 @@ def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
 
 def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
     """The child of ``layer`` that makes what its projections get of its input."""
-    for name, norm in _norms(run.layer, hidden[0, 0]):
+    for name, norm in _norms(run.layer, hidden.shape[-1:]):
         if all(alike(rows, norm(hidden)) for rows in seen.rows):
             return name
     if all(alike(rows, hidden) for rows in seen.rows):
@@ -214,9 +212,11 @@ def _head_norm(
     factors: Sequence[float] = (1.0,),
 ) -> tuple[str | None, float]:
     """The child of the attention, and the one of ``factors``, that make ``expected`` (H, R, D) of ``projected``."""
-    if projected.shape[-1] == expected.shape[0] * expected.shape[-1]:
-        projected = projected.unflatten(-1, (-1, expected.shape[-1])).transpose(0, 1)
-        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, expected[0, 0]))]
+    expected = expected.transpose(0, 1)
+    if projected.shape[-1] == expected.shape[1:].numel():
+        projected = projected.unflatten(-1, expected.shape[1:])
+        shapes = expected.shape[2:], expected.shape[1:]  # one for all heads, or of each its own
+        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, *shapes))]
         for factor, (name, normed) in itertools.product(factors, norms):
             if alike(expected, factor * normed):
                 return name, factor
@@ -232,12 +232,12 @@ def without_gate(projected: Tensor, head_dim: int) -> Tensor:
     return heads[..., :head_dim]
 
 
-def _norms(module: Any, row: Tensor) -> Iterator[tuple[str, Any]]:
-    """The children of ``module`` that norm something like ``row``, by name."""
+def _norms(module: Any, *shapes: torch.Size) -> Iterator[tuple[str, Any]]:
+    """The children of ``module`` whose weights, if they have any, are of one of these ``shapes``, by name."""
     for name, child in module.named_children():
         weights = list(child.parameters())
         is_norm = bool(weights) or any(hasattr(child, eps) for eps in EPSILONS)
-        if is_norm and all(weight.shape == row.shape for weight in weights):
+        if is_norm and all(weight.shape in shapes for weight in weights):
             yield name, child
 
 
