@@ -31,6 +31,7 @@ __all__ = [
     "build",
     "configuration",
     "fill",
+    "mend_llama4",
 ]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -220,14 +221,14 @@ def _llama4(config: Any) -> None:
 
     The first one is full, for what begins a chunk has nothing that would tell tokens of a picture apart.
     """
-    _mend_llama4()
+    mend_llama4()
     text, chunks = config.text_config, "chunked_attention"
     text.sliding_window, text.attention_chunk_size, text.intermediate_size_mlp = None, WINDOW, 48
     _set_kinds(text, "full_attention", chunks)
     text.no_rope_layers = [int(kind == chunks) for kind in text.layer_types]
 
 
-def _mend_llama4() -> None:
+def mend_llama4() -> None:
     """The forward of Transformers 5.24.0 reads a field that the output of its own text model lacks."""
     module: Any = modeling_llama4
     if hasattr(module, "MoeCausalLMOutputWithPast"):
