@@ -37,7 +37,7 @@ class ModelShape:
     """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
 
     ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
-    ``recurrent``: layers that keep a state instead of keys. Their matrices are counted as those of the others, and
+    ``recurrent``: layers that keep a state instead of keys, or nothing (an MLP alone). Their matrices are counted as those of the others, and
     neither pairs of a query and a key nor the state are.
     """
 
@@ -70,7 +70,7 @@ class ModelShape:
                 kv_heads=_size(text_config, "num_key_value_heads", None) or heads,
                 head_dim=_size(text_config, "head_dim", None) or hidden // heads,
                 vocab=text_config.vocab_size,
-                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in RECURRENT),
+                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in (*RECURRENT, "mlp", "moe")),
             )
         except AttributeError as error:
             raise RerouteError(

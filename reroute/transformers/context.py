@@ -141,7 +141,7 @@ class RoutedPrefill(ForwardContext):
             return self._earlier_turns.adapt(index, hidden, kwargs)
         if self._adapter.is_recurrent(index):
             kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
-        else:
+        elif self._adapter.attends(index):
             kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         for name in PER_TOKEN:
             if kwargs.get(name) is not None:

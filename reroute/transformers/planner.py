@@ -81,7 +81,7 @@ class Planner:
         check_kinds(adapter, schedule, compact)
         adapter.check_facts(sorted(attended_layers(schedule)), compact, schedule.first_look)
         is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
-        is_mixed = is_mixed or adapter.reads_kinds or any(map(adapter.is_recurrent, compact))
+        is_mixed = is_mixed or adapter.reads_kinds or not all(map(adapter.attends, compact))
         if is_mixed and (reopens or schedule.position_mode == "renumbered"):
             raise RerouteError(
                 f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide, keep a "
@@ -160,7 +160,8 @@ class Planner:
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, compact, self.adapter.slides, self.adapter.is_recurrent)
+            keeping = [index for index in compact if not self.adapter.is_row_by_row(index)]
+            check_cache(cache, keeping, self.adapter.slides, self.adapter.is_recurrent)
             self._check_static(cache)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))

@@ -67,7 +67,7 @@ def predict(
             active[[visual[i] for i in kept[-1]]] = True
             if action == "remove":
                 candidates, there = kept[-1], active.clone()
-        if hasattr(layer, "self_attn"):
+        if _part(layer) is not None:
             states = torch.where(active[:, None], _first(layer(states, **_hiding(kwargs, ~active))), states)
         else:
             states = states.clone()
@@ -105,6 +105,14 @@ def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:
     return {**kwargs, "attention_mask": kwargs["attention_mask"].masked_fill(gone, torch.finfo(torch.float32).min)}
 
 
+def _part(layer: Any) -> Any:
+    """Its attention, if it has one."""
+    if hasattr(layer, "self_attn"):
+        return layer.self_attn
+    mixer = getattr(layer, "mixer", None)
+    return mixer if hasattr(mixer, "q_proj") else None
+
+
 def _first(output: Any) -> Tensor:
     """The hidden states of what a layer returns."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
@@ -114,7 +122,7 @@ def _first(output: Any) -> Tensor:
 def _attention(layer: Any, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(L, L): what each row pays each row, mean over heads."""
     seen: list[Tensor] = []
-    with _hook(layer.self_attn, lambda _, __, output: seen.append(output[1])):
+    with _hook(_part(layer), lambda _, __, output: seen.append(output[1])):
         layer(states, **kwargs)
     return seen[0][0].mean(0)
 

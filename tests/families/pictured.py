@@ -91,7 +91,8 @@ def made(kind: str, config: Any) -> Any:
     config._attn_implementation = "eager"
     model: Any = getattr(transformers, kind)(config).eval().requires_grad_(False)
     fill(model)
-    model.get_output_embeddings().weight[PICTURE : VIDEO + 1] = 0  # no placeholder is generated
+    head = next(module for name, module in model.named_modules() if name.endswith("lm_head"))
+    head.weight[PICTURE : VIDEO + 1] = 0  # no placeholder is generated
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     return model
 

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from pictured import TEXT, VISION, Pictured, made, random
-from tiny_types import LAYERS, LONG_WINDOW, MARKED, PICTURE, WINDOW, TinyType, mend_llama4
+from tiny_types import LAYERS, LONG_WINDOW, MARKED, PICTURE, TYPES, WINDOW, TinyType, mend_llama4
 from torch import Tensor
 
 __all__ = ["ELSEWHERE", "chameleon"]
@@ -90,6 +91,30 @@ def _patches(seed: int) -> dict[str, Tensor]:
     return {"flattened_patches": patches}
 
 
-ELSEWHERE: dict[str, Callable[[], Pictured]] = {
-    make.__name__.strip("_"): functools.cache(make) for make in (_llama4, _idefics2, chameleon, _swin, _kosmos2_5)
-}
+def _nemotron_h_omni() -> Pictured:
+    """Layers are attentions, states or MLPs; decisions are before each kind of them but the last."""
+    kinds = ["linear_attention", "mlp", "full_attention", "linear_attention", "full_attention", "full_attention"]
+    states = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8}
+    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
+    sizes = {"patch_dim": 192, "video_patch_dim": 384, "max_img_size": 64, "dtype": "float32"}
+    config = AUTO.NemotronH_Omni_Reasoning_V3_Config(
+        text_config={**text, **states, "layers_block_type": kinds, "model_type": "nemotron_h"},
+        vision_config={**VISION, **sizes, "model_type": "radio", "video_temporal_patch_size": 2},
+        vision_hidden_size=32,
+        projector_hidden_size=16,
+        image_token_id=PICTURE,
+    )
+    model = made("NemotronH_Omni_Reasoning_V3", config)
+    return Pictured(
+        TinyType(model, model.language_model.model, 1), _grid, lambda given: len(given["pixel_values"]) // 4
+    )
+
+
+def _grid(seed: int) -> dict[str, Tensor]:
+    """Patches, merged 2 x 2."""
+    rows = 4 + 2 * (seed % 2)
+    return {"pixel_values": random(seed, rows * 4, 3 * 8 * 8), "image_grid_hw": torch.tensor([[rows, 4]])}
+
+
+MADE = (_llama4, _idefics2, chameleon, _swin, _kosmos2_5, *[_nemotron_h_omni] * ("nemotron_h_omni" in TYPES))
+ELSEWHERE: dict[str, Callable[[], Pictured]] = {make.__name__.strip("_"): functools.cache(make) for make in MADE}

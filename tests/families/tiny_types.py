@@ -41,6 +41,7 @@ PLACES = {
     "chameleon": ("model",),
     "kosmos-2.5": ("text_model", "model"),
     "llama4": ("language_model", "model"),
+    "nemotron_h_omni": ("language_model", "model"),
 }
 """Children that lead to the decoder, of types whose model has it in another place than its child ``model``."""
 SIZES: dict[str, int] = {
@@ -80,7 +81,16 @@ SLIDING = (
     "step3p7",
 )
 """Types of which some layers slide."""
-RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+RECURRENT = (
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "nemotron_h_omni",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 """Types of which some layers keep a state instead of keys."""
 LOUD = (*RECURRENT, "muse_glimmer", "muse_spark")
 """Types whose fp32 noise is as large as can be borne: their norms are around what they are at first."""
@@ -173,6 +183,16 @@ def _kimi_k25(config: Any) -> None:
     text.q_lora_rank, text.kv_lora_rank, text.qk_rope_head_dim, text.qk_nope_head_dim, text.v_head_dim = 12, 16, 4, 8, 8
     text.head_dim, text.num_key_value_heads, text.n_group, text.topk_group = 4, 4, 1, 1
     text.first_k_dense_replace = 1
+
+
+def _nemotron_h_omni(config: Any) -> None:
+    """States, attention, MLPs and experts, in layers of their own."""
+    text = config.text_config
+    attends, state, layers = "full_attention", "linear_attention", text.layers_block_type
+    text.layers_block_type = [state, "mlp", attends, state, "moe", "mlp", attends, state][: len(layers)]
+    text.mamba_num_heads, text.mamba_head_dim, text.ssm_state_size, text.n_groups, text.chunk_size = 4, 8, 8, 2, 8
+    text.moe_shared_expert_intermediate_size = 16
+    config.audio_config = None
 
 
 def _kosmos2_5(config: Any) -> None:
@@ -299,6 +319,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "gemma4": _gemma4,
     "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
+    "nemotron_h_omni": _nemotron_h_omni,
     "perception_lm": _clip_tower,
     "step3p7": _step3p7,
 }

@@ -11,6 +11,7 @@ from .chameleon import Chameleon
 from .kosmos2_5 import Kosmos25
 from .llama4 import Llama4
 from .llava import Llava
+from .nemotron_h_omni import NemotronHOmni
 from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
 from .tables import identity, in_form_of, tables_in
@@ -31,7 +32,9 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, type[ModelAdapter]] = {
-    kind: family for family in (Chameleon, Kosmos25, Llama4, Llava, Qwen25VL) for kind in family.model_types
+    kind: family
+    for family in (Chameleon, Kosmos25, Llama4, Llava, NemotronHOmni, Qwen25VL)
+    for kind in family.model_types
 }
 """Of the model types that have a file, by ``config.model_type``."""
 

@@ -22,6 +22,7 @@ from .facts import LayerFacts, rms_norm_of, without_gate
 from .kinds import LayerKinds
 from .layers import Layers
 from .projections import projections_of
+from .recurrent import check_row_by_row
 from .scoring_layer import check_part, check_scoring_layer
 from .tables import tables_in
 
@@ -126,10 +127,12 @@ class ModelAdapter(LayerKinds):
         Raises:
             UnsupportedModelError: something cannot be found out, or is not what the layer does.
         """
-        recurrent = [index for index in compact if self.is_recurrent(index)]
-        for index in recurrent:
-            self._known.check_recurrent(self, index)
-        attending = [index for index in compact if index not in recurrent]
+        for index in compact:
+            if self.is_recurrent(index):
+                self._known.check_recurrent(self, index)
+            elif self.is_row_by_row(index):
+                check_row_by_row(self.layers[index], index, getattr(self.layers[index], self.mixer(index)))
+        attending = filter(self.attends, compact)
         kinds = {self._known.facts(self, index, like_others=True).is_causal for index in attending}
         if len(kinds) > 1:
             raise UnsupportedModelError(

@@ -170,7 +170,8 @@ class DryRun:
         if past:
             given["cache" if "cache" in self._arguments else "past_key_values"] = _Cache(past)
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
-        given = {name: value for name, value in given.items() if takes_any or name in self._arguments}
+        named = self._arguments
+        given = {name: value for name, value in given.items() if name in named or (takes_any and value is not None)}
         if "shared_kv_states" in self._arguments:
             given["shared_kv_states"] = {}  # a layer that has no keys of its own fails
         self._inputs.clear()

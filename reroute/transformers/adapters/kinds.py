@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerKinds"]
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+ROW_BY_ROW = ("mlp", "moe")
+"""Kinds of layers in which rows do not meet: an MLP is all they have."""
 
 
 class LayerKinds:
@@ -44,6 +46,14 @@ class LayerKinds:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution."""
         return self._kind(layer) in RECURRENT
 
+    def attends(self, layer: int) -> bool:
+        """Whether ``layer`` has keys: neither a state nor an MLP alone."""
+        return self._kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
+
+    def is_row_by_row(self, layer: int) -> bool:
+        """Whether ``layer`` takes each row by itself, and keeps nothing."""
+        return self._kind(layer) in ROW_BY_ROW
+
     def mixer(self, layer: int) -> str:
         """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
         return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention
@@ -57,9 +67,9 @@ class LayerKinds:
         return self._known.facts(self, layer, like_others=True).is_causal  # type: ignore[arg-type]
 
     def is_known_kind(self, layer: int) -> bool:
-        """Whether ``layer`` is recurrent, or attends to all or to a part, as all agree that could tell."""
+        """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""
         kind = self._kind(layer)
-        if kind in RECURRENT:
+        if not self.attends(layer):
             return True
         if kind == CHUNKED:
             return self._window(layer) is None and layer in self._chunked
@@ -81,7 +91,7 @@ class LayerKinds:
 
     def can_decide(self, layer: int, ranker: Ranker) -> bool:
         """Whether ``ranker`` can decide before ``layer`` for some prompts: by any attention."""
-        return self._may_decide(layer, ranker, lambda look: not self.is_recurrent(look))
+        return self._may_decide(layer, ranker, self.attends)
 
     def _may_decide(self, layer: int, ranker: Ranker, sees: Callable[[int], bool]) -> bool:
         looks = (layer + ranker.layer_offset, *ranker.looks_before(layer))

@@ -68,7 +68,8 @@ class Layers:
             with on_cpu():
                 run = DryRun(adapter.layers[index], adapter.mixer(index))
                 hidden, ids = rows(adapter.text_config.hidden_size)
-                check_recurrent(adapter.layers[index], index, run, hidden, ids)
+                has_tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings") is not None
+                check_recurrent(adapter.layers[index], index, run, hidden, ids, has_tables=has_tables)
             self._recurrent.add(key)
 
     def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], first: int) -> bool:

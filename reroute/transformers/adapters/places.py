@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 DECODERS = ("language_model", "text_model")
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "layer_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "use_cache")
 """What every decoder can be called with."""
 

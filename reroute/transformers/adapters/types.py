@@ -60,6 +60,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "molmo2",
     "muse_glimmer",
     "muse_spark",
+    "nemotron_h_omni",
     "ovis2",
     "paddleocr_vl",
     "paligemma",
