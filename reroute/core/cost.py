@@ -37,7 +37,7 @@ class ModelShape:
     """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
 
     ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
-    ``recurrent``: layers that keep a state instead of keys. Their matrices are counted as those of the others, and
+    ``recurrent``: layers that keep a state instead of keys, or nothing (an MLP alone). Their matrices are counted as those of the others, and
     neither pairs of a query and a key nor the state are.
     """
 
@@ -70,7 +70,7 @@ class ModelShape:
                 kv_heads=_size(text_config, "num_key_value_heads", None) or heads,
                 head_dim=_size(text_config, "head_dim", None) or hidden // heads,
                 vocab=text_config.vocab_size,
-                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in RECURRENT),
+                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in (*RECURRENT, "mlp", "moe")),
             )
         except AttributeError as error:
             raise RerouteError(
@@ -85,7 +85,9 @@ def _kinds(text_config: Any) -> Sequence[str]:
 
 def _intermediate(text_config: Any) -> int:
     """Of the MLP that each token runs: of experts that it is sent to and of the shared one, if there are only those."""
-    said = _size(text_config, "intermediate_size", None)
+    said, ungated = _size(text_config, "intermediate_size", None), getattr(text_config, "ffn_dim", None)
+    if said is None and ungated is not None:  # two matrices, of which three of this width have the size
+        return int(ungated * 2 // 3)
     if said is not None or getattr(text_config, "moe_intermediate_size", None) is None:
         return int(_size(text_config, "intermediate_size"))
     shared = getattr(text_config, "shared_expert_intermediate_size", None) or 0

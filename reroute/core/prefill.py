@@ -22,7 +22,10 @@ from .decision import Decision
 from .home import Home
 from .plan import Plan
 
-__all__ = ["Decided", "PositionTables", "Prefill"]
+__all__ = ["Decided", "PositionTables", "Prefill", "Tables"]
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""cos, sin."""
 
 
 @dataclass(frozen=True)
@@ -139,25 +142,35 @@ class Prefill:
         rows = (self._tensors.candidates + self._tensors.starts[:, None]).clamp(min=0)
         return Trace(tuple(self._trace), _trim(self._tensors.positions[rows], self.plan.visual_counts))
 
-    def look(self, layer: int, hidden: torch.Tensor) -> None:
-        """Let rankers make notes on ``hidden`` (B, S, C), the input of ``layer``, for their later decisions."""
+    def look(self, layer: int, hidden: torch.Tensor, tables: Tables | None = None) -> None:
+        """Let rankers make notes on ``hidden`` (B, S, C), the input of ``layer``, for their later decisions.
+
+        ``tables``: see ``decide``.
+        """
         self._home.check(hidden, f"The hidden states before layer {layer}")
         schedule = self.plan.schedule
         decision = replace(self.plan.decisions[schedule.next_stage(layer)], score_layer=layer)
         for ranker in schedule.looks[layer]:
             with torch.no_grad():
-                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, None))
+                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, None, tables))
             self._notes.append((ranker, layer, note))
 
-    def decide(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None = None) -> Decided:
+    def decide(
+        self,
+        decision: Decision,
+        hidden: torch.Tensor,
+        vision: Vision | None = None,
+        tables: Tables | None = None,
+    ) -> Decided:
         """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``.
 
-        ``vision``: the pictures of this call, if the ranker needs them.
+        ``vision``: the pictures of this call, if the ranker needs them. ``tables``: logical cos, sin (B or 1, L, rot)
+        of that layer, if they are others than those of the prefill.
         """
         self._home.check(hidden, f"The hidden states before layer {decision.score_layer}")
         self._is_home = False
         with torch.no_grad():
-            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden, vision))
+            selection, merge = decision.ranker.decide(self._rank_context(decision, hidden, vision, tables))
         if not self._is_home:  # the ranker did not ask for hidden states
             self._defer(hidden)
         self._record(decision, selection)
@@ -225,18 +238,18 @@ class Prefill:
         rows = self._competitors.candidates.gather(1, kept.clamp(min=0)) + starts[:, None]
         self._home.defer(self._pool_rows(rows.masked_fill(kept < 0, -1)), merged)
 
-    def _rank_context(self, decision: Decision, hidden: torch.Tensor, vision: Vision | None) -> RankContext:
-        cos, sin = self._pool_tables[:2]
-        positions = self._tensors.positions
-        if self._left is not None:
-            cos, sin = self._left.tables.cos.flatten(0, 1), self._left.tables.sin.flatten(0, 1)
-            positions = self._left.positions.flatten()
+    def _rank_context(
+        self, decision: Decision, hidden: torch.Tensor, vision: Vision | None, own: Tables | None
+    ) -> RankContext:
+        cos, sin = self._scored_tables(own)
+        positions = self._tensors.positions if self._left is None else self._left.positions.flatten()
         tables = RopeTables(cos, sin, self._tensors.queries[decision.stage])
+        rotates = not decision.ranker.needs_attention or self._adapter.rotates(decision.score_layer)
         return RankContext(
             decision,
             self.backend,
             self._adapter,
-            tables if self._adapter.rotates(decision.score_layer) else tables.unrotated(),
+            tables if rotates else tables.unrotated(),
             SelectRows(
                 self._competitors.candidates,
                 self._competitors.text_rows,
@@ -250,6 +263,18 @@ class Prefill:
             vision=vision,
             notes={layer: note for ranker, layer, note in self._notes if ranker == decision.ranker},
         )
+
+    def _scored_tables(self, own: Tables | None) -> Tables:
+        """Tables (R, rot) of the rows that are ranked: of the prefill, or a layer's ``own`` logical ones."""
+        left = self._left
+        if own is None:
+            cos, sin = self._pool_tables[:2]
+            return (cos, sin) if left is None else (left.tables.cos.flatten(0, 1), left.tables.sin.flatten(0, 1))
+        cos, sin = (self._to_pool_order(table.to(self._home.device)) for table in own)
+        if left is None:
+            return cos, sin
+        rows = left.rows.flatten().clamp(min=0)
+        return cos.index_select(0, rows), sin.index_select(0, rows)
 
     # --- index bookkeeping ----------------------------------------------------------------------------------------
 

@@ -119,10 +119,13 @@ class Ranker(ABC):
     """What orders the candidates of a decision; one object serves all decisions, samples and threads.
 
     - ``layer_offset``: 0 decides before the routing layer, -1 before the layer that comes before it.
+    - ``needs_attention``: whether it asks a layer how that attends (``RankContext.normed``, ``adapter``, ``tables``
+      but for ``query_rows``). Others may decide before any layer, also one with a window or a state.
     - ``needs_vision``: whether it looks at the pictures, as ``RankContext.vision`` shows them.
     """
 
     layer_offset: int = 0
+    needs_attention: ClassVar[bool] = True
     needs_vision: ClassVar[bool] = False
 
     def tower_states(self, tower: TowerShape) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -37,6 +38,8 @@ class Deviation(ScoreRanker):
 @dataclass(frozen=True)
 class EvenlySpaced(Ranker):
     """Every N / k-th candidate in prompt order: on a picture a grid, which is what a lower resolution would keep."""
+
+    needs_attention: ClassVar[bool] = False
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""

@@ -42,6 +42,7 @@ class ConditionalDiversity(Ranker):
       of the question: the routed model can compute none, so without a relevance nothing is routed.
     """
 
+    needs_attention: ClassVar[bool] = False
     needs_vision: ClassVar[bool] = True
 
     relevance: ScoreRanker | None = None

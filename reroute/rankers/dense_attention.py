@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -69,6 +69,7 @@ class RecordedAttention(Ranker):
     others; that these are the same prompts is up to the caller, as the host does not see what is in them.
     """
 
+    needs_attention: ClassVar[bool] = False
     record: DenseAttention
     first: int
     last: int

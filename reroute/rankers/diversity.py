@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from reroute_kernels import Backend, Selection
 
@@ -22,6 +22,8 @@ class Diversity(Ranker):
     The first pick is the one least like the mean. Picks are made in rounds of k // 8, at least 1
     (``reroute_kernels.diverse_topk``). All images of a prompt compete in one choice.
     """
+
+    needs_attention: ClassVar[bool] = False
 
     def within_capacities(self, backend: Backend) -> bool:
         """See ``Ranker``."""

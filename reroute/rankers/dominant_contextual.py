@@ -49,6 +49,7 @@ class DominantContextual(Ranker):
       own place, as ``route`` needs it.
     """
 
+    needs_attention: ClassVar[bool] = False
     needs_vision: ClassVar[bool] = True
 
     contextual: float = 10 / 64

@@ -37,6 +37,7 @@ class LocalGlobal(Ranker):
     It decides before layer 0.
     """
 
+    needs_attention: ClassVar[bool] = False
     needs_vision: ClassVar[bool] = True
 
     def tower_states(self, tower: TowerShape) -> Sequence[int]:

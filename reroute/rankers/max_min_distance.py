@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -25,6 +25,8 @@ class MaxMinDistance(Ranker):
     The first pick is the candidate whose nearest other one is farthest. Picks are made one by one, in about five small
     operations each: for large k ``Diversity`` is far quicker.
     """
+
+    needs_attention: ClassVar[bool] = False
 
     def select(self, context: RankContext) -> Selection:
         """See ``Ranker``."""

@@ -62,6 +62,7 @@ class RegionAnchors(Ranker):
       those that the tower's windows have put in its place.
     """
 
+    needs_attention: ClassVar[bool] = False
     needs_vision: ClassVar[bool] = True
 
     per_region: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -50,6 +50,8 @@ class ScoreRanker(Ranker):
 
     reroute.enable(model, method=FastV(ranker=Norm()), keep=0.33)
     """
+
+    needs_attention: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, inputs: RankInputs) -> Sequence[torch.Tensor]:

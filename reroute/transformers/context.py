@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache
 from ..config import Settings
 from ..core.decision import Decision
 from ..core.plan import Plan
-from ..core.prefill import Decided, PositionTables, Prefill
+from ..core.prefill import Decided, PositionTables, Prefill, Tables
 from ..core.workspace import Workspace
 from ..errors import RerouteError
-from .adapters import PER_TOKEN, ModelAdapter
+from .adapters import PER_TOKEN, ModelAdapter, identity, in_form_of, tables_in
 from .attention import prefill_mask
 from .cache import (
     KeptStates,
@@ -41,10 +41,6 @@ from .forward import ForwardContext, Kwargs
 from .vision import Recording
 
 __all__ = ["DensePrefill", "PrefillFactory", "RoutedPrefill"]
-
-
-Tables = tuple[torch.Tensor, torch.Tensor]
-"""cos, sin (B or 1, L, rot) each, as a decoder gives them to its layers."""
 
 
 class PrefillFactory(Protocol):
@@ -117,7 +113,7 @@ class RoutedPrefill(ForwardContext):
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: Decided | None = None
         self._stages: dict[tuple[Any, ...], _Stage] = {}
-        self._begun: PositionTables | None = None
+        self._begun_with: Any = None
         self._running: _Stage | None = None
         self._usual_room: tuple[int, int] | None = None
         self._is_restored = self._ran_elsewhere = False
@@ -133,10 +129,11 @@ class RoutedPrefill(ForwardContext):
         if self.prefill is None and (looks or decision is not None):
             hidden = self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
-            self.prefill.look(index, hidden)
+            self.prefill.look(index, hidden, self._own_tables(kwargs.get("position_embeddings")))
         if self.prefill is not None and decision is not None:
             vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
-            self._pending = self.prefill.decide(decision, hidden, vision)
+            tables = self._own_tables(kwargs.get("position_embeddings"))
+            self._pending = self.prefill.decide(decision, hidden, vision, tables)
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
         self._has_begun = True
@@ -144,7 +141,7 @@ class RoutedPrefill(ForwardContext):
             return self._earlier_turns.adapt(index, hidden, kwargs)
         if self._adapter.is_recurrent(index):
             kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
-        else:
+        elif self._adapter.attends(index):
             kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         for name in PER_TOKEN:
             if kwargs.get(name) is not None:
@@ -255,9 +252,8 @@ class RoutedPrefill(ForwardContext):
     def _begin(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan = cache_of(kwargs), self.plan
-        if kwargs.get("position_embeddings") is None:
-            kwargs = {**kwargs, "position_embeddings": self._no_rotation(index, hidden)}
-        self._begun = tables = tables_of(kwargs)
+        self._begun_with = kwargs.get("position_embeddings")
+        tables = tables_of(kwargs, hidden)
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
@@ -271,19 +267,19 @@ class RoutedPrefill(ForwardContext):
             cut(self.cache, index, plan.past)
         return hidden
 
-    def _no_rotation(self, index: int, hidden: torch.Tensor) -> Tables:
-        """Tables (1, L, D) that turn nothing, for layer ``index``, which gets none."""
-        cos = hidden.new_ones(1, hidden.shape[1], self._adapter.facts(index).head_dim)
-        return cos, torch.zeros_like(cos)
+    def _own_tables(self, given: Any) -> Tables | None:
+        """Those that a layer is ``given``, if they are others than those with which the prefill began."""
+        is_own = self._adapter.has_several_tables and identity(given) != identity(self._begun_with)
+        return tables_in(given) if is_own else None
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
-        tables: Tables | None = kwargs.get("position_embeddings")
+        tables = kwargs.get("position_embeddings")
         visible = visible_rows(self.cache, index, self.plan.past)
         new, end = prefill.positions.shape[1], self.plan.past + self.plan.length
         room = room_of(self.cache, index, self.plan.length - new, new, end)
         earlier = () if layer is None else layer.rows.stage_key
-        own = id(tables and tables[0]) if self._adapter.has_several_tables else None
+        own = identity(tables) if self._adapter.has_several_tables else None
         key = (earlier, visible, room, id(mask), own)
         if key not in self._stages:
             held = _Held(layer, visible, room)
@@ -305,7 +301,7 @@ class RoutedPrefill(ForwardContext):
         prefill: Prefill,
         held: _Held,
         mask: torch.Tensor | None,
-        tables: Tables | None,
+        tables: Any,
         dtype: torch.dtype,
     ) -> _Stage:
         plan, rows = self.plan, prefill.positions
@@ -344,15 +340,15 @@ class RoutedPrefill(ForwardContext):
         rows_then = self._rows(places, stored, has_fillers, prefill.position_offset, stage_key)
         return _Stage((mask, tables), adapted, stored, rows_then)
 
-    def _places_of_rows(self, prefill: Prefill, tables: Tables | None) -> Kwargs:
+    def _places_of_rows(self, prefill: Prefill, tables: Any) -> Kwargs:
         """Tables and position ids of the rows that run, for a layer that gets logical ``tables``, if it gets some."""
         running = prefill.tables
         # Flash attention would take gaps in the ids for borders between packed sequences.
         places: Kwargs = {"position_ids": None if self._mask_format == "padding" else running.ids}
         if tables is not None:
-            is_own = self._adapter.has_several_tables and self._begun is not None and tables[0] is not self._begun.cos
-            cos, sin = (_at(prefill.positions, its) for its in tables) if is_own else (running.cos, running.sin)
-            places["position_embeddings"] = cos, sin
+            own = self._own_tables(tables)
+            cos, sin = (running.cos, running.sin) if own is None else (_at(prefill.positions, its) for its in own)
+            places["position_embeddings"] = in_form_of(tables, cos, sin)
         return places
 
     @property

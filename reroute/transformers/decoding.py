@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..core.prefill import PositionTables
-from .adapters import ModelAdapter
+from .adapters import ModelAdapter, in_form_of, tables_in
 from .attention import decode_mask
 from .cache import KeptStates, RoutedLayer, cache_of, keep_states, takes_any_step
 from .forward import ForwardContext, Kwargs
@@ -43,7 +43,7 @@ class RoutedDecode(ForwardContext):
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
-            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs))
+            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs, hidden))
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -52,7 +52,8 @@ class RoutedDecode(ForwardContext):
             kwargs["attention_mask"] = self._mask(layer, mask, hidden.shape[1], first)
         if layer.rows.position_offset is not None:
             kwargs["position_ids"] = ids = kwargs["position_ids"] - layer.rows.position_offset
-            kwargs["position_embeddings"] = self._adapter.rope_tables(hidden, ids)
+            cos, sin = self._adapter.rope_tables(hidden, ids)
+            kwargs["position_embeddings"] = in_form_of(kwargs["position_embeddings"], cos, sin)
         return hidden
 
     def finish(self) -> None:
@@ -71,9 +72,14 @@ class RoutedDecode(ForwardContext):
         return self._masks[key][1]
 
 
-def tables_of(kwargs: Kwargs) -> PositionTables:
-    """Rotary tables and position ids that a decoder gives to a layer."""
-    cos, sin = kwargs["position_embeddings"]
-    ids = kwargs.get("position_ids")
+def tables_of(kwargs: Kwargs, hidden: torch.Tensor) -> PositionTables:
+    """Rotary tables and position ids that a decoder gives to a layer with ``hidden`` (B, L, C).
+
+    Without any, those (1, L, 2) that turn nothing.
+    """
+    tables, ids = tables_in(kwargs.get("position_embeddings")), kwargs.get("position_ids")
+    if tables is None:
+        cos = hidden.new_ones(1, hidden.shape[1], 2)
+        tables = cos, torch.zeros_like(cos)
     # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
-    return PositionTables(cos, sin, ids if ids is None or ids.ndim == 2 else None)
+    return PositionTables(*tables, ids if ids is None or ids.ndim == 2 else None)

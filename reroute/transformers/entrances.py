@@ -21,18 +21,10 @@ from .interception import Intercepted, own_method, role_of
 from .vision import TowerRun, attach
 
 if TYPE_CHECKING:
+    from .adapters import ModelAdapter
     from .router import Router
 
-__all__ = [
-    "Call",
-    "RoutedBase",
-    "RoutedDecoder",
-    "RoutedDecoderLayer",
-    "RoutedGenerator",
-    "RoutedModel",
-    "RoutedTower",
-    "RoutedTowerLayer",
-]
+__all__ = ["Call", "RoutedDecoder", "RoutedDecoderLayer", "RoutedTower", "RoutedTowerLayer", "callers"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -43,6 +35,9 @@ _labels: ContextVar[tuple[Router, torch.Tensor | None] | None] = ContextVar("rer
 
 _forward: ContextVar[ForwardContext | None] = ContextVar("reroute_forward", default=None)
 """Of the base model's call."""
+
+_whole: ContextVar[Any] = ContextVar("reroute_whole", default=None)
+"""A whole model that is its own base, from its call until its ``forward``."""
 
 _tower_run: ContextVar[TowerRun | None] = ContextVar("reroute_tower_run", default=None)
 """Of the vision tower's call."""
@@ -127,6 +122,25 @@ class RoutedGenerator(RoutedModel):
         return inputs
 
 
+class RoutedWhole(RoutedGenerator):
+    """A whole model that is its own base. Its forward may be called by itself, or may be one that others put there."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        router, proceed = _active(self, kwargs), own_method(RoutedModel, self, "__call__")
+        if router is None:
+            kwargs.pop(PROMPT_END, None)
+            return proceed(*args, **kwargs)
+        return _run_model(self, lambda *a, **k: _run_whole(self, proceed, a, k), args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on with a call, or call the model, as wrappers do directly."""
+        router, proceed = _active(self, kwargs), own_method(RoutedModel, self, "forward")
+        if router is None or _is_reached(self):
+            return proceed(*args, **kwargs)
+        return _run_model(self, lambda *a, **k: _run_base(self, proceed, a, k), args, kwargs)
+
+
 class RoutedBase(Intercepted):
     """The model without its head: gets the ids and the cache, so it plans."""
 
@@ -137,6 +151,18 @@ class RoutedBase(Intercepted):
             kwargs.pop(PROMPT_END, None)
             return proceed(*args, **kwargs)
         return _run_base(self, proceed, args, kwargs)
+
+
+class RoutedBaseDecoder(RoutedBase):
+    """A model without its head that has the layers itself: plans, and is routed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model."""
+        router, proceed = _active(self, kwargs), own_method(RoutedBase, self, "__call__")
+        if router is None:
+            kwargs.pop(PROMPT_END, None)
+            return proceed(*args, **kwargs)
+        return _run_base(self, lambda *a, **k: _run_decoder(router, self, proceed, a, k), args, kwargs)
 
 
 class RoutedDecoder(Intercepted):
@@ -181,6 +207,19 @@ class RoutedTowerLayer(Intercepted):
         """Call the layer."""
         router, proceed = _active(self), own_method(RoutedTowerLayer, self, "__call__")
         return proceed(*args, **kwargs) if router is None else _run_tower_layer(self, proceed, args, kwargs)
+
+
+def callers(adapter: ModelAdapter, model: Any) -> list[tuple[Any, type[Intercepted]]]:
+    """What calls the layers of ``model``: decoder, base and itself, of which two may be one; and the entrance of each.
+
+    From the inside out.
+    """
+    whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
+    if adapter.base is model:
+        return [(adapter.text, RoutedDecoder), (model, RoutedWhole)]
+    if adapter.base is adapter.text:
+        return [(adapter.base, RoutedBaseDecoder), (model, whole)]
+    return [(adapter.text, RoutedDecoder), (adapter.base, RoutedBase), (model, whole)]
 
 
 def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
@@ -249,6 +288,25 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         call.end()
 
 
+@_eager
+def _run_whole(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    outer = _whole.get()
+    try:
+        _whole.set(model)
+        return _run_base(model, proceed, args, kwargs)
+    finally:
+        _whole.set(outer)
+
+
+@_eager
+def _is_reached(model: Any) -> bool:
+    """Whether this is the forward of a call that has begun, of which there is one."""
+    if _whole.get() is not model:
+        return False
+    _whole.set(None)
+    return True
+
+
 @_eager_throughout
 def _finish(router: Router, forward: ForwardContext) -> None:
     router.finish(forward)
@@ -306,5 +364,7 @@ def _enter_layer(layer: Any, forward: ForwardContext, args: Args, kwargs: Kwargs
 
 
 @_eager_throughout
-def _leave_layer(layer: Any, forward: ForwardContext, output: torch.Tensor) -> torch.Tensor:
+def _leave_layer(layer: Any, forward: ForwardContext, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return forward.after_layer(layer._reroute.layer, output[0]), *output[1:]
     return forward.after_layer(layer._reroute.layer, output)

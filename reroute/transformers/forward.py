@@ -64,13 +64,15 @@ class ForwardContext:
     def claim(self, decoder: Any, args: tuple[Any, ...], kwargs: Kwargs) -> bool:
         """Whether this call of ``decoder`` is the one that the base model makes.
 
-        Other calls may come before it and inside of it: of the decoder alone, or of another model.
+        Other calls may come before it and inside of it: of the decoder alone, or of another model. Not if the base
+        model is the decoder, or has it embed the ids.
 
         Raises:
             RerouteError: it might be, but so might one before that has ended.
         """
         embeds = None if args or kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        may_be_own = decoder is self._adapter.text and embeds is not None and embeds.shape[:2] == self._shape
+        has_embeds = self._adapter.decoder_embeds or (embeds is not None and embeds.shape[:2] == self._shape)
+        may_be_own = decoder is self._adapter.text and has_embeds
         if not may_be_own or self._is_running:
             return False
         if self._is_claimed:

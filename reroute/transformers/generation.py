@@ -58,7 +58,8 @@ def _refuse_chunks(router: Router, configs: Any, kwargs: Mapping[str, Any], ids:
     size = kwargs.get("prefill_chunk_size", next(filter(None, sizes), None))
     if not size or ids is None or not has_picture(kwargs) or router.settings.keeps_all:
         return
-    if bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
+    marks = router.adapter.marks
+    if marks is not None or bool(visual_mask(ids.cpu().numpy(), router.adapter.visual_ids).any()):
         raise RerouteError(
             "Chunked prefill cannot be routed: the question must be known when visual tokens are ranked. "
             "Call generate with prefill_chunk_size=None (routing already makes long prompts cheaper), or disable "

@@ -32,7 +32,7 @@ from .cache import (
     routed_layers,
     states_of,
 )
-from .layer_kinds import check_attention, check_kinds, check_turn
+from .layer_kinds import attended_layers, check_attention, check_kinds, check_prompt, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 
@@ -59,8 +59,8 @@ class Planner:
         schedule.validate(len(adapter.layers), settings.config.action)
         if schedule.position_mode == "renumbered" and not adapter.renumbers:
             raise RerouteError(
-                "position_mode='renumbered' needs one position id per token, and this model has three (M-RoPE). "
-                "Use position_mode='preserved'."
+                "position_mode='renumbered' needs one position id per token, from which rotary tables are made, and "
+                "this model has three (M-RoPE), or embeds positions. Use position_mode='preserved'."
             )
         if settings.keeps_all:
             return  # the plain model, whatever its attention
@@ -79,10 +79,9 @@ class Planner:
             )
         compact = range(first, len(adapter.layers))
         check_kinds(adapter, schedule, compact)
-        scoring = {layer + ranker.layer_offset for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True)}
-        adapter.check_facts(sorted(scoring.union(schedule.looks)), compact)
+        adapter.check_facts(sorted(attended_layers(schedule)), compact, schedule.first_look)
         is_mixed = adapter.has_several_tables or any(map(adapter.slides, compact))
-        is_mixed = is_mixed or adapter.reads_kinds or any(map(adapter.is_recurrent, compact))
+        is_mixed = is_mixed or adapter.reads_kinds or not all(map(adapter.attends, compact))
         if is_mixed and (reopens or schedule.position_mode == "renumbered"):
             raise RerouteError(
                 f"{'reopens=True' if reopens else 'renumbered positions'} is not built for layers that slide, keep a "
@@ -139,6 +138,11 @@ class Planner:
         """(B, L) True at visual tokens. Waits for the device."""
         if prompt.visual is not None:
             return prompt.visual.cpu().numpy()
+        if self.adapter.marks is not None:
+            raise RerouteError(
+                f"Visual tokens of {type(self.adapter.base).__name__} have no ids of their own: pass "
+                f"visual_mask={self.adapter.marks}.bool() instead of input_ids."
+            )
         assert prompt.ids is not None
         return visual_mask(prompt.ids.cpu().numpy(), self.adapter.visual_ids if has_picture else ())
 
@@ -151,11 +155,13 @@ class Planner:
         schedule = plan.schedule
         compact = range(schedule.first_look if plan.reopened else schedule.layers[0], len(self.adapter.layers))
         check_attention(self.adapter, compact)
-        self.adapter.check_layers(sorted({*schedule.looks, *(decision.score_layer for decision in plan.decisions)}))
+        self.adapter.check_layers(sorted(attended_layers(schedule)))
+        check_prompt(self.adapter, plan, compact)
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
         if cache is not None:
-            check_cache(cache, compact, self.adapter.slides, self.adapter.is_recurrent)
+            keeping = [index for index in compact if not self.adapter.is_row_by_row(index)]
+            check_cache(cache, keeping, self.adapter.slides, self.adapter.is_recurrent)
             self._check_static(cache)
         if plan.past + plan.reopened and cache is not None:
             check_whole(cache, len(self.adapter.layers))
@@ -195,13 +201,16 @@ class Planner:
             return None
         if labels is not None and labels.shape != ids.shape:
             labels = None
-        prompt = Prompt(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end)
-        brings = has_picture(kwargs)
+        brings, marks = has_picture(kwargs), self.adapter.marks
+        visual = None if marks is None else _marked(kwargs.get(marks) if brings else None, ids)
+        given = ids if visual is None else None
+        prompt = Prompt(given, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end, visual)
         if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
             return None
         plan = self.plan(prompt, settings, has_picture=brings)
         if plan is None and brings:
-            self._warn(f"there is a picture, but none of its placeholders {self.adapter.visual_ids} in input_ids")
+            where = f"of its placeholders {self.adapter.visual_ids} in input_ids" if marks is None else f"in {marks}"
+            self._warn(f"there is a picture, but none {where}")
         elif plan is not None and not plan.changes_nothing:
             self._check_others(kwargs, plan)
         return plan
@@ -274,6 +283,11 @@ class Planner:
         if why not in self._warned:
             self._warned.add(why)
             warnings.warn(f"Routing is enabled, but nothing was routed: {why}.", stacklevel=2)
+
+
+def _marked(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    """(B, L) True where ``mask`` marks one of the tokens of this call, ``ids`` (B, L)."""
+    return torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _check_shared(kwargs: Kwargs) -> None:

@@ -16,7 +16,7 @@ __all__ = ["Prompt", "has_picture", "prompt_ends", "valid_tokens"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "image_patches", "mm_encoder_outputs")
+PICTURES = ("pixel_values", "image_patches", "flattened_patches", "image_embeds", "mm_encoder_outputs")
 """What names of arguments have in them in which pictures come."""
 
 

@@ -18,16 +18,7 @@ from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length, states_of
 from .context import DensePrefill, PrefillFactory, RoutedPrefill
 from .decoding import RoutedDecode
-from .entrances import (
-    Call,
-    RoutedBase,
-    RoutedDecoder,
-    RoutedDecoderLayer,
-    RoutedGenerator,
-    RoutedModel,
-    RoutedTower,
-    RoutedTowerLayer,
-)
+from .entrances import Call, RoutedDecoder, RoutedDecoderLayer, RoutedTower, RoutedTowerLayer, callers
 from .forward import ForwardContext
 from .graphs import Replays, why_not_prompt
 from .interception import Role, intercept, own_method, role_of
@@ -112,13 +103,10 @@ class Router:
 
     def _attach(self, model: Any, replaced: Router | None = None) -> None:
         adapter, role = self.adapter, Role(self)
-        whole = RoutedGenerator if hasattr(model, "generate") else RoutedModel
         # From the inside out: what finds one entrance finds all behind it, also in a thread that calls meanwhile.
         parts = [
             *((layer, RoutedDecoderLayer, Role(self, index)) for index, layer in enumerate(adapter.layers)),
-            (adapter.text, RoutedDecoder, role),
-            (adapter.base, RoutedBase, role),
-            (model, whole, role),
+            *((module, kind, role) for module, kind in callers(adapter, model)),
         ]
         _forget_compiled()
         with ExitStack() as entrances:

@@ -6,8 +6,9 @@ state have no mask for that: they run on the other rows, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ def predict(
     prompt: int | None = None,
     action: str = "route",
     chosen: Sequence[list[int]] | None = None,
+    ranks: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     **given: Any,
 ) -> Predicted:
     """Of a prompt of ``prompt`` tokens (default: all ``ids``) and what was generated after it.
 
     ``chosen``: what each decision kept, where it was not ranked with all tokens before it, as in later turns.
+    ``ranks``: scores (L,) of hidden states (L, C), of decisions that are not made by attention.
     """
     prompt = len(ids) if prompt is None else prompt
     dense, calls = _inputs(tiny, ids, given)
@@ -53,7 +56,8 @@ def predict(
             states = dense[index]
         if index in layers:
             if chosen is None:
-                scores = _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
+                by = ranks.get(index)
+                scores = by(states[0]) if by else _attention(layer, states, _hiding(kwargs, ~there))[prompt - 1]
                 ranked = sorted(candidates, key=lambda i: (-float(scores[visual[i]]), i))
                 count = max(1, int(len(visual) * ratios[len(kept)]))
                 if count < len(ranked):
@@ -63,12 +67,12 @@ def predict(
             active[[visual[i] for i in kept[-1]]] = True
             if action == "remove":
                 candidates, there = kept[-1], active.clone()
-        if hasattr(layer, "self_attn"):
-            states = torch.where(active[:, None], layer(states, **_hiding(kwargs, ~active)), states)
+        if _part(layer) is not None:
+            states = torch.where(active[:, None], _first(layer(states, **_hiding(kwargs, ~active))), states)
         else:
             states = states.clone()
             states[:, active] = layer(states[:, active], **kwargs)
-    with _hook(tiny.layers[-1], lambda *_: states):
+    with _hook(tiny.layers[-1], lambda _, __, output: (states,) if isinstance(output, tuple) else states):
         return Predicted(tiny.model(torch.tensor([ids]), **_options(tiny, ids, given), **given).logits[0], kept, margin)
 
 
@@ -101,10 +105,24 @@ def _hiding(kwargs: dict[str, Any], gone: Tensor) -> dict[str, Any]:
     return {**kwargs, "attention_mask": kwargs["attention_mask"].masked_fill(gone, torch.finfo(torch.float32).min)}
 
 
+def _part(layer: Any) -> Any:
+    """Its attention, if it has one."""
+    if hasattr(layer, "self_attn"):
+        return layer.self_attn
+    mixer = getattr(layer, "mixer", None)
+    return mixer if hasattr(mixer, "q_proj") else None
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 def _attention(layer: Any, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(L, L): what each row pays each row, mean over heads."""
     seen: list[Tensor] = []
-    with _hook(layer.self_attn, lambda _, __, output: seen.append(output[1])):
+    with _hook(_part(layer), lambda _, __, output: seen.append(output[1])):
         layer(states, **kwargs)
     return seen[0][0].mean(0)
 
@@ -121,5 +139,8 @@ class _hook:
 
 
 def near(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for the order of fp32 arithmetic: to 1e-5 of the largest one."""
+    """Equal but for the order of fp32 arithmetic: to 1e-5 of the largest one. Some may be no logits, but forbidden."""
+    forbidden = expected == torch.finfo(expected.dtype).min
+    assert torch.equal(actual == torch.finfo(expected.dtype).min, forbidden)
+    actual, expected = actual.masked_fill(forbidden, 0), expected.masked_fill(forbidden, 0)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))

@@ -12,7 +12,7 @@ import transformers
 from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, axes_of, fill
 from torch import Tensor
 
-__all__ = ["PICTURED", "Pictured", "Prompt"]
+__all__ = ["PICTURED", "TEXT", "VISION", "Pictured", "Prompt", "made", "random"]
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -50,20 +50,28 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Pictured:
-    """A model. ``pictures(seed)`` are random ones of some size, as the model takes them."""
+    """A model. ``pictures(seed)`` are random ones of some size, as the model takes them; ``tokens`` of them.
+
+    ``pads``: whether its own generation places the tokens of padded samples as it does without padding.
+    """
 
     tiny: TinyType
     pictures: Callable[[int], dict[str, Tensor]] = field(repr=False)
+    tokens: Callable[[dict[str, Tensor]], int] | None = None
+    pads: bool = True
 
     def prompt(self, seed: int, before: int, after: int) -> Prompt:
         """Text, a picture, text."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(1, 140, (before + after,), generator=generator).tolist()
         given = self.pictures(seed)
-        with torch.no_grad():
-            features = self.tiny.model.model.get_image_features(**given, return_dict=True).pooler_output
-        count = sum(feature.shape[:-1].numel() for feature in features)
+        count = (self.tokens or self._features)(given)
         return Prompt([*ids[:before], *[PICTURE] * count, *ids[before:]], given)
+
+    @torch.no_grad()
+    def _features(self, given: dict[str, Tensor]) -> int:
+        features = self.tiny.model.model.get_image_features(**given, return_dict=True).pooler_output
+        return sum(feature.shape[:-1].numel() for feature in features)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded."""
@@ -78,19 +86,26 @@ class Pictured:
         return given
 
 
-def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], marks: str | None = None) -> Pictured:
+def made(kind: str, config: Any) -> Any:
+    """A model of this class."""
     config._attn_implementation = "eager"
     model: Any = getattr(transformers, kind)(config).eval().requires_grad_(False)
     fill(model)
-    model.lm_head.weight[PICTURE : VIDEO + 1] = 0  # no placeholder is generated
+    head = next(module for name, module in model.named_modules() if name.endswith("lm_head"))
+    head.weight[PICTURE : VIDEO + 1] = 0  # no placeholder is generated
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    return model
+
+
+def _made(kind: str, config: Any, pictures: Callable[[int], dict[str, Tensor]], marks: str | None = None) -> Pictured:
+    model = made(kind, config)
     base = model.model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
     axes = axes_of(text)
     return Pictured(TinyType(model, text, axes, marks if axes == 1 else "mm_token_type_ids"), pictures)
 
 
-def _random(seed: int, *shape: int) -> Tensor:
+def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -103,7 +118,7 @@ def _patches(seed: int) -> dict[str, Tensor]:
     """As Qwen's and GLM's processors give them: 2 x 4 x 4 pixels each, merged 2 x 2."""
     rows, columns = _side(seed), 4
     return {
-        "pixel_values": _random(seed, rows * columns, 3 * 2 * 4 * 4),
+        "pixel_values": random(seed, rows * columns, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, rows, columns]]),
     }
 
@@ -154,14 +169,14 @@ def _internvl() -> Pictured:
         image_token_id=PICTURE,
         image_seq_length=4,
     )
-    tiles = lambda seed: {"pixel_values": _random(seed, 1 + seed % 2, 3, 32, 32)}
+    tiles = lambda seed: {"pixel_values": random(seed, 1 + seed % 2, 3, 32, 32)}
     return _made("InternVLForConditionalGeneration", config, tiles)
 
 
 def _any_resolution(seed: int) -> dict[str, Tensor]:
     """A picture, and the two tiles of it."""
     sizes = torch.tensor([[[32, 64], [64, 32]][seed % 2]])
-    return {"pixel_values": _random(seed, 1, 3, 3, 32, 32), "image_sizes": sizes}
+    return {"pixel_values": random(seed, 1, 3, 3, 32, 32), "image_sizes": sizes}
 
 
 def _llava_onevision() -> Pictured:
@@ -196,7 +211,7 @@ def _mistral3() -> Pictured:
 
     def picture(seed: int) -> dict[str, Tensor]:
         rows = 8 * _side(seed)
-        return {"pixel_values": _random(seed, 1, 3, 48, 32), "image_sizes": torch.tensor([[rows, 32]])}
+        return {"pixel_values": random(seed, 1, 3, 48, 32), "image_sizes": torch.tensor([[rows, 32]])}
 
     return _made("Mistral3ForConditionalGeneration", config, picture)
 
@@ -212,7 +227,7 @@ def _smolvlm() -> Pictured:
         tie_word_embeddings=False,
     )
     return _made(
-        "SmolVLMForConditionalGeneration", config, lambda seed: {"pixel_values": _random(seed, 1, 2, 3, 32, 32)}
+        "SmolVLMForConditionalGeneration", config, lambda seed: {"pixel_values": random(seed, 1, 2, 3, 32, 32)}
     )
 
 
@@ -232,7 +247,7 @@ def _gemma3() -> Pictured:
     return _made(
         "Gemma3ForConditionalGeneration",
         config,
-        lambda seed: {"pixel_values": _random(seed, 1, 3, 48, 48)},
+        lambda seed: {"pixel_values": random(seed, 1, 3, 48, 48)},
         marks="token_type_ids",
     )
 
@@ -271,7 +286,7 @@ def _lfm2_vl() -> Pictured:
         rows, columns, most = _side(seed), 4, 24
         mask = torch.zeros(1, most, dtype=torch.long)
         mask[:, : rows * columns] = 1
-        pixels = _random(seed, 1, most, 3 * 8 * 8) * mask[..., None]
+        pixels = random(seed, 1, most, 3 * 8 * 8) * mask[..., None]
         shapes = torch.tensor([[rows, columns]])
         return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
 

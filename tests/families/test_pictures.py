@@ -8,12 +8,14 @@ import pytest
 import torch
 from dense import near, predict
 from pictured import PICTURED, Pictured, Prompt
+from pictured_elsewhere import ELSEWHERE
 
 import reroute
 from reroute.errors import RerouteError
 
 LAYERS, RATIOS = (2, 4, 5), (0.5, 0.3, 0.6)
 TOKENS, MARGIN = 3, 1e-6
+FAMILIES = {**PICTURED, **ELSEWHERE}
 
 
 def generate(family: Pictured, *prompts: Prompt, **settings: Any) -> Any:
@@ -22,12 +24,12 @@ def generate(family: Pictured, *prompts: Prompt, **settings: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("action", ["route", "remove"])
 def test_generation(name: str, action: Any) -> None:
-    family = PICTURED[name]()
+    family = FAMILIES[name]()
     ratios = RATIOS if action == "route" else tuple(sorted(RATIOS, reverse=True))
-    one, two = family.prompt(0, 3, 5), family.prompt(1, 2, 4)
+    one, two = family.prompt(0, 3, 5), family.prompt(1, 2, 4) if family.pads else family.prompt(1, 2, 6)
     schedule, runs = reroute.Schedule(LAYERS, ratios), []
     with reroute.enable(family.tiny.model, schedule=schedule, action=action, trace=True) as handle:
         for prompts in ((one,), (one, two)):
@@ -45,9 +47,9 @@ def test_generation(name: str, action: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_keeping_everything_is_the_plain_model(name: str) -> None:
-    family = PICTURED[name]()
+    family = FAMILIES[name]()
     prompts = family.prompt(0, 3, 5), family.prompt(1, 2, 4)
     plain = generate(family, *prompts)
     with reroute.enable(family.tiny.model, keep=1.0):

@@ -224,7 +224,6 @@ def unknown_before(tiny: TinyType, patch: pytest.MonkeyPatch) -> None:
 FAULTS: dict[str, tuple[Callable[[TinyType, Any], None], str]] = {
     "a scale by position": (attention(scaled_by_position), "neither what 'q_proj' returns nor a norm"),
     "a soft cap": (attention(capped), "also gets softcap"),
-    "another scale": (attention(other_scale), "scales by 1.0"),
     "another mask": (attention(other_mask), "gets another mask"),
     "queries that are a little longer": (attention(noisy_queries), "neither what 'q_proj' returns nor a norm"),
     "keys that are a little longer": (attention(noisy_keys), "neither what 'k_proj' returns nor a norm"),
@@ -240,6 +239,12 @@ def test_a_layer_that_does_something_else(llava: TinyType, fault: str, monkeypat
     plant, sentence = FAULTS[fault]
     plant(llava, monkeypatch)
     refused(llava, sentence)
+
+
+def test_a_scale_that_only_the_attention_function_is_told(llava: TinyType, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention(other_scale)(llava, monkeypatch)
+    with reroute.enable(llava.model, schedule=SCHEDULE):
+        assert adapter_of(llava.model).attention_spec(2).scale == 1.0 != llava.layers[2].self_attn.scaling
 
 
 def test_a_window_that_only_the_attention_function_knows(llava: TinyType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,9 +347,9 @@ def test_layers_alike_are_looked_at_once(llava: TinyType, monkeypatch: pytest.Mo
     looked: list[int] = []
     plain = layer_facts
 
-    def counted(layer: Any, attention: str, index: int, *given: Any) -> Any:
+    def counted(adapter: Any, index: int, *given: Any) -> Any:
         looked.append(index)
-        return plain(layer, attention, index, *given)
+        return plain(adapter, index, *given)
 
     monkeypatch.setattr("reroute.transformers.adapters.layers.layer_facts", counted)
     for _ in range(2):

@@ -144,7 +144,9 @@ def test_what_is_stored() -> None:
 
 def test_decisions_at_recurrent_layers() -> None:
     tiny = build("qwen3_5", layers=8)
-    with pytest.raises(RerouteError, match=r"before layers \[3\]: .* or a state.*some of the layers \[1, 2, 4, 5, 6\]"):
+    with pytest.raises(
+        RerouteError, match=r"before layers \[3\]: .* keeps a state.*some of the layers \[1, 2, 4, 5, 6\]"
+    ):
         reroute.enable(tiny.model, schedule=reroute.Schedule((2, 3), (0.5, 0.4)))
     with reroute.enable(tiny.model, method="pdrop", keep=0.6) as handle:
         assert handle.schedule.layers == (1, 4, 5)

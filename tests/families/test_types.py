@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense import near, predict
 from models import CACHE, TRANSFORMERS
-from tiny_types import PICTURE, RECURRENT, SLIDING, TYPES, TinyType, build
+from tiny_types import MARKED, PICTURE, RECURRENT, SLIDING, TYPES, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -56,8 +56,9 @@ def step(tiny: TinyType, given: dict[str, Tensor], token: int, cache: Any) -> di
 def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Any]:
     """The logits of a prefill and of the token 7 after it."""
     given = batch(tiny, *prompts)
-    plan = handle.plan(given["input_ids"], given["attention_mask"])
-    with handle.using(plan):
+    marks = given.get(next(iter(MARKED.values())))
+    shown = {"input_ids": given["input_ids"]} if marks is None else {"visual_mask": marks.bool()}
+    with handle.using(handle.plan(**shown, attention_mask=given["attention_mask"])):
         output = tiny.model(**given, **{CACHE: DynamicCache(config=tiny.text.config)}, use_cache=True)
         after = tiny.model(**step(tiny, given, 7, getattr(output, CACHE)), use_cache=True)
     return output.logits, after.logits
@@ -87,7 +88,7 @@ ALIKE = (
 """Types whose decoder is one that another type has too: Llama, Qwen2, Qwen3, GLM-4V."""
 LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 """Types that the oldest supported release makes of other parts."""
-SINGULAR = ("ernie4_5_vl_moe", "fuyu", "hunyuan_vl", "kimi_k25")
+SINGULAR = ("chameleon", "ernie4_5_vl_moe", "fuyu", "hunyuan_vl", "kimi_k25", "kosmos-2.5")
 """Types whose attention or experts are like no others'."""
 WAYS = [("route", "eager"), ("route", "sdpa"), ("remove", "eager"), ("remove", "sdpa")]
 CASES = [

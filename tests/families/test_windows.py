@@ -11,7 +11,7 @@ import transformers
 from dense import near, predict
 from models import CACHE
 from pictured import PICTURED, Prompt
-from test_types import ONE, TWO, batch, step
+from test_types import ONE, TWO, batch, prompt, step
 from tiny_types import PICTURE, SLIDING, TYPES, WINDOW, TinyType, build, configuration
 from torch import Tensor
 from transformers import DynamicCache, masking_utils
@@ -19,8 +19,7 @@ from transformers import DynamicCache, masking_utils
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import PDrop
-from reroute.rankers import LastTokenAttention
-from reroute.transformers.adapters import layers as known
+from reroute.rankers import LastTokenAttention, Norm
 
 LAYERS = (2, 6)
 TOKENS = (7, 11, 13, 17, 19, 23, 29, 31)
@@ -167,8 +166,8 @@ def test_later_turns_of_a_batch(side: str) -> None:
 def test_the_same_answer_in_every_way_of_generation() -> None:
     """Beams reorder the cache, prompt lookup takes tokens back; without a cache no row is ever dropped."""
     family = PICTURED["gemma3"]()
-    prompt = family.prompt(0, 3, 5)
-    repeated = Prompt([*prompt.ids, *prompt.ids[-5:] * 2, *prompt.ids[-5:-3]], prompt.pictures)  # something to look up
+    plain = family.prompt(0, 3, 5)
+    repeated = Prompt([*plain.ids, *plain.ids[-5:] * 2, *plain.ids[-5:-3]], plain.pictures)  # something to look up
 
     def generate(prompt: Prompt, **settings: Any) -> Any:
         given = {"do_sample": False, "max_new_tokens": 10, **settings}
@@ -177,7 +176,7 @@ def test_the_same_answer_in_every_way_of_generation() -> None:
     schedule = reroute.Schedule((2, 4), (0.5, 0.3))
     with reroute.enable(family.tiny.model, schedule=schedule):
         assert generate(repeated, prompt_lookup_num_tokens=3) == generate(repeated)
-        assert generate(prompt, num_beams=3) == generate(prompt, num_beams=3, use_cache=False)
+        assert generate(plain, num_beams=3) == generate(plain, num_beams=3, use_cache=False)
 
 
 @torch.no_grad()
@@ -213,25 +212,54 @@ def test_what_the_plain_model_would_store(kind: str) -> None:
 # --- what may decide ------------------------------------------------------------------------------------------------
 
 
-def test_a_schedule_at_sliding_layers() -> None:
-    tiny, earlier = build("gemma3", layers=8), (LastTokenAttention(layer_offset=-1),)
-    with pytest.raises(RerouteError, match=r"before layers \[1, 3\]: .*some of the layers \[2, 6\]"):
-        reroute.enable(tiny.model, schedule=reroute.Schedule((1, 3, 6), (0.5, 0.4, 0.3)))
-    with pytest.raises(RerouteError, match=r"before layers \[6\]: .*some of the layers \[3, 7\]"):
-        reroute.enable(tiny.model, schedule=reroute.Schedule((6,), (0.5,), earlier))
-    reroute.enable(tiny.model, schedule=reroute.Schedule((3,), (0.5,), earlier)).disable()
+def by_norm(states: Tensor) -> Tensor:
+    lengths: Tensor = states.float().norm(dim=-1)
+    return lengths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("action", ["route", "remove"])
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_decisions_at_layers_with_windows(kind: str, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hidden states for any prompt; by attention for those that fit, with other rotary tables than full layers."""
+    tiny, layers, ratios = build(kind, layers=8), (1, 2, 5), (0.9, 0.7, 0.4)
+    rankers = (Norm(), LastTokenAttention(), LastTokenAttention())
+    schedule = reroute.Schedule(layers, ratios, rankers)
+    with reroute.enable(tiny.model, schedule=schedule, action=action, trace=True) as handle:
+        with pytest.raises(RerouteError, match=r"longer than what the last token sees in layers \[5\].*\[.*2.*6.*\]"):
+            handle.plan(**plan_inputs(batch(tiny, TWO)))
+        window = "attention_chunk_size" if kind == "llama4" else "sliding_window"
+        monkeypatch.setattr(tiny.text.config, window, len(TWO))
+        for layer in tiny.layers:
+            if getattr(layer.self_attn, "sliding_window", None) is not None:
+                monkeypatch.setattr(layer.self_attn, "sliding_window", len(TWO))
+        expected = predict(tiny, [*TWO, *TOKENS], layers, ratios, prompt=len(TWO), action=action, ranks={1: by_norm})
+        assert expected.margin > 1e-6
+        logits, after, _ = decode(handle, tiny, TWO)
+        assert [stage.kept[0].tolist() for stage in handle.trace or ()] == expected.kept
+        near(logits[0], expected.logits[: len(TWO)])
+        near(after[:, 0], expected.logits[len(TWO) :])
+        with pytest.raises(RerouteError, match="longer than what the last token sees"):
+            handle.plan(**plan_inputs(batch(tiny, [*TWO, 3])))
+
+
+def plan_inputs(given: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: given[name] for name in ("input_ids", "attention_mask")}
 
 
 def test_methods_decide_where_they_may(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="reroute")
-    with reroute.enable(build("gemma3", layers=8).model, keep=0.6) as handle:
-        assert handle.schedule.layers == (2, 6)
-        assert "diverse decides before layers (2, 6) of this model instead of (0, 2, 4)" in caplog.text
+    gemma = build("gemma3", layers=8)
+    with reroute.enable(gemma.model, keep=0.6) as handle:
+        assert handle.schedule.layers == (0, 2, 6), "the first one asks no layer"
+        assert "diverse decides before layers (0, 2, 6) of this model instead of (0, 2, 4)" in caplog.text
         handle.warm_up(visual=16)
         with handle.at(method="fastv", action="remove", keep=0.5):
             pass
-        with pytest.raises(RerouteError, match="Choose another ranker"), handle.at(method="dart"):
-            pass  # looks at two layers in a row
+        with handle.at(method="dart"):  # looks at two layers in a row
+            handle.plan(torch.tensor([prompt(0, 1, 4, 1)]))
+            with pytest.raises(RerouteError, match="longer than what the last token sees"):
+                handle.plan(torch.tensor([ONE]))
     tiny = build("qwen3_vl")
     first = tiny.model.config.vision_config.deepstack_visual_indexes
     with reroute.enable(tiny.model) as handle:
@@ -264,23 +292,6 @@ def test_flash_attention_counts_windows_in_rows() -> None:
             for call in calls:
                 with pytest.raises(RerouteError, match=r"counts the window of layers \[.*3.*\] in rows"):
                     call()
-
-
-def test_decisions_share_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that decides and gets tables of its own."""
-    plain: Any = vars(known)["layers_get"]
-
-    def other(*given: Any) -> Any:
-        calls = plain(*given)
-        cos, sin = calls[6][1]["position_embeddings"]
-        calls[6][1]["position_embeddings"] = cos.clone(), sin
-        return calls
-
-    monkeypatch.setattr(known, "layers_get", other)
-    tiny = build("gemma3", layers=8)
-    reroute.enable(tiny.model, schedule=reroute.Schedule((2,), (0.4,))).disable()
-    with pytest.raises(UnsupportedModelError, match=r"layer 6 .*another position_embeddings than layer 2"):
-        reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, (0.4, 0.7)))
 
 
 # --- keys that are shared -------------------------------------------------------------------------------------------

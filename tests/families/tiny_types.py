@@ -17,8 +17,10 @@ from models import _gain
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.llama4 import modeling_llama4
 
 __all__ = [
+    "MARKED",
     "PICTURE",
     "RECURRENT",
     "SLIDING",
@@ -29,11 +31,19 @@ __all__ = [
     "build",
     "configuration",
     "fill",
+    "mend_llama4",
 ]
 
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
 LAYERS, VOCABULARY, PICTURE, VIDEO, AUDIO = 6, 200, 150, 151, 152
+PLACES = {
+    "chameleon": ("model",),
+    "kosmos-2.5": ("text_model", "model"),
+    "llama4": ("language_model", "model"),
+    "nemotron_h_omni": ("language_model", "model"),
+}
+"""Children that lead to the decoder, of types whose model has it in another place than its child ``model``."""
 SIZES: dict[str, int] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -54,7 +64,7 @@ SIZES: dict[str, int] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-WINDOW = 6
+WINDOW, LONG_WINDOW = 6, 20
 SLIDING = (
     "aya_vision",
     "cohere2_vision",
@@ -63,17 +73,30 @@ SLIDING = (
     "gemma3",
     "gemma4",
     "gemma4_unified",
+    "idefics2",
+    "llama4",
     "muse_glimmer",
     "muse_spark",
     "shieldgemma2",
     "step3p7",
 )
 """Types of which some layers slide."""
-RECURRENT = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe")
+RECURRENT = (
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "nemotron_h_omni",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 """Types of which some layers keep a state instead of keys."""
 LOUD = (*RECURRENT, "muse_glimmer", "muse_spark")
 """Types whose fp32 noise is as large as can be borne: their norms are around what they are at first."""
-MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids"}
+MARKED = {"kosmos-2.5": "image_embeds_position_mask"}
+"""By which argument a type is told which tokens are visual, where no id does."""
+MARKS = {"ernie4_5_vl_moe": "moe_mm_token_type_ids", **MARKED}
 """By which argument a type's layers are told which tokens are of pictures."""
 SECTION = [2, 1, 1]
 """Of M-RoPE, for heads of 8 features."""
@@ -125,7 +148,10 @@ def _aya_vision(config: Any) -> None:
 
 
 def _chameleon(config: Any) -> None:
+    """Its decoder has the vision tower."""
     config.vocabulary_map = {"<image>": PICTURE}
+    sizes = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "latent_channels": 32}
+    config.vq_config = type(config.vq_config)(**sizes)
 
 
 def _cohere_compass(config: Any) -> None:
@@ -159,6 +185,22 @@ def _kimi_k25(config: Any) -> None:
     text.first_k_dense_replace = 1
 
 
+def _nemotron_h_omni(config: Any) -> None:
+    """States, attention, MLPs and experts, in layers of their own."""
+    text = config.text_config
+    attends, state, layers = "full_attention", "linear_attention", text.layers_block_type
+    text.layers_block_type = [state, "mlp", attends, state, "moe", "mlp", attends, state][: len(layers)]
+    text.mamba_num_heads, text.mamba_head_dim, text.ssm_state_size, text.n_groups, text.chunk_size = 4, 8, 8, 2, 8
+    text.moe_shared_expert_intermediate_size = 16
+    config.audio_config = None
+
+
+def _kosmos2_5(config: Any) -> None:
+    text = config.text_config
+    text.ffn_dim, text.attention_heads = 48, 4
+    config.vision_config.num_hidden_layers = 1
+
+
 def _lfm2_vl(config: Any) -> None:
     _set_kinds(config.text_config, "conv", "conv", "full_attention", "conv")
 
@@ -185,7 +227,32 @@ def _sliding(config: Any) -> None:
     """Windows that are shorter than prompts, and some full layers."""
     text = config.get_text_config()
     text.sliding_window = WINDOW
-    _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+    if getattr(text, "layer_types", None) is not None:
+        _set_kinds(text, "sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
+
+
+def _idefics2(config: Any) -> None:
+    """All layers slide, so that some must see a whole prompt; not its answer too."""
+    config.text_config.sliding_window = LONG_WINDOW
+
+
+def _llama4(config: Any) -> None:
+    """Chunks instead of windows. Full layers do not rotate, and scale queries of long prompts.
+
+    The first one is full, for what begins a chunk has nothing that would tell tokens of a picture apart.
+    """
+    mend_llama4()
+    text, chunks = config.text_config, "chunked_attention"
+    text.sliding_window, text.attention_chunk_size, text.intermediate_size_mlp = None, WINDOW, 48
+    _set_kinds(text, "full_attention", chunks)
+    text.no_rope_layers = [int(kind == chunks) for kind in text.layer_types]
+
+
+def mend_llama4() -> None:
+    """The forward of Transformers 5.24.0 reads a field that the output of its own text model lacks."""
+    module: Any = modeling_llama4
+    if hasattr(module, "MoeCausalLMOutputWithPast"):
+        module.MoeCausalLMOutputWithPast.image_outputs = None
 
 
 def _muse(config: Any) -> None:
@@ -236,9 +303,12 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "fast_vlm": _clip_tower,
     "glm4v_moe": _glm4v_moe,
     "hunyuan_vl": _hunyuan_vl,
+    "idefics2": _idefics2,
     "kimi_k25": _kimi_k25,
+    "kosmos-2.5": _kosmos2_5,
     "lfm2_vl": _lfm2_vl,
     "lfm3_vl": _lfm3_vl,
+    "llama4": _llama4,
     "minicpm_ocr": _qwen3_5,
     "minicpmv4_6": _qwen3_5,
     "minicpmv4_7": _qwen3_5,
@@ -249,6 +319,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "gemma4": _gemma4,
     "gemma4_unified": _gemma4_unified,
     "granite4_vision": _granite4_vision,
+    "nemotron_h_omni": _nemotron_h_omni,
     "perception_lm": _clip_tower,
     "step3p7": _step3p7,
 }
@@ -276,7 +347,8 @@ def configuration(kind: str, layers: int = LAYERS) -> Any:
         config.video_token_id = VIDEO
     if _read(config, "audio_token_id") is not None:
         config.audio_token_id = AUDIO
-    config.image_token_id = PICTURE  # last: it may be another name of the same
+    if kind not in MARKED:
+        config.image_token_id = PICTURE  # last: it may be another name of the same
     if kind in SLIDING:
         _sliding(config)
     if kind in TWEAKS:
@@ -297,24 +369,30 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
     """A shared model of a type: whoever changes it restores it."""
     with torch.device("meta"):
         model: Any = getattr(transformers, TYPES[kind])(configuration(kind, layers)).eval()
-    base = model.model
-    name = "language_model" if hasattr(base, "language_model") else "text_model"
+    if kind in PLACES:
+        *path, name = PLACES[kind]
+    else:
+        path, name = ["model"], "language_model" if hasattr(model.model, "language_model") else "text_model"
+    base = functools.reduce(getattr, path, model)
+    headed = model if path in ([], ["model"]) else getattr(model, path[0])
     text: Any = type(getattr(base, name))(model.config.get_text_config()).eval()
     setattr(base, name, text)
-    for other in [other for other, _ in base.named_children() if other != name]:
-        setattr(base, other, nn.Identity())
-    model.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
+    for owner in {base, model}:
+        for other, module in list(owner.named_children()):
+            if not any(part is text or part is headed for part in module.modules()):
+                setattr(owner, other, nn.Identity())
+    headed.lm_head = nn.Linear(text.config.hidden_size, VOCABULARY, bias=False)
     if kind in LOUD:
-        fill(text, model.lm_head, centre=lambda weight: float(weight.mean()))
+        fill(text, headed.lm_head, centre=lambda weight: float(weight.mean()))
     else:
-        fill(text, model.lm_head)
+        fill(text, headed.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
     return TinyType(model, text, axes_of(text), MARKS.get(kind))
 
 
 def axes_of(text: Any) -> int:
-    sections = getattr(text.rotary_emb, "mrope_section", None) or [0]
+    sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None) or [0]
     return len(next(iter(sections.values())) if isinstance(sections, dict) else sections)
 
 

@@ -7,23 +7,45 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from . import places
 from .base import ModelAdapter
+from .chameleon import Chameleon
+from .kosmos2_5 import Kosmos25
+from .llama4 import Llama4
 from .llava import Llava
+from .nemotron_h_omni import NemotronHOmni
 from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
+from .tables import identity, in_form_of, tables_in
 from .types import REFUSED, ROUTED
 
-__all__ = ["FAMILIES", "PER_TOKEN", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
+__all__ = [
+    "FAMILIES",
+    "PER_TOKEN",
+    "REFUSED",
+    "ROUTED",
+    "ModelAdapter",
+    "adapter_of",
+    "check_type",
+    "identity",
+    "in_form_of",
+    "is_supported",
+    "tables_in",
+]
 
-FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qwen25VL) for kind in family.model_types}
+FAMILIES: dict[str, type[ModelAdapter]] = {
+    kind: family
+    for family in (Chameleon, Kosmos25, Llama4, Llava, NemotronHOmni, Qwen25VL)
+    for kind in family.model_types
+}
 """Of the model types that have a file, by ``config.model_type``."""
 
 
 def is_supported(model: Any) -> bool:
     """Whether ``model`` is a whole vision-language model that may be routed; ``adapter_of`` looks closer."""
     config: Any = getattr(model, "config", None)
-    if not (places.visual_ids(config) and hasattr(model, "generate") and hasattr(model, "lm_head")):
+    has_pictures = places.visual_ids(config) or _family(config).marks
+    if not (has_pictures and hasattr(model, "generate") and places.is_whole(model)):
         return False
-    return config.model_type not in REFUSED and places.has_decoder(getattr(model, "model", None))
+    return config.model_type not in REFUSED
 
 
 def adapter_of(model: Any) -> ModelAdapter:
@@ -34,7 +56,11 @@ def adapter_of(model: Any) -> ModelAdapter:
     """
     config: Any = getattr(model, "config", None)
     check_type(config, type(model).__name__)
-    return FAMILIES.get(config.model_type, ModelAdapter)(model)
+    return _family(config)(model)
+
+
+def _family(config: Any) -> type[ModelAdapter]:
+    return FAMILIES.get(getattr(config, "model_type", ""), ModelAdapter)
 
 
 def check_type(config: Any, name: str) -> None:
@@ -45,7 +71,7 @@ def check_type(config: Any, name: str) -> None:
     """
     kind = getattr(config, "model_type", None)
     why = REFUSED.get(str(kind), "")
-    if not why and not places.visual_ids(config):
+    if not (why or places.visual_ids(config) or _family(config).marks):
         why = f"its configuration names no visual tokens (image_token_id). Known types: {', '.join(ROUTED)}"
     if why:
         raise UnsupportedModelError(f"Cannot route {name} (model type {kind!r}): {why}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,14 +16,15 @@ from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
 from reroute_kernels.reference import rotate
 
 from ...errors import RerouteError, UnsupportedModelError
-from ...rankers import Ranker
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
+from .kinds import LayerKinds
 from .layers import Layers
 from .projections import projections_of
-from .recurrent import RECURRENT, mixer_name
+from .recurrent import check_row_by_row
 from .scoring_layer import check_part, check_scoring_layer
+from .tables import tables_in
 
 __all__ = ["ModelAdapter"]
 
@@ -32,7 +34,7 @@ _CHANGED = (
 )
 
 
-class ModelAdapter:
+class ModelAdapter(LayerKinds):
     """A vision-language model of which all is known, bound to it. It is a ``reroute.rankers.base.DecoderAdapter``.
 
     Subclasses override what the facts of a layer do not hold; what they say is proved as all else is.
@@ -42,14 +44,19 @@ class ModelAdapter:
     - ``reads_kinds``: whether layers are told something of each token beside its hidden state (``PER_TOKEN``).
     - ``is_causal``: whether without a mask a token sees only what comes before it, in the layers that run compact.
     - ``position_axes``: how many position ids a token has.
-    - ``renumbers``: whether position ids are one number per token, so that kept tokens may be renumbered. Else layers
-      get position ids in some calls (``generate``) and none in others (a plain forward).
+    - ``renumbers``: whether position ids are one number per token, from which rotary tables are made, so that kept
+      tokens may be renumbered. Of M-RoPE's, layers get position ids in some calls (``generate``) and none in others.
+    - ``decoder_embeds``: whether the decoder itself makes hidden states of ids and pictures.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """``config.model_type`` of the models that a subclass is for."""
     attention: ClassVar[str] = "self_attn"
     """What a layer calls its attention."""
+    marks: ClassVar[str | None] = None
+    """The argument (B, L) of the base model that marks visual tokens, where no ids do."""
+    merges: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of the decoder that it makes hidden states of, before its first layer, beside ids."""
 
     def __init__(self, model: Any) -> None:
         """Bind to ``model``.
@@ -70,14 +77,15 @@ class ModelAdapter:
             )
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
-        self.base = places.child(model, "model")
-        self._decoder = places.decoder_name(self.base)
-        self.text = getattr(self.base, self._decoder)
+        self.base = places.base_of(model)
+        self._decoder = places.decoder_path(self.base)
+        self.text = self._decoder_now()
         places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
         self.position_axes = places.position_axes(self.base, self.text)
-        self.renumbers = self.position_axes == 1
-        self.first_layer = places.feature_levels(self.config, self.text)
+        self.renumbers = self.position_axes == 1 and hasattr(self.text, "rotary_emb")
+        self.decoder_embeds = bool(self.merges) or self.base is self.text
+        self.first_layer = places.feature_levels(self.config, self.text, self.merges)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
         self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
         self._check_structure()
@@ -93,7 +101,7 @@ class ModelAdapter:
         Raises:
             RerouteError: it was replaced.
         """
-        if not _holds(model.model, self.base):
+        if not _holds(places.base_of(model), self.base):
             raise RerouteError(_CHANGED)
 
     def check_layers(self, scoring: Sequence[int]) -> None:
@@ -104,23 +112,27 @@ class ModelAdapter:
         Raises:
             RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
         """
-        now = self._layers_now() if _holds(getattr(self.base, self._decoder), self.text) else []
+        now = self._layers_now() if _holds(self._decoder_now(), self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
             raise RerouteError(_CHANGED)
         for index in scoring:
             self._facts[index] = self._known.proved(self, index)
             check_scoring_layer(self.layers[index], index, self._scoring_parts(index))
 
-    def check_facts(self, scoring: Sequence[int], compact: Sequence[int]) -> None:
+    def check_facts(self, scoring: Sequence[int], compact: Sequence[int], first: int) -> None:
         """Find out what must be known of the ``scoring`` layers and of those that run ``compact``, and prove it.
+
+        ``first``: the first layer whose input is looked at.
 
         Raises:
             UnsupportedModelError: something cannot be found out, or is not what the layer does.
         """
-        recurrent = [index for index in compact if self.is_recurrent(index)]
-        for index in recurrent:
-            self._known.check_recurrent(self, index)
-        attending = [index for index in compact if index not in recurrent]
+        for index in compact:
+            if self.is_recurrent(index):
+                self._known.check_recurrent(self, index)
+            elif self.is_row_by_row(index):
+                check_row_by_row(self.layers[index], index, getattr(self.layers[index], self.mixer(index)))
+        attending = filter(self.attends, compact)
         kinds = {self._known.facts(self, index, like_others=True).is_causal for index in attending}
         if len(kinds) > 1:
             raise UnsupportedModelError(
@@ -128,9 +140,12 @@ class ModelAdapter:
                 "routing takes a missing mask for the same in all. Disable routing for this model."
             )
         self.is_causal = kinds.pop() if kinds else True
-        self.has_several_tables = self._known.check_calls(self, compact, scoring)
+        self.has_several_tables = self._known.check_calls(self, compact, first)
         for index in scoring:
             self._facts[index] = self._known.proved(self, index)
+
+    def _decoder_now(self) -> Any:
+        return functools.reduce(getattr, self._decoder, self.base)
 
     def _layers_now(self) -> Sequence[Any]:
         """The layers that a forward runs.
@@ -179,52 +194,6 @@ class ModelAdapter:
     def visual_ids(self) -> tuple[int, ...]:
         """Ids of the placeholders that stand for visual tokens in ``input_ids``."""
         return places.visual_ids(self.config)
-
-    @property
-    def has_one_kind(self) -> bool:
-        """Whether all layers attend alike by the configuration, and so get the same mask."""
-        kinds = getattr(self.text_config, "layer_types", None)
-        return kinds is None or len(set(kinds)) <= 1
-
-    def slides(self, layer: int) -> bool:
-        """Whether ``layer`` looks back over a window only, by the configuration, as the cache is made by it."""
-        return self._kind(layer) == "sliding_attention"
-
-    def is_recurrent(self, layer: int) -> bool:
-        """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution, by the configuration."""
-        return self._kind(layer) in RECURRENT
-
-    def mixer(self, layer: int) -> str:
-        """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
-        return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention
-
-    def is_full_attention(self, layer: int) -> bool:
-        """Whether ``layer`` attends to everything before a token, without a sliding window."""
-        return self._kind(layer) == "full_attention" and not self._has_window(layer)
-
-    def sees_only_before(self, layer: int) -> bool:
-        """Whether without a mask a token of ``layer`` sees only what comes before it."""
-        return self._known.facts(self, layer, like_others=True).is_causal
-
-    def is_known_kind(self, layer: int) -> bool:
-        """Whether ``layer`` is recurrent, or attends to all or over a window, as configuration and attention agree."""
-        if self.is_recurrent(layer):
-            return True
-        return self._kind(layer) == ("sliding_attention" if self._has_window(layer) else "full_attention")
-
-    def may_decide(self, layer: int, ranker: Ranker) -> bool:
-        """Whether ``ranker`` may decide before ``layer``, by what it scores with and looks at: full attention."""
-        looks = (layer + ranker.layer_offset, *ranker.looks_before(layer))
-        return layer >= self.first_layer and all(look >= 0 and self.is_full_attention(look) for look in looks)
-
-    def _kind(self, layer: int) -> str:
-        types = getattr(self.text_config, "layer_types", None)
-        if types is not None:
-            return str(types[layer])
-        return "full_attention" if getattr(self.text_config, "sliding_window", None) is None else "sliding_attention"
-
-    def _has_window(self, layer: int) -> bool:
-        return self._known.facts(self, layer, like_others=True).window is not None
 
     def input_norm(self, layer: int) -> RMSNorm | None:
         """See ``DecoderAdapter``. Also None if the module has hooks or an own forward, which a kernel would bypass."""
@@ -292,7 +261,7 @@ class ModelAdapter:
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """See ``DecoderAdapter``."""
-        return AttentionSpec(float(self._attention(layer).scaling), self.facts(layer).rope, self._key_norm(layer))
+        return AttentionSpec(self.facts(layer).scaling, self.facts(layer).rope, self._key_norm(layer))
 
     def rotates(self, layer: int) -> bool:
         """See ``DecoderAdapter``."""
@@ -300,8 +269,16 @@ class ModelAdapter:
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
-        cos, sin = self.text.rotary_emb(hidden, position_ids=ids, **self._kind_of_tables)
-        return cos, sin
+        tables = tables_in(self.text.rotary_emb(hidden, position_ids=ids, **self._kind_of_tables))
+        assert tables is not None  # those of layers were looked at
+        return tables
+
+    def counts_from(self, layer: int) -> int | None:
+        """The position from which on it matters that the code of ``layer`` counts the rows that are present.
+
+        None if that is not known: then it may not count any.
+        """
+        return None
 
     @cached_property
     def _kind_of_tables(self) -> dict[str, str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
 from .projections import projections_of
+from .tables import in_form_of, tables_in
 
 __all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows"]
 
@@ -31,6 +32,8 @@ SPREAD = 3.0
 IMPLEMENTATION = "reroute_dry_run"
 """Name of the attention function that tells what it gets."""
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("hooks", "with_kwargs", "always_called")))
+EPSILONS = ("variance_epsilon", "eps")
+"""What norms call their epsilon."""
 OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 """What others put on one module beside hooks."""
 
@@ -38,7 +41,7 @@ OWN = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_reroute")
 class Inputs(NamedTuple):
     """What a layer is run on: hidden (1, R, C), tables (1, R, rot) each, ids (1, R), an additive mask (1, 1, R, R).
 
-    Without ``has_tables`` the layer gets none, and those here turn nothing.
+    ``given``: tables as the decoder gives them to the layer, whose form it gets; without any, those here turn nothing.
     """
 
     hidden: Tensor
@@ -46,14 +49,14 @@ class Inputs(NamedTuple):
     sin: Tensor
     ids: Tensor
     mask: Tensor
-    has_tables: bool = True
+    given: Any = None
 
     @classmethod
-    def of(cls, hidden: Tensor, tables: tuple[Tensor, Tensor] | None, ids: Tensor) -> Inputs:
-        """With a causal mask."""
+    def of(cls, hidden: Tensor, given: Any, ids: Tensor) -> Inputs:
+        """With a causal mask, and tables that the decoder gives."""
         mask = torch.full((ROWS, ROWS), torch.finfo(torch.float32).min).triu(1)
-        cos, sin = (torch.ones(1, ROWS, 2), torch.zeros(1, ROWS, 2)) if tables is None else tables
-        return cls(hidden, cos, sin, ids, mask[None, None], has_tables=tables is not None)
+        cos, sin = tables_in(given) or (torch.ones(1, ROWS, 2), torch.zeros(1, ROWS, 2))
+        return cls(hidden, cos, sin, ids, mask[None, None], given)
 
     def unrotated(self) -> Inputs:
         """The same with tables that turn nothing."""
@@ -130,10 +133,13 @@ class DryRun:
         named = [name for name, one in self._arguments.items() if one.kind is not inspect.Parameter.VAR_KEYWORD]
         return tuple(named[1:])
 
-    def __call__(self, inputs: Inputs) -> Seen | None:
-        """What the attention function gets; None if none is called, or not behind projections that are known."""
+    def __call__(self, inputs: Inputs, past: int = 0) -> Seen | None:
+        """What the attention function gets; None if none is called, or not behind projections that are known.
+
+        ``past``: the length that a cache says it has.
+        """
         try:
-            self._run(inputs)
+            self._run(inputs, past)
         except _Reached as reached:
             query, key, mask, options = reached.given
             order, (of_query, of_key) = self.projections.as_projected, self.projections.names
@@ -155,14 +161,17 @@ class DryRun:
             hook.remove()
         return None
 
-    def _run(self, inputs: Inputs) -> None:
+    def _run(self, inputs: Inputs, past: int = 0) -> None:
         given: dict[str, Any] = {
             "attention_mask": inputs.mask,
             "position_ids": inputs.ids,
-            "position_embeddings": (inputs.cos, inputs.sin) if inputs.has_tables else None,
+            "position_embeddings": in_form_of(inputs.given, inputs.cos, inputs.sin),
         }
+        if past:
+            given["cache" if "cache" in self._arguments else "past_key_values"] = _Cache(past)
         takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._arguments.values())
-        given = {name: value for name, value in given.items() if takes_any or name in self._arguments}
+        named = self._arguments
+        given = {name: value for name, value in given.items() if name in named or (takes_any and value is not None)}
         if "shared_kv_states" in self._arguments:
             given["shared_kv_states"] = {}  # a layer that has no keys of its own fails
         self._inputs.clear()
@@ -186,7 +195,8 @@ class DryRun:
     def _child(self, module: Any) -> Any:
         if is_projection(module):
             return _Projection(module, self._generator)
-        if not _is_depthwise(module) and any(weight.ndim > 1 for weight in module.parameters()):
+        has_matrices = any(weight.ndim > 1 for weight in module.parameters())
+        if has_matrices and not _is_depthwise(module) and not any(hasattr(module, eps) for eps in EPSILONS):
             return _Unknown(type(module).__name__)
         return self._stood_in(module)
 
@@ -195,47 +205,86 @@ class DryRun:
         return 1 + 0.3 * torch.randn(like.shape, generator=self._generator)
 
 
-def layers_get(text: Any, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def layers_get(
+    text: Any, hidden: Tensor, ids: Tensor, settings: Mapping[str, Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What a decoder calls each of its layers with: arguments behind the hidden states, and keyword arguments.
 
     ``hidden`` (1, R, C) at position ``ids``, in eager mode, where masks are always made. Rotary frequencies are random,
-    and long ids do not change them.
+    and long ids do not change them. ``settings`` replace those of the configuration.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     text = getattr(text, "_orig_mod", text)
     children = {name: _clone(child, child._modules) for name, child in text.named_children()}
-    children["layers"] = nn.ModuleList(_Listening(layer, calls) for layer in text.layers)
     children.update({name: nn.Identity() for name in children if "norm" in name})
     for name in children:
         if "rotary" in name:
             children[name] = _with_random_buffers(children[name])
+    if not any("rotary" in name for name in children):  # positions are in what it embeds
+        for name in children:
+            if "emb" in name:
+                children[name].forward = lambda *_, **__: torch.zeros(1, 1, hidden.shape[-1])
     clone = _clone(text, children)
-    clone.config = _Config(text.config, "eager")
-    type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False)
+    clone.config = _Config(text.config, "eager", settings)
+    for make in (lambda output: output, lambda output: (output,)):
+        calls.clear()
+        clone._modules["layers"] = nn.ModuleList(_Listening(layer, calls, make) for layer in text.layers)
+        try:
+            type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False)
+        except _TakesFirst:
+            continue
+        break
     return calls
 
 
-class _Listening(nn.Module):
-    """In the place of a layer, of which it has all attributes: notes what it is called with."""
+class _TakesFirst(Exception):
+    """The decoder takes the first of what a layer returns: layers return tuples."""
 
-    def __init__(self, layer: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+
+class _Listening(nn.Module):
+    """In the place of a layer, of which it has all attributes: notes what it is called with.
+
+    It returns what ``make`` makes of its hidden states (1, R, C).
+    """
+
+    def __init__(
+        self, layer: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], make: Callable[[Tensor], Any]
+    ) -> None:
         super().__init__()
-        self.__dict__.update(layer=layer, calls=calls)
+        self.__dict__.update(layer=layer, calls=calls, make=make)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+        if hidden.ndim < 3:
+            raise _TakesFirst
         self.calls.append((tuple(others), kwargs))
-        return hidden
+        return self.__dict__["make"](hidden)
+
+
+class _Cache:
+    """Says that it is of some length, and keeps nothing."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._length
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
 
 
 class _Config:
     """A configuration that names another attention function; all else is that of ``config``."""
 
-    def __init__(self, config: Any, implementation: str = IMPLEMENTATION) -> None:
+    def __init__(
+        self, config: Any, implementation: str = IMPLEMENTATION, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._config, self._attn_implementation = config, implementation
+        vars(self).update(settings)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +19,11 @@ from reroute_kernels import RMSNorm, Rope
 from reroute_kernels.reference import rotate
 
 from ...errors import UnsupportedModelError
-from .dry_run import DryRun, Inputs, Seen
+from .dry_run import EPSILONS, FAR, ROWS, DryRun, Inputs, Seen
 from .places import PER_TOKEN
+
+if TYPE_CHECKING:
+    from .base import ModelAdapter
 
 __all__ = ["LayerFacts", "alike", "check_arguments", "layer_facts", "refusal", "rms_norm_of", "rotated", "without_gate"]
 
@@ -42,8 +44,6 @@ ARGUMENTS = (
 """What a layer may be called with. Whatever else it takes may have an entry for each token."""
 OPTIONS = ("scaling", "dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "sliding_window")
 """Keyword arguments of attention functions that change no score, but for the scale, or that are looked at elsewhere."""
-EPSILONS = ("variance_epsilon", "eps")
-"""What norms call their epsilon."""
 COUNTERS = ("arange", "cumsum")
 """What code that counts the rows present calls."""
 
@@ -60,6 +60,7 @@ class LayerFacts:
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
     - ``head_dim``: features of a head that the attention function gets.
+    - ``scaling``: the factor on logits.
     - ``window``: how far the layer looks back; None if to the first token.
     - ``is_causal``: whether without a mask a token sees only what comes before it.
     """
@@ -75,6 +76,7 @@ class LayerFacts:
     rotates: bool
     rope: Rope
     head_dim: int
+    scaling: float
     window: int | None
     is_causal: bool
 
@@ -87,19 +89,22 @@ def refusal(what: str, layer: Any, index: int) -> UnsupportedModelError:
     )
 
 
-def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inputs) -> LayerFacts:
-    """The facts of ``layer``, from dry runs on ``inputs``.
+def layer_facts(adapter: ModelAdapter, index: int, run: DryRun, inputs: Inputs) -> LayerFacts:
+    """The facts of layer ``index`` of a model, from dry runs on ``inputs``.
 
     Raises:
         UnsupportedModelError: one of them cannot be found out; says which.
     """
-    of = getattr(layer, attention)
-    _check_code(layer, of, index, run)
+    layer = adapter.layers[index]
+    of = getattr(layer, adapter.attention)
+    counts_from = adapter.counts_from(index)
+    _check_code(layer, of, index, run, may_count=counts_from is not None)
     plain = _seen(layer, index, run, inputs.unrotated())
     turned = _seen(layer, index, run, inputs)
     _check_call(layer, index, plain, inputs)
+    if counts_from is not None:
+        _check_counts(layer, index, turned, run(inputs, min(counts_from, FAR) - ROWS))
     input_norm = _input_norm(layer, index, run, plain, inputs.hidden)
-    _check_scale(layer, index, of, plain)
     heads = (-1, plain.query.shape[-1])
     rotates = not (torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key))
     query, keys = run.projections.queries(plain.rows[0])[0], run.projections.keys(plain.rows[1])[0]
@@ -122,6 +127,7 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
         rotates=rotates,
         rope=rope,
         head_dim=heads[1],
+        scaling=_scaling(plain),
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),
     )
@@ -147,11 +153,11 @@ def check_arguments(layer: Any, index: int, run: DryRun) -> None:
         raise refusal(f"it also takes {', '.join(unknown)}, which may have an entry for each token", layer, index)
 
 
-def _check_code(layer: Any, of: Any, index: int, run: DryRun) -> None:
+def _check_code(layer: Any, of: Any, index: int, run: DryRun, *, may_count: bool) -> None:
     """What no run on a few rows can show."""
     check_arguments(layer, index, run)
     counted = [name for part in (layer, of) for name in COUNTERS if name in _names(type(part).forward)]
-    if counted:
+    if counted and not may_count:
         raise refusal(
             f"its code counts the rows that are present ({counted[0]}), and routing leaves some out", layer, index
         )
@@ -188,7 +194,7 @@ def _check_call(layer: Any, index: int, seen: Seen, inputs: Inputs) -> None:
 
 def _input_norm(layer: Any, index: int, run: DryRun, seen: Seen, hidden: Tensor) -> str | None:
     """The child of ``layer`` that makes what its projections get of its input."""
-    for name, norm in _norms(run.layer, hidden[0, 0]):
+    for name, norm in _norms(run.layer, hidden.shape[-1:]):
         if all(alike(rows, norm(hidden)) for rows in seen.rows):
             return name
     if all(alike(rows, hidden) for rows in seen.rows):
@@ -206,9 +212,11 @@ def _head_norm(
     factors: Sequence[float] = (1.0,),
 ) -> tuple[str | None, float]:
     """The child of the attention, and the one of ``factors``, that make ``expected`` (H, R, D) of ``projected``."""
-    if projected.shape[-1] == expected.shape[0] * expected.shape[-1]:
-        projected = projected.unflatten(-1, (-1, expected.shape[-1])).transpose(0, 1)
-        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, expected[0, 0]))]
+    expected = expected.transpose(0, 1)
+    if projected.shape[-1] == expected.shape[1:].numel():
+        projected = projected.unflatten(-1, expected.shape[1:])
+        shapes = expected.shape[2:], expected.shape[1:]  # one for all heads, or of each its own
+        norms = [(None, projected), *((name, norm(projected)) for name, norm in _norms(run.attention, *shapes))]
         for factor, (name, normed) in itertools.product(factors, norms):
             if alike(expected, factor * normed):
                 return name, factor
@@ -224,12 +232,12 @@ def without_gate(projected: Tensor, head_dim: int) -> Tensor:
     return heads[..., :head_dim]
 
 
-def _norms(module: Any, row: Tensor) -> Iterator[tuple[str, Any]]:
-    """The children of ``module`` that norm something like ``row``, by name."""
+def _norms(module: Any, *shapes: torch.Size) -> Iterator[tuple[str, Any]]:
+    """The children of ``module`` whose weights, if they have any, are of one of these ``shapes``, by name."""
     for name, child in module.named_children():
         weights = list(child.parameters())
         is_norm = bool(weights) or any(hasattr(child, eps) for eps in EPSILONS)
-        if is_norm and all(weight.shape == row.shape for weight in weights):
+        if is_norm and all(weight.shape in shapes for weight in weights):
             yield name, child
 
 
@@ -262,12 +270,15 @@ def rotated(heads: Tensor, inputs: Inputs, rope: Rope) -> Tensor:
     return rotate(heads.transpose(0, 1), inputs.cos[0], inputs.sin[0], rope).transpose(0, 1)
 
 
-def _check_scale(layer: Any, index: int, of: Any, seen: Seen) -> None:
-    """The factor on logits, which scoring reads off the attention."""
-    given, said = seen.options.get("scaling"), getattr(of, "scaling", None)
-    given = seen.query.shape[-1] ** -0.5 if given is None else given
-    if said is None or not math.isclose(given, said, rel_tol=1e-6):
-        raise refusal(f"its attention function scales by {given}, and its attention says {said}", layer, index)
+def _check_counts(layer: Any, index: int, seen: Seen, later: Seen | None) -> None:
+    """Refuse a layer that makes something else of rows behind others, ``later``."""
+    if later is None or not (torch.equal(seen.query, later.query) and torch.equal(seen.key, later.key)):
+        raise refusal("it makes other queries and keys of rows behind others than is known", layer, index)
+
+
+def _scaling(seen: Seen) -> float:
+    given = seen.options.get("scaling")
+    return float(seen.query.shape[-1] ** -0.5 if given is None else given)
 
 
 def _is_rms_norm(norm: Any) -> bool:

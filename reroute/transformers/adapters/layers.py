@@ -16,6 +16,7 @@ from .facts import LayerFacts, layer_facts, refusal
 from .proof import prove
 from .recurrent import check_recurrent
 from .scoring_layer import check_parts
+from .tables import tables_in
 
 if TYPE_CHECKING:
     from .base import ModelAdapter
@@ -53,7 +54,7 @@ class Layers:
         if key not in self._facts:
             with on_cpu():
                 run, inputs = _dry_run(adapter, index)
-                self._facts[key] = layer_facts(adapter.layers[index], adapter.attention, index, run, inputs)
+                self._facts[key] = layer_facts(adapter, index, run, inputs)
         return self._facts[key]
 
     def check_recurrent(self, adapter: ModelAdapter, index: int) -> None:
@@ -67,17 +68,18 @@ class Layers:
             with on_cpu():
                 run = DryRun(adapter.layers[index], adapter.mixer(index))
                 hidden, ids = rows(adapter.text_config.hidden_size)
-                check_recurrent(adapter.layers[index], index, run, hidden, ids)
+                has_tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings") is not None
+                check_recurrent(adapter.layers[index], index, run, hidden, ids, has_tables=has_tables)
             self._recurrent.add(key)
 
-    def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], scoring: Sequence[int]) -> bool:
+    def check_calls(self, adapter: ModelAdapter, compact: Sequence[int], first: int) -> bool:
         """Check what the decoder gives to the layers that run ``compact``, which is cut to the rows that are there.
 
-        Masks and rotary tables may differ from layer to layer, but for tables of those that are ``scoring``; or a layer
-        has none. Returns whether any has other ones than those.
+        Masks and rotary tables may differ from layer to layer, or a layer has none. Returns whether any has other
+        tables than the layer ``first``.
 
         Raises:
-            UnsupportedModelError: layers get something else for each token, or decisions would need several tables.
+            UnsupportedModelError: layers get something else for each token.
         """
         if not compact:
             return False
@@ -90,11 +92,21 @@ class Layers:
                 what = ", ".join(others) or "more than its hidden states by position"
                 raise refusal(f"it gets {what}, with an entry for each token", adapter.layers[index], index)
         tables = [kwargs.get("position_embeddings") for _, kwargs in calls]
-        for index in scoring:
-            if not _same(tables[index], tables[scoring[0]]):
-                why = f"it gets another position_embeddings than layer {scoring[0]}, and all decisions share one"
-                raise refusal(why, adapter.layers[index], index)
-        return not all(its is None or _same(its, tables[scoring[0]]) for its in tables)
+        return not all(its is None or _same(its, tables[first]) for its in tables)
+
+    def chunked(self, adapter: ModelAdapter) -> frozenset[int]:
+        """The layers to which the decoder gives a mask in which a token sees its chunk, up to itself.
+
+        Raises:
+            UnsupportedModelError: it cannot be run without its layers.
+        """
+        with on_cpu():
+            ids = torch.arange(ROWS)
+            calls = _calls(adapter, rows(adapter.text_config.hidden_size)[0], ids[None], attention_chunk_size=CHUNK)
+            visible = (ids[:, None] >= ids) & (ids[:, None] // CHUNK == ids // CHUNK)
+            masks = (kwargs.get("attention_mask") for _, kwargs in calls)
+            are = (isinstance(mask, Tensor) and torch.equal(mask[0, 0] == 0, visible) for mask in masks)
+            return frozenset(index for index, its in enumerate(are) if its)
 
     def proved(self, adapter: ModelAdapter, index: int) -> LayerFacts:
         """The facts of layer ``index``, from which scores were proved to be those of its attention.
@@ -107,7 +119,7 @@ class Layers:
         if key not in self._proved:
             with on_cpu():
                 run, inputs = _dry_run(adapter, index)
-                facts = layer_facts(adapter.layers[index], adapter.attention, index, run, inputs)
+                facts = layer_facts(adapter, index, run, inputs)
                 prove(adapter, facts, index, run, inputs)
             self._facts[key] = self._proved[key] = facts
         return self._proved[key]
@@ -126,14 +138,23 @@ def _same(one: Any, other: Any) -> bool:
     return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
-def _calls(adapter: ModelAdapter, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+CHUNK = 7
+"""Of masks that are looked at: several to the rows of a run, and the last one shorter."""
+
+
+def _calls(
+    adapter: ModelAdapter, hidden: Tensor, ids: Tensor, **settings: Any
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What the decoder calls each of its layers with, for rows at position ``ids`` (1, R).
+
+    ``settings`` replace those of its configuration.
 
     Raises:
         UnsupportedModelError: it cannot be run without its layers.
     """
     try:
-        return layers_get(adapter.text, hidden, ids if adapter.renumbers else ids.expand(adapter.position_axes, -1, -1))
+        ids = ids if adapter.position_axes == 1 else ids.expand(adapter.position_axes, -1, -1)
+        return layers_get(adapter.text, hidden, ids, settings)
     except Exception as error:
         raise UnsupportedModelError(
             f"The decoder {type(adapter.text).__name__} cannot be run without its layers, to see what it gives "
@@ -147,7 +168,7 @@ def _dry_run(adapter: ModelAdapter, index: int) -> tuple[DryRun, Inputs]:
     run = DryRun(layer, adapter.attention)
     hidden, ids = rows(adapter.text_config.hidden_size)
     tables = _calls(adapter, hidden, ids)[index][1].get("position_embeddings")
-    if tables is not None and not (isinstance(tables, tuple) and len(tables) == 2 and all(map(_has_rows, tables))):
+    if tables is not None and not (tables_in(tables) and all(map(_has_rows, tree_leaves(tables)))):
         raise refusal("its decoder gives it rotary tables of another form than is known", layer, index)
     return run, Inputs.of(hidden, tables, ids)
 

@@ -10,18 +10,19 @@ from ...errors import UnsupportedModelError
 
 __all__ = [
     "PER_TOKEN",
+    "base_of",
     "child",
-    "decoder_name",
+    "decoder_path",
     "feature_levels",
     "final_norm",
-    "has_decoder",
+    "is_whole",
     "position_axes",
     "stops_early",
     "visual_ids",
 ]
 
 DECODERS = ("language_model", "text_model")
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "use_cache")
 """What every decoder can be called with."""
 
@@ -42,15 +43,37 @@ def child(module: Any, *names: str) -> Any:
     return first
 
 
-def decoder_name(base: Any) -> str:
-    """What the base model calls its decoder. Raises what ``child`` does."""
-    text = child(base, *DECODERS)
-    return next(name for name in DECODERS if getattr(base, name, None) is text)
+def base_of(model: Any) -> Any:
+    """What a whole ``model`` calls to get hidden states: its child ``model``, or itself if it has the decoder.
+
+    Raises:
+        UnsupportedModelError: it has neither, as parts of models.
+    """
+    return model if _has_headed_decoder(model) else child(model, "model")
 
 
-def has_decoder(base: Any) -> bool:
-    """Whether ``base`` has a decoder of one of the known names."""
-    return any(hasattr(base, name) for name in DECODERS)
+def decoder_path(base: Any) -> tuple[str, ...]:
+    """Names of the children that lead from the base model to its decoder; none if it is that itself.
+
+    Raises:
+        UnsupportedModelError: there is no decoder of a known name.
+    """
+    child(base, *DECODERS, "layers")
+    names = [name for name in DECODERS if getattr(base, name, None) is not None][:1]
+    return (*names, "model") if _has_headed_decoder(base) else tuple(names)
+
+
+def is_whole(model: Any) -> bool:
+    """Whether ``model`` seems to be one with a head and a decoder."""
+    base = getattr(model, "model", None)
+    has_decoder = any(hasattr(base, name) for name in (*DECODERS, "layers"))
+    return _has_headed_decoder(model) or (has_decoder and hasattr(model, "lm_head"))
+
+
+def _has_headed_decoder(module: Any) -> bool:
+    """Whether the child of ``module`` that is called as its decoder is a causal language model, with its own head."""
+    text = next((one for name in DECODERS if (one := getattr(module, name, None)) is not None), None)
+    return hasattr(text, "lm_head") and hasattr(text, "model")
 
 
 def final_norm(text: Any) -> Any:
@@ -79,15 +102,17 @@ LEVELS: Final[dict[str, Callable[[Any], int]]] = {
 last ones are there, by the configuration of the whole model."""
 
 
-def feature_levels(config: Any, text: Any) -> int:
+def feature_levels(config: Any, text: Any, merged: frozenset[str]) -> int:
     """The first layer at which all features of pictures are in the hidden states; 0 if none come between layers.
+
+    ``merged``: arguments that the decoder uses before its first layer.
 
     Raises:
         UnsupportedModelError: the decoder takes something else, which may have an entry for each token.
     """
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = list(inspect.signature(type(text).forward).parameters.values())[1:]
-    others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS)
+    others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS, merged)
     levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
     unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
     unused = (name for name, size in UNUSED.items() if getattr(config.get_text_config(), size, None) == 0)

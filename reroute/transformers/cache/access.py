@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -68,6 +69,8 @@ __all__ = [
 
 RECURRENT = (LinearAttentionLayer, GuardedRecurrentLayer)
 """Kinds of layers that keep a state instead of rows: plain, guarded."""
+NOTHING: type[Any] = getattr(cache_utils, "DummyLayer", type(None))
+"""The kind of layers that keep nothing, of releases that have it."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
@@ -84,7 +87,7 @@ def past_length(cache: Cache | None) -> int:
 def check_cache(
     cache: Cache, layers: Iterable[int], slides: Callable[[int], bool], is_recurrent: Callable[[int], bool]
 ) -> None:
-    """Refuse a cache that cannot hold a different length in each of ``layers``.
+    """Refuse a cache that cannot hold a different length in each of ``layers``, which keep something.
 
     Some of them may keep a window, and others a state.
 
@@ -130,10 +133,14 @@ def check_whole(cache: Cache, num_layers: int) -> None:
         UnsupportedCacheError: a forward was cut short after some layers had stored its tokens.
     """
     # There may be more, empty ones: by a configuration that lists kinds of layers which are no longer there.
-    layers: Sequence[Any] = [layer for layer in cache.layers[:num_layers] if type(layer) not in RECURRENT]
+    layers = _with_rows(cache.layers[:num_layers])
     agree = len(cache.layers) >= num_layers and _agree(layers[0].get_seq_length(), layers[-1].get_seq_length())
     if not agree or is_torn(cache):
         raise UnsupportedCacheError(HALF_FILLED)
+
+
+def _with_rows(layers: Iterable[Any]) -> Sequence[Any]:
+    return [layer for layer in layers if type(layer) not in (*RECURRENT, NOTHING)]
 
 
 def _agree(first: Any, last: Any) -> bool:
@@ -196,8 +203,8 @@ def tear(cache: Cache, past: Any, *, has_begun: bool) -> None:
 
     ``has_begun``: whether any layer has run. Of a state it cannot be seen whether it has changed.
     """
-    layers: Sequence[Any] = [layer for layer in cache.layers if type(layer) not in RECURRENT]
-    may_differ = has_begun and len(layers) < len(cache.layers)
+    layers = _with_rows(cache.layers)
+    may_differ = has_begun and any(type(layer) in RECURRENT for layer in cache.layers)
     if not may_differ and all(bool(layer.get_seq_length() == past) for layer in layers):
         return
     for layer in layers:

@@ -1,0 +1,119 @@
+"""What each layer of a decoder sees, and so which rankers may decide before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...rankers import Ranker
+from .recurrent import RECURRENT, mixer_name
+
+if TYPE_CHECKING:
+    from .layers import Layers
+
+__all__ = ["LayerKinds"]
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+ROW_BY_ROW = ("mlp", "moe")
+"""Kinds of layers in which rows do not meet: an MLP is all they have."""
+
+
+class LayerKinds:
+    """Kinds of layers by the configuration, by which the cache is made, and by what is found out about them.
+
+    - ``first_layer``: the first layer that may decide.
+    - ``attention``: what a layer calls its attention.
+    """
+
+    text_config: Any
+    layers: Sequence[Any]
+    first_layer: int
+    attention: ClassVar[str]
+    _known: Layers
+
+    @property
+    def has_one_kind(self) -> bool:
+        """Whether all layers attend alike by the configuration, and so get the same mask."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return kinds is None or len(set(kinds)) <= 1
+
+    def slides(self, layer: int) -> bool:
+        """Whether ``layer`` looks back over a window or within a chunk only: its cache keeps the last rows."""
+        return self._kind(layer) in (SLIDING, CHUNKED)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution."""
+        return self._kind(layer) in RECURRENT
+
+    def attends(self, layer: int) -> bool:
+        """Whether ``layer`` has keys: neither a state nor an MLP alone."""
+        return self._kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
+
+    def is_row_by_row(self, layer: int) -> bool:
+        """Whether ``layer`` takes each row by itself, and keeps nothing."""
+        return self._kind(layer) in ROW_BY_ROW
+
+    def mixer(self, layer: int) -> str:
+        """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
+        return mixer_name(self.layers[layer], self.attention) if self.is_recurrent(layer) else self.attention
+
+    def is_full_attention(self, layer: int) -> bool:
+        """Whether ``layer`` attends to everything before a token, without a sliding window."""
+        return self._kind(layer) == FULL and self._window(layer) is None
+
+    def sees_only_before(self, layer: int) -> bool:
+        """Whether without a mask a token of ``layer`` sees only what comes before it."""
+        return self._known.facts(self, layer, like_others=True).is_causal  # type: ignore[arg-type]
+
+    def is_known_kind(self, layer: int) -> bool:
+        """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""
+        kind = self._kind(layer)
+        if not self.attends(layer):
+            return True
+        if kind == CHUNKED:
+            return self._window(layer) is None and layer in self._chunked
+        return kind == (FULL if self._window(layer) is None else SLIDING)
+
+    def sees_all(self, layer: int, start: int, end: int) -> bool:
+        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
+        if self._kind(layer) == CHUNKED:  # which begin behind the padding
+            return end <= int(self.text_config.attention_chunk_size)
+        window = self._window(layer)
+        return window is None or end - start <= window
+
+    def may_decide(self, layer: int, ranker: Ranker) -> bool:
+        """Whether a method's ``ranker`` may decide before ``layer``: by attention where it sees everything.
+
+        Where no layer of the model does, those with windows may, for prompts that fit into them.
+        """
+        return self._may_decide(layer, ranker, self._seeing)
+
+    def can_decide(self, layer: int, ranker: Ranker) -> bool:
+        """Whether ``ranker`` can decide before ``layer`` for some prompts: by any attention."""
+        return self._may_decide(layer, ranker, self.attends)
+
+    def _may_decide(self, layer: int, ranker: Ranker, sees: Callable[[int], bool]) -> bool:
+        looks = (layer + ranker.layer_offset, *ranker.looks_before(layer))
+        if layer < self.first_layer or min(looks) < 0:
+            return False
+        return not ranker.needs_attention or all(map(sees, looks))
+
+    @cached_property
+    def _seeing(self) -> Callable[[int], bool]:
+        has_full = any(self._kind(layer) == FULL for layer in range(len(self.layers)))
+        return self.is_full_attention if has_full else self.slides
+
+    @cached_property
+    def _chunked(self) -> frozenset[int]:
+        return self._known.chunked(self)  # type: ignore[arg-type]
+
+    def _kind(self, layer: int) -> str:
+        types = getattr(self.text_config, "layer_types", None)
+        if types is not None:
+            return str(types[layer])
+        return FULL if getattr(self.text_config, "sliding_window", None) is None else SLIDING
+
+    def _window(self, layer: int) -> int | None:
+        """Of what the attention function is told."""
+        return self._known.facts(self, layer, like_others=True).window  # type: ignore[arg-type]
