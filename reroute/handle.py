@@ -118,6 +118,12 @@ class Handle:
             "backend_reason": backend.reason,
         }
 
+    def settings_in_words(self) -> str:
+        """What all processes that share the model must have alike."""
+        schedule = self.schedule
+        rankers = ", ".join(dict.fromkeys(type(ranker).__name__ for ranker in schedule.rankers))
+        return f"{self.config.action} before {schedule.layers} at {schedule.ratios} by {rankers}, {self.backend.name}"
+
     @property
     def is_enabled(self) -> bool:
         """Whether the model is routed by this handle."""

@@ -84,6 +84,11 @@ class Ready:
     def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         return self._projected
 
+    project_own = project
+
+    def agreeing(self, backend: Backend) -> Backend:
+        return backend
+
     def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("keys are there already")
 

@@ -234,7 +234,7 @@ class Prefill:
         tables = RopeTables(cos, sin, self._tensors.queries[decision.stage])
         return RankContext(
             decision,
-            self.backend,
+            self._adapter.agreeing(self.backend),
             self._adapter,
             tables if self._adapter.rotates(decision.score_layer) else tables.unrotated(),
             SelectRows(

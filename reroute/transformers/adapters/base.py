@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
-from reroute_kernels.reference import rotate
+from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables
 
 from ...errors import RerouteError, UnsupportedModelError
 from ...rankers import Ranker
+from ..parallel import check_heads, head_ranks, unshard
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
+from .late_norms import as_if_normed_first
 from .layers import Layers
 from .projections import projections_of
 from .recurrent import RECURRENT, mixer_name
@@ -55,19 +56,15 @@ class ModelAdapter:
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: not all that must be known of its decoder can be found out, its heads are spread over
-                several GPUs, or ``model`` is a wrapper such as PEFT's.
+            UnsupportedModelError: not all that must be known of its decoder can be found out, it is spread over
+                processes by rows or layers, or ``model`` is a wrapper such as PEFT's.
         """
         if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
             raise UnsupportedModelError(
                 f"{type(model).__name__} is a wrapper around the model. Pass model.get_base_model(), which has the "
                 "adapters in it, or what model.merge_and_unload() returns."
             )
-        if (model.tp_size or 1) > 1:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is loaded with tensor parallelism: each GPU has a part of the heads and would "
-                "keep other tokens than the next one. Load it without tp_plan; device_map may spread its layers."
-            )
+        self.ranks = head_ranks(model)
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
         self.base = places.child(model, "model")
@@ -130,7 +127,9 @@ class ModelAdapter:
         self.is_causal = kinds.pop() if kinds else True
         self.has_several_tables = self._known.check_calls(self, compact, scoring)
         for index in scoring:
-            self._facts[index] = self._known.proved(self, index)
+            self._facts[index] = facts = self._known.proved(self, index)
+            if self.ranks is not None:
+                self.ranks.check(index, *facts.heads)
 
     def _layers_now(self) -> Sequence[Any]:
         """The layers that a forward runs.
@@ -165,6 +164,7 @@ class ModelAdapter:
         """One that says of these layers, by index, what this one says of the model's."""
         bound = copy.copy(self)
         bound.layers, bound._facts = layers, dict(facts)  # type: ignore[assignment]  # layers are only indexed here
+        bound.ranks = None  # they are whole
         return bound
 
     # --- a layer --------------------------------------------------------------------------------------------------
@@ -243,8 +243,29 @@ class ModelAdapter:
         normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
+    def unshard(self, layer: int) -> None:
+        """Have the weights of ``layer`` whole, which is about to run."""
+        unshard(self.layers[layer], self._attention(layer))
+
+    def agreeing(self, backend: Backend) -> Backend:
+        """See ``DecoderAdapter``."""
+        return backend if self.ranks is None else self.ranks.agreeing(backend)
+
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``DecoderAdapter``."""
+        own = self.project_own(layer, normed, tables)
+        if self.ranks is None:
+            return own
+        query, keys = map(self.ranks.gather, own, self.facts(layer).heads)
+        return query, keys
+
+    def project_own(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
+        query, keys = self._projected(layer, normed, tables)
+        check_heads(self.ranks, layer, (query.shape[1], keys.shape[1]), self.facts(layer).heads)
+        return query, keys
+
+    def _projected(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         attention, facts = self._attention(layer), self.facts(layer)
         heads, projections = (-1, facts.head_dim), projections_of(attention)
         query = projections.queries(normed.index_select(0, tables.query_rows.to(normed.device)))
@@ -260,11 +281,6 @@ class ModelAdapter:
         return query, keys
 
     def _as_if_normed_first(self, layer: int, query: torch.Tensor, tables: RopeTables) -> torch.Tensor:
-        """Queries (B, H, D) that give the scores of a layer which norms behind the rotation, with keys normed before.
-
-        Turning changes no length, so the norms' divisors may come first. Their weights are both taken by the query:
-        behind its rotation, which is undone then.
-        """
         attention, facts = self._attention(layer), self.facts(layer)
         norms = [getattr(attention, str(name)) for name in (facts.query_norm, facts.key_norm)]
         if any(map(_is_changed, norms)):
@@ -273,11 +289,7 @@ class ModelAdapter:
                 "rotation, where routing runs their formula alone. Take off what is on them, or disable routing."
             )
         of_query, of_key = map(rms_norm_of, norms)
-        at = tables.query_rows.to(tables.cos.device)
-        cos, sin = (table.index_select(0, at).to(query.device).float() for table in tables[:2])
-        unit = of_query._replace(weight=torch.ones_like(of_query.weight, dtype=torch.float32))(query.float())
-        weighted = rotate(unit, cos, sin, facts.rope) * (of_query.weight * of_key.weight)
-        return rotate(weighted, cos, -sin, facts.rope).to(query.dtype)
+        return as_if_normed_first(query, of_query, of_key, tables, facts.rope)
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""

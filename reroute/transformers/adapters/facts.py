@@ -59,7 +59,7 @@ class LayerFacts:
     - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
-    - ``head_dim``: features of a head that the attention function gets.
+    - ``head_dim``: features of a head that the attention function gets; ``heads``: how many query and key heads.
     - ``window``: how far the layer looks back; None if to the first token.
     - ``is_causal``: whether without a mask a token sees only what comes before it.
     """
@@ -75,6 +75,7 @@ class LayerFacts:
     rotates: bool
     rope: Rope
     head_dim: int
+    heads: tuple[int, int]
     window: int | None
     is_causal: bool
 
@@ -122,6 +123,7 @@ def layer_facts(layer: Any, attention: str, index: int, run: DryRun, inputs: Inp
         rotates=rotates,
         rope=rope,
         head_dim=heads[1],
+        heads=(plain.query.shape[0], plain.key.shape[0]),
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),
     )
