@@ -81,6 +81,9 @@ class Ready:
     def final_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError("no ranker here asks for it")
 
+    def check_final_norm(self) -> None:
+        pass
+
     def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         return self._projected
 

@@ -34,6 +34,9 @@ class DecoderAdapter(Protocol):
     def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` (R, C) after the norm behind the last layer."""
 
+    def check_final_norm(self) -> None:
+        """RerouteError if ``final_norm`` cannot be called while layers run."""
+
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (B, H, D) of ``normed[tables.query_rows]`` and keys (R, G, D) of ``normed`` (R, C), before RoPE.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import is_not
@@ -15,7 +14,7 @@ from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables
 
 from ...errors import RerouteError, UnsupportedModelError
 from ...rankers import Ranker
-from ..parallel import check_heads, head_ranks, unshard
+from ..parallel import check_heads, check_unit, has_distributed_weights, head_ranks, is_sharded, unshard
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
@@ -75,8 +74,8 @@ class ModelAdapter:
         self.position_axes = places.position_axes(self.base, self.text)
         self.renumbers = self.position_axes == 1
         self.first_layer = places.feature_levels(self.config, self.text)
-        self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
-        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
+        self.model_parameters, self.base_parameters = places.parameters(model), places.parameters(self.base)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(places.parameters(self.text))
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
@@ -90,7 +89,7 @@ class ModelAdapter:
         Raises:
             RerouteError: it was replaced.
         """
-        if not _holds(model.model, self.base):
+        if not places.holds(model.model, self.base):
             raise RerouteError(_CHANGED)
 
     def check_layers(self, scoring: Sequence[int]) -> None:
@@ -101,7 +100,7 @@ class ModelAdapter:
         Raises:
             RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
         """
-        now = self._layers_now() if _holds(getattr(self.base, self._decoder), self.text) else []
+        now = self._layers_now() if places.holds(getattr(self.base, self._decoder), self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
             raise RerouteError(_CHANGED)
         for index in scoring:
@@ -243,13 +242,22 @@ class ModelAdapter:
         normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 keeps weights of the decoder apart while it does not run."""
+        return is_sharded(self.text) or (self.ranks is None and has_distributed_weights(self.text))
+
     def unshard(self, layer: int) -> None:
         """Have the weights of ``layer`` whole, which is about to run."""
-        unshard(self.layers[layer], self._attention(layer))
+        unshard(self.layers[layer])
 
     def agreeing(self, backend: Backend) -> Backend:
         """See ``DecoderAdapter``."""
         return backend if self.ranks is None else self.ranks.agreeing(backend)
+
+    def check_final_norm(self) -> None:
+        """See ``DecoderAdapter``."""
+        check_unit("the last norm of the decoder", places.final_norm(self.text))
 
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``."""
@@ -293,11 +301,14 @@ class ModelAdapter:
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
-        projection, facts = getattr(self._attention(layer), "k_proj", None), self.facts(layer)
-        if type(projection) is not torch.nn.Linear or _is_changed(projection) or facts.key_norm is not None:
+        projection: Any = getattr(self._attention(layer), "k_proj", None)
+        facts = self.facts(layer)
+        is_plain = type(projection) is torch.nn.Linear and type(projection.weight) in (torch.Tensor, torch.nn.Parameter)
+        if not is_plain or _is_changed(projection) or facts.key_norm is not None:
             raise RerouteError(
-                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
-                "and FoldedAttention needs that matrix. Merge adapters into weights, or rank by LastTokenAttention."
+                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks, a key norm, or "
+                "quantised or distributed weights), and FoldedAttention needs that matrix. Merge adapters into "
+                "weights, or rank by LastTokenAttention."
             )
         bias, heads = projection.bias, (-1, facts.head_dim)
         return projection.weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
@@ -318,7 +329,7 @@ class ModelAdapter:
     @cached_property
     def _kind_of_tables(self) -> dict[str, str]:
         """How a rotary module that makes several tables is asked for those of full layers."""
-        has_kinds = "layer_type" in _parameters(self.text.rotary_emb)
+        has_kinds = "layer_type" in places.parameters(self.text.rotary_emb)
         return {"layer_type": "full_attention"} if has_kinds else {}
 
     def _attention(self, layer: int) -> Any:
@@ -379,17 +390,6 @@ class ModelAdapter:
             pairs = zip(ids.tolist(), lengths.tolist(), strict=True)
             runs.append([(token, length) for token, length in pairs if token in self.visual_ids])
         return runs
-
-
-def _parameters(module: Any) -> tuple[str, ...]:
-    """Names of what a module can be called with, in order."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile returns takes anything
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _holds(module: Any, part: Any) -> bool:
-    """Whether ``module`` is ``part``, or was put around it."""
-    return module is part or any(inner is part for inner in module.modules())
 
 
 def _is_changed(module: Any) -> bool:

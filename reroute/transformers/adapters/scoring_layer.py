@@ -35,7 +35,7 @@ def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
     for path in parts:
         part = check_part(layer, path, index)
         _check_weights(layer, part, path, index)
-        check_unit(part, path, index)
+        check_unit(f"{path!r} of decoder layer {index}", part, getattr(layer, path.partition(".")[0]))
         if _is_handed(part, ADAPTERS):
             raise UnsupportedModelError(
                 f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
