@@ -168,9 +168,10 @@ def _schedule_in(path: str | os.PathLike[str], model: nn.Module | None, keep: fl
 def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None) -> Handle:
     from .handle import Handle
     from .transformers import adapter_of
+    from .transformers.parallel import enabled_together
 
     with _lock:
-        handle = Handle(adapter_of(model), config, pool)
+        handle = enabled_together(model, lambda: Handle(adapter_of(model), config, pool), Handle.settings_in_words)
         replaced = handle_of(model)
         # Everything is checked: only now may what was set before be replaced.
         handle.attach(model, replaced)

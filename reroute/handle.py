@@ -118,6 +118,12 @@ class Handle:
             "backend_reason": backend.reason,
         }
 
+    def settings_in_words(self) -> str:
+        """What all processes that share the model must have alike."""
+        schedule = self.schedule
+        rankers = ", ".join(dict.fromkeys(type(ranker).__name__ for ranker in schedule.rankers))
+        return f"{self.config.action} before {schedule.layers} at {schedule.ratios} by {rankers}, {self.backend.name}"
+
     @property
     def is_enabled(self) -> bool:
         """Whether the model is routed by this handle."""
@@ -279,8 +285,14 @@ class Handle:
         changed.
 
         Raises:
-            RerouteError: routing was disabled, a size is below 1, or no graph can be captured; says why.
+            RerouteError: routing was disabled, a size is below 1, no graph can be captured, or FSDP2 shards the
+                decoder; says why.
         """
+        if self._router.adapter.is_sharded:
+            raise RerouteError(
+                "FSDP2 gathers the decoder's weights when it runs, in all processes, and a warm-up runs no layer. Call "
+                "the model once with a picture of that size in each process instead."
+            )
         if text is not None and not self.config.graphs:
             raise RerouteError("A warm-up with text= captures a graph: pass graphs=True to reroute.enable too.")
         if not (is_count(visual) and is_count(batch) and (text is None or is_count(text))):

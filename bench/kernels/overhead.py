@@ -81,8 +81,16 @@ class Ready:
     def final_norm(self, rows: Tensor) -> Tensor:
         raise NotImplementedError("no ranker here asks for it")
 
+    def check_final_norm(self) -> None:
+        pass
+
     def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         return self._projected
+
+    project_own = project
+
+    def agreeing(self, backend: Backend) -> Backend:
+        return backend
 
     def key_weights(self, layer: int) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("keys are there already")

@@ -247,7 +247,7 @@ class Prefill:
         rotates = not decision.ranker.needs_attention or self._adapter.rotates(decision.score_layer)
         return RankContext(
             decision,
-            self.backend,
+            self._adapter.agreeing(self.backend),
             self._adapter,
             tables if rotates else tables.unrotated(),
             SelectRows(

@@ -51,7 +51,7 @@ class LastTokenAttention(Ranker):
         """See ``Ranker``."""
         adapter, layer, device = context.adapter, context.decision.score_layer, context.tables.cos.device
         tables = context.tables if self.rotates else context.tables.unrotated()
-        query, keys = adapter.project(layer, context.normed(), tables)
+        query, keys = adapter.project_own(layer, context.normed(), tables)
         if keys.device != device:
             query, keys = query.to(device), keys.to(device)
         return context.backend.score_topk(

@@ -34,12 +34,21 @@ class DecoderAdapter(Protocol):
     def final_norm(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` (R, C) after the norm behind the last layer."""
 
+    def check_final_norm(self) -> None:
+        """RerouteError if ``final_norm`` cannot be called while layers run."""
+
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (B, H, D) of ``normed[tables.query_rows]`` and keys (R, G, D) of ``normed`` (R, C), before RoPE.
 
         Queries come after the layer's query norm, keys before its key norm. ``tables`` are those by which both are
-        rotated then.
+        rotated then. Under tensor parallelism the heads of all processes are brought together.
         """
+
+    def project_own(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the heads that this process has: what ``RankContext.backend`` scores by in all of them."""
+
+    def agreeing(self, backend: Backend) -> Backend:
+        """``backend`` with selections that all processes share among which the model is spread."""
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights (G, D, C) and bias (G, D), if there is one, with which ``project`` makes keys of ``layer``.
@@ -61,6 +70,7 @@ class DecoderAdapter(Protocol):
 class RankContext(NamedTuple):
     """What a ranker may use at one decision. Hidden states are computed only if it asks for them, once.
 
+    - ``backend``: selects alike in all processes of tensor parallelism; ``score_topk`` ranks by the heads of all.
     - ``tables``: of the R scored rows; the last prompt token of each sample is its query. They turn nothing if the
       layer does not.
     - ``rows``: what competes.

@@ -14,7 +14,7 @@ from reroute_kernels.reference import rotate
 
 from ..checks import shown, whole
 from ..errors import RerouteError
-from .base import RankContext, Ranker
+from .base import DecoderAdapter, RankContext, Ranker
 
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
@@ -68,6 +68,10 @@ class Duplication(Ranker):
                 "Duplication takes numbers of pivots, one at least, and a seed or None, such as visual=4, text=4; got "
                 f"visual={shown(self.visual)}, text={shown(self.text)}, seed={shown(self.seed)}."
             )
+
+    def check(self, adapter: DecoderAdapter, layer: int) -> None:
+        """See ``Ranker``: the decoder's last norm is called early."""
+        adapter.check_final_norm()
 
     def looks_before(self, layer: int) -> Collection[int]:
         """See ``Ranker``."""

@@ -126,8 +126,9 @@ class RoutedPrefill(ForwardContext):
             self._states[index] = self._logical(hidden)
         hidden = self._enter(index, hidden)  # a stage that was decided a layer earlier
         decision, looks = self._deciding.get(index), index in self.plan.schedule.looks
-        if self.prefill is None and (looks or decision is not None):
-            hidden = self._begin(index, hidden, kwargs)
+        if looks or decision is not None:
+            self._adapter.unshard(index)
+            hidden = hidden if self.prefill is not None else self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden, self._own_tables(kwargs.get("position_embeddings")))
         if self.prefill is not None and decision is not None:

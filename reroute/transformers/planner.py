@@ -34,6 +34,7 @@ from .cache import (
 )
 from .layer_kinds import attended_layers, check_attention, check_kinds, check_prompt, check_turn
 from .packing import check_one_prompt_per_row, check_tokens_of_others
+from .parallel import check_tower
 from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
 
 __all__ = ["Planner"]
@@ -90,6 +91,7 @@ class Planner:
             )
         if settings.needs_vision:
             adapter.tower.wanted_by(schedule.rankers)
+            self._check_tower()
         for layer, ranker in zip(schedule.layers, schedule.rankers, strict=True):
             ranker.check(adapter, layer + ranker.layer_offset)
         check_attention(adapter, compact)  # each forward asks again
@@ -159,6 +161,8 @@ class Planner:
         check_prompt(self.adapter, plan, compact)
         for decision in plan.decisions:
             decision.ranker.check(self.adapter, decision.score_layer)
+        if any(decision.ranker.needs_vision for decision in plan.decisions):
+            self._check_tower()
         if cache is not None:
             keeping = [index for index in compact if not self.adapter.is_row_by_row(index)]
             check_cache(cache, keeping, self.adapter.slides, self.adapter.is_recurrent)
@@ -177,6 +181,10 @@ class Planner:
             raise RerouteError("The plan in use chooses again, and not for this cache. Make one with cache=.")
         if plan.past and (schedule.position_mode == "renumbered" or is_renumbered(cache)):
             raise RerouteError("position_mode='renumbered' is defined for one prompt only. Start a new cache.")
+
+    def _check_tower(self) -> None:
+        tower = self.adapter.tower
+        check_tower((tower.module, tower.projector), self.adapter.ranks)
 
     def plan_call(
         self, kwargs: Kwargs, settings: Settings, labels: torch.Tensor | None, end: int | None

@@ -91,17 +91,17 @@ class WithoutKeyNorm(ModelAdapter):
 
 
 class WithoutQueryNorm(ModelAdapter):
-    def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
+    def project_own(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         projected = self._attention(layer).q_proj(normed[tables.query_rows])
         query = projected.unflatten(-1, (-1, self.facts(layer).head_dim))
-        return query, super().project(layer, normed, tables)[1]
+        return query, super().project_own(layer, normed, tables)[1]
 
 
 class SwappedHeads(ModelAdapter):
     """Groups of query heads that are not those of their keys."""
 
-    def project(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
-        query, keys = super().project(layer, normed, tables)
+    def project_own(self, layer: int, normed: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
+        query, keys = super().project_own(layer, normed, tables)
         return query.roll(1, dims=1), keys
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -147,10 +148,14 @@ def test_adapters(tiny: Tiny) -> None:
     reroute.enable(wrapper.get_base_model()).disable()
 
 
-def test_tensor_parallelism(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process would rank by its own heads only, and nobody would notice."""
-    monkeypatch.setattr(tiny.model, "_tp_size", 2)
-    with pytest.raises(UnsupportedModelError, match="without tp_plan"):
+def test_models_of_which_other_processes_have_parts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism that works has processes (``test_parallel``)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.model, "_tp_size", 2)
+        with pytest.raises(UnsupportedModelError, match="none of its weights says which processes share them"):
+            reroute.enable(tiny.model)
+    monkeypatch.setattr(tiny.model.config, "distributed_config", SimpleNamespace(pp_size=2), raising=False)
+    with pytest.raises(UnsupportedModelError, match="pipeline parallelism: each process has a part of the layers"):
         reroute.enable(tiny.model)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import is_not
@@ -12,14 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
-from reroute_kernels.reference import rotate
+from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables
 
 from ...errors import RerouteError, UnsupportedModelError
+from ..parallel import check_heads, check_unit, has_distributed_weights, head_ranks, is_sharded, unshard
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
 from .kinds import LayerKinds
+from .late_norms import as_if_normed_first
 from .layers import Layers
 from .projections import projections_of
 from .recurrent import check_row_by_row
@@ -62,19 +62,15 @@ class ModelAdapter(LayerKinds):
         """Bind to ``model``.
 
         Raises:
-            UnsupportedModelError: not all that must be known of its decoder can be found out, its heads are spread over
-                several GPUs, or ``model`` is a wrapper such as PEFT's.
+            UnsupportedModelError: not all that must be known of its decoder can be found out, it is spread over
+                processes by rows or layers, or ``model`` is a wrapper such as PEFT's.
         """
         if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
             raise UnsupportedModelError(
                 f"{type(model).__name__} is a wrapper around the model. Pass model.get_base_model(), which has the "
                 "adapters in it, or what model.merge_and_unload() returns."
             )
-        if (model.tp_size or 1) > 1:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is loaded with tensor parallelism: each GPU has a part of the heads and would "
-                "keep other tokens than the next one. Load it without tp_plan; device_map may spread its layers."
-            )
+        self.ranks = head_ranks(model)
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
         self.base = places.base_of(model)
@@ -86,8 +82,8 @@ class ModelAdapter(LayerKinds):
         self.renumbers = self.position_axes == 1 and hasattr(self.text, "rotary_emb")
         self.decoder_embeds = bool(self.merges) or self.base is self.text
         self.first_layer = places.feature_levels(self.config, self.text, self.merges)
-        self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
-        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
+        self.model_parameters, self.base_parameters = places.parameters(model), places.parameters(self.base)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(places.parameters(self.text))
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
@@ -101,7 +97,7 @@ class ModelAdapter(LayerKinds):
         Raises:
             RerouteError: it was replaced.
         """
-        if not _holds(places.base_of(model), self.base):
+        if not places.holds(places.base_of(model), self.base):
             raise RerouteError(_CHANGED)
 
     def check_layers(self, scoring: Sequence[int]) -> None:
@@ -112,7 +108,7 @@ class ModelAdapter(LayerKinds):
         Raises:
             RerouteError: layers were replaced or are left out, or projections cannot be called outside of their layer.
         """
-        now = self._layers_now() if _holds(self._decoder_now(), self.text) else []
+        now = self._layers_now() if places.holds(self._decoder_now(), self.text) else []
         if len(now) != len(self.layers) or any(map(is_not, now, self.layers)):
             raise RerouteError(_CHANGED)
         for index in scoring:
@@ -142,7 +138,9 @@ class ModelAdapter(LayerKinds):
         self.is_causal = kinds.pop() if kinds else True
         self.has_several_tables = self._known.check_calls(self, compact, first)
         for index in scoring:
-            self._facts[index] = self._known.proved(self, index)
+            self._facts[index] = facts = self._known.proved(self, index)
+            if self.ranks is not None:
+                self.ranks.check(index, *facts.heads)
 
     def _decoder_now(self) -> Any:
         return functools.reduce(getattr, self._decoder, self.base)
@@ -180,6 +178,7 @@ class ModelAdapter(LayerKinds):
         """One that says of these layers, by index, what this one says of the model's."""
         bound = copy.copy(self)
         bound.layers, bound._facts = layers, dict(facts)  # type: ignore[assignment]  # layers are only indexed here
+        bound.ranks = None  # they are whole
         return bound
 
     # --- a layer --------------------------------------------------------------------------------------------------
@@ -212,8 +211,38 @@ class ModelAdapter(LayerKinds):
         normed: torch.Tensor = places.final_norm(self.text)(rows)
         return normed
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 keeps weights of the decoder apart while it does not run."""
+        return is_sharded(self.text) or (self.ranks is None and has_distributed_weights(self.text))
+
+    def unshard(self, layer: int) -> None:
+        """Have the weights of ``layer`` whole, which is about to run."""
+        unshard(self.layers[layer])
+
+    def agreeing(self, backend: Backend) -> Backend:
+        """See ``DecoderAdapter``."""
+        return backend if self.ranks is None else self.ranks.agreeing(backend)
+
+    def check_final_norm(self) -> None:
+        """See ``DecoderAdapter``."""
+        check_unit("the last norm of the decoder", places.final_norm(self.text))
+
     def project(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``DecoderAdapter``."""
+        own = self.project_own(layer, normed, tables)
+        if self.ranks is None:
+            return own
+        query, keys = map(self.ranks.gather, own, self.facts(layer).heads)
+        return query, keys
+
+    def project_own(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DecoderAdapter``. Keys come with their norm if that is not one of ``attention_spec``."""
+        query, keys = self._projected(layer, normed, tables)
+        check_heads(self.ranks, layer, (query.shape[1], keys.shape[1]), self.facts(layer).heads)
+        return query, keys
+
+    def _projected(self, layer: int, normed: torch.Tensor, tables: RopeTables) -> tuple[torch.Tensor, torch.Tensor]:
         attention, facts = self._attention(layer), self.facts(layer)
         heads, projections = (-1, facts.head_dim), projections_of(attention)
         query = projections.queries(normed.index_select(0, tables.query_rows.to(normed.device)))
@@ -229,11 +258,6 @@ class ModelAdapter(LayerKinds):
         return query, keys
 
     def _as_if_normed_first(self, layer: int, query: torch.Tensor, tables: RopeTables) -> torch.Tensor:
-        """Queries (B, H, D) that give the scores of a layer which norms behind the rotation, with keys normed before.
-
-        Turning changes no length, so the norms' divisors may come first. Their weights are both taken by the query:
-        behind its rotation, which is undone then.
-        """
         attention, facts = self._attention(layer), self.facts(layer)
         norms = [getattr(attention, str(name)) for name in (facts.query_norm, facts.key_norm)]
         if any(map(_is_changed, norms)):
@@ -242,19 +266,18 @@ class ModelAdapter(LayerKinds):
                 "rotation, where routing runs their formula alone. Take off what is on them, or disable routing."
             )
         of_query, of_key = map(rms_norm_of, norms)
-        at = tables.query_rows.to(tables.cos.device)
-        cos, sin = (table.index_select(0, at).to(query.device).float() for table in tables[:2])
-        unit = of_query._replace(weight=torch.ones_like(of_query.weight, dtype=torch.float32))(query.float())
-        weighted = rotate(unit, cos, sin, facts.rope) * (of_query.weight * of_key.weight)
-        return rotate(weighted, cos, -sin, facts.rope).to(query.dtype)
+        return as_if_normed_first(query, of_query, of_key, tables, facts.rope)
 
     def key_weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See ``DecoderAdapter``."""
-        projection, facts = getattr(self._attention(layer), "k_proj", None), self.facts(layer)
-        if type(projection) is not torch.nn.Linear or _is_changed(projection) or facts.key_norm is not None:
+        projection: Any = getattr(self._attention(layer), "k_proj", None)
+        facts = self.facts(layer)
+        is_plain = type(projection) is torch.nn.Linear and type(projection.weight) in (torch.Tensor, torch.nn.Parameter)
+        if not is_plain or _is_changed(projection) or facts.key_norm is not None:
             raise RerouteError(
-                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks or a key norm), "
-                "and FoldedAttention needs that matrix. Merge adapters into weights, or rank by LastTokenAttention."
+                f"Layer {layer} makes keys by more than one matrix ({type(projection).__name__}, hooks, a key norm, or "
+                "quantised or distributed weights), and FoldedAttention needs that matrix. Merge adapters into "
+                "weights, or rank by LastTokenAttention."
             )
         bias, heads = projection.bias, (-1, facts.head_dim)
         return projection.weight.unflatten(0, heads), None if bias is None else bias.unflatten(0, heads)
@@ -283,7 +306,7 @@ class ModelAdapter(LayerKinds):
     @cached_property
     def _kind_of_tables(self) -> dict[str, str]:
         """How a rotary module that makes several tables is asked for those of full layers."""
-        has_kinds = "layer_type" in _parameters(self.text.rotary_emb)
+        has_kinds = "layer_type" in places.parameters(self.text.rotary_emb)
         return {"layer_type": "full_attention"} if has_kinds else {}
 
     def _attention(self, layer: int) -> Any:
@@ -344,17 +367,6 @@ class ModelAdapter(LayerKinds):
             pairs = zip(ids.tolist(), lengths.tolist(), strict=True)
             runs.append([(token, length) for token, length in pairs if token in self.visual_ids])
         return runs
-
-
-def _parameters(module: Any) -> tuple[str, ...]:
-    """Names of what a module can be called with, in order."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile returns takes anything
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _holds(module: Any, part: Any) -> bool:
-    """Whether ``module`` is ``part``, or was put around it."""
-    return module is part or any(inner is part for inner in module.modules())
 
 
 def _is_changed(module: Any) -> bool:

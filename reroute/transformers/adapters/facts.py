@@ -59,7 +59,7 @@ class LayerFacts:
     - ``has_query_gate``: whether each head that ``q_proj`` returns has as many features of a gate behind its own.
     - ``has_rms_input_norm``, ``has_rms_key_norm``: whether these norms compute what ``RMSNorm`` does.
     - ``rotates``: whether positions turn queries and keys at all; ``rope`` says how, if they do.
-    - ``head_dim``: features of a head that the attention function gets.
+    - ``head_dim``: features of a head that the attention function gets; ``heads``: how many query and key heads.
     - ``scaling``: the factor on logits.
     - ``window``: how far the layer looks back; None if to the first token.
     - ``is_causal``: whether without a mask a token sees only what comes before it.
@@ -76,6 +76,7 @@ class LayerFacts:
     rotates: bool
     rope: Rope
     head_dim: int
+    heads: tuple[int, int]
     scaling: float
     window: int | None
     is_causal: bool
@@ -127,6 +128,7 @@ def layer_facts(adapter: ModelAdapter, index: int, run: DryRun, inputs: Inputs) 
         rotates=rotates,
         rope=rope,
         head_dim=heads[1],
+        heads=(plain.query.shape[0], plain.key.shape[0]),
         scaling=_scaling(plain),
         window=plain.options.get("sliding_window"),
         is_causal=bool(getattr(of, "is_causal", True)),

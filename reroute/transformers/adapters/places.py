@@ -15,7 +15,9 @@ __all__ = [
     "decoder_path",
     "feature_levels",
     "final_norm",
+    "holds",
     "is_whole",
+    "parameters",
     "position_axes",
     "stops_early",
     "visual_ids",
@@ -147,3 +149,14 @@ def visual_ids(config: Any) -> tuple[int, ...]:
     """Ids of the placeholders that stand for visual tokens, by the configuration of a whole model."""
     names = ("image_token_id", "video_token_id")
     return tuple(dict.fromkeys(i for name in names if (i := getattr(config, name, None)) is not None))
+
+
+def parameters(module: Any) -> tuple[str, ...]:
+    """Names of what a module can be called with, in order."""
+    module = getattr(module, "_orig_mod", module)  # what torch.compile returns takes anything
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def holds(module: Any, part: Any) -> bool:
+    """Whether ``module`` is ``part``, or was put around it."""
+    return module is part or any(inner is part for inner in module.modules())

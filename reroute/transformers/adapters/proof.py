@@ -31,7 +31,7 @@ def prove(adapter: ModelAdapter, facts: LayerFacts, index: int, run: DryRun, inp
     assert turned is not None
     normed, last = bound.normalise(index, inputs.hidden[0]), torch.tensor([inputs.hidden.shape[1] - 1])
     spec, tables = bound.attention_spec(index), inputs if bound.rotates(index) else inputs.unrotated()
-    query, keys = bound.project(index, normed, RopeTables(tables.cos[0], tables.sin[0], last))
+    query, keys = bound.project_own(index, normed, RopeTables(tables.cos[0], tables.sin[0], last))
     norm = bound.input_norm(index)
     before = keys if spec.key_norm is None else spec.key_norm(keys)
     after = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import UnsupportedModelError
+from ..parallel import check_unit
 from .projections import projections_of
 
 __all__ = ["check_part", "check_parts", "check_scoring_layer"]
@@ -34,6 +35,7 @@ def check_scoring_layer(layer: Any, index: int, parts: Sequence[str]) -> None:
     for path in parts:
         part = check_part(layer, path, index)
         _check_weights(layer, part, path, index)
+        check_unit(f"{path!r} of decoder layer {index}", part, getattr(layer, path.partition(".")[0]))
         if _is_handed(part, ADAPTERS):
             raise UnsupportedModelError(
                 f"PEFT chooses an adapter for each row of the batch ({ADAPTERS}) at {path!r}, which routing calls "
