@@ -23,6 +23,7 @@ from ...stats import LayerRows
 from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
+from .static import room_for
 from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "check_cache",
     "check_whole",
     "cut",
-    "fill_layer",
     "give_room",
     "guard",
     "guarded_layer",
@@ -246,12 +246,12 @@ def visible_rows(cache: Cache | None, index: int, past: int) -> int:
 def room_of(cache: Cache | None, index: int, lacks: int) -> tuple[int, int] | None:
     """How many rows layer ``index`` of a static ``cache`` has room for, and how many tokens; None if it grows.
 
-    A layer that has not allocated anything yet is to allocate that, ``lacks`` rows less than there may be tokens.
+    A layer that has not allocated anything yet is to allocate that: it will have ``lacks`` rows less than tokens.
     """
     layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     if not isinstance(layer, StaticLayer):
         return None
-    rows = layer.max_cache_len - lacks if layer.keys is None else int(layer.keys.shape[-2])
+    rows = room_for(layer, lacks) if layer.keys is None else int(layer.keys.shape[-2])
     return rows, layer.max_cache_len
 
 
@@ -322,19 +322,6 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     turn_into(layer, RoutedLayer)
     layer.rows = rows
-
-
-def fill_layer(cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let layer ``index`` of a cache that is empty hold ``keys`` and ``values`` (B, G, T, D) themselves.
-
-    ``update`` would copy them, behind what is there.
-    """
-    layers: Any = cache.layers
-    while len(layers) <= index:
-        layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
-    layer = layers[index]
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
-    layer.dtype, layer.device = keys.dtype, keys.device
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:
