@@ -45,11 +45,20 @@ class Alignment:
         """Whether some sample has fewer rows than the longest in ``stage`` (-1: the dense layers)."""
         return stage + 1 in self._index
 
+    def lacks(self, stage: int) -> int:
+        """How many rows less than logical positions there are in ``stage``."""
+        return self._widths[0] - self._widths[stage + 1]
+
     def states(self, stage: int, buffer: torch.Tensor) -> torch.Tensor:
         """(…, T, D) of ``buffer`` (…, S, D), whose first dimensions are (B, …) or (n, B, …)."""
+        states = self.to_copy(stage, buffer)
+        return states if self.is_ragged(stage) else states.clone(memory_format=torch.contiguous_format)
+
+    def to_copy(self, stage: int, buffer: torch.Tensor) -> torch.Tensor:
+        """As ``states``, but perhaps a view, for whoever copies it in this turn."""
         index, width = self._index.get(stage + 1), self._widths[stage + 1]
         if index is None:
-            return buffer[..., :width, :].clone(memory_format=torch.contiguous_format)
+            return buffer[..., :width, :]
         batch_dimension = 0 if buffer.ndim == 3 else 1
         shape = [1] * buffer.ndim
         shape[batch_dimension], shape[-2] = index.shape

@@ -12,7 +12,14 @@ from typing import Any
 from .attention import decode_mask, mask_format_of
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, cache_of
 
-__all__ = ["adapt_step", "is_step"]
+__all__ = ["adapt_step", "is_step", "num_tokens"]
+
+
+def num_tokens(kwargs: Mapping[str, Any]) -> int:
+    """L of a call with ``kwargs``; 0 if it has no tokens."""
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    return 0 if tokens is None else int(tokens.shape[1])
 
 
 def is_step(kwargs: Mapping[str, Any]) -> bool:
@@ -21,9 +28,8 @@ def is_step(kwargs: Mapping[str, Any]) -> bool:
     Not if positions were counted anew, later turns may choose again, or layers keep a state: then there is more to
     keep.
     """
-    cache, tokens = cache_of(kwargs), kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if cache is None or tokens is None or tokens.shape[1] != 1:
+    cache = cache_of(kwargs)
+    if cache is None or num_tokens(kwargs) != 1:
         return False
     is_routed = False
     for layer in cache.layers:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -20,7 +19,6 @@ from .attention import prefill_mask
 from .cache import (
     KeptStates,
     Room,
-    RoutedLayer,
     RowPositions,
     cache_of,
     cut,
@@ -35,9 +33,11 @@ from .cache import (
     room_of,
     route_layer,
     visible_rows,
+    with_room,
 )
 from .decoding import RoutedDecode, tables_of
 from .forward import ForwardContext, Kwargs
+from .stages import Held, Stage
 from .vision import Recording
 
 __all__ = ["DensePrefill", "PrefillFactory", "RoutedPrefill"]
@@ -55,33 +55,6 @@ class PrefillFactory(Protocol):
         workspace: Workspace | None = None,
     ) -> Prefill:
         """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """What layers of one stage get, if they hold the same earlier rows and the decoder gives them the same.
-
-    - ``given``: what that is, mask and tables, if it has any.
-    - ``kwargs``: the same, adapted to the rows that run.
-    - ``stored``: rows that the cache was given afterwards, of which ``rows`` need not list the last ones.
-    """
-
-    given: tuple[Any, Any]
-    kwargs: Kwargs
-    stored: int
-    rows: RowPositions
-
-
-class _Held(NamedTuple):
-    """What a layer of the cache has before a stage stores in it.
-
-    - ``layer``, if it lacks rows; it gives the last ``visible`` of its rows.
-    - ``room``: of a static cache, if it gives what is empty yet, too: that is hidden as what comes later.
-    """
-
-    layer: RoutedLayer | None
-    visible: int
-    room: Room | None
 
 
 class RoutedPrefill(ForwardContext):
@@ -112,9 +85,9 @@ class RoutedPrefill(ForwardContext):
         self._start, self._workspace, self._record = start, workspace, record_states
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: Decided | None = None
-        self._stages: dict[tuple[Any, ...], _Stage] = {}
+        self._stages: dict[tuple[Any, ...], Stage] = {}
         self._begun_with: Any = None
-        self._running: _Stage | None = None
+        self._running: Stage | None = None
         self._usual_room: tuple[int, int] | None = None
         self._is_restored = self._ran_elsewhere = False
         self._kept_states = kept if plan.reopened else None
@@ -203,9 +176,14 @@ class RoutedPrefill(ForwardContext):
         for decision, its, end in zip(self.plan.decisions, positions, ends, strict=True):
             active, width = self.plan.active(decision.stage), self.plan.width(decision.stage)
             offset = None if offsets is None else offsets[decision.stage][:, None]
-            rows = self._rows(its, its.shape[1], min(active) < width, offset, (decision.layer,))
+            by_room: dict[Room | None, RowPositions] = {}
             for index in range(decision.layer, end):
-                route_layer(cache, index, rows)
+                room = room_of(cache, index, 0, 0, self._end)  # that it has by now
+                if room not in by_room:
+                    listed, given, beyond = with_room(its, self._end, room)
+                    has_fillers = min(active) < width or (beyond and listed is given)
+                    by_room[room] = self._rows(listed, its.shape[1], has_fillers, offset, (decision.layer,))
+                route_layer(cache, index, by_room[room])
 
     @property
     def _ran_whole(self) -> bool:
@@ -273,17 +251,17 @@ class RoutedPrefill(ForwardContext):
         is_own = self._adapter.has_several_tables and identity(given) != identity(self._begun_with)
         return tables_in(given) if is_own else None
 
-    def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> _Stage:
+    def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> Stage:
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
         tables = kwargs.get("position_embeddings")
         visible = visible_rows(self.cache, index, self.plan.past)
-        new, end = prefill.positions.shape[1], self.plan.past + self.plan.length
-        room = room_of(self.cache, index, self.plan.length - new, new, end)
+        new = prefill.positions.shape[1]
+        room = room_of(self.cache, index, self.plan.length - new, new, self._end)
         earlier = () if layer is None else layer.rows.stage_key
         own = identity(tables) if self._adapter.has_several_tables else None
         key = (earlier, visible, room, id(mask), own)
         if key not in self._stages:
-            held = _Held(layer, visible, room)
+            held = Held(layer, visible, room)
             self._stages[key] = self._make_stage(prefill, held, mask, tables, hidden.dtype)
         stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
@@ -300,11 +278,11 @@ class RoutedPrefill(ForwardContext):
     def _make_stage(
         self,
         prefill: Prefill,
-        held: _Held,
+        held: Held,
         mask: torch.Tensor | None,
         tables: Any,
         dtype: torch.dtype,
-    ) -> _Stage:
+    ) -> Stage:
         plan, rows = self.plan, prefill.positions
         positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         if held.layer is not None:
@@ -312,24 +290,17 @@ class RoutedPrefill(ForwardContext):
         elif plan.past:
             past = torch.arange(plan.past, device=rows.device).expand(plan.batch, -1)
             positions = torch.cat([past, positions], 1)
+        stored = positions.shape[1]
+        visible = held.visible + rows.shape[1] if held.room is None else held.room.rows
+        listed, positions, beyond = with_room(positions, self._end, held.room)
         has_fillers = prefill.has_fillers or (held.layer is not None and held.layer.rows.has_fillers)
-        stored, visible, end = positions.shape[1], held.visible + rows.shape[1], plan.past + plan.length
-        places, is_cut = positions, False
-        if held.room is not None:
-            visible, longest = held.room.rows, held.room.tokens
-            later = torch.arange(end, end + visible - stored, device=rows.device)
-            later = later.masked_fill_(later >= longest, -1)  # there may be more room than is ever needed
-            is_cut = end + visible - stored > longest
-            positions = torch.cat([positions, later.expand(plan.batch, -1)], 1)
-            if held.room.is_fixed:
-                places, has_fillers = positions, has_fillers or is_cut
         adapted = {
             "attention_mask": prefill_mask(
                 None if plan.reopened else mask,  # that is of the new tokens alone
                 rows,
                 positions[:, positions.shape[1] - visible :],
                 past=plan.past,
-                has_fillers=has_fillers or is_cut,
+                has_fillers=has_fillers or beyond,
                 is_causal=self._adapter.is_causal,
                 mask_format=self._mask_format,
                 dtype=dtype,
@@ -338,8 +309,9 @@ class RoutedPrefill(ForwardContext):
         }
         earlier = () if held.layer is None else held.layer.rows.stage_key
         stage_key = (*earlier, plan.decisions[prefill.stage].layer)
-        rows_then = self._rows(places, stored, has_fillers, prefill.position_offset, stage_key)
-        return _Stage((mask, tables), adapted, stored, rows_then)
+        is_filled_up = has_fillers or (beyond and listed is positions)
+        rows_then = self._rows(listed, stored, is_filled_up, prefill.position_offset, stage_key)
+        return Stage((mask, tables), adapted, stored, rows_then)
 
     def _places_of_rows(self, prefill: Prefill, tables: Any) -> Kwargs:
         """Tables and position ids of the rows that run, for a layer that gets logical ``tables``, if it gets some."""
@@ -353,6 +325,11 @@ class RoutedPrefill(ForwardContext):
         return places
 
     @property
+    def _end(self) -> int:
+        """The logical length of the cache once the prompt is stored."""
+        return self.plan.past + self.plan.length
+
+    @property
     def _floor(self) -> int:
         """The logical length to which the cache may be cropped: text after the visual tokens may go.
 
@@ -362,7 +339,7 @@ class RoutedPrefill(ForwardContext):
         plan = self.plan
         keeps_places = self.cache is not None and (has_windows(self.cache) or is_static(self.cache))
         has_no_tail = plan.tail_has_padding and keeps_places
-        return plan.past + plan.length - (0 if has_no_tail else plan.tail)
+        return self._end - (0 if has_no_tail else plan.tail)
 
     def _rows(
         self,
@@ -373,7 +350,7 @@ class RoutedPrefill(ForwardContext):
         stage_key: tuple[int, ...],
     ) -> RowPositions:
         """What is stored at ``positions`` (B, T), or will be; text after the visual tokens may be cropped later."""
-        plan, end = self.plan, self.plan.past + self.plan.length + positions.shape[1] - stored
+        plan, end = self.plan, self._end + positions.shape[1] - stored
         if is_static(self.cache):
             pass  # whose layers list all of their room, if rows stay where they are
         elif not plan.tail_has_padding:  # the rows of the tail then need no list: they follow one by one

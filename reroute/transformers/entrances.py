@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from .compiled import adapt_step, is_step
+from .compiled import adapt_step, is_step, num_tokens
 from .forward import FORWARD, ForwardContext
 from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
@@ -114,10 +114,11 @@ class RoutedGenerator(RoutedModel):
         """Tell the forward that ``generate`` makes next from all others that are made meanwhile."""
         inputs = own_method(RoutedGenerator, self, "prepare_inputs_for_generation")(*args, **kwargs)
         router = _active(self)
-        if router is not None and not router.settings.keeps_all and (end := prompt_end(router)) is not None:
+        if router is not None and router.plans_prefills and (end := prompt_end(router)) is not None:
             inputs[PROMPT_END] = end
             # For static caches generate makes the decoder's masks ahead, which do not tell what is padding.
-            if inputs.get("attention_mask") is not kwargs.get("attention_mask"):
+            is_turn = kwargs.get("is_first_iteration") or num_tokens(inputs) > 1  # steps have no plan, and are compiled
+            if is_turn and inputs.get("attention_mask") is not kwargs.get("attention_mask"):
                 inputs[PADDING] = kwargs.get("attention_mask")
         return inputs
 
@@ -148,7 +149,8 @@ class RoutedBase(Intercepted):
         """Call the base model."""
         router, proceed = _active(self, kwargs), own_method(RoutedBase, self, "__call__")
         if router is None:
-            kwargs.pop(PROMPT_END, None)
+            for name in (PROMPT_END, PADDING):
+                kwargs.pop(name, None)
             return proceed(*args, **kwargs)
         return _run_base(self, proceed, args, kwargs)
 
@@ -271,6 +273,8 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         labels = None if given is None or given[0] is not router else given[1]
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, known, labels, end)
+        if forward is not None:
+            forward.has_made_mask = known is not kwargs
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

@@ -29,12 +29,14 @@ class ForwardContext:
 
     - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
     - ``is_idle``: whether all layers that follow run as they are, and need not ask.
+    - ``has_made_mask``: whether its mask is one that ``generate`` made of a 2-D one, of which the plan knows.
     - ``asks_eager``: why it is not replayed, if its call is known to be none that could be.
     - ``graph``: says whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
     """
 
     recording: Recording | None = None
     is_idle = False
+    has_made_mask = False
     asks_eager: str = ""
     graph: Callable[[], GraphUse] | None = None
     rows: tuple[int, ...] = ()

@@ -263,6 +263,11 @@ class Router:
         if not self.settings.keeps_all:
             self.adapter.check_base(model)
 
+    @property
+    def plans_prefills(self) -> bool:
+        """Whether anything hangs on the plan of a prefill that is made here and now, apart from its statistics."""
+        return self._replays is not None or not self.settings.keeps_all
+
     def labels_of(self, args: Args, kwargs: Kwargs) -> Any:
         """The labels in a call of the whole model."""
         return _named(self.adapter.model_parameters, args, kwargs).get("labels")
@@ -319,7 +324,8 @@ class Router:
         """What ``decoder``, the decoder's own call, would return; None if it has to be called with ``kwargs``."""
         if self._replays is None or not isinstance(forward, RoutedPrefill | DensePrefill):
             return None
-        return self._replays.run(forward, decoder, dict(kwargs), forward.asks_eager)
+        given = {**kwargs, "attention_mask": None} if forward.has_made_mask else dict(kwargs)
+        return self._replays.run(forward, decoder, given, forward.asks_eager)
 
     def capture(self, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor) -> str:
         """Capture the graph of the class of ``plan``; why not, if it cannot be. See ``Handle.warm_up``."""

@@ -108,9 +108,9 @@ def test_what_is_allocated(kind: str) -> None:
             cache, expected = static(tiny, room), talk(handle, tiny, DynamicCache(), [[TWO]])
             near(talk(handle, tiny, cache, [[TWO]]), expected)
             stats = handle.stats()
-            rows, lacks = [stored_rows(layer) for layer in cache.layers], room - stored_rows(cache.layers[2])
-            assert lacks > 0
-            shorter = room - lacks if window > room and TRANSFORMERS >= (5, 24) else min(window, room)
+            rows = [stored_rows(layer) for layer in cache.layers]
+            assert rows[2] < room
+            shorter = rows[2] if window > room and TRANSFORMERS >= (5, 24) else min(window, room)
             assert (rows[0], rows[3]) == (min(window, room), shorter)
             assert stats.kv_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             answer(tiny, batch(tiny, TWO), cache)  # it fits

@@ -8,7 +8,6 @@ from .access import (
     check_cache,
     check_whole,
     cut,
-    fill_layer,
     give_room,
     guard,
     guarded_layer,
@@ -32,10 +31,11 @@ from .access import (
     tear,
     visible_rows,
 )
+from .filling import can_fill, fill_layers
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 from .recurrent import GuardedRecurrentLayer
 from .states import KeptStates
-from .storage import Room
+from .static import Room, with_room
 from .windows import RoutedSlidingLayer, RoutedStaticSlidingLayer
 
 __all__ = [
@@ -49,10 +49,11 @@ __all__ = [
     "RowPositions",
     "allow_updates",
     "cache_of",
+    "can_fill",
     "check_cache",
     "check_whole",
     "cut",
-    "fill_layer",
+    "fill_layers",
     "give_room",
     "guard",
     "guarded_layer",
@@ -75,4 +76,5 @@ __all__ = [
     "takes_any_step",
     "tear",
     "visible_rows",
+    "with_room",
 ]

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     QuantizedCache,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from ...errors import UnsupportedCacheError
@@ -24,17 +25,8 @@ from ...stats import LayerRows
 from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
-from .storage import (
-    Room,
-    can_store,
-    columns_of,
-    empty_like,
-    held_bytes,
-    is_quantized,
-    most_columns,
-    room_for,
-    visible_columns,
-)
+from .static import Room, room_for
+from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, most_columns, visible_columns
 
 __all__ = [
     "allow_updates",
@@ -42,7 +34,6 @@ __all__ = [
     "check_cache",
     "check_whole",
     "cut",
-    "fill_layer",
     "give_room",
     "guard",
     "guarded_layer",
@@ -261,9 +252,18 @@ def visible_rows(cache: Cache | None, index: int, past: int) -> int:
 
 
 def room_of(cache: Cache | None, index: int, lacks: int, new: int, end: int) -> Room | None:
-    """What layer ``index`` of ``cache`` has allocated or is to allocate; see ``room_for``."""
-    has_layer = cache is not None and index < len(cache.layers)
-    return room_for(cache.layers[index], lacks, new, end) if cache is not None and has_layer else None
+    """What layer ``index`` of a static ``cache`` has allocated; None if it gives away just what is stored.
+
+    What it has not allocated yet it is to allocate: it will have ``lacks`` rows less than tokens. ``new`` rows come to
+    it, and ``end`` is the logical length then.
+    """
+    layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    if not isinstance(layer, StaticLayer):
+        return None
+    rows = room_for(layer, lacks) if layer.keys is None else int(layer.keys.shape[-2])
+    if not isinstance(layer, StaticSlidingWindowLayer):
+        return Room(rows, layer.max_cache_len, is_fixed=True)
+    return Room(rows, end, is_fixed=False) if columns_of(layer, end) + new <= rows else None
 
 
 def layer_rows(cache: Cache | None, length: int) -> list[LayerRows | None]:
@@ -333,19 +333,6 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     turn_into(layer, RoutedLayer)
     layer.rows = rows
-
-
-def fill_layer(cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let layer ``index`` of a cache that is empty hold ``keys`` and ``values`` (B, G, T, D) themselves.
-
-    ``update`` would copy them, behind what is there.
-    """
-    layers: Any = cache.layers
-    while len(layers) <= index:
-        layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
-    layer = layers[index]
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
-    layer.dtype, layer.device = keys.dtype, keys.device
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:

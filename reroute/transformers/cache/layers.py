@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
+from .static import vacated
 from .storage import can_crop, columns_of, empty_like, visible_columns
 
 __all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "stored_as", "turn_into"]
@@ -152,8 +153,8 @@ class GuardedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().crop(-newest)  # type: ignore[misc]
 
     def reset(self) -> None:
-        """Become an ordinary empty layer again."""
-        plain = empty_like(self)
+        """Become an ordinary empty layer again; a static one keeps its memory, as those do that are not routed."""
+        plain = vacated(self) if isinstance(self, StaticLayer) else empty_like(self)
         self.__class__, self.__dict__ = type(plain), vars(plain)
 
 

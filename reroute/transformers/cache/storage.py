@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,7 +17,6 @@ from transformers.cache_utils import (
 )
 
 __all__ = [
-    "Room",
     "can_crop",
     "can_store",
     "columns_of",
@@ -25,7 +24,6 @@ __all__ = [
     "held_bytes",
     "is_quantized",
     "most_columns",
-    "room_for",
     "visible_columns",
 ]
 
@@ -90,35 +88,6 @@ def visible_columns(layer: Any, length: int) -> int:
     if isinstance(layer, StaticSlidingWindowLayer):
         return most - 1  # the oldest one is no longer in any window
     return min(most, int(layer.keys.shape[-2]))  # those that are only recorded do not count
-
-
-class Room(NamedTuple):
-    """What a static layer has allocated.
-
-    - ``rows``: as many. Those that are empty yet are given away too.
-    - ``tokens``: how many there may be at most in all layers.
-    - ``is_fixed``: whether a row never moves, so that the places of all later tokens are known.
-    """
-
-    rows: int
-    tokens: int
-    is_fixed: bool
-
-
-def room_for(layer: Any, lacks: int, new: int, end: int) -> Room | None:
-    """Of ``layer``, when ``new`` rows come to it; None if it gives away just what is stored.
-
-    ``end``: the logical length then. What has not been allocated yet is to be ``lacks`` rows less than what a plain
-    layer would have.
-    """
-    if not isinstance(layer, StaticLayer):
-        return None
-    usual, is_window = layer.max_cache_len, isinstance(layer, StaticSlidingWindowLayer)
-    is_shorter = is_window and not getattr(layer, "is_croppable", False)  # than what may come, for all that is known
-    rows = int(layer.keys.shape[-2]) if layer.keys is not None else usual if is_shorter else usual - lacks
-    if not is_window:
-        return Room(rows, usual, is_fixed=True)
-    return Room(rows, end, is_fixed=False) if columns_of(layer, end) + new <= rows else None
 
 
 def held_bytes(layer: Any) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from reroute_kernels import Backend
 from reroute_kernels.streams import is_capturing, stream_on
@@ -20,7 +19,7 @@ from ...core.plan import Plan
 from ...errors import RerouteError
 from ..adapters import ModelAdapter
 from ..attention import mask_format_of
-from ..cache import cache_of
+from ..cache import cache_of, can_fill
 from ..forward import Kwargs
 from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
@@ -156,8 +155,8 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"
-    if cache is not None and not _is_empty(cache):
-        yield "its cache is not an empty DynamicCache of plain layers"
+    if cache is not None and not can_fill(cache, embeds):
+        yield "its cache is not an empty DynamicCache or StaticCache of plain layers"
 
 
 def _has_known_positions(adapter: ModelAdapter, positions: Any, device: torch.device) -> bool:
@@ -168,14 +167,3 @@ def _has_known_positions(adapter: ModelAdapter, positions: Any, device: torch.de
     if adapter.renumbers:
         return positions.ndim == 2
     return positions.ndim == 3 and len(positions) - adapter.position_axes in (0, 1)  # that of text may come before
-
-
-def _is_empty(cache: Any) -> bool:
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        return False
-    later = getattr(cache, "layer_class_to_replicate", None)
-    return later in (None, DynamicLayer) and _are_empty(cache.layers)
-
-
-def _are_empty(layers: Iterable[Any]) -> bool:
-    return all(type(layer) is DynamicLayer and (layer.keys is None or not layer.keys.numel()) for layer in layers)

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...graphs import Alignment
-from ..cache import fill_layer
+from ..cache import fill_layers, is_static
 from .refused import CannotCapture
 
 __all__ = ["StageCache"]
@@ -83,10 +83,9 @@ class StageCache:
 
     def copy_to(self, cache: Cache, alignment: Alignment) -> None:
         """Fill the empty layers of ``cache`` with copies."""
-        at, buffers = 0, iter(self._buffers)
+        first, buffers = 0, iter(self._buffers)
+        taken = alignment.to_copy if is_static(cache) else alignment.states  # static layers copy what they are given
         for stage, layers in enumerate(self._layers, start=-1):
             if layers:
-                stored = alignment.states(stage, next(buffers)).unbind()
-                for keys, values in zip(stored[::2], stored[1::2], strict=True):
-                    fill_layer(cache, at, keys, values)
-                    at += 1
+                fill_layers(cache, first, taken(stage, next(buffers)).unbind(), alignment.lacks(stage))
+                first += len(layers)
