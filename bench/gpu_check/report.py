@@ -15,6 +15,7 @@ from typing import Any
 from reroute_kernels.testing.cases import TEXT
 
 from ..end_to_end.flops import DECODERS
+from ..kernels import replay_roofline
 from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, table
 from .lines import DENSE, MODEL_NAMES, VARIANTS
 from .record import read_lines
@@ -64,6 +65,31 @@ the share of the bandwidth are reported by others; the gaps between launches, th
 assumptions. Two values are with all latency of the decisions hidden and with none of it hidden; of eager prefills with
 the least and with the most host time.
 """
+GRAPHS = f"""\
+## Modelled with graphs=True
+
+What a caller waits for until there are logits of the first token, [eagerly and replayed](../guides/cuda-graphs.md); the
+vision tower, which runs eagerly before it in any case, stands apart. By the formulas above and this one
+(`python -m bench.kernels.replay_roofline`):
+
+{replay_roofline.FORMULA}
+"""
+ABOUT_GRAPHS = """\
+Milliseconds. *FLOPs*: routed / dense, scoring included, with a causal mask. *fillers*: what they add to a routed
+replay; above a tenth the default `max_waste` has it run eagerly, and the column of the graph says what that avoids.
+
+A graph wins where the host would be late, and nowhere else: for the dense prefills of this table a replay is 0.2 to 7 %
+slower than an eager call, which keeps the device busy by itself; a routed one of 576 tokens gains 7 ms beside a slow
+host and loses 1 ms beside a fast one. Long prompts need no graph.
+
+Aims at batch 1, for an H100:
+
+"""
+COMPILED = """\
+Compiled layers inside the capture would join what runs between the products, *elementwise* as a share of the dense
+layers: each norm 16 bytes a feature in one launch, its residual with it, RoPE 2 passes in one, the gate 3 in one
+([decision](../design/graphs.md#compiled-layers)).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +109,9 @@ def page(results: Path) -> str:
         "## Modelled",
         f"Not measured: an H100 SXM by formula (`bench/kernels/prefill_roofline.py`).\n\n{FORMULA}",
     ]
-    modelled += [MODELLED, _table(list(table()))]
+    modelled += [MODELLED, _table(list(table())), GRAPHS, _table(list(replay_roofline.table()))]
+    modelled += [ABOUT_GRAPHS + "\n".join(f"- {its}" for its in replay_roofline.verdicts())]
+    modelled += [COMPILED, _table(list(replay_roofline.compiled_table()))]
     return "\n".join(part.rstrip() + "\n" for part in (HEAD, *(measured if folders else [NOTHING]), LOSES, *modelled))
 
 
