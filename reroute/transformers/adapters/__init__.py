@@ -7,12 +7,25 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from . import places
 from .base import ModelAdapter
+from .between import FeatureForm, Features, added_before
 from .llava import Llava
 from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
 from .types import REFUSED, ROUTED
 
-__all__ = ["FAMILIES", "PER_TOKEN", "REFUSED", "ROUTED", "ModelAdapter", "adapter_of", "check_type", "is_supported"]
+__all__ = [
+    "FAMILIES",
+    "PER_TOKEN",
+    "REFUSED",
+    "ROUTED",
+    "FeatureForm",
+    "Features",
+    "ModelAdapter",
+    "adapter_of",
+    "added_before",
+    "check_type",
+    "is_supported",
+]
 
 FAMILIES: dict[str, type[ModelAdapter]] = {kind: family for family in (Llava, Qwen25VL) for kind in family.model_types}
 """Of the model types that have a file, by ``config.model_type``."""

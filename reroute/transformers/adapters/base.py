@@ -79,7 +79,8 @@ class ModelAdapter:
         self.renumbers = self.position_axes == 1
         self.first_layer = places.feature_levels(self.config, self.text)
         self.model_parameters, self.base_parameters = _parameters(model), _parameters(self.base)
-        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(_parameters(self.text))
+        self.text_parameters = _parameters(self.text)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(self.text_parameters)
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from .projections import projections_of
 
-__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows"]
+__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows", "states_between"]
 
 ROWS = 24
 FAR = 2**17
@@ -201,7 +201,25 @@ def layers_get(text: Any, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, 
     ``hidden`` (1, R, C) at position ``ids``, in eager mode, where masks are always made. Rotary frequencies are random,
     and long ids do not change them.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls, _ = _without_layers(text, hidden, ids)
+    return [(args[1:], kwargs) for args, kwargs in calls]
+
+
+def states_between(text: Any, hidden: Tensor, ids: Tensor, **given: Any) -> list[Tensor]:
+    """The hidden states that a decoder gives to each of its layers, and at last to its norm, if no layer changes them.
+
+    It gets ``given`` besides what it gets in ``layers_get``.
+    """
+    calls, output = _without_layers(text, hidden, ids, **given)
+    return [*(args[0] for args, _ in calls), output.last_hidden_state]
+
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _without_layers(text: Any, hidden: Tensor, ids: Tensor, **given: Any) -> tuple[Calls, Any]:
+    """What a decoder calls its layers with, hidden states first, and what it returns; its norms do nothing."""
+    calls: Calls = []
     text = getattr(text, "_orig_mod", text)
     children = {name: _clone(child, child._modules) for name, child in text.named_children()}
     children["layers"] = nn.ModuleList(_Listening(layer, calls) for layer in text.layers)
@@ -211,8 +229,8 @@ def layers_get(text: Any, hidden: Tensor, ids: Tensor) -> list[tuple[tuple[Any, 
             children[name] = _with_random_buffers(children[name])
     clone = _clone(text, children)
     clone.config = _Config(text.config, "eager")
-    type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False)
-    return calls
+    output = type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False, **given)
+    return calls, output
 
 
 class _Listening(nn.Module):
@@ -227,7 +245,7 @@ class _Listening(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, *others = args if args else (kwargs.pop("hidden_states"),)
-        self.calls.append((tuple(others), kwargs))
+        self.calls.append(((hidden, *others), kwargs))
         return hidden
 
 

@@ -9,7 +9,7 @@ import pytest
 from bench.end_to_end.flops import DECODERS
 from bench.gpu_check.report import ABOUT_GRAPHS
 from bench.kernels import replay_roofline
-from bench.kernels.prefill_roofline import FUSED, MODULES, dense, prefill_time, routed, schedule_of
+from bench.kernels.prefill_roofline import ATTENTION_RATE, FUSED, MODULES, dense, prefill_time, routed, schedule_of
 from bench.kernels.replay_roofline import PROBLEMS, REPLAY_HOST, TOWERS, compare, comparisons, replayed
 from bench.kernels.roofline import BANDWIDTH, GRAPH_LAUNCH, ITEM
 from reroute.core.cost import kv_bytes
@@ -62,7 +62,7 @@ def test_towers() -> None:
     assert clip.seconds(576, 1)[0] < clip.seconds(576, 1)[1]  # the host is late
     apart, together = qwen.seconds(16384, 4)[0], qwen.seconds(4 * 16384, 1)[0]
     pairs = 4 * 1280 * 4 * (4 * 65536) * (4 * 65536 - 65536)
-    assert together - apart == pytest.approx(pairs / replay_roofline.ATTENTION_RATE, rel=0.02)
+    assert together - apart == pytest.approx(pairs / ATTENTION_RATE, rel=0.02)
 
 
 def test_verdicts() -> None:
