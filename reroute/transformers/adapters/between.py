@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedModelError
 from .dry_run import ROWS, on_cpu, rows, states_between
 from .places import LEVELS
 
@@ -37,13 +36,13 @@ class FeatureForm:
     more: tuple[int, ...]
 
     @classmethod
-    def of(cls, adapter: ModelAdapter) -> FeatureForm:
-        """That of a prompt with pictures. UnsupportedModelError if it is not known."""
+    def of(cls, adapter: ModelAdapter) -> FeatureForm | None:
+        """That of a prompt with pictures; None if the decoder gets none, or it is not known in which."""
         names = adapter.text_parameters
         argument = next((name for name in LEVELS if name in names), "")
         mask = next((name for name in MASKS if name in names), "")
         if not (argument and mask):
-            raise UnsupportedModelError("where its features go is not known")
+            return None
         levels = LEVELS[argument](adapter.config)
         return cls(argument, tuple(sorted(levels)), isinstance(levels, Mapping), mask, MASKS[mask])
 
@@ -79,40 +78,34 @@ class Features:
         return cls(form, levels, mask.flatten(2)[..., 0] if mask.ndim > 2 else mask)
 
 
-def added_before(adapter: ModelAdapter, form: FeatureForm) -> tuple[int, ...]:
+def added_before(adapter: ModelAdapter, form: FeatureForm) -> tuple[int, ...] | None:
     """Of each level of ``form`` the layer before which the decoder adds it, to the rows that are marked.
 
-    The decoder's own code is run on a few random rows, without its layers.
-
-    Raises:
-        UnsupportedModelError: it does something else with them, or more.
+    The decoder's own code is run on a few random rows, without its layers. None if that fails, or it does anything else
+    with features.
     """
     hidden, ids = rows(adapter.text_config.hidden_size)
     ids = ids if adapter.renumbers else ids.expand(adapter.position_axes, -1, -1)
     with on_cpu():
         mask = (torch.arange(ROWS) % 3 == 1)[None]
         generator = torch.Generator().manual_seed(3)
-        count = int(mask.sum())
-        features = [torch.randn(count, hidden.shape[-1], generator=generator) for _ in form.levels]
+        features = [torch.randn(int(mask.sum()), hidden.shape[-1], generator=generator) for _ in form.levels]
         try:
             without = states_between(adapter.text, hidden, ids)
             states = states_between(adapter.text, hidden, ids, **form.arguments(features, mask))
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"the decoder cannot be run without its layers ({type(error).__name__}: {error})"
-            ) from None
+        except Exception:
+            return None
         found: dict[int, int] = {}
         before = without[0]
         for layer, now in enumerate(states):
             if not torch.equal(now, before):
                 level = next((i for i, its in enumerate(features) if torch.equal(now, _added(before, its, mask))), None)
                 if level is None or level in found or layer == len(adapter.layers):
-                    raise UnsupportedModelError("what comes between its layers is not added to visual tokens alone")
+                    return None
                 found[level] = layer
             before = now
-        if len(found) < len(features) or not all(torch.equal(one, without[0]) for one in without):
-            raise UnsupportedModelError("not all features that it gets are added before one layer each")
-    return tuple(found[level] for level in range(len(features)))
+        is_all = len(found) == len(features) and all(torch.equal(one, without[0]) for one in without)
+    return tuple(found[level] for level in range(len(features))) if is_all else None
 
 
 def _added(states: Tensor, features: Tensor, mask: Tensor) -> Tensor:

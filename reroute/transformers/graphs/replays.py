@@ -16,7 +16,6 @@ from ...config import Settings
 from ...core.cost import ModelShape
 from ...core.plan import Plan
 from ...core.schedule import Schedule
-from ...errors import UnsupportedModelError
 from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows, waste
 from ..adapters import FeatureForm, Features, ModelAdapter, added_before
 from ..cache import cache_of
@@ -45,7 +44,7 @@ class Replays:
         self._arena: Arena | None = None
         self._state: DecoderState | None = None
         self._refused: dict[Hashable, str] = {}
-        self._added: dict[FeatureForm, tuple[int, ...]] = {}
+        self._added: dict[FeatureForm, tuple[int, ...] | None] = {}
 
     def run(self, forward: RoutedPrefill | DensePrefill, decoder: Decoder, kwargs: Kwargs, why: str = "") -> Any:
         """What ``decoder`` would return for ``kwargs``, from a replay; None if it has to be called.
@@ -75,10 +74,7 @@ class Replays:
         self, settings: Settings, decoder: Decoder, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor
     ) -> str:
         """Have a graph for ``plan``; why there is none, if so. ``embeds`` and ``positions`` are of any such prompts."""
-        try:
-            given = Given(embeds, positions, self._no_features(plan, embeds))
-        except UnsupportedModelError as error:
-            return f"features come between its layers, and {error}"
+        given = Given(embeds, positions, self._no_features(plan, embeds))
         arena = self._arena_on(given.embeds.device)
         if arena is None:
             return _nowhere(given.embeds.device)
@@ -184,9 +180,9 @@ class Replays:
 
     def _no_features(self, plan: Plan, embeds: torch.Tensor) -> Features | None:
         """Of zeros, in the form in which the decoder gets features with every prompt that has pictures."""
-        if not self._adapter.first_layer:
-            return None
         form, mask = FeatureForm.of(self._adapter), np.zeros(embeds.shape[:2], dtype=bool)
+        if form is None:
+            return None
         for row, order, visual in zip(mask, plan.order, plan.visual, strict=True):
             row[np.flatnonzero(order >= 0)[visual]] = True
         none = embeds.new_zeros(sum(plan.visual_counts), embeds.shape[-1])
@@ -198,11 +194,11 @@ class Replays:
             return ()
         form = given.features.form
         if form not in self._added:
-            try:
-                self._added[form] = added_before(self._adapter, form)
-            except UnsupportedModelError as error:
-                raise CannotCapture(f"features come between its layers, and {error}") from error
-        return self._added[form]
+            self._added[form] = added_before(self._adapter, form)
+        layers = self._added[form]
+        if layers is None:
+            raise CannotCapture("features come between its layers, and are not simply added to visual tokens")
+        return layers
 
     def _cache(self, kwargs: Kwargs) -> Cache | None:
         """What the call fills: its own cache, or the one that the decoder would make."""
