@@ -16,7 +16,7 @@ from reroute_kernels.testing.cases import TEXT
 
 from ..end_to_end.flops import DECODERS
 from ..kernels import replay_roofline
-from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, table
+from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, span, table
 from .lines import DENSE, MODEL_NAMES, VARIANTS
 from .record import read_lines
 
@@ -43,7 +43,8 @@ Ratios are those to dense prefills that ran in alternation, and medians over rou
 on a plan that is made; *graph* is the same as a CUDA graph, hence device time. *modelled* is what the formula below
 gives for an H100 SXM as a graph, with all latency of the decisions hidden and with none. FLOPs are those of
 `reroute.core.cost`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is
-what a prefill adds to the weights, with its cache and the pool.
+what a prefill adds to the weights, with its cache and the pool. *Replays* begin with ids and encoded pictures, so that
+embedding and planning are in all of their times; *eager* there is the same prefill without a graph.
 """
 LOSES = """\
 ## Where routing loses
@@ -173,6 +174,38 @@ def _prefills(lines: Sequence[Line]) -> Iterator[Row]:
         )
 
 
+def _replays(lines: Sequence[Line]) -> Iterator[Row]:
+    yield (
+        *(
+            "model",
+            "N",
+            "B",
+            "variant",
+            "dense eager ms",
+            "eager ms",
+            "replayed ms",
+            "/ dense eager",
+            "/ dense replayed",
+        ),
+        *("/ dense replayed", "modelled: dense eager", "replayed", "fillers, modelled", "held, GiB"),
+    )
+    whole = {
+        (model, visual, batch): modes
+        for (model, visual, batch, variant, _), modes in _by_problem(lines, "replay")
+        if variant in DENSE
+    }
+    for (model, visual, batch, variant, _), modes in _by_problem(lines, "replay"):
+        line = modes["graph"]
+        dense_ms = whole.get((model, visual, batch), {}).get("graph", {}).get("median_ms")
+        ratio = f"{line['median_ms'] / dense_ms:.3f}" if dense_ms and variant not in DENSE else ""
+        yield (
+            *(_name(line), str(visual), str(batch), variant),
+            *(_number(line, name, 2) for name in ("dense_ms", "eager_ms", "median_ms")),
+            *(_number(line, "ratio", 3), ratio, *_expected_replay(model, visual, batch, variant, line)),
+            *(f"{line['waste']:.1%}", _number(line, "held_gib", 2)),
+        )
+
+
 def _layers(lines: Sequence[Line]) -> Iterator[Row]:
     yield "model", "N", "B", "lengths", "eager ms", "/ dense", "graph ms", "/ dense"
     for (_, visual, batch, variant, _), modes in _by_problem(lines, "layers"):
@@ -227,6 +260,7 @@ def _operations(lines: Sequence[Line]) -> Iterator[Row]:
 
 TABLES: dict[str, Callable[[Sequence[Line]], Iterator[Row]]] = {
     "Whole prefills": _prefills,
+    "Replays (graphs=True)": _replays,
     "The decoder layers alone": _layers,
     "Host and device": _host,
     "Our kernels in a routed prefill": _kernels,
@@ -262,6 +296,17 @@ def _expected(model: str, visual: int, batch: int, variant: str, line: Line) -> 
     ours = routed(shape, schedule_of(shape.num_layers, action, keep), visual, batch)
     ends = zip(ours.graph, plain.graph, strict=True)
     return f"{1e3 * sum(ours.graph) / 2:.1f}", " … ".join(dict.fromkeys(f"{a / b:.3f}" for a, b in ends))
+
+
+def _expected_replay(model: str, visual: int, batch: int, variant: str, line: Line) -> tuple[str, str]:
+    """Modelled milliseconds of a dense eager prefill, by host time, and of a replay."""
+    shape = DECODERS.get(MODEL_NAMES.get(model, ""))
+    if shape is None or line["layers"] != shape.num_layers:
+        return "", ""
+    schedule = None if variant in DENSE else schedule_of(shape.num_layers, *VARIANTS[variant])
+    times = dense(shape, visual, batch).eager, replay_roofline.replayed(shape, schedule, visual, batch)
+    eager, ours = (span([1e3 * t for t in ends], 1) for ends in times)
+    return eager, ours
 
 
 def _name(line: Line) -> str:
