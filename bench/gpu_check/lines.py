@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[Literal["route", "remove"], float]] = {
 }
 """Action and budget, avg_T / N."""
 MODES = ("eager", "graph")
+ONE_MODE = {"kernels": MODES[:1], "replay": MODES[1:]}
+"""Of kinds that are measured in one alone: ``graphs=True`` replays."""
 PROFILED_FROM = 2.2
 """The place in ``PROBLEMS`` behind which kernels are profiled first: once it ran, a profiler may slow launches down."""
 LATER = 2.5
@@ -86,7 +88,7 @@ def keys(model: str, *, cuda: bool, modes: Sequence[str] | None = None) -> list[
     ranked: list[tuple[float, Key]] = []
 
     def add(rank: float, kind: str, problem: tuple[int, int], variants: Sequence[tuple[str, str]]) -> None:
-        for (variant, backend), mode in product(variants, MODES[:1] if kind == "kernels" else modes):
+        for (variant, backend), mode in product(variants, ONE_MODE.get(kind, modes)):
             late = LATER if mode == "graph" and problem[0] >= LONG else 0.0
             ranked.append((rank + late, Key(kind, model, *problem, variant, backend, mode)))
 
@@ -96,6 +98,7 @@ def keys(model: str, *, cuda: bool, modes: Sequence[str] | None = None) -> list[
         add(rank, "layers", problem, [("route", "")])
         add(rank, "prefill", problem, [(DENSE[1], "")])
         if cuda:
+            add(rank, "replay", problem, [(DENSE[0], ""), ("route", first), ("route 1/9", first)])
             add(max(rank, PROFILED_FROM), "kernels", problem, [("route", first)])
         extra = [("route", other) for other in others] + [("route 1/9", first)]
         add(rank + LATER, "prefill", problem, extra)

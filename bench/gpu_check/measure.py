@@ -41,7 +41,7 @@ class Wrong(Exception):
 
 
 class Session:
-    """One model on one device, twice on the same weights: plain, and to be routed."""
+    """One model on one device, three times on the same weights: plain, to be routed, and to be routed in graphs."""
 
     def __init__(
         self, model: str, device: torch.device, deadline: Deadline, capture: Callable[[Run], Run] = captured_prefill
@@ -59,7 +59,7 @@ class Session:
         self.shape = fitting(SHAPES[model], self._free(), self._itemsize)
         self._about = {"layers": self.shape.num_layers, "of_layers": SHAPES[model].num_layers}
         self._plain = build(model, self.shape, device, dtype)
-        self._routed = twin(self._plain)
+        self._routed, self._replayed = twin(self._plain), twin(self._plain)
         if self._is_cuda:  # what is there now stays: collecting garbage need not look at it again
             gc.collect()
             gc.freeze()
@@ -78,7 +78,7 @@ class Session:
         if self._is_cuda:
             self._deadline.need(START + RUNS * dense(self.shape, key.visual, key.batch).graph[0])
         self._held = self._allocated()
-        measures = {"prefill": self._prefill, "layers": self._layers, "kernels": self._kernels}
+        measures = {"prefill": self._prefill, "layers": self._layers, "kernels": self._kernels, "replay": self._replay}
         with torch.no_grad():
             return {**self._about, **measures[key.kind](key)}
 
@@ -105,6 +105,22 @@ class Session:
         values |= {name: round(value, 4) for name, value in spent.items()}
         return values if key.mode == "graph" else {**values, "plan_ms": _ms(planning)}
 
+    def _replay(self, key: Key) -> dict[str, Any]:
+        """With ``graphs=True``, beside a dense eager prefill and the same one eagerly: all that a caller waits for."""
+        prompt = Prompt(self._plain, key.visual, key.batch, self._device)
+        plain, eager, ours = (
+            functools.partial(model, **prompt.asked) for model in (self._plain, self._routed, self._replayed)
+        )
+        with self._routing(key), self._routing(key, self._replayed, graphs=reroute.Graphs(max_waste=10)) as handle:
+            for _ in range(2):  # the second one is captured
+                ours()
+            self._check(ours(), key)
+            use = handle.stats().graph
+            if use is None or use.waste is None:
+                raise Wrong(f"a prefill was not replayed: {use}")
+            values = self._compared(key, [ours, plain, eager])
+            return {**values, "waste": round(use.waste.seconds, 4), "held_gib": round(use.nbytes / 2**30, 3)}
+
     def _layers(self, key: Key) -> dict[str, Any]:
         """The decoder layers on so many rows each, without routing, cache or head: what these lengths cost at least."""
         decoder, whole, compact = self._plain.model.language_model, self._whole(key), self._lengths(key)
@@ -129,12 +145,17 @@ class Session:
             return profiled(lambda: self._routed(**prompt.given))
 
     @contextmanager
-    def _routing(self, key: Key) -> Iterator[Handle]:
-        """With a pool of its own: its memory is that of this line."""
+    def _routing(self, key: Key, model: Any = None, **settings: Any) -> Iterator[Handle]:
+        """With a pool of its own: its memory is that of this line. Of a dense variant everything is kept."""
+        model = self._routed if model is None else model
+        if key.variant in DENSE:
+            with reroute.enable(model, keep=1.0, **settings) as handle:
+                yield handle
+            return
         action, _ = VARIANTS[key.variant]
         pool = PagedPool(self.shape.hidden, self._plain.dtype, self._device)
-        given: dict[str, Any] = {"action": action, "backend": key.backend, "pool": pool}
-        with reroute.enable(self._routed, schedule=self._schedule(key), **given) as handle:
+        given: dict[str, Any] = {"action": action, "backend": key.backend, "pool": pool, **settings}
+        with reroute.enable(model, schedule=self._schedule(key), **given) as handle:
             _same("the backend", handle.backend.name, key.backend)
             yield handle
 
@@ -156,6 +177,8 @@ class Session:
         """Bytes besides the weights. Graphs hold theirs side by side."""
         memory = functools.partial(memory_of_prefill, self.shape, batch=key.batch, itemsize=self._itemsize)
         whole, ours = memory(self._whole(key)), memory(self._lengths(key))
+        if key.kind == "replay":
+            return whole + 2 * ours  # caches are copied out
         is_alone = key.variant in DENSE or key.mode == "eager"
         return max(whole, ours) if is_alone else whole + ours
 
@@ -195,15 +218,20 @@ class Session:
         return {"peak_gib": round((torch.cuda.max_memory_allocated() - self._held) / 2**30, 3)}
 
     def _compared(self, key: Key, runs: Sequence[Run]) -> dict[str, Any]:
-        """Milliseconds of the first run; of the second, which is dense, in alternation with it; and their ratio."""
+        """Milliseconds of the first run; of the second, which is dense, in alternation with it; and their ratio.
+
+        A third one is the first eagerly.
+        """
         rounds = list(self._rounds(runs))
         returned, ended = ([[pair[i] for pair in column] for column in zip(*rounds, strict=True)] for i in (0, 1))
         values = {"median_ms": _ms(ended[0]), "min_ms": round(1e3 * min(ended[0]), 4), "rounds": len(rounds)}
         if key.mode == "eager":
             values["host_ms"] = _ms(returned[0])
         if len(runs) > 1:
-            ratios = [ours / whole for ours, whole in zip(*ended, strict=True)]
+            ratios = [ours / whole for ours, whole in zip(*ended[:2], strict=True)]
             values |= {"dense_ms": _ms(ended[1]), "ratio": round(statistics.median(ratios), 4)}
+        if len(runs) > 2:
+            values["eager_ms"] = _ms(ended[2])
         return values
 
     def _rounds(self, runs: Sequence[Run]) -> Iterator[list[tuple[float, float]]]:

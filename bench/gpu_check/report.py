@@ -15,7 +15,8 @@ from typing import Any
 from reroute_kernels.testing.cases import TEXT
 
 from ..end_to_end.flops import DECODERS
-from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, table
+from ..kernels import replay_roofline
+from ..kernels.prefill_roofline import FORMULA, HOST, dense, routed, schedule_of, span, table
 from .lines import DENSE, MODEL_NAMES, VARIANTS
 from .record import read_lines
 
@@ -42,7 +43,8 @@ Ratios are those to dense prefills that ran in alternation, and medians over rou
 on a plan that is made; *graph* is the same as a CUDA graph, hence device time. *modelled* is what the formula below
 gives for an H100 SXM as a graph, with all latency of the decisions hidden and with none. FLOPs are those of
 `reroute.core.cost`, scoring included, with a causal mask and in brackets with all pairs of query and key. *peak* is
-what a prefill adds to the weights, with its cache and the pool.
+what a prefill adds to the weights, with its cache and the pool. *Replays* begin with ids and encoded pictures, so that
+embedding and planning are in all of their times; *eager* there is the same prefill without a graph.
 """
 LOSES = """\
 ## Where routing loses
@@ -64,6 +66,31 @@ the share of the bandwidth are reported by others; the gaps between launches, th
 assumptions. Two values are with all latency of the decisions hidden and with none of it hidden; of eager prefills with
 the least and with the most host time.
 """
+GRAPHS = f"""\
+## Modelled with graphs=True
+
+What a caller waits for until there are logits of the first token, [eagerly and replayed](../guides/cuda-graphs.md); the
+vision tower, which runs eagerly before it in any case, stands apart. By the formulas above and this one
+(`python -m bench.kernels.replay_roofline`):
+
+{replay_roofline.FORMULA}
+"""
+ABOUT_GRAPHS = """\
+Milliseconds. *FLOPs*: routed / dense, scoring included, with a causal mask. *fillers*: what they add to a routed
+replay; above a tenth the default `max_waste` has it run eagerly, and the column of the graph says what that avoids.
+
+A graph wins where the host would be late, and nowhere else: for the dense prefills of this table a replay is 0.2 to 7 %
+slower than an eager call, which keeps the device busy by itself; a routed one of 576 tokens gains 7 ms beside a slow
+host and loses 1 ms beside a fast one. Long prompts need no graph.
+
+Aims at batch 1, for an H100:
+
+"""
+COMPILED = """\
+Compiled layers inside the capture would join what runs between the products, *elementwise* as a share of the dense
+layers: each norm 16 bytes a feature in one launch, its residual with it, RoPE 2 passes in one, the gate 3 in one
+([decision](../design/graphs.md#compiled-layers)).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +110,9 @@ def page(results: Path) -> str:
         "## Modelled",
         f"Not measured: an H100 SXM by formula (`bench/kernels/prefill_roofline.py`).\n\n{FORMULA}",
     ]
-    modelled += [MODELLED, _table(list(table()))]
+    modelled += [MODELLED, _table(list(table())), GRAPHS, _table(list(replay_roofline.table()))]
+    modelled += [ABOUT_GRAPHS + "\n".join(f"- {its}" for its in replay_roofline.verdicts())]
+    modelled += [COMPILED, _table(list(replay_roofline.compiled_table()))]
     return "\n".join(part.rstrip() + "\n" for part in (HEAD, *(measured if folders else [NOTHING]), LOSES, *modelled))
 
 
@@ -145,6 +174,38 @@ def _prefills(lines: Sequence[Line]) -> Iterator[Row]:
         )
 
 
+def _replays(lines: Sequence[Line]) -> Iterator[Row]:
+    yield (
+        *(
+            "model",
+            "N",
+            "B",
+            "variant",
+            "dense eager ms",
+            "eager ms",
+            "replayed ms",
+            "/ dense eager",
+            "/ dense replayed",
+        ),
+        *("/ dense replayed", "modelled: dense eager", "replayed", "fillers, modelled", "held, GiB"),
+    )
+    whole = {
+        (model, visual, batch): modes
+        for (model, visual, batch, variant, _), modes in _by_problem(lines, "replay")
+        if variant in DENSE
+    }
+    for (model, visual, batch, variant, _), modes in _by_problem(lines, "replay"):
+        line = modes["graph"]
+        dense_ms = whole.get((model, visual, batch), {}).get("graph", {}).get("median_ms")
+        ratio = f"{line['median_ms'] / dense_ms:.3f}" if dense_ms and variant not in DENSE else ""
+        yield (
+            *(_name(line), str(visual), str(batch), variant),
+            *(_number(line, name, 2) for name in ("dense_ms", "eager_ms", "median_ms")),
+            *(_number(line, "ratio", 3), ratio, *_expected_replay(model, visual, batch, variant, line)),
+            *(f"{line['waste']:.1%}", _number(line, "held_gib", 2)),
+        )
+
+
 def _layers(lines: Sequence[Line]) -> Iterator[Row]:
     yield "model", "N", "B", "lengths", "eager ms", "/ dense", "graph ms", "/ dense"
     for (_, visual, batch, variant, _), modes in _by_problem(lines, "layers"):
@@ -199,6 +260,7 @@ def _operations(lines: Sequence[Line]) -> Iterator[Row]:
 
 TABLES: dict[str, Callable[[Sequence[Line]], Iterator[Row]]] = {
     "Whole prefills": _prefills,
+    "Replays (graphs=True)": _replays,
     "The decoder layers alone": _layers,
     "Host and device": _host,
     "Our kernels in a routed prefill": _kernels,
@@ -234,6 +296,17 @@ def _expected(model: str, visual: int, batch: int, variant: str, line: Line) -> 
     ours = routed(shape, schedule_of(shape.num_layers, action, keep), visual, batch)
     ends = zip(ours.graph, plain.graph, strict=True)
     return f"{1e3 * sum(ours.graph) / 2:.1f}", " … ".join(dict.fromkeys(f"{a / b:.3f}" for a, b in ends))
+
+
+def _expected_replay(model: str, visual: int, batch: int, variant: str, line: Line) -> tuple[str, str]:
+    """Modelled milliseconds of a dense eager prefill, by host time, and of a replay."""
+    shape = DECODERS.get(MODEL_NAMES.get(model, ""))
+    if shape is None or line["layers"] != shape.num_layers:
+        return "", ""
+    schedule = None if variant in DENSE else schedule_of(shape.num_layers, *VARIANTS[variant])
+    times = dense(shape, visual, batch).eager, replay_roofline.replayed(shape, schedule, visual, batch)
+    eager, ours = (span([1e3 * t for t in ends], 1) for ends in times)
+    return eager, ours
 
 
 def _name(line: Line) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reroute.core.cost import ModelShape, kv_bytes
 from reroute_kernels.testing.cases import TEXT
@@ -71,6 +72,15 @@ class Prompt:
         ids = position_ids(network, batch, length)  # Qwen2.5-VL would compute them on the host
         self.given: dict[str, Any] = {"inputs_embeds": embeds, "position_ids": ids}
         self.given |= {"use_cache": True, "logits_to_keep": 1}
+        features = 0.05 * torch.randn(batch * visual, width, device=device, dtype=network.dtype)
+        picture = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
+        self._tokens = {"input_ids": self.ids, "mm_encoder_outputs": {"image": picture}}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The same prompts as a user has them, but for the vision tower: nothing of them is embedded or planned."""
+        others = {name: value for name, value in self.given.items() if name != "inputs_embeds"}
+        return {**others, **self._tokens}
 
 
 def position_ids(network: Any, batch: int, length: int) -> torch.Tensor:

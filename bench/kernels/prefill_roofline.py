@@ -21,15 +21,24 @@ from ..end_to_end.flops import DECODERS
 from .roofline import BANDWIDTH, GRAPH_LAUNCH, ITEM, kernel_time
 
 __all__ = [
+    "ATTENTION_RATE",
+    "ATTENTION_START",
     "FORMULA",
+    "FUSED",
     "HOST",
+    "MODULES",
     "Costs",
+    "Elementwise",
     "PrefillTime",
     "costs",
+    "decision_seconds",
     "dense",
     "main",
+    "prefill_time",
+    "product_seconds",
     "routed",
     "schedule_of",
+    "span",
     "table",
 ]
 
@@ -73,6 +82,35 @@ FORMULA = """\
     decision    = key projection of all rows + query projection + step (docs/design/benchmarks.md)
     output head = {bytes} of its weights
     eager       = max(prefill, layers * {host} of host time)""".format(sms=SMS, **_RATES)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """What a layer runs beside its products and its attention: (bytes moved for each feature of a row, launches).
+
+    The features are those of the hidden size, of all query and key heads, of the MLP, and of the key heads.
+    """
+
+    norms: tuple[int, int]
+    rope: tuple[int, int]
+    gate: tuple[int, int]
+    residuals: tuple[int, int]
+    cache: tuple[int, int]
+
+    def seconds(self, shape: ModelShape, rows: int) -> float:
+        """Of one layer on so many rows."""
+        heads, keys = (shape.heads + shape.kv_heads) * shape.head_dim, shape.kv_heads * shape.head_dim
+        parts = (
+            *((self.norms, shape.hidden), (self.rope, heads), (self.gate, shape.intermediate)),
+            *((self.residuals, shape.hidden), (self.cache, keys)),
+        )
+        return sum(rows * size * width / BANDWIDTH + launches * GRAPH_LAUNCH for (size, launches), width in parts)
+
+
+MODULES = Elementwise((2 * 36, 16), (9 * ITEM, 10), (5 * ITEM, 2), (6 * ITEM, 2), (4 * ITEM, 2))
+"""Transformers' modules as PyTorch runs them."""
+FUSED = Elementwise((2 * 4 * ITEM, 2), (2 * ITEM, 1), (3 * ITEM, 1), (0, 0), (4 * ITEM, 2))
+"""What a compiler makes of them: each residual is added where its sum is normed, and nothing is moved twice."""
 
 
 @dataclass(frozen=True)
@@ -150,20 +188,27 @@ def costs(shape: ModelShape, schedule: Schedule, action: Action, visual: int, te
 
 def dense(shape: ModelShape, visual: int, batch: int = 1) -> PrefillTime:
     """The plain model."""
-    return _prefill(shape, [visual + TEXT] * shape.num_layers, batch, (0.0, 0.0))
+    return prefill_time(shape, [visual + TEXT] * shape.num_layers, batch)
 
 
 def routed(shape: ModelShape, schedule: Schedule, visual: int, batch: int = 1) -> PrefillTime:
     """With the action ``route``: every decision is made among all visual tokens."""
     lengths = [TEXT + kept for kept in schedule.per_layer(visual, shape.num_layers)]
-    return _prefill(shape, lengths, batch, _decisions(shape, schedule, visual, batch))
+    return prefill_time(shape, lengths, batch, decision_seconds(shape, schedule, visual, batch))
 
 
-def _prefill(shape: ModelShape, lengths: Sequence[int], batch: int, decisions: tuple[float, float]) -> PrefillTime:
+def prefill_time(
+    shape: ModelShape,
+    lengths: Sequence[int],
+    batch: int,
+    decisions: tuple[float, float] = (0.0, 0.0),
+    between: Elementwise = MODULES,
+) -> PrefillTime:
+    """Layers that run ``lengths`` rows of each sample, what decisions take, and what runs ``between`` products."""
     head = shape.vocab * shape.hidden * ITEM / BANDWIDTH
     products = sum(_products(shape, batch * length) for length in lengths)
     attention = sum(_attention(shape, length, batch) for length in lengths)
-    elementwise = sum(_elementwise(shape, batch * length) for length in lengths)
+    elementwise = sum(between.seconds(shape, batch * length) for length in lengths)
     return PrefillTime(products, attention, elementwise, head, decisions, len(lengths))
 
 
@@ -171,10 +216,10 @@ def _products(shape: ModelShape, rows: int) -> float:
     hidden, inner = shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = ((query, hidden), (key, hidden), (key, hidden), (hidden, query), (inner, hidden), (inner, hidden))
-    return sum(_product(rows, columns, depth) for columns, depth in (*sizes, (hidden, inner)))
+    return sum(product_seconds(rows, columns, depth) for columns, depth in (*sizes, (hidden, inner)))
 
 
-def _product(rows: int, columns: int, depth: int) -> float:
+def product_seconds(rows: int, columns: int, depth: int) -> float:
     """Of (rows, depth) and (depth, columns)."""
     computing = min(_waves(rows, columns, depth, tile, split) for tile in TILES for split in SPLITS)
     moving = ITEM * (rows * depth + depth * columns + rows * columns) / BANDWIDTH
@@ -194,23 +239,13 @@ def _attention(shape: ModelShape, length: int, batch: int) -> float:
     return 2 * shape.heads * shape.head_dim * batch * length**2 / ATTENTION_RATE + ATTENTION_START
 
 
-def _elementwise(shape: ModelShape, rows: int) -> float:
-    heads, keys = (shape.heads + shape.kv_heads) * shape.head_dim, shape.kv_heads * shape.head_dim
-    # (bytes of a row, launches)
-    norms, rope, gate = (2 * 36 * shape.hidden, 16), (9 * ITEM * heads, 10), (5 * ITEM * shape.intermediate, 2)
-    residuals, cache = (6 * ITEM * shape.hidden, 2), (4 * ITEM * keys, 2)
-    return sum(
-        rows * size / BANDWIDTH + launches * GRAPH_LAUNCH for size, launches in (norms, rope, gate, residuals, cache)
-    )
-
-
-def _decisions(shape: ModelShape, schedule: Schedule, visual: int, batch: int) -> tuple[float, float]:
+def decision_seconds(shape: ModelShape, schedule: Schedule, visual: int, batch: int) -> tuple[float, float]:
     """All decisions of a prefill, and putting its output together again: with latency hidden, and not."""
     sizes = KernelShape(shape.heads, shape.kv_heads, shape.hidden, shape.head_dim)
     cases = [_Decision("", visual, batch, sizes=sizes, count=kept) for kept in schedule.counts(visual)]
     rows = batch * (visual + TEXT)
-    keys = _product(rows, shape.kv_heads * shape.head_dim, shape.hidden)
-    query = _product(batch, shape.heads * shape.head_dim, shape.hidden)
+    keys = product_seconds(rows, shape.kv_heads * shape.head_dim, shape.hidden)
+    query = product_seconds(batch, shape.heads * shape.head_dim, shape.hidden)
     steps = [kernel_time("step", case) for case in cases]
     ends = [kernel_time(name, cases[-1]) for name in ("defer", "restore")]
     projections = len(steps) * (keys + query)
@@ -236,10 +271,10 @@ def _row(name: str, shape: ModelShape, keep: Fraction, visual: int, batch: int) 
     graph, eager = (_ratios(ends) for ends in ((ours.graph, plain.graph), (ours.eager, plain.eager)))
     return (
         *(name, str(visual), str(batch), str(keep), parts, f"{1e3 * plain.graph[0]:.1f}"),
-        *(_span([1e3 * t for t in ours.graph], 1), _span([1e3 * t for t in ours.decisions], 2), _span(graph, 2)),
+        *(span([1e3 * t for t in ours.graph], 1), span([1e3 * t for t in ours.decisions], 2), span(graph, 2)),
         f"{ours.layers_alone / plain.layers_alone:.2f}",
         *(f"{ratio:.2f}" for ratio in (spent.flop_ratio_causal, spent.flop_ratio)),
-        _span(eager, 2),
+        span(eager, 2),
     )
 
 
@@ -247,7 +282,7 @@ def _ratios(ends: tuple[Sequence[float], Sequence[float]]) -> list[float]:
     return [ours / dense for ours, dense in zip(*ends, strict=True)]
 
 
-def _span(values: Sequence[float], digits: int) -> str:
+def span(values: Sequence[float], digits: int) -> str:
     """One number, or two where they differ as printed."""
     texts = [f"{value:.{digits}f}" for value in sorted(values)]
     return " … ".join(dict.fromkeys(texts))

@@ -7,6 +7,7 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from . import places
 from .base import ModelAdapter
+from .between import FeatureForm, Features, added_before
 from .chameleon import Chameleon
 from .kosmos2_5 import Kosmos25
 from .llama4 import Llama4
@@ -22,8 +23,11 @@ __all__ = [
     "PER_TOKEN",
     "REFUSED",
     "ROUTED",
+    "FeatureForm",
+    "Features",
     "ModelAdapter",
     "adapter_of",
+    "added_before",
     "check_type",
     "identity",
     "in_form_of",

@@ -83,7 +83,8 @@ class ModelAdapter(LayerKinds):
         self.decoder_embeds = bool(self.merges) or self.base is self.text
         self.first_layer = places.feature_levels(self.config, self.text, self.merges)
         self.model_parameters, self.base_parameters = places.parameters(model), places.parameters(self.base)
-        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(places.parameters(self.text))
+        self.text_parameters = places.parameters(self.text)
+        self.reads_kinds = not set(places.PER_TOKEN).isdisjoint(self.text_parameters)
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 from .projections import projections_of
 from .tables import in_form_of, tables_in
 
-__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows"]
+__all__ = ["DryRun", "Inputs", "Seen", "is_projection", "layers_get", "on_cpu", "rows", "states_between"]
 
 ROWS = 24
 FAR = 2**17
@@ -213,7 +213,27 @@ def layers_get(
     ``hidden`` (1, R, C) at position ``ids``, in eager mode, where masks are always made. Rotary frequencies are random,
     and long ids do not change them. ``settings`` replace those of the configuration.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls, _ = _without_layers(text, hidden, ids, settings)
+    return [(args[1:], kwargs) for args, kwargs in calls]
+
+
+def states_between(text: Any, hidden: Tensor, ids: Tensor, **given: Any) -> list[Tensor]:
+    """The hidden states that a decoder gives to each of its layers, and at last to its norm, if no layer changes them.
+
+    It gets ``given`` besides what it gets in ``layers_get``.
+    """
+    calls, output = _without_layers(text, hidden, ids, {}, **given)
+    return [*(args[0] for args, _ in calls), output.last_hidden_state]
+
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _without_layers(
+    text: Any, hidden: Tensor, ids: Tensor, settings: Mapping[str, Any], **given: Any
+) -> tuple[Calls, Any]:
+    """What a decoder calls its layers with, hidden states first, and what it returns; its norms do nothing."""
+    calls: Calls = []
     text = getattr(text, "_orig_mod", text)
     children = {name: _clone(child, child._modules) for name, child in text.named_children()}
     children.update({name: nn.Identity() for name in children if "norm" in name})
@@ -230,11 +250,10 @@ def layers_get(
         calls.clear()
         clone._modules["layers"] = nn.ModuleList(_Listening(layer, calls, make) for layer in text.layers)
         try:
-            type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False)
+            return calls, type(text).forward(clone, inputs_embeds=hidden, position_ids=ids, use_cache=False, **given)
         except _TakesFirst:
             continue
-        break
-    return calls
+    raise NotImplementedError("it takes neither what a layer returns nor the first of that")
 
 
 class _TakesFirst(Exception):
@@ -260,7 +279,7 @@ class _Listening(nn.Module):
         hidden, *others = args if args else (kwargs.pop("hidden_states"),)
         if hidden.ndim < 3:
             raise _TakesFirst
-        self.calls.append((tuple(others), kwargs))
+        self.calls.append(((hidden, *others), kwargs))
         return self.__dict__["make"](hidden)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ...errors import UnsupportedModelError
@@ -96,12 +96,12 @@ def stops_early(text: Any) -> bool:
     return "num_hidden_layers" in inspect.unwrap(type(text).forward).__code__.co_names
 
 
-LEVELS: Final[dict[str, Callable[[Any], int]]] = {
-    "deepstack_visual_embeds": lambda config: len(config.vision_config.deepstack_visual_indexes),
-    "deepstack_features": lambda config: max(_target_layers(config), default=0),
+LEVELS: Final[dict[str, Callable[[Any], Sequence[int] | Mapping[int, int]]]] = {
+    "deepstack_visual_embeds": lambda config: range(len(config.vision_config.deepstack_visual_indexes)),
+    "deepstack_features": lambda config: {layer: layer for layer in _target_layers(config)},
 }
-"""By which argument a decoder gets features that it adds to visual tokens between layers, and before which layer the
-last ones are there, by the configuration of the whole model."""
+"""By which argument a decoder gets features that it adds to visual tokens between layers: a sequence, of which each is
+added behind the next layer, or a mapping by the layer before which it is; by the configuration of the whole model."""
 
 
 def feature_levels(config: Any, text: Any, merged: frozenset[str]) -> int:
@@ -115,7 +115,7 @@ def feature_levels(config: Any, text: Any, merged: frozenset[str]) -> int:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = list(inspect.signature(type(text).forward).parameters.values())[1:]
     others = {one.name for one in parameters if one.kind not in variadic}.difference(ARGUMENTS, merged)
-    levels = max((LEVELS[name](config) for name in others & LEVELS.keys()), default=0)
+    levels = max((_first_without(LEVELS[name](config)) for name in others & LEVELS.keys()), default=0)
     unknown = {name for name in others - LEVELS.keys() if not name.startswith(("output_", "return_"))}
     unused = (name for name, size in UNUSED.items() if getattr(config.get_text_config(), size, None) == 0)
     unknown = unknown.difference(unused)
@@ -126,6 +126,10 @@ def feature_levels(config: Any, text: Any, merged: frozenset[str]) -> int:
             "what it does with it between its layers. Disable routing for this model."
         )
     return levels
+
+
+def _first_without(levels: Sequence[int] | Mapping[int, int]) -> int:
+    return max(levels, default=0) if isinstance(levels, Mapping) else len(levels)
 
 
 UNUSED: Final = {"logits_to_keep": "num_kv_shared_layers", "per_layer_inputs": "hidden_size_per_layer_input"}

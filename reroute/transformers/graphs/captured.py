@@ -19,9 +19,10 @@ from ...core.plan import Plan
 from ...core.prefill import PositionTables, Prefill
 from ...core.workspace import Workspace
 from ...graphs import Alignment, Arena, ClassPlan, PromptTable, ShapeClass, StaticHome, class_tensors
-from ..adapters import ModelAdapter
+from ..adapters import Features, ModelAdapter
 from ..context import RoutedPrefill
 from ..forward import FORWARD, ForwardContext, Kwargs
+from .added import AddedStates
 from .refused import CannotCapture
 from .stage_cache import StageCache
 
@@ -34,19 +35,27 @@ class Given:
 
     - ``embeds`` (B, L', C).
     - ``positions``: position ids (B or 1, L'), or (axes, B or 1, L') of M-RoPE; None: 0, 1, 2, …
+    - ``features``: of the pictures, that it adds between its layers.
     """
 
     embeds: torch.Tensor
     positions: torch.Tensor | None
+    features: Features | None = None
 
 
 class CapturedPrefill:
     """The graph of ``shape_class``. All of its methods need a turn of ``arena``."""
 
     def __init__(
-        self, shape_class: ShapeClass, settings: Settings, adapter: ModelAdapter, backend: Backend, arena: Arena
+        self,
+        shape_class: ShapeClass,
+        settings: Settings,
+        adapter: ModelAdapter,
+        backend: Backend,
+        arena: Arena,
+        added_before: Sequence[int] = (),
     ) -> None:
-        """Nothing is captured yet."""
+        """Nothing is captured yet. ``added_before``: layers before which the decoder adds features of the pictures."""
         self.shape_class, self._settings, self._adapter = shape_class, settings, adapter
         self._backend, self._arena = backend, arena
         self._plan: ClassPlan | None = None
@@ -63,6 +72,7 @@ class CapturedPrefill:
             shape_class.batch * length,
         )
         self._cache = StageCache(counts)
+        self._added = AddedStates(added_before)
         self._replay: Callable[[], None] | None = None
 
     def capture(self, decoder: Callable[..., Any], plan: Plan, given: Given) -> None:
@@ -119,6 +129,7 @@ class CapturedPrefill:
         width, dtype = given.embeds.shape[-1], given.embeds.dtype
         states = ((batch, length, width), dtype)
         axes = (batch, length) if self._adapter.renumbers else (self._adapter.position_axes, batch, length)
+        added = self._added.layout(*states)
         buffers = self._cache.layout if self._cache.is_known else []
         (
             self._embeds,
@@ -136,12 +147,14 @@ class CapturedPrefill:
                 ((batch * length, width), dtype),
                 states,
                 ((batch * sum(rows),), torch.int64),
+                *added,
                 *buffers,
             ]
         )
+        self._added.place_in(stored[: len(added)])
         self._memory = self._arena.memory  # held for as long as the graph
         self._parts = self._table.views(self._packed)
-        self._cache.store_in(stored)
+        self._cache.store_in(stored[len(added) :])
         if self._plan is not None:
             self._tensors = class_tensors(self._plan, self._table, self._parts)
             self._home = StaticHome(self._backend, self._tensors, home)
@@ -152,6 +165,7 @@ class CapturedPrefill:
         sources = self._parts["sources"].view(-1)
         embeds, positions, length = given.embeds, given.positions, given.embeds.shape[1]
         torch.index_select(embeds.flatten(0, 1), 0, sources, out=self._embeds.flatten(0, 1))
+        self._added.fill(given.features, sources)
         if positions is None:
             torch.remainder(self._parts["sources"], length, out=self._positions)
         else:
@@ -163,10 +177,11 @@ class CapturedPrefill:
     def _run(self, decoder: Callable[..., Any]) -> None:
         forward: _RoutedInGraph | _DenseInGraph
         if self._plan is None:
-            forward = _DenseInGraph(self._adapter, (self.shape_class.batch, self.shape_class.rows[0]))
+            shape = self.shape_class.batch, self.shape_class.rows[0]
+            forward = _DenseInGraph(self._adapter, shape, self._added)
         else:
             self._home.clear()
-            forward = _RoutedInGraph(self._plan, self._settings, self._adapter, self._start)
+            forward = _RoutedInGraph(self._plan, self._settings, self._adapter, self._start, added=self._added)
         cache = self._cache.cache
         name = "cache" if "cache" in inspect.signature(self._adapter.text.forward).parameters else "past_key_values"
         try:
@@ -202,14 +217,15 @@ class CapturedPrefill:
 class _RoutedInGraph(RoutedPrefill):
     """A routed prefill without masks: rows that are fillers come last. ``columns``: positions (B, S) of each stage."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, added: AddedStates, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._added = added
         self.columns: list[torch.Tensor] = []
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedPrefill``."""
         _look_at_nothing(kwargs)
-        hidden = super().before_layer(index, hidden, kwargs)
+        hidden = super().before_layer(index, self._added.add(index, hidden), kwargs)
         if self.prefill is not None and self.prefill.stage == len(self.columns):
             self.columns.append(self.prefill.positions)
         return hidden
@@ -220,10 +236,14 @@ class _DenseInGraph(ForwardContext):
 
     columns: Sequence[torch.Tensor] = ()
 
+    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int], added: AddedStates) -> None:
+        super().__init__(adapter, shape)
+        self._added = added
+
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``ForwardContext``."""
         _look_at_nothing(kwargs)
-        return hidden
+        return self._added.add(index, hidden)
 
 
 def _look_at_nothing(kwargs: Kwargs) -> None:

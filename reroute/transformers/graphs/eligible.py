@@ -17,7 +17,7 @@ from ...config import Settings
 from ...core.home import is_recorded
 from ...core.plan import Plan
 from ...errors import RerouteError
-from ..adapters import ModelAdapter
+from ..adapters import Features, ModelAdapter
 from ..attention import mask_format_of
 from ..cache import cache_of, can_fill
 from ..forward import Kwargs
@@ -28,6 +28,8 @@ __all__ = ["why_not_call", "why_not_model", "why_not_prompt"]
 
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
+OF_HEADS = ("logits_to_keep",)
+"""Arguments that some base models pass on to a decoder that has no such one, and looks at none it has not."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 HOST_READS = frozenset({"item", "tolist", "nonzero", "numpy", "cpu", "unique", "unique_consecutive", "masked_select"})
 """What code calls that reads values of tensors on the host, or makes shapes of them."""
@@ -70,8 +72,6 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
     if state.is_training:
         yield "its decoder is in training mode"
-    if adapter.first_layer:
-        yield "features of pictures come between its layers, which is not checked yet"
     reading = sorted(_reading_on_the_host(text))
     if reading:
         yield f"{', '.join(reading)} read values on the host"
@@ -144,7 +144,11 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
         yield "autocast is on, and what it makes of weights is gone when it ends"
     if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
         yield "there are hooks for all modules"
-    others = [name for name, value in kwargs.items() if name not in KNOWN and value is not None and value is not False]
+    features = Features.given(kwargs)
+    known = {*KNOWN, *(name for name in OF_HEADS if name not in adapter.text_parameters)}
+    if features is not None:
+        known |= {features.form.argument, features.form.mask}
+    others = [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
     if others != ["return_dict"] * len(others):
         yield f"the decoder also gets {', '.join(others)}"
     asked = [name for name in OUTPUTS if getattr(adapter.text_config, name, False)]
@@ -155,6 +159,8 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"
+    if features is not None and not _are_rows(features, embeds):
+        yield "features that come between its layers are no rows of embeddings on its device"
     if cache is not None and not can_fill(cache, embeds):
         yield "its cache is not an empty DynamicCache or StaticCache of plain layers"
 
@@ -167,3 +173,14 @@ def _has_known_positions(adapter: ModelAdapter, positions: Any, device: torch.de
     if adapter.renumbers:
         return positions.ndim == 2
     return positions.ndim == 3 and len(positions) - adapter.position_axes in (0, 1)  # that of text may come before
+
+
+def _are_rows(features: Features, embeds: torch.Tensor) -> bool:
+    """Whether there is one for each token that is marked cannot be seen on the host; ``Replays`` asks the plan."""
+    tensors = features.mask, *features.levels
+    shapes = {(level.ndim, *level.shape[-1:]) for level in features.levels}
+    return (
+        all(type(its) is torch.Tensor and its.device == embeds.device for its in tensors)
+        and shapes == {(2, embeds.shape[-1])}
+        and features.mask.shape == embeds.shape[:2]
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -16,7 +17,7 @@ from ...core.cost import ModelShape
 from ...core.plan import Plan
 from ...core.schedule import Schedule
 from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows, waste
-from ..adapters import ModelAdapter
+from ..adapters import FeatureForm, Features, ModelAdapter, added_before
 from ..cache import cache_of
 from ..context import DensePrefill, RoutedPrefill
 from ..forward import Kwargs
@@ -43,6 +44,7 @@ class Replays:
         self._arena: Arena | None = None
         self._state: DecoderState | None = None
         self._refused: dict[Hashable, str] = {}
+        self._added: dict[FeatureForm, tuple[int, ...] | None] = {}
 
     def run(self, forward: RoutedPrefill | DensePrefill, decoder: Decoder, kwargs: Kwargs, why: str = "") -> Any:
         """What ``decoder`` would return for ``kwargs``, from a replay; None if it has to be called.
@@ -72,7 +74,7 @@ class Replays:
         self, settings: Settings, decoder: Decoder, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor
     ) -> str:
         """Have a graph for ``plan``; why there is none, if so. ``embeds`` and ``positions`` are of any such prompts."""
-        given = Given(embeds, positions)
+        given = Given(embeds, positions, self._no_features(plan, embeds))
         arena = self._arena_on(given.embeds.device)
         if arena is None:
             return _nowhere(given.embeds.device)
@@ -99,7 +101,8 @@ class Replays:
         why = self._why_not_model(settings, backend)
         if why:
             return None, why
-        given = Given(embeds, _rotary(kwargs.get("position_ids"), self._adapter.position_axes))
+        positions = _rotary(kwargs.get("position_ids"), self._adapter.position_axes)
+        given = Given(embeds, positions, Features.given(kwargs))
         found = self._found(arena, settings, backend, decoder, plan, given)
         if isinstance(found, str):
             return None, found
@@ -124,6 +127,7 @@ class Replays:
             self._state = DecoderState(self._adapter.text)
             self._store.clear()
             self._refused.clear()
+            self._added.clear()
         config = settings.config
         key = (
             (settings.schedule, config.action, config.trace, config.reopens),
@@ -149,6 +153,8 @@ class Replays:
         at_once: bool = False,
     ) -> CapturedPrefill | str:
         """The graph for the prompts of ``plan``, captured if need be; or why there is none."""
+        if given.features is not None and any(len(its) != sum(plan.visual_counts) for its in given.features.levels):
+            return "features that come between its layers are not one for each visual token"
         own, needed, schedule = ShapeClass.of(plan), needed_rows(plan), plan.schedule
         key = self._key(settings, backend, given, own)
         best = self._store.best(key, own, schedule, needed)
@@ -157,8 +163,8 @@ class Replays:
         why = self._store.why_not(key, own, schedule, needed, at_once=at_once)
         if why:
             return why
-        graph = CapturedPrefill(own, settings, self._adapter, backend, arena)
         try:
+            graph = CapturedPrefill(own, settings, self._adapter, backend, arena, self._added_before(given))
             graph.capture(decoder, plan, given)
         except CannotCapture as error:
             self._store.note(key, own, str(error))
@@ -169,7 +175,30 @@ class Replays:
     def _key(self, settings: Settings, backend: Backend, given: Given, own: ShapeClass) -> Hashable:
         """All that is baked into a graph beside its class, and that ``DecoderState`` does not watch."""
         routing = (settings.schedule, settings.config.action, backend.name) if own.num_stages else None
-        return routing, given.embeds.dtype, self._adapter.text_config._attn_implementation
+        form = None if given.features is None else given.features.form
+        return routing, form, given.embeds.dtype, self._adapter.text_config._attn_implementation
+
+    def _no_features(self, plan: Plan, embeds: torch.Tensor) -> Features | None:
+        """Of zeros, in the form in which the decoder gets features with every prompt that has pictures."""
+        form, mask = FeatureForm.of(self._adapter), np.zeros(embeds.shape[:2], dtype=bool)
+        if form is None:
+            return None
+        for row, order, visual in zip(mask, plan.order, plan.visual, strict=True):
+            row[np.flatnonzero(order >= 0)[visual]] = True
+        none = embeds.new_zeros(sum(plan.visual_counts), embeds.shape[-1])
+        return Features(form, (none,) * len(form.levels), torch.from_numpy(mask).to(embeds.device))
+
+    def _added_before(self, given: Given) -> tuple[int, ...]:
+        """Layers before which the decoder adds features. CannotCapture if it does something else with them."""
+        if given.features is None:
+            return ()
+        form = given.features.form
+        if form not in self._added:
+            self._added[form] = added_before(self._adapter, form)
+        layers = self._added[form]
+        if layers is None:
+            raise CannotCapture("features come between its layers, and are not simply added to visual tokens")
+        return layers
 
     def _cache(self, kwargs: Kwargs) -> Cache | None:
         """What the call fills: its own cache, or the one that the decoder would make."""

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tape_recorder import record_on_tapes
 
 import reroute
 from bench.gpu_check import measure, prefill
@@ -93,6 +94,28 @@ def test_graphs_of_it_all(model: str) -> None:
         values = measured.measure(key)
         assert values["median_ms"] > 0
         assert not {"host_ms", "plan_ms"} & values.keys()
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_replays_of_it_all(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tapes."""
+    record_on_tapes(monkeypatch)
+    measured = session(model)
+    for variant, backend in (("dense", ""), ("route", "torch"), ("route 1/9", "torch")):
+        key = Key("replay", model, 36, 1, variant, backend, "graph")
+        values = measured.measure(key)
+        assert values["ratio"] == pytest.approx(values["median_ms"] / values["dense_ms"], rel=1e-3)
+        assert values["eager_ms"] > 0
+        assert values["held_gib"] >= 0
+        assert values["waste"] > 0
+        measured.clear()
+
+
+def test_a_prefill_that_is_not_replayed_is_no_number(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_on_tapes(monkeypatch)
+    monkeypatch.setattr("reroute.transformers.graphs.replays.why_not_call", lambda *_: "it is a test")
+    with pytest.raises(Wrong, match="was not replayed: ran eagerly: it is a test"):
+        tiny.measure(replace(ROUTE, kind="replay", mode="graph"))
 
 
 def test_flop_ratios(tiny: Session) -> None:

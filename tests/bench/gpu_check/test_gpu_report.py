@@ -11,6 +11,7 @@ import pytest
 from bench.end_to_end.flops import DECODERS
 from bench.gpu_check.report import OUT, RESULTS, main, page
 from bench.kernels.prefill_roofline import dense, routed, schedule_of
+from bench.kernels.replay_roofline import replayed
 
 LLAVA = DECODERS["LLaVA-1.5-7B"]
 QUERY = "name,driver_version,memory.total"
@@ -43,6 +44,28 @@ LINES = [
     line("route", "graph", median_ms=12.345, ratio=0.5426, **ROUTE),
     line("remove", "eager", error="RuntimeError: a | planted"),
     line("route", "graph", kind="layers", median_ms=11.5, ratio=0.51),
+    line(
+        "dense",
+        "graph",
+        kind="replay",
+        median_ms=24.0,
+        dense_ms=25.0,
+        ratio=0.96,
+        eager_ms=25.5,
+        waste=0.0,
+        held_gib=1.5,
+    ),
+    line(
+        "route",
+        "graph",
+        kind="replay",
+        median_ms=15.0,
+        dense_ms=25.0,
+        ratio=0.6,
+        eager_ms=26.0,
+        waste=0.004,
+        held_gib=1,
+    ),
     line(
         "route",
         "eager",
@@ -79,7 +102,8 @@ def measured(tmp_path: Path) -> str:
 
 
 def row(text: str, *begins: str) -> list[str]:
-    (found,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(begins) + " |")]
+    alone, *_ = text.partition("## Modelled with graphs")
+    (found,) = [line for line in alone.splitlines() if line.startswith("| " + " | ".join(begins) + " |")]
     return [cell.strip() for cell in found.strip("|").split("|")]
 
 
@@ -101,7 +125,7 @@ def test_what_was_measured_stands_beside_what_is_modelled(measured: str) -> None
     assert "Nothing was measured" not in measured
     assert "### NVIDIA Stand-in: `first-day`" in measured
     caption = "NVIDIA Stand-in, driver 580.1, cuda 13.0, torch 2.11.0, triton 3.6.0, transformers 5.17.0"
-    assert measured.count(caption) == 6  # tables
+    assert measured.count(caption) == 7  # tables
     ours = routed(LLAVA, schedule_of(32, "route", 1 / 3), 576)
     plain = dense(LLAVA, 576)
     low, high = (f"{a / b:.3f}" for a, b in zip(ours.graph, plain.graph, strict=True))
@@ -128,6 +152,25 @@ def test_the_other_tables(measured: str) -> None:
         "13.9 … 32.9",
         "2.00",
     ]
+
+
+def test_replays_stand_beside_eager_prefills(measured: str) -> None:
+    of = "LLaVA-1.5-7B", "576", "1"
+    modelled = "22.4", f"{1e3 * replayed(LLAVA, None, 576, 1)[0]:.1f}"
+    assert row(measured, *of, "dense", "25.00")[4:] == [
+        "25.00",
+        "25.50",
+        "24.00",
+        "0.960",
+        "",
+        *modelled,
+        "0.0%",
+        "1.50",
+    ]
+    found = row(measured, *of, "route", "25.00")[4:]
+    least, most = replayed(LLAVA, schedule_of(32, "route", 1 / 3), 576, 1)
+    assert found[:5] == ["25.00", "26.00", "15.00", "0.600", "0.625"]
+    assert found[6:] == [f"{1e3 * least:.1f} … {1e3 * most:.1f}", "0.4%", "1.00"]
 
 
 def test_losses_and_gaps(measured: str) -> None:
