@@ -37,8 +37,8 @@ class ModelShape:
     """The sizes of a decoder with grouped-query attention and a gated MLP (three matrices).
 
     ``tower``: the vision tower's, of which some rankers compute more; None if that is not to be counted.
-    ``recurrent``: layers that keep a state instead of keys, or nothing (an MLP alone). Their matrices are counted as those of the others, and
-    neither pairs of a query and a key nor the state are.
+    ``recurrent``: layers that keep a state instead of keys, or nothing (an MLP alone). Their matrices are counted as
+    those of the others, and neither pairs of a query and a key nor the state are.
     """
 
     num_layers: int

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerKinds"]
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+REFERENCE = "reference_sliding_attention"
+"""Full for the first prompt, and a window of what comes after it."""
 ROW_BY_ROW = ("mlp", "moe")
 """Kinds of layers in which rows do not meet: an MLP is all they have."""
 
@@ -39,8 +41,15 @@ class LayerKinds:
         return kinds is None or len(set(kinds)) <= 1
 
     def slides(self, layer: int) -> bool:
-        """Whether ``layer`` looks back over a window or within a chunk only: its cache keeps the last rows."""
-        return self._kind(layer) in (SLIDING, CHUNKED)
+        """Whether ``layer`` looks back over a window or within a chunk only, of later tokens at least.
+
+        Then its cache drops rows.
+        """
+        return self._kind(layer) in (SLIDING, CHUNKED, REFERENCE)
+
+    def keeps_prompt(self, layer: int) -> bool:
+        """Whether ``layer`` sees all of the first prompt, and a window of what comes after it."""
+        return self._kind(layer) == REFERENCE
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution."""
@@ -71,8 +80,9 @@ class LayerKinds:
         kind = self._kind(layer)
         if not self.attends(layer):
             return True
-        if kind == CHUNKED:
-            return self._window(layer) is None and layer in self._chunked
+        if kind in (CHUNKED, REFERENCE):
+            given = self._given_chunks if kind == CHUNKED else self._given_all
+            return self._window(layer) is None and layer in given
         return kind == (FULL if self._window(layer) is None else SLIDING)
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
@@ -101,12 +111,18 @@ class LayerKinds:
 
     @cached_property
     def _seeing(self) -> Callable[[int], bool]:
-        has_full = any(self._kind(layer) == FULL for layer in range(len(self.layers)))
-        return self.is_full_attention if has_full else self.slides
+        kinds = [self._kind(layer) for layer in range(len(self.layers))]
+        if FULL in kinds:
+            return self.is_full_attention
+        return self.keeps_prompt if REFERENCE in kinds else self.slides
 
     @cached_property
-    def _chunked(self) -> frozenset[int]:
-        return self._known.chunked(self)  # type: ignore[arg-type]
+    def _given_chunks(self) -> frozenset[int]:
+        return self._known.with_mask(self, chunks=True)  # type: ignore[arg-type]
+
+    @cached_property
+    def _given_all(self) -> frozenset[int]:
+        return self._known.with_mask(self, chunks=False)  # type: ignore[arg-type]
 
     def _kind(self, layer: int) -> str:
         types = getattr(self.text_config, "layer_types", None)

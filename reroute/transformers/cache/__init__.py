@@ -21,6 +21,7 @@ from .access import (
     is_static,
     is_torn,
     keep_states,
+    keeps_whole_prompt,
     layer_rows,
     length_of,
     past_length,
@@ -35,8 +36,10 @@ from .access import (
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 from .recurrent import GuardedRecurrentLayer
 from .states import KeptStates
+from .storage import REFERENCE
 
 __all__ = [
+    "REFERENCE",
     "GuardedLayer",
     "GuardedRecurrentLayer",
     "KeptStates",
@@ -60,6 +63,7 @@ __all__ = [
     "is_static",
     "is_torn",
     "keep_states",
+    "keeps_whole_prompt",
     "layer_rows",
     "length_of",
     "past_length",

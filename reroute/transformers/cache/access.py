@@ -24,7 +24,17 @@ from ...stats import LayerRows
 from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
-from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, visible_columns
+from .storage import (
+    can_store,
+    columns_of,
+    empty_like,
+    held_bytes,
+    is_quantized,
+    keeps_prompt,
+    prompt_rows,
+    rows_in,
+    visible_columns,
+)
 
 __all__ = [
     "allow_updates",
@@ -45,6 +55,7 @@ __all__ = [
     "is_static",
     "is_torn",
     "keep_states",
+    "keeps_whole_prompt",
     "layer_rows",
     "length_of",
     "past_length",
@@ -161,6 +172,11 @@ def has_windows(cache: Cache) -> bool:
     return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
+def keeps_whole_prompt(cache: Cache) -> bool:
+    """Whether some layer of ``cache`` keeps all of the prompt, and a window of what comes after it."""
+    return any(keeps_prompt(plain_class(layer)) for layer in cache.layers)
+
+
 def is_renumbered(cache: Cache | None) -> bool:
     """Whether the positions of some rows of ``cache`` were counted anew."""
     layers = getattr(cache, "layers", ())
@@ -271,16 +287,17 @@ def _rows_of(layer: Any, length: int) -> LayerRows | None:
     if getattr(layer, "keys", None) is None:  # or it keeps a state
         return None
     rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
-    most = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
-    if static or most is not None:  # not of more than it has
-        rows = min(rows, int(layer.keys.shape[-2]))
+    prompt = prompt_rows(layer)
+    most = layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) and not prompt else None
+    if static or isinstance(layer, DynamicSlidingWindowLayer):  # not of more than it has
+        rows = min(rows, rows_in(layer.keys) + prompt)
     earlier = getattr(layer, "earlier", None)
     return LayerRows(
         rows=rows,
         most=most,
         room=layer.get_max_length() if static else None,
         nbytes=nbytes,
-        row_bytes=nbytes // max(1, int(layer.keys.shape[-2]) if static else rows),
+        row_bytes=nbytes // max(1, rows_in(layer.keys) if static else rows),
         element_size=layer.keys.element_size(),
         state_bytes=0 if earlier is None else earlier.nbytes,
     )
@@ -329,6 +346,7 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     turn_into(layer, RoutedLayer)
     layer.rows = rows
+    layer.begin()
 
 
 def fill_layer(cache: Cache, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:

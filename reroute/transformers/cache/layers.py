@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
-from .storage import columns_of, empty_like, is_quantized, visible_columns
+from .storage import columns_of, empty_like, is_quantized, keeps_prompt, visible_columns
 
 __all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "turn_into"]
 
@@ -156,6 +156,9 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     def floor(self) -> int:  # type: ignore[override]
         """See ``GuardedLayer``."""
         return self.rows.floor
+
+    def begin(self) -> None:
+        """The prompt is stored, and ``rows`` says which of it."""
 
     def get_seq_length(self) -> int:
         """Logical length, from which Transformers derives position ids and mask sizes."""
@@ -304,12 +307,20 @@ def turn_into(layer: Any, kind: type[Any]) -> None:
 
 @functools.cache
 def _class_of(kind: Any, plain: Any) -> Any:
-    own = kind
-    if kind is RoutedLayer:
-        own = next((its for base, its in ROUTED.items() if issubclass(plain, base)), kind)
+    own = _routed(plain) if kind is RoutedLayer else kind
     name = f"{kind.__name__.removesuffix('Layer')}{plain.__name__}"
     # A layer type of Transformers' own stays with the plain class.
-    return type(kind)(name, (own, plain), {"plain": plain, "_layer_type": None, "__doc__": own.__doc__})
+    made = type(kind)(name, (own, plain), {"plain": plain, "_layer_type": None, "__doc__": own.__doc__})
+    made._layer_type = getattr(plain, "_layer_type", None)  # by which masks look for layers
+    return made
+
+
+def _routed(plain: type[Any]) -> type[Any]:
+    if keeps_prompt(plain):
+        from .reference import RoutedReferenceLayer  # which is made of what is here
+
+        return RoutedReferenceLayer
+    return next((its for base, its in ROUTED.items() if issubclass(plain, base)), RoutedLayer)
 
 
 ROUTED: dict[type[Any], type[Any]] = {

@@ -15,7 +15,21 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-__all__ = ["can_store", "columns_of", "empty_like", "held_bytes", "is_quantized", "visible_columns"]
+__all__ = [
+    "REFERENCE",
+    "can_store",
+    "columns_of",
+    "empty_like",
+    "held_bytes",
+    "is_quantized",
+    "keeps_prompt",
+    "prompt_rows",
+    "rows_in",
+    "visible_columns",
+]
+
+REFERENCE = "reference_sliding_attention"
+"""What configurations call layers that keep all of the first prompt, and a window of what comes after it."""
 
 Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 """Base of all that quantise: since Transformers 5.24 there are some without a residual in full precision."""
@@ -26,9 +40,24 @@ OF_ROUTING = ("rows", "earlier", "floor", "may_update")
 
 def can_store(plain: type[Any], *, slides: bool) -> bool:
     """Whether a layer of class ``plain`` may lack rows, as that of a decoder layer that ``slides`` or does not."""
-    if plain is DynamicSlidingWindowLayer:
+    if plain is DynamicSlidingWindowLayer or keeps_prompt(plain):
         return slides
     return plain in (DynamicLayer, StaticLayer) or issubclass(plain, Quantized)
+
+
+def keeps_prompt(plain: type[Any]) -> bool:
+    """Whether layers of class ``plain`` keep all of the first prompt, and a window of what comes after it."""
+    return issubclass(plain, DynamicSlidingWindowLayer) and plain._layer_type == REFERENCE
+
+
+def prompt_rows(layer: Any) -> int:
+    """How many rows ``layer`` keeps beside those of its window."""
+    return rows_in(getattr(layer, "prefill_keys", None))
+
+
+def rows_in(keys: torch.Tensor | None) -> int:
+    """How many rows there are in what a layer keeps, which is None or without dimensions before it is filled."""
+    return 0 if keys is None or keys.ndim < 2 else int(keys.shape[-2])
 
 
 def is_quantized(layer: Any) -> bool:
@@ -48,21 +77,20 @@ def columns_of(layer: Any, length: int) -> int:
         rows = getattr(layer, "rows", None)
         return length if rows is None else int(rows.key_positions.shape[1]) - (rows.logical - length)
     if isinstance(layer, DynamicSlidingWindowLayer) or is_quantized(layer):
-        return int(layer.cumulative_length)
-    return 0 if layer.keys is None else int(layer.keys.shape[-2])
+        return int(layer.cumulative_length) + prompt_rows(layer)
+    return rows_in(layer.keys)
 
 
 def visible_columns(layer: Any, length: int) -> int:
     """How many of its rows ``layer`` gives to the next tokens, apart from the room that a static one has left."""
     if isinstance(layer, DynamicSlidingWindowLayer):
-        stored = 0 if layer.keys is None else int(layer.keys.shape[-2])
-        return min(stored, layer.sliding_window - 1)
+        return min(rows_in(layer.keys), layer.sliding_window - 1) + prompt_rows(layer)
     return columns_of(layer, length)
 
 
 def held_bytes(layer: Any) -> int:
     """Bytes of keys and values, in whatever form; all that is allocated for them."""
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    names = ("keys", "values", "prefill_keys", "prefill_values", "_quantized_keys", "_quantized_values")
     leaves = tree_leaves([getattr(layer, name, None) for name in names])
     return sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
@@ -79,7 +107,7 @@ def empty_like(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     if isinstance(layer, DynamicSlidingWindowLayer):
-        sliding = DynamicSlidingWindowLayer(layer.sliding_window)
+        sliding = getattr(layer, "plain", type(layer))(layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
     if not is_quantized(layer):
