@@ -45,23 +45,23 @@ class LayerKinds:
 
         Then its cache drops rows.
         """
-        return self._kind(layer) in (SLIDING, CHUNKED, REFERENCE)
+        return self.kind(layer) in (SLIDING, CHUNKED, REFERENCE)
 
     def keeps_prompt(self, layer: int) -> bool:
         """Whether ``layer`` sees all of the first prompt, and a window of what comes after it."""
-        return self._kind(layer) == REFERENCE
+        return self.kind(layer) == REFERENCE
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution."""
-        return self._kind(layer) in RECURRENT
+        return self.kind(layer) in RECURRENT
 
     def attends(self, layer: int) -> bool:
         """Whether ``layer`` has keys: neither a state nor an MLP alone."""
-        return self._kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
+        return self.kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
 
     def is_row_by_row(self, layer: int) -> bool:
         """Whether ``layer`` takes each row by itself, and keeps nothing."""
-        return self._kind(layer) in ROW_BY_ROW
+        return self.kind(layer) in ROW_BY_ROW
 
     def mixer(self, layer: int) -> str:
         """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
@@ -69,7 +69,7 @@ class LayerKinds:
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
-        return self._kind(layer) == FULL and self._window(layer) is None
+        return self.kind(layer) == FULL and self._window(layer) is None
 
     def sees_only_before(self, layer: int) -> bool:
         """Whether without a mask a token of ``layer`` sees only what comes before it."""
@@ -77,7 +77,7 @@ class LayerKinds:
 
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""
-        kind = self._kind(layer)
+        kind = self.kind(layer)
         if not self.attends(layer):
             return True
         if kind in (CHUNKED, REFERENCE):
@@ -87,7 +87,7 @@ class LayerKinds:
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
         """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
-        if self._kind(layer) == CHUNKED:  # which begin behind the padding
+        if self.kind(layer) == CHUNKED:  # which begin behind the padding
             return end <= int(self.text_config.attention_chunk_size)
         window = self._window(layer)
         return window is None or end - start <= window
@@ -111,7 +111,7 @@ class LayerKinds:
 
     @cached_property
     def _seeing(self) -> Callable[[int], bool]:
-        kinds = [self._kind(layer) for layer in range(len(self.layers))]
+        kinds = [self.kind(layer) for layer in range(len(self.layers))]
         if FULL in kinds:
             return self.is_full_attention
         return self.keeps_prompt if REFERENCE in kinds else self.slides
@@ -124,7 +124,8 @@ class LayerKinds:
     def _given_all(self) -> frozenset[int]:
         return self._known.with_mask(self, chunks=False)  # type: ignore[arg-type]
 
-    def _kind(self, layer: int) -> str:
+    def kind(self, layer: int) -> str:
+        """Of ``layer``, as Transformers names it."""
         types = getattr(self.text_config, "layer_types", None)
         if types is not None:
             return str(types[layer])
