@@ -71,6 +71,8 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
     if state.is_training:
         yield "its decoder is in training mode"
+    if adapter.decoder_embeds:
+        yield "its decoder makes hidden states of ids and pictures itself"
     if adapter.first_layer:
         yield "features of pictures come between its layers, which is not checked yet"
     reading = sorted(_reading_on_the_host(text))
