@@ -6,19 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.layer_names import CHUNKED, FULL, RECURRENT, REFERENCE, ROW_BY_ROW, SLIDING
 from ...rankers import Ranker
-from .recurrent import RECURRENT, mixer_name
+from .recurrent import mixer_name
 
 if TYPE_CHECKING:
     from .layers import Layers
 
 __all__ = ["LayerKinds"]
-
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-REFERENCE = "reference_sliding_attention"
-"""Full for the first prompt, and a window of what comes after it."""
-ROW_BY_ROW = ("mlp", "moe")
-"""Kinds of layers in which rows do not meet: an MLP is all they have."""
 
 
 class LayerKinds:

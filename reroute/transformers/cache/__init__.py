@@ -36,10 +36,8 @@ from .access import (
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 from .recurrent import GuardedRecurrentLayer
 from .states import KeptStates
-from .storage import REFERENCE
 
 __all__ = [
-    "REFERENCE",
     "GuardedLayer",
     "GuardedRecurrentLayer",
     "KeptStates",

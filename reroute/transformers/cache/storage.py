@@ -15,8 +15,9 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from ...core.layer_names import REFERENCE
+
 __all__ = [
-    "REFERENCE",
     "can_store",
     "columns_of",
     "empty_like",
@@ -28,8 +29,6 @@ __all__ = [
     "visible_columns",
 ]
 
-REFERENCE = "reference_sliding_attention"
-"""What configurations call layers that keep all of the first prompt, and a window of what comes after it."""
 
 Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 """Base of all that quantise: since Transformers 5.24 there are some without a residual in full precision."""
