@@ -23,26 +23,32 @@ decoder and passed to `reroute.enable`; those that are routed are compared with 
 random weights. What is known of a model is [found out by looking at it](../design/families.md), so that other
 configurations of a type may differ from this page, and types that are not on it may work.
 
-- **{routed} of {all} are routed**, {by_file} of them with a file of their own, for rankers that look at pictures.
+- **{routed} of {all} are routed**, {by_file} of them with a file of their own: for rankers that look at pictures, or
+  for a fact that cannot be found out.
 - {never} are refused: they cannot be right, or have nothing to save.
-- {waiting} wait for what the last column names, and are refused until then.
 
 | type | class | | why, or how |
 |---|---|---|---|
 """
-WAITING = {
-    "chameleon": "a file: norms of another place, a decoder that is the base model",
-    "idefics2": "every layer slides; with `sliding_window=None` it is routed",
-    "kosmos-2.5": "a file: no rotation, pictures marked by an argument",
-    "llama4": "chunked layers, a scale that counts rows; it has no base model",
-    "nemotron_h_omni": "recurrent layers, no rotation; it has no base model",
-    "unlimited_ocr": "a cache that windows generated tokens only",
-}
-"""What has to be built before these can be routed."""
 LIMITS = {
+    "idefics2": "a prompt has to fit into the window, which is 4096 tokens by default",
+    "kosmos-2.5": "an argument marks visual tokens, so that `handle.plan` takes `visual_mask=`",
+    "llama4": "prompts of less than 8192 tokens; Transformers 5.24.0 itself fails to return its outputs",
+    "nemotron_h_omni": "with `video_pruning_rate` 0",
     "gemma4": "without inputs per layer and shared keys, which the small ones (E2B, E4B) have: these are refused",
 }
-"""Configurations of a type that are not routed."""
+"""What of a type is not routed, or is peculiar."""
+
+
+KINDS = {
+    "sliding_attention": "sliding layers",
+    "chunked_attention": "chunked layers",
+    "reference_sliding_attention": "windows of what is generated",
+    "linear_attention": "layers that keep a state",
+    "conv": "layers that keep a state",
+    "mlp": "MLPs in layers of their own",
+}
+"""What to say of kinds of layers."""
 
 
 def page() -> str:
@@ -56,9 +62,8 @@ def page() -> str:
     transformers.logging.set_verbosity_error()
     rows = {kind: _row(kind) for kind in sorted(TYPES)}
     counts = {"routed": len(set(ROUTED) & rows.keys()), "never": len(REFUSED.keys() & rows.keys())}
-    waiting = len(rows) - counts["routed"] - counts["never"]
     by_file = len(FAMILIES.keys() & rows.keys())
-    head = HEAD.format(version=transformers.__version__, all=len(rows), by_file=by_file, waiting=waiting, **counts)
+    head = HEAD.format(version=transformers.__version__, all=len(rows), by_file=by_file, **counts)
     lines = (f"| {kind} | `{TYPES[kind]}` | {status} | {why} |" for kind, (status, why) in rows.items())
     return head + "\n".join(lines) + "\n"
 
@@ -72,8 +77,7 @@ def _row(kind: str) -> tuple[str, str]:
         return "refused", REFUSED[kind]
     notes = _notes(kind)
     if isinstance(notes, str):
-        missing = WAITING[kind]  # a type that is neither routed nor here has to be looked at
-        return "waits", f"{missing}. Today: {notes}"
+        raise ValueError(f"{kind} is not routed ({notes}): look at it, and add it to ROUTED or to REFUSED.")
     if kind not in ROUTED:
         raise ValueError(f"{kind} can be routed: test it in tests/families, and add it to ROUTED.")
     notes += [LIMITS[kind]] if kind in LIMITS else []
@@ -102,23 +106,23 @@ def _notes(kind: str) -> list[str] | str:
         ranker, layers = LastTokenAttention(), range(max(1, adapter.first_layer), len(adapter.layers))
         first = next((layer for layer in layers if adapter.may_decide(layer, ranker)), layers[0])
         reroute.enable(model, schedule=reroute.Schedule((first,), (0.5,), ranker)).disable()
-        adapter.check_facts([first], layers)
+        adapter.check_facts([first], layers, first)
     except RerouteError as error:
         return _short(str(error))
     facts, projections = adapter.facts(first), projections_of(getattr(adapter.layers[first], adapter.attention))
     notes = ["features between layers (DeepStack): decides behind them"] if adapter.first_layer else []
-    notes += ["sliding layers"] if any(map(adapter.slides, layers)) else []
+    kinds = {adapter.kind(layer) for layer in layers}
+    notes += dict.fromkeys(words for kind, words in KINDS.items() if kind in kinds)
     notes += ["several rotary tables"] if adapter.has_several_tables else []
-    notes += ["layers that keep a state"] if any(map(adapter.is_recurrent, layers)) else []
     notes += ["layers are told the kinds of tokens"] if adapter.reads_kinds else []
-    notes += [] if facts.rotates else ["full layers do not rotate"]
+    notes += [] if facts.rotates else ["full layers do not rotate" if adapter.renumbers else "no rotation"]
     notes += ["interleaved rotation"] if facts.rope == "interleaved" else []
     order = " behind the rotation" if facts.norms_come_last else ""
     notes += [f"norms of heads{order}"] if facts.key_norm is not None else []
     notes += ["a factor on queries"] if facts.query_factor != 1 else []
     notes += ["a gate behind each query"] if facts.has_query_gate else []
     notes += [projections.kind] if projections.kind else []
-    notes += ["M-RoPE"] if not adapter.renumbers else []
+    notes += ["M-RoPE"] if adapter.position_axes > 1 else []
     return notes + ([] if facts.is_causal else ["pictures see both ways"])
 
 

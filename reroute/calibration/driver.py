@@ -91,6 +91,11 @@ def calibrate(
         check_writable(path)
     _check_plain(model)
     adapter = adapter_of(model)
+    if adapter.base is model or adapter.decoder_embeds:
+        raise RerouteError(
+            f"{type(model).__name__} cannot be calibrated: calibration runs its decoder on embeddings, through a base "
+            "model without the head, and here these are not parts of their own. Choose a method and keep= instead."
+        )
     read = Prompts.read(prompts, adapter.visual_ids)
     visual, may_decide = tuple(sorted({p.visual for p in read.all})), cache(adapter.may_decide)
     space = Space(keep, len(adapter.layers), action, visual, _chosen(methods), may_decide)

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 from ..errors import RerouteError, unknown
 from ..rankers import TowerShape
 from .action import Action
+from .layer_names import RECURRENT, ROW_BY_ROW
 from .schedule import Schedule
 
 __all__ = [
-    "RECURRENT",
     "Attention",
     "CostEstimate",
     "ModelShape",
@@ -24,9 +24,6 @@ __all__ = [
     "layer_flops",
     "prefill_cost",
 ]
-
-RECURRENT = ("linear_attention", "conv")
-"""What configurations call layers that keep a state instead of keys: a recurrent one, or rows for a convolution."""
 
 Attention = Literal["dense", "causal"]
 """How attention is counted: all pairs of a query and a key, or those that a causal mask leaves."""
@@ -70,7 +67,7 @@ class ModelShape:
                 kv_heads=_size(text_config, "num_key_value_heads", None) or heads,
                 head_dim=_size(text_config, "head_dim", None) or hidden // heads,
                 vocab=text_config.vocab_size,
-                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in (*RECURRENT, "mlp", "moe")),
+                recurrent=tuple(i for i, kind in enumerate(_kinds(text_config)) if kind in (*RECURRENT, *ROW_BY_ROW)),
             )
         except AttributeError as error:
             raise RerouteError(

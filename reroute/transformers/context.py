@@ -30,6 +30,7 @@ from .cache import (
     is_routed,
     is_static,
     keep_states,
+    keeps_whole_prompt,
     room_of,
     route_layer,
     visible_rows,
@@ -334,11 +335,12 @@ class RoutedPrefill(ForwardContext):
         """The logical length to which the cache may be cropped: text after the visual tokens may go.
 
         Not if some of it is padding, in layers that keep a window: fillers would come behind rows, and drop out later
-        than the rows that they stand for. Nor in static ones, whose rows have a place for good.
+        than the rows that they stand for. Nor in static ones, whose rows have a place for good, nor where all that
+        comes later has a window.
         """
-        plan = self.plan
-        keeps_places = self.cache is not None and (has_windows(self.cache) or is_static(self.cache))
-        has_no_tail = plan.tail_has_padding and keeps_places
+        plan, cache = self.plan, self.cache
+        keeps_places = cache is not None and (has_windows(cache) or is_static(cache))
+        has_no_tail = (plan.tail_has_padding and keeps_places) or (cache is not None and keeps_whole_prompt(cache))
         return self._end - (0 if has_no_tail else plan.tail)
 
     def _rows(

@@ -93,8 +93,15 @@ def check_turn(adapter: ModelAdapter, plan: Plan, compact: Iterable[int]) -> Non
     """Check that the layers that run ``compact`` can take up a later turn.
 
     Raises:
-        RerouteError: fillers would come between the rows of an earlier turn and those of this one, and change states.
+        RerouteError: they see a window of later turns only; or fillers would come between the rows of an earlier turn
+            and those of this one, and change states.
     """
+    windowed = [index for index in compact if adapter.keeps_prompt(index)]
+    if windowed:
+        raise RerouteError(
+            f"Layers {windowed} see a window of all that comes after the first prompt, and so of later pictures. Start "
+            "a new cache for a prompt with other pictures, or run the turn in handle.at(keep=1.0)."
+        )
     is_ragged = any(min(plan.active(stage)) < plan.width(stage) for stage in range(len(plan.decisions)))
     recurrent = [index for index in compact if adapter.is_recurrent(index)]
     if is_ragged and recurrent:

@@ -47,12 +47,16 @@ def predict(
     """
     prompt = len(ids) if prompt is None else prompt
     dense, calls = _inputs(tiny, ids, given)
+    if tiny.later is not None:
+        rows = torch.arange(len(ids))
+        gone = (rows >= prompt) & (rows <= rows[:, None] - tiny.later)
+        calls = [_hiding(kwargs, gone) for kwargs in calls]
     visual = [i for i, token in enumerate(ids[:prompt]) if token == PICTURE]
     active, there = torch.ones(len(ids), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)
     candidates, margin = list(range(len(visual))), float("inf")
     kept: list[list[int]] = []
     for index, (layer, kwargs) in enumerate(zip(tiny.layers, calls, strict=True)):
-        if index <= layers[0]:  # features of pictures may have come between these layers
+        if index == 0 or (index <= layers[0] and tiny.later is None):  # features of pictures may have come between
             states = dense[index]
         if index in layers:
             if chosen is None:

@@ -79,6 +79,14 @@ def test_calibration_of_models_that_are_told_more_than_embeddings(name: str) -> 
         reroute.calibrate(family.tiny.model, prompts, keep=0.6, evaluations=2, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("name", ["llama4", "chameleon", "kosmos2_5"])
+def test_calibration_of_models_whose_parts_are_elsewhere(name: str) -> None:
+    family = ELSEWHERE[name]()
+    prompts = [family.inputs([family.prompt(seed, 3, 5)]) for seed in range(4)]
+    with pytest.raises(RerouteError, match="here these are not parts of their own"):
+        reroute.calibrate(family.tiny.model, prompts, keep=0.6, evaluations=2, max_new_tokens=2)
+
+
 def test_calibration_of_models_with_features_that_come_as_embeddings() -> None:
     family = PICTURED["mistral3"]()
     prompts = [family.inputs([family.prompt(seed, 3, 5)]) for seed in range(4)]

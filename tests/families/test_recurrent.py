@@ -13,7 +13,7 @@ from dense import near, predict
 from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, prompt, step
-from test_windows import TOKENS, WAYS, check_against_oracle, decode, talk
+from test_windows import TOKENS, WAYS, by_norm, check_against_oracle, decode, talk
 from tiny_types import RECURRENT, TYPES, build, configuration
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
@@ -22,8 +22,10 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError, UnsupportedModelError
 from reroute.methods import PDrop
+from reroute.rankers import LastTokenAttention, Norm
 
 LAYERS = (2, 6)
+NEMOTRON = pytest.mark.skipif("nemotron_h_omni" not in TYPES, reason="a later release has it")
 ALIKE = ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
 """Types whose decoder is Qwen3.5's."""
 SAMPLES = ("qwen3_5", "lfm2_vl")
@@ -154,6 +156,30 @@ def test_decisions_at_recurrent_layers() -> None:
     for settings in several:
         with pytest.raises(RerouteError, match=r"not built for layers that slide, keep a state|one position id per"):
             reroute.enable(tiny.model, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("action", ["route", "remove"])
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("qwen3_5", 3), ("lfm3_vl", 3), pytest.param("nemotron_h_omni", 1, marks=NEMOTRON)],
+)
+def test_decisions_that_ask_no_layer(kind: str, layer: int, action: Any) -> None:
+    """Before one with a state, without rotary tables, or with an MLP alone; then attention ranks, by its own tables."""
+    tiny, later = build(kind, layers=8), {"lfm3_vl": 6}.get(kind, 4 if kind == "qwen3_5" else 6)
+    layers, ratios = (layer, later), (0.7, 0.4)
+    schedule = reroute.Schedule(layers, ratios, (Norm(), LastTokenAttention()))
+    expected = [
+        predict(tiny, [*ids, *TOKENS], layers, ratios, prompt=len(ids), action=action, ranks={layer: by_norm})
+        for ids in (ONE, TWO)
+    ]
+    with reroute.enable(tiny.model, schedule=schedule, action=action, trace=True) as handle:
+        logits, after, _ = decode(handle, tiny, ONE, TWO)
+    for b, (ids, one) in enumerate(zip((ONE, TWO), expected, strict=True)):
+        assert one.margin > 1e-6
+        assert [stage.kept[b].tolist() for stage in handle.trace or ()] == one.kept
+        near(logits[b, -len(ids) :], one.logits[: len(ids)])
+        near(after[:, b], one.logits[len(ids) :])
 
 
 # --- a layer that does something else -------------------------------------------------------------------------------

@@ -58,11 +58,13 @@ CASES = [
 def check_against_oracle(kind: str, action: Any, attention: str) -> None:
     """One prompt and a batch, with tokens after them: selections, logits; plain bits at ``keep=1`` and afterwards."""
     dense, tiny = build(kind, layers=8), build(kind, attention, layers=8)
+    # Transformers' masks of windows of later tokens alone show padding, once there are more than a window of them.
+    two = TWO if tiny.later is None else prompt(1, 2, 5, 1, 3, 4)
     ratios = (0.4, 0.7) if action == "route" else (0.7, 0.4)
-    expected = [predict(dense, [*ids, *TOKENS], LAYERS, ratios, prompt=len(ids), action=action) for ids in (ONE, TWO)]
-    plain = tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits
+    expected = [predict(dense, [*ids, *TOKENS], LAYERS, ratios, prompt=len(ids), action=action) for ids in (ONE, two)]
+    plain = tiny.model(**batch(tiny, ONE, two), use_cache=False).logits
     with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, ratios), action=action, trace=True) as handle:
-        for samples, wanted in (([ONE], expected[:1]), ([ONE, TWO], expected)):
+        for samples, wanted in (([ONE], expected[:1]), ([ONE, two], expected)):
             logits, after, _ = decode(handle, tiny, *samples)
             for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
                 assert one.margin > 1e-6
@@ -70,8 +72,8 @@ def check_against_oracle(kind: str, action: Any, attention: str) -> None:
                 near(logits[b, -len(ids) :], one.logits[: len(ids)])
                 near(after[:, b], one.logits[len(ids) :])
         with handle.at(keep=1.0):
-            assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
-    assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+            assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
+    assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
 
 
 @pytest.mark.parametrize(("kind", "action", "attention"), CASES)
@@ -134,7 +136,7 @@ SAID = [[3] * 9], [ONE], [[5, 6, 7]], [TWO], *([[token]] for token in TOKENS)
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["gemma3", pytest.param("cohere2_vision", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["gemma3", "llama4", pytest.param("cohere2_vision", marks=pytest.mark.slow)])
 def test_later_turns(kind: str, attention: str) -> None:
     """Text, a picture, text, a picture, an answer: as on a cache that keeps every row of sliding layers too."""
     tiny = build(kind, attention, layers=8)
@@ -143,14 +145,15 @@ def test_later_turns(kind: str, attention: str) -> None:
         logits, expected = talk(handle, tiny, kept, [*SAID]), talk(handle, tiny, whole, [*SAID])
     near(logits, expected)
     lengths = [stored_rows(layer) for layer in kept.layers]
-    assert lengths[0] == lengths[3] == WINDOW - 1, "windows drop what they do not show"
+    assert lengths[1] == lengths[3] == WINDOW - 1, "windows drop what they do not show"
     assert lengths[2] < whole.get_seq_length() == kept.get_seq_length(), "and full layers what was deferred"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_later_turns_of_a_batch(side: str) -> None:
-    tiny, pad = build("gemma3", layers=8), [0] * (len(TWO) - len(ONE))
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_later_turns_of_a_batch(kind: str, side: str) -> None:
+    tiny, pad = build(kind, layers=8), [0] * (len(TWO) - len(ONE))
     first = [pad + ONE, TWO] if side == "left" else [ONE + pad, TWO]
     turns = [first, [[5, 6, 7]] * 2, [[9, *ONE], [*ONE, 8]], *([[token]] * 2 for token in TOKENS)]
     mask = torch.ones(2, sum(len(turn[0]) for turn in turns), dtype=torch.long)

@@ -79,6 +79,7 @@ SLIDING = (
     "muse_spark",
     "shieldgemma2",
     "step3p7",
+    "unlimited_ocr",
 )
 """Types of which some layers slide."""
 RECURRENT = (
@@ -107,13 +108,14 @@ class TinyType:
     """A model, its decoder and the decoder's layers.
 
     ``axes``: how many position ids a token has, several of M-RoPE. ``marks``: by which argument it is told where
-    pictures are, if it must be.
+    pictures are, if it must be. ``later``: how many of the tokens after the prompt one of them sees, if not all.
     """
 
     model: Any = field(repr=False)
     text: Any = field(repr=False)
     axes: int
     marks: str | None = None
+    later: int | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -255,6 +257,14 @@ def mend_llama4() -> None:
         module.MoeCausalLMOutputWithPast.image_outputs = None
 
 
+def _unlimited_ocr(config: Any) -> None:
+    """Windows are of what is generated alone. Heads do not share keys."""
+    text = config.text_config
+    text.num_key_value_heads = text.num_attention_heads
+    _set_kinds(text, "reference_sliding_attention")
+    text.mlp_layer_types = ["dense", *["sparse"] * (text.num_hidden_layers - 1)]
+
+
 def _muse(config: Any) -> None:
     """Full layers have no rotary tables. A large factor on queries and experts would make noise loud."""
     _sliding(config)
@@ -322,6 +332,7 @@ TWEAKS: dict[str, Callable[[Any], None]] = {
     "nemotron_h_omni": _nemotron_h_omni,
     "perception_lm": _clip_tower,
     "step3p7": _step3p7,
+    "unlimited_ocr": _unlimited_ocr,
 }
 
 
@@ -388,7 +399,7 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
         fill(text, headed.lm_head)
     model.requires_grad_(False)
     model.set_attn_implementation(attention)
-    return TinyType(model, text, axes_of(text), MARKS.get(kind))
+    return TinyType(model, text, axes_of(text), MARKS.get(kind), WINDOW if kind == "unlimited_ocr" else None)
 
 
 def axes_of(text: Any) -> int:

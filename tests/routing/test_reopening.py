@@ -64,6 +64,15 @@ def test_a_later_turn_is_a_fresh_prompt_of_the_conversation(tiny: Tiny, rules: R
             assert cache.get_seq_length() == len(said)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_conversation_from_its_beginning_on(few: Tiny, attention: str) -> None:
+    """No row is missing and none is a filler, and yet eager attention has to be shown what comes before."""
+    said, new = few.prompt(0, 5, few.grid, 4), few.prompt(1, 6)
+    with attention_of(few, attention), enable(few, FEW, reopens=True):
+        logits = turn(few, first(few, [said]), [said], [new])
+    is_fresh(logits[0], few, said, new, FEW)
+
+
 @settings(max_examples=25)
 @given(st.data())
 def test_any_conversation(data: st.DataObject) -> None:

@@ -6,17 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.layer_names import CHUNKED, FULL, RECURRENT, REFERENCE, ROW_BY_ROW, SLIDING
 from ...rankers import Ranker
-from .recurrent import RECURRENT, mixer_name
+from .recurrent import mixer_name
 
 if TYPE_CHECKING:
     from .layers import Layers
 
 __all__ = ["LayerKinds"]
-
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-ROW_BY_ROW = ("mlp", "moe")
-"""Kinds of layers in which rows do not meet: an MLP is all they have."""
 
 
 class LayerKinds:
@@ -39,20 +36,27 @@ class LayerKinds:
         return kinds is None or len(set(kinds)) <= 1
 
     def slides(self, layer: int) -> bool:
-        """Whether ``layer`` looks back over a window or within a chunk only: its cache keeps the last rows."""
-        return self._kind(layer) in (SLIDING, CHUNKED)
+        """Whether ``layer`` looks back over a window or within a chunk only, of later tokens at least.
+
+        Then its cache drops rows.
+        """
+        return self.kind(layer) in (SLIDING, CHUNKED, REFERENCE)
+
+    def keeps_prompt(self, layer: int) -> bool:
+        """Whether ``layer`` sees all of the first prompt, and a window of what comes after it."""
+        return self.kind(layer) == REFERENCE
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether ``layer`` keeps a state instead of keys, or the last rows for a convolution."""
-        return self._kind(layer) in RECURRENT
+        return self.kind(layer) in RECURRENT
 
     def attends(self, layer: int) -> bool:
         """Whether ``layer`` has keys: neither a state nor an MLP alone."""
-        return self._kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
+        return self.kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
 
     def is_row_by_row(self, layer: int) -> bool:
         """Whether ``layer`` takes each row by itself, and keeps nothing."""
-        return self._kind(layer) in ROW_BY_ROW
+        return self.kind(layer) in ROW_BY_ROW
 
     def mixer(self, layer: int) -> str:
         """What ``layer`` calls the part in which rows meet: its attention, or what keeps its state."""
@@ -60,7 +64,7 @@ class LayerKinds:
 
     def is_full_attention(self, layer: int) -> bool:
         """Whether ``layer`` attends to everything before a token, without a sliding window."""
-        return self._kind(layer) == FULL and self._window(layer) is None
+        return self.kind(layer) == FULL and self._window(layer) is None
 
     def sees_only_before(self, layer: int) -> bool:
         """Whether without a mask a token of ``layer`` sees only what comes before it."""
@@ -68,16 +72,17 @@ class LayerKinds:
 
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""
-        kind = self._kind(layer)
+        kind = self.kind(layer)
         if not self.attends(layer):
             return True
-        if kind == CHUNKED:
-            return self._window(layer) is None and layer in self._chunked
+        if kind in (CHUNKED, REFERENCE):
+            given = self._given_chunks if kind == CHUNKED else self._given_all
+            return self._window(layer) is None and layer in given
         return kind == (FULL if self._window(layer) is None else SLIDING)
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
         """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
-        if self._kind(layer) == CHUNKED:  # which begin behind the padding
+        if self.kind(layer) == CHUNKED:  # which begin behind the padding
             return end <= int(self.text_config.attention_chunk_size)
         window = self._window(layer)
         return window is None or end - start <= window
@@ -101,14 +106,21 @@ class LayerKinds:
 
     @cached_property
     def _seeing(self) -> Callable[[int], bool]:
-        has_full = any(self._kind(layer) == FULL for layer in range(len(self.layers)))
-        return self.is_full_attention if has_full else self.slides
+        kinds = [self.kind(layer) for layer in range(len(self.layers))]
+        if FULL in kinds:
+            return self.is_full_attention
+        return self.keeps_prompt if REFERENCE in kinds else self.slides
 
     @cached_property
-    def _chunked(self) -> frozenset[int]:
-        return self._known.chunked(self)  # type: ignore[arg-type]
+    def _given_chunks(self) -> frozenset[int]:
+        return self._known.with_mask(self, chunks=True)  # type: ignore[arg-type]
 
-    def _kind(self, layer: int) -> str:
+    @cached_property
+    def _given_all(self) -> frozenset[int]:
+        return self._known.with_mask(self, chunks=False)  # type: ignore[arg-type]
+
+    def kind(self, layer: int) -> str:
+        """Of ``layer``, as Transformers names it."""
         types = getattr(self.text_config, "layer_types", None)
         if types is not None:
             return str(types[layer])

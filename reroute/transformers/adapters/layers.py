@@ -94,16 +94,20 @@ class Layers:
         tables = [kwargs.get("position_embeddings") for _, kwargs in calls]
         return not all(its is None or _same(its, tables[first]) for its in tables)
 
-    def chunked(self, adapter: ModelAdapter) -> frozenset[int]:
-        """The layers to which the decoder gives a mask in which a token sees its chunk, up to itself.
+    def with_mask(self, adapter: ModelAdapter, *, chunks: bool) -> frozenset[int]:
+        """The layers to which the decoder gives a mask in which a token sees all before it, or that of its chunk.
+
+        Windows and chunks of its configuration are short meanwhile.
 
         Raises:
             UnsupportedModelError: it cannot be run without its layers.
         """
         with on_cpu():
-            ids = torch.arange(ROWS)
-            calls = _calls(adapter, rows(adapter.text_config.hidden_size)[0], ids[None], attention_chunk_size=CHUNK)
-            visible = (ids[:, None] >= ids) & (ids[:, None] // CHUNK == ids // CHUNK)
+            ids, settings = torch.arange(ROWS), {"attention_chunk_size": CHUNK, "sliding_window": CHUNK}
+            calls = _calls(adapter, rows(adapter.text_config.hidden_size)[0], ids[None], **settings)
+            visible = ids[:, None] >= ids
+            if chunks:
+                visible &= ids[:, None] // CHUNK == ids // CHUNK
             masks = (kwargs.get("attention_mask") for _, kwargs in calls)
             are = (isinstance(mask, Tensor) and torch.equal(mask[0, 0] == 0, visible) for mask in masks)
             return frozenset(index for index, its in enumerate(are) if its)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.cost import RECURRENT
 from .dry_run import DryRun, Inputs
 from .facts import alike, check_arguments, refusal
 
-__all__ = ["RECURRENT", "check_recurrent", "check_row_by_row", "mixer_name"]
+__all__ = ["check_recurrent", "check_row_by_row", "mixer_name"]
 
 FILLERS = 5
 

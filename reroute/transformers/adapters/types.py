@@ -78,6 +78,7 @@ ROUTED: Final[tuple[str, ...]] = (
     "shieldgemma2",
     "smolvlm",
     "step3p7",
+    "unlimited_ocr",
     "video_llama_3",
     "video_llava",
     "vipllava",

@@ -46,7 +46,9 @@ def prefill_mask(
             return block_mask(None, torch.where(rows < 0, -1, rows + past), key_positions, is_causal=is_causal)
         return block_mask(mask, rows, _columns(key_positions, past + mask.shape[2], mask)[0])
     if mask is None:
-        if not has_fillers and (past == 0 or not is_causal or mask_format == "padding"):
+        # Without a mask eager attention sees everything, and SDPA what comes before only where nothing is cached.
+        means_it = mask_format == "padding" or (past == 0 and mask_format != "additive") or not is_causal
+        if not has_fillers and means_it:
             return None
         if mask_format == "padding":
             return key_positions >= 0

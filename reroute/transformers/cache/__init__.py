@@ -20,6 +20,7 @@ from .access import (
     is_static,
     is_torn,
     keep_states,
+    keeps_whole_prompt,
     layer_rows,
     length_of,
     past_length,
@@ -34,6 +35,7 @@ from .access import (
 from .filling import can_fill, fill_layers
 from .layers import GuardedLayer, RoutedLayer, RowPositions
 from .recurrent import GuardedRecurrentLayer
+from .reference import RoutedReferenceLayer
 from .states import KeptStates
 from .static import Room, with_room
 from .windows import RoutedSlidingLayer, RoutedStaticSlidingLayer
@@ -44,6 +46,7 @@ __all__ = [
     "KeptStates",
     "Room",
     "RoutedLayer",
+    "RoutedReferenceLayer",
     "RoutedSlidingLayer",
     "RoutedStaticSlidingLayer",
     "RowPositions",
@@ -66,6 +69,7 @@ __all__ = [
     "is_static",
     "is_torn",
     "keep_states",
+    "keeps_whole_prompt",
     "layer_rows",
     "length_of",
     "past_length",

@@ -26,7 +26,18 @@ from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLa
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
 from .static import Room, room_for
-from .storage import can_store, columns_of, empty_like, held_bytes, is_quantized, most_columns, visible_columns
+from .storage import (
+    can_store,
+    columns_of,
+    empty_like,
+    held_bytes,
+    is_quantized,
+    keeps_prompt,
+    most_columns,
+    prompt_rows,
+    rows_in,
+    visible_columns,
+)
 
 __all__ = [
     "allow_updates",
@@ -46,6 +57,7 @@ __all__ = [
     "is_static",
     "is_torn",
     "keep_states",
+    "keeps_whole_prompt",
     "layer_rows",
     "length_of",
     "past_length",
@@ -162,6 +174,11 @@ def has_windows(cache: Cache) -> bool:
     return any(most_columns(layer) is not None for layer in cache.layers)
 
 
+def keeps_whole_prompt(cache: Cache) -> bool:
+    """Whether some layer of ``cache`` keeps all of the prompt, and a window of what comes after it."""
+    return any(keeps_prompt(plain_class(layer)) for layer in cache.layers)
+
+
 def is_renumbered(cache: Cache | None) -> bool:
     """Whether the positions of some rows of ``cache`` were counted anew."""
     layers = getattr(cache, "layers", ())
@@ -275,16 +292,16 @@ def _rows_of(layer: Any, length: int) -> LayerRows | None:
     if getattr(layer, "keys", None) is None:  # or it keeps a state
         return None
     rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
-    most = most_columns(layer)
+    prompt, most = prompt_rows(layer), most_columns(layer)
     if static or most is not None:  # not of more than it has
-        rows = min(rows, int(layer.keys.shape[-2]))
+        rows = min(rows, rows_in(layer.keys) + prompt)
     earlier = getattr(layer, "earlier", None)
     return LayerRows(
         rows=rows,
-        most=most,
+        most=None if prompt else most,  # the plain model keeps all of that
         room=layer.get_max_length() if static else None,
         nbytes=nbytes,
-        row_bytes=nbytes // max(1, int(layer.keys.shape[-2]) if static else rows),
+        row_bytes=nbytes // max(1, rows_in(layer.keys) if static else rows),
         element_size=layer.keys.element_size(),
         state_bytes=0 if earlier is None else earlier.nbytes,
     )
@@ -333,6 +350,7 @@ def route_layer(cache: Cache, index: int, rows: RowPositions) -> None:
     layer.__dict__.pop("floor", None)
     turn_into(layer, RoutedLayer)
     layer.rows = rows
+    layer.begin()
 
 
 def states_of(cache: Cache | None) -> KeptStates | None:

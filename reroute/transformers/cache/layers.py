@@ -72,15 +72,15 @@ class RowPositions:
         return replace(self, key_positions=kept, logical=logical, has_fillers=has_fillers), columns
 
 
-ROUTED: dict[type[Any], type[Any]] = {}
-"""Kinds of storage that need more than ``RoutedLayer`` has, the more special ones last."""
+ROUTED: list[tuple[Callable[[type[Any]], bool], type[Any]]] = []
+"""Kinds of storage that need more than ``RoutedLayer`` has, and which plain classes store so."""
 
 
-def stored_as(plain: type[Any]) -> Callable[[type[Any]], type[Any]]:
-    """Let a subclass of ``RoutedLayer`` be what layers of class ``plain`` become."""
+def stored_as(fits: Callable[[type[Any]], bool]) -> Callable[[type[Any]], type[Any]]:
+    """Let a subclass of ``RoutedLayer`` be what layers of the plain classes that ``fits`` become."""
 
     def register(kind: type[Any]) -> type[Any]:
-        ROUTED[plain] = kind
+        ROUTED.append((fits, kind))
         return kind
 
     return register
@@ -172,6 +172,9 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
         """See ``GuardedLayer``."""
         return self.rows.floor
 
+    def begin(self) -> None:
+        """The prompt is stored, and ``rows`` says which of it."""
+
     def get_seq_length(self) -> int:
         """Logical length, from which Transformers derives position ids and mask sizes."""
         if not self.is_initialized or self.keys is None:
@@ -236,7 +239,7 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
             self.earlier = self.earlier.moved(move)
 
 
-@stored_as(StaticLayer)
+@stored_as(lambda plain: plain is StaticLayer)
 class RoutedStaticLayer(RoutedLayer):  # type: ignore[no-untyped-call]
     """A routed layer with room for as many rows as it lacks less than the cache has room for tokens.
 
@@ -294,10 +297,12 @@ def turn_into(layer: Any, kind: type[Any]) -> None:
 def _class_of(kind: Any, plain: Any) -> Any:
     own = kind
     if kind is RoutedLayer:
-        own = next((its for base, its in reversed(ROUTED.items()) if issubclass(plain, base)), kind)
+        own = next((its for fits, its in ROUTED if fits(plain)), kind)
     name = f"{kind.__name__.removesuffix('Layer')}{plain.__name__}"
     # A layer type of Transformers' own stays with the plain class.
-    return type(kind)(name, (own, plain), {"plain": plain, "_layer_type": None, "__doc__": own.__doc__})
+    made = type(kind)(name, (own, plain), {"plain": plain, "_layer_type": None, "__doc__": own.__doc__})
+    made._layer_type = getattr(plain, "_layer_type", None)  # by which masks look for layers
+    return made
 
 
 def _kind_of(layer: Any) -> type[Any]:

@@ -16,6 +16,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from ...core.layer_names import REFERENCE
+
 __all__ = [
     "can_crop",
     "can_store",
@@ -23,7 +25,10 @@ __all__ = [
     "empty_like",
     "held_bytes",
     "is_quantized",
+    "keeps_prompt",
     "most_columns",
+    "prompt_rows",
+    "rows_in",
     "visible_columns",
 ]
 
@@ -36,9 +41,24 @@ OF_ROUTING = ("rows", "earlier", "floor", "may_update")
 
 def can_store(plain: type[Any], *, slides: bool) -> bool:
     """Whether a layer of class ``plain`` may lack rows, as that of a decoder layer that ``slides`` or does not."""
-    if plain in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer):
+    if plain in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer) or keeps_prompt(plain):
         return slides
     return plain in (DynamicLayer, StaticLayer) or issubclass(plain, Quantized)
+
+
+def keeps_prompt(plain: type[Any]) -> bool:
+    """Whether layers of class ``plain`` keep all of the first prompt, and a window of what comes after it."""
+    return issubclass(plain, DynamicSlidingWindowLayer) and plain._layer_type == REFERENCE
+
+
+def prompt_rows(layer: Any) -> int:
+    """How many rows ``layer`` keeps beside those of its window."""
+    return rows_in(getattr(layer, "prefill_keys", None))
+
+
+def rows_in(keys: torch.Tensor | None) -> int:
+    """How many rows there are in what a layer keeps, which is None or without dimensions before it is filled."""
+    return 0 if keys is None or keys.ndim < 2 else int(keys.shape[-2])
 
 
 def is_quantized(layer: Any) -> bool:
@@ -69,15 +89,15 @@ def columns_of(layer: Any, length: int) -> int:
         rows = getattr(layer, "rows", None)
         return length if rows is None else int(rows.key_positions.shape[1]) - (rows.logical - length)
     if isinstance(layer, DynamicSlidingWindowLayer) or is_quantized(layer):
-        return int(layer.cumulative_length)
-    return 0 if layer.keys is None else int(layer.keys.shape[-2])
+        return int(layer.cumulative_length) + prompt_rows(layer)
+    return rows_in(layer.keys)
 
 
 def most_columns(layer: Any) -> int | None:
     """How many rows ``layer`` keeps of those that were stored, if it keeps a window; else None."""
     if isinstance(layer, StaticSlidingWindowLayer):
         return int(layer.max_cache_len if layer.keys is None else layer.keys.shape[-2])
-    return layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+    return layer.sliding_window - 1 + prompt_rows(layer) if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
 def visible_columns(layer: Any, length: int) -> int:
@@ -87,12 +107,13 @@ def visible_columns(layer: Any, length: int) -> int:
         return columns
     if isinstance(layer, StaticSlidingWindowLayer):
         return most - 1  # the oldest one is no longer in any window
-    return min(most, int(layer.keys.shape[-2]))  # those that are only recorded do not count
+    prompt = prompt_rows(layer)
+    return min(most - prompt, rows_in(layer.keys)) + prompt  # those that are only recorded do not count
 
 
 def held_bytes(layer: Any) -> int:
     """Bytes of keys and values, in whatever form; all that is allocated for them."""
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    names = ("keys", "values", "prefill_keys", "prefill_values", "_quantized_keys", "_quantized_values")
     leaves = tree_leaves([getattr(layer, name, None) for name in names])
     return sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
@@ -113,7 +134,7 @@ def empty_like(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     if isinstance(layer, DynamicSlidingWindowLayer):
-        sliding = DynamicSlidingWindowLayer(layer.sliding_window)
+        sliding = getattr(layer, "plain", type(layer))(layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
     if not is_quantized(layer):

@@ -14,7 +14,7 @@ from .storage import visible_columns
 __all__ = ["RoutedSlidingLayer", "RoutedStaticSlidingLayer"]
 
 
-@stored_as(DynamicSlidingWindowLayer)
+@stored_as(lambda plain: plain is DynamicSlidingWindowLayer)
 class RoutedSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
     """A routed layer that keeps the last W - 1 of its rows, for a window of W.
 
@@ -43,7 +43,7 @@ class RoutedSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
         return self.get_seq_length() - first + query_length, first
 
 
-@stored_as(StaticSlidingWindowLayer)
+@stored_as(lambda plain: plain is StaticSlidingWindowLayer)
 class RoutedStaticSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
     """A routed layer that keeps the last of its rows in memory that it has allocated for good.
 

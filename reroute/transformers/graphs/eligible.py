@@ -72,6 +72,8 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
     if state.is_training:
         yield "its decoder is in training mode"
+    if adapter.decoder_embeds:
+        yield "its decoder makes hidden states of ids and pictures itself"
     reading = sorted(_reading_on_the_host(text))
     if reading:
         yield f"{', '.join(reading)} read values on the host"
