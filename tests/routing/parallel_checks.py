@@ -181,6 +181,8 @@ def check_refusals(folder: Path) -> None:
     tiny = split("llava-gqa", folder)
     with pytest.raises(RerouteError, match="more than one matrix"):
         reroute.enable(tiny.model, schedule=schedule(RULES[0], FoldedAttention()))
+    with pytest.raises(RerouteError, match="spread over processes, each of which would write the same files"):
+        reroute.calibrate(tiny.model, [], keep=0.5)
     plan = tiny.model.tp_plan
     tiny.model._tp_plan = {**plan, "model.language_model.norm": "sequence_parallel"}
     with pytest.raises(UnsupportedModelError, match="splits the rows of the prompt among processes"):
