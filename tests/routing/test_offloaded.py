@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from changes import decoder
@@ -70,7 +71,8 @@ def test_offloaded(own: Tiny, kind: str, order: str, action: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_brought_back_while_routed(own: Tiny, kind: str, tmp_path: Path) -> None:
+def test_brought_back_while_routed(kind: str, tmp_path: Path) -> None:
+    own = models.llava(layers=5)
     samples = samples_of(own)
     with enable(own, FEW):
         routed = generate(own, samples, 2)
@@ -81,9 +83,10 @@ def test_brought_back_while_routed(own: Tiny, kind: str, tmp_path: Path) -> None
         same(generate(own, samples, 2), routed)
 
 
-def test_loaded_with_a_device_map(own: Tiny, tmp_path: Path) -> None:
+def test_loaded_with_a_device_map(tmp_path: Path) -> None:
     """``from_pretrained``, which leaves layers in the checkpoint or puts them into ``offload_folder``."""
     pytest.importorskip("accelerate")
+    own = models.qwen(layers=5)
     samples, kind = samples_of(own), type(own.model)
     with enable(own, FEW):
         routed = generate(own, samples, 2)
