@@ -122,7 +122,8 @@ class Handle:
         """What all processes that share the model must have alike."""
         schedule = self.schedule
         rankers = ", ".join(dict.fromkeys(type(ranker).__name__ for ranker in schedule.rankers))
-        return f"{self.config.action} before {schedule.layers} at {schedule.ratios} by {rankers}, {self.backend.name}"
+        said = f"{self.config.action} before {schedule.layers} at {schedule.ratios} by {rankers}, {self.backend.name}"
+        return f"{said}, choosing again" if self.config.reopens else said
 
     @property
     def is_enabled(self) -> bool:

@@ -56,7 +56,7 @@ class Stats:
     turn routed. ``kv_bytes`` is read off the cache after the prefill; without a cache both are 0.
     ``state_bytes`` is what the cache keeps beside keys and values, so that later turns may choose again
     (``reopens=True``). Of a turn that does, all but ``visual`` is of what it ran: no visual token in layers that it
-    does not run again.
+    does not run again. Under tensor parallelism FLOPs are those of all processes together, bytes those of this one.
 
     Where graphs are on, ``graph`` says whether this prefill was replayed, or why not. Fillers of a graph are in
     ``prefill_flops`` and ``scoring_flops``, and not in the cache.

@@ -20,6 +20,7 @@ from ..files import check_writable
 from ..methods import Method, get
 from ..schedule_file import ScheduleFile
 from ..transformers import adapter_of
+from ..transformers.parallel import has_distributed_weights
 from .dense import Model, answer, refer
 from .forecast import forecast
 from .objective import Objective
@@ -164,6 +165,11 @@ def _check_plain(model: Any) -> None:
         raise RerouteError("This model is routed now: call reroute.disable(model), as calibrate needs the plain one.")
     if model.training:
         raise RerouteError("The model is in training mode, in which answers are random: call model.eval() first.")
+    if has_distributed_weights(model):
+        raise RerouteError(
+            "The model is spread over processes, each of which would write the same files. Calibrate in one process, "
+            "with device_map if need be: the schedule serves the others too."
+        )
 
 
 def _chosen(methods: Sequence[str | Method]) -> tuple[Method, ...]:

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import RerouteError
 from ..files import write_text
+from ..held import held_by
 from .proposal import Proposal
 from .search import Evaluation
 
@@ -83,7 +84,8 @@ def digest_of(model: Any) -> str:
     """Tells a model from others: names, shapes and a checksum of each of its weights."""
     found = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.named_parameters():
-        bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
-        checksum = None if bits.is_meta else int(bits.sum(dtype=torch.int64))  # of integers: the order adds nothing
-        found.update(f"{name} {weight.dtype} {tuple(weight.shape)} {checksum}".encode())
+        for held in held_by(weight.detach()):
+            bits = held.contiguous().view(_BITS[held.element_size()])
+            checksum = None if bits.is_meta else int(bits.sum(dtype=torch.int64))  # of integers: the order adds nothing
+            found.update(f"{name} {held.dtype} {tuple(held.shape)} {checksum}".encode())
     return found.hexdigest()

@@ -11,7 +11,8 @@ import torch
 from models import Tiny
 
 import reroute
-from reroute.rankers import LastTokenAttention
+from reroute.rankers import LastTokenAttention, RandomScores
+from reroute.transformers.parallel import HeadRanks
 from reroute_kernels import Backend, SelectMetadata
 
 
@@ -75,3 +76,37 @@ def test_launches_of_a_decision(backend: Backend, device: torch.device, launches
         tiny.model(**given)
     step = ["_defer_rmsnorm_kernel", "_score_kernel", "_select_kernel", "_admit_kernel"]
     assert [report.kernel for report in launches] == [*step * 3, "_defer_kernel", "_admit_kernel"]
+
+
+class OneProcess(HeadRanks):
+    """Tensor parallelism of one process, which talks to nobody."""
+
+    def __init__(self) -> None:
+        self.group, self.size = None, 1
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        return own[None]
+
+
+def test_selections_that_processes_share(backend: Backend, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index tensors come as parts of one, at any address, and scores without their selection."""
+    if executor.kind != "interpreter":
+        pytest.skip("the kernels are those of other tests")
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, group, group_src: None)
+    tiny = models.llava(layers=4)
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)])
+    schedule = reroute.Schedule((1, 2), (0.5, 0.25), (LastTokenAttention(), RandomScores()))
+    results = []
+    for ranks in (None, OneProcess()):
+        with reroute.enable(tiny.model, schedule=schedule, trace=True, backend="torch") as handle:
+            handle._router.adapter.ranks = ranks
+            handle.backend = backend if ranks else handle.backend
+            output = tiny.model(**given)
+            assert handle.stats().backend == ("triton" if ranks else "torch")
+        results.append((handle.trace, output.logits))
+    (expected, logits), (trace, got) = results
+    assert expected is not None
+    assert trace is not None
+    for before, after in zip(expected, trace, strict=True):
+        assert all(map(torch.equal, before.kept, after.kept))
+    torch.testing.assert_close(got, logits, rtol=0, atol=1e-4)

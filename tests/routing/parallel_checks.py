@@ -14,6 +14,7 @@ from models import Tiny
 from oracle import predict
 from support import FEW, RULES, close, enable, generate, mixed_batch, rows, same_decisions, schedule
 from torch import Tensor
+from turns import first, turn
 from two_processes import WORLD, same_everywhere
 
 import reroute
@@ -50,7 +51,7 @@ def check_against_the_oracle(folder: Path) -> None:
         samples = mixed_batch(tiny)
         given = tiny.inputs(samples)
         assert tiny.model.model.language_model.layers[0].self_attn.q_proj(torch.zeros(1, 64)).shape[1] == 32
-        for rules in (*RULES, replace(RULES[0], score_layer_offset=-1)):
+        for rules in (*RULES, replace(RULES[0], score_layer_offset=-1)) if tiny.is_qwen else RULES[:1]:
             expected = [predict(one, sample, rules) for sample in samples]
             with enable(tiny, rules) as handle:
                 output = tiny.model(**given)
@@ -79,6 +80,20 @@ def check_generation(folder: Path) -> None:
             assert (2 * stats.kv_bytes, 2 * stats.kv_bytes_dense) == (alone.kv_bytes, alone.kv_bytes_dense)
             assert stats.layer_lengths == alone.layer_lengths
             assert (stats.prefill_flops, stats.scoring_flops) == (alone.prefill_flops, alone.scoring_flops)
+
+
+def check_later_turns(folder: Path) -> None:
+    """On what was chosen, and choosing again with a new picture."""
+    for name, reopens in (("llava-gqa", True), ("qwen", True), ("qwen", False)):
+        one, tiny = whole(name), split(name, folder)
+        said, part = tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(2, 2, tiny.grid, 3)
+        logits = []
+        for model in (one, tiny):
+            with enable(model, RULES[0], reopens=reopens) as handle:
+                logits.append(turn(model, first(model, [said]), [said], [part]))
+            if reopens:
+                same_decisions(handle.trace, [predict(one, said + part, RULES[0])])
+        close(logits[1], logits[0])
 
 
 def check_other_methods(folder: Path) -> None:
@@ -181,6 +196,8 @@ def check_refusals(folder: Path) -> None:
     tiny = split("llava-gqa", folder)
     with pytest.raises(RerouteError, match="more than one matrix"):
         reroute.enable(tiny.model, schedule=schedule(RULES[0], FoldedAttention()))
+    with pytest.raises(RerouteError, match="spread over processes, each of which would write the same files"):
+        reroute.calibrate(tiny.model, [], keep=0.5)
     plan = tiny.model.tp_plan
     tiny.model._tp_plan = {**plan, "model.language_model.norm": "sequence_parallel"}
     with pytest.raises(UnsupportedModelError, match="splits the rows of the prompt among processes"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import CACHE, Tiny
 from oracle import Rules
-from support import enable, generate
+from support import enable
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
@@ -192,25 +192,6 @@ def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.Monke
             rows = torch.empty(1, 1, 64, device=place)
             assert handle._place(rows, PositionTables(rows, rows, None)).device == place
     assert asked == [torch.device("cpu"), places[0], places[1], places[0]]
-
-
-@pytest.mark.parametrize("name", ["llava", "qwen"])
-def test_weights_that_come_when_they_are_needed(name: str) -> None:
-    """As of layers that accelerate offloads: their parameters have no values but in the forward of their module."""
-    accelerate = pytest.importorskip("accelerate")
-    tiny = getattr(models, name)(layers=4)
-    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 2, tiny.grid, 3)]
-    rules = Rules((1, 2), (0.5, 0.25))
-    plain = generate(tiny, samples, 3)
-    with enable(tiny, rules):
-        routed = generate(tiny, samples, 3)
-    accelerate.cpu_offload(tiny.model, execution_device="cpu")
-    assert next(tiny.model.model.language_model.parameters()).is_meta
-    with enable(tiny, rules) as handle:
-        offloaded = generate(tiny, samples, 3)
-    assert handle.stats().backend == "torch"
-    for expected, got in ((routed, offloaded), (plain, generate(tiny, samples, 3))):
-        assert all(map(torch.equal, got.logits, expected.logits))
 
 
 def test_the_test_can_fail() -> None:

@@ -55,7 +55,7 @@ def test_activated_lora(own: Tiny, path: str) -> None:
 
 @pytest.mark.parametrize("when", ["before enable", "after enable"])
 def test_weights_that_come_with_whole_layers(own: Tiny, when: str) -> None:
-    """accelerate's ``preload_module_classes``; weights that come when they are used are fine (test_devices)."""
+    """accelerate's ``preload_module_classes``; weights that come when they are used are fine (test_offloaded)."""
     accelerate = pytest.importorskip("accelerate")
     sample = prompt(own)
     expected = predict(own, sample, FEW)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ...held import held_by, is_wrapper
+
 __all__ = ["DecoderState", "has_hooks_of_others"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -32,11 +34,13 @@ class DecoderState:
         parts = [its[name] for its in self._modules for name in PARTS]
         self._empty, self._filled = [part for part in parts if not part], [part for part in parts if part]
         self._values = list(_values(self._filled))
-        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._tensors = [tensor for tensor in tensors if not is_wrapper(tensor)]
+        self._wrapped = [tensor for tensor in tensors if is_wrapper(tensor)]
         self._sizes, self._addresses = self._sizes_now(), self._addresses_now()
         self._getters = [itemgetter("training", *_settings(its)) for its in self._modules]
         self._settings = copy.deepcopy(self._settings_now())
-        self.devices = {tensor.device for tensor in self._tensors}
+        self.devices = {tensor.device for tensor in tensors}
         self.is_training = any(map(itemgetter("training"), self._modules))
 
     @property
@@ -57,7 +61,8 @@ class DecoderState:
         return [getter(its) for getter, its in zip(self._getters, self._modules, strict=True)]
 
     def _addresses_now(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._tensors))
+        inner = chain.from_iterable(map(held_by, self._wrapped))  # of quantised weights, say, which have no address
+        return list(map(torch.Tensor.data_ptr, chain(self._tensors, inner)))
 
 
 def _settings(module: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reroute_kernels import Backend, Selection
+from reroute_kernels import AttentionSpec, Backend, RopeTables, Selection, SelectRows
 
 from ...errors import RerouteError, UnsupportedModelError
 
@@ -57,9 +57,11 @@ class HeadRanks:
         ranks. Where the process has all heads already the mean is the same. The others choose as the first process.
         """
 
-        def score_topk(*arguments: Any) -> Selection:
-            scores = backend.score_topk(*arguments).scores
-            return backend.select(self._mean(scores), arguments[3])
+        def score_topk(
+            query: Tensor, keys: Tensor, tables: RopeTables, rows: SelectRows, spec: AttentionSpec
+        ) -> Selection:
+            own = backend.score_topk(query, keys, tables, rows, spec)
+            return backend.select(self._mean(own.scores), rows)
 
         return replace(
             backend,
@@ -73,9 +75,9 @@ class HeadRanks:
         total: Tensor = reduce(torch.add, self._gathered(scores))
         return total / self.size
 
-    def _as_first(self, select: Callable[..., Selection]) -> Callable[..., Selection]:
-        def selected(*arguments: Any) -> Selection:
-            *choices, scores = select(*arguments)
+    def _as_first(self, select: Callable[[Tensor, SelectRows], Selection]) -> Callable[[Tensor, SelectRows], Selection]:
+        def selected(ranked: Tensor, rows: SelectRows) -> Selection:
+            *choices, scores = select(ranked, rows)
             flat = torch.cat([choice.flatten() for choice in choices])
             dist.broadcast(flat, group=self.group, group_src=0)
             parts = flat.split([choice.numel() for choice in choices])
