@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from .compiled import adapt_step, is_step, num_tokens
+from .compiled import CompiledStep, adapt_step, is_step, num_tokens
 from .forward import FORWARD, ForwardContext
 from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
@@ -147,7 +147,11 @@ class RoutedDecoder(Intercepted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
-        return proceed(*args, **kwargs) if router is None else _run_decoder(router, self, proceed, args, kwargs)
+        if router is None:
+            if torch.compiler.is_compiling() and is_step(kwargs):
+                kwargs[FORWARD] = CompiledStep()
+            return proceed(*args, **kwargs)
+        return _run_decoder(router, self, proceed, args, kwargs)
 
 
 class RoutedDecoderLayer(Intercepted):
@@ -159,9 +163,9 @@ class RoutedDecoderLayer(Intercepted):
         if forward is not None and forward.is_idle and isinstance(self, RoutedDecoderLayer):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # all that is between it and a decoding step
         proceed = own_method(RoutedDecoderLayer, self, "__call__")
-        if forward is None:
+        if forward is None or isinstance(forward, CompiledStep):
             if torch.compiler.is_compiling():
-                _adapt_compiled(self, kwargs)
+                _adapt_compiled(self, kwargs, forward)
             return proceed(*args, **kwargs)
         args = _enter_layer(self, forward, args, kwargs)
         return _leave_layer(self, forward, proceed(*args, **kwargs))
@@ -194,11 +198,11 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
 
 
-def _adapt_compiled(layer: Any, kwargs: Kwargs) -> None:
+def _adapt_compiled(layer: Any, kwargs: Kwargs, step: CompiledStep | None) -> None:
     """Let ``layer`` take part in a step that is compiled as a whole, if it is one."""
     role = role_of(layer)
     if role is not None:
-        adapt_step(role.layer, role.router.adapter.text_config, kwargs)
+        adapt_step(role.layer, role.router.adapter.text_config, kwargs, step)
 
 
 def _eager_throughout(function: Function) -> Function:

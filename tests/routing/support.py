@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -326,3 +328,20 @@ def refuses(
         assert snapshot(tiny.model) == before
         if expected is not None:
             assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
+
+
+def frames(call: Callable[[], Any]) -> Counter[str]:
+    """How often each function of the product is entered in ``call``; generators at each of their values."""
+    counts: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("reroute"):
+            counts[f"{module}.{frame.f_code.co_name}"] += 1
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return counts

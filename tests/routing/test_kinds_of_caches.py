@@ -143,7 +143,8 @@ def test_batches(name: str, kind: str, rules: Rules, attention: str) -> None:
 def test_what_is_stored(name: str, kind: str) -> None:
     """As many rows as the layers ran. Static layers have room for what they lack less, rounded up to 16 rows."""
     tiny = models.tiny(name)
-    sample, rules = tiny.prompt(0, 5, *[tiny.grid, 1] * 4, 3), RULES[0]
+    pictures: list[Any] = [tiny.grid, 1] * 4
+    sample, rules = tiny.prompt(0, 5, *pictures, 3), RULES[0]
     with enable(tiny, rules) as handle:
         output = generate(tiny, [sample], STEPS, **{CACHE: KINDS[kind](tiny)})
         stats = handle.stats()
