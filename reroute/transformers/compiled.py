@@ -27,16 +27,13 @@ def num_tokens(kwargs: Mapping[str, Any]) -> int:
 def is_step(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with ``kwargs`` is one token on a routed cache, of which no more is needed than its masks.
 
-    Not if positions were counted anew, later turns may choose again, or layers keep a state: then there is more to
-    keep.
+    Not if positions were counted anew or later turns may choose again: then there is more to keep.
     """
     cache = cache_of(kwargs)
     if cache is None or num_tokens(kwargs) != 1:
         return False
     is_routed = False
     for layer in cache.layers:
-        if isinstance(layer, GuardedRecurrentLayer):
-            return False
         if isinstance(layer, RoutedLayer):
             is_routed = True
             if layer.rows.position_offset is not None or layer.earlier is not None:
@@ -65,17 +62,24 @@ class CompiledStep:
         return adapted
 
 
-def adapt_step(index: int, text_config: Any, kwargs: dict[str, Any], step: CompiledStep | None) -> None:
+def adapt_step(
+    index: int, text_config: Any, kwargs: dict[str, Any], step: CompiledStep | None
+) -> GuardedRecurrentLayer | None:
     """Let decoder layer ``index`` store one token, and give it its columns of the mask if it lacks rows, in place.
 
-    ``step``: what its decoder has handed to it; None if that is not compiled.
+    ``step``: what its decoder has handed to it; None if that is not compiled. Returns the cache's layer if that keeps a
+    state, which does not see how often it is asked: who runs the layer forbids it again.
     """
     cache = cache_of(kwargs)
     layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, GuardedRecurrentLayer):
+        layer.allow_update()
+        return layer
     if not isinstance(layer, GuardedLayer):
-        return
+        return None
     layer.allow_update()
     mask = kwargs.get("attention_mask")
     if isinstance(layer, RoutedLayer) and (mask is not None or layer.rows.has_fillers or layer.first_visible):
         step = CompiledStep() if step is None else step
         kwargs["attention_mask"] = step.mask(layer, mask, text_config)
+    return None
