@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from models import CACHE, LAYERS, Sample, Tiny, called_before, llava, qwen, tiny
+from models import CACHE, LAYERS, PAD, VOCABULARY, Sample, Tiny, called_before, llava, qwen, tiny
 from oracle import MARGIN, Decision, Result, Rules
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reroute
 from reroute.methods import FastV
@@ -345,3 +346,20 @@ def frames(call: Callable[[], Any]) -> Counter[str]:
     finally:
         sys.setprofile(None)
     return counts
+
+
+def assistant_model() -> Any:
+    """A tiny text model that drafts three tokens."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    assistant: Any = LlamaForCausalLM(config)
+    assistant.eval().requires_grad_(False)
+    assistant.generation_config.update(pad_token_id=PAD, eos_token_id=None, num_assistant_tokens=3)
+    return assistant
