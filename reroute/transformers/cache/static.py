@@ -84,5 +84,6 @@ def with_room(stored: torch.Tensor, end: int, room: tuple[int, int] | None) -> t
     rows, longest = room
     last = end + rows - stored.shape[1]
     later = torch.arange(end, last, device=stored.device)
-    later.masked_fill_(later >= longest, -1)
+    if last > longest:
+        later[longest - end :] = -1
     return torch.cat([stored, later.expand(len(stored), -1)], 1), last > longest
