@@ -121,8 +121,8 @@ def test_in_inference_mode_and_out_of_it() -> None:
         capture(tiny, [sample])
         for inside in (nullcontext, torch.inference_mode, nullcontext):
             cache.reset()
-            for its in (cache, static(tiny)):
-                with inside():
+            with inside():
+                for its in (cache, static(tiny)):
                     logits = replayed(handle, tiny, tiny.inputs([sample]), **{CACHE: its}).logits
                     close(logits[0], predict(tiny, sample, rules).logits)
                     step = tiny.follow([sample], [tiny.prompt(8, 2)])
