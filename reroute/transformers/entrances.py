@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from .compiled import adapt_step, is_step, num_tokens
+from .cache import GuardedRecurrentLayer
+from .compiled import CompiledStep, adapt_step, is_step, num_tokens
 from .forward import FORWARD, ForwardContext
 from .generation import PADDING, PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
@@ -173,7 +174,11 @@ class RoutedDecoder(Intercepted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
-        return proceed(*args, **kwargs) if router is None else _run_decoder(router, self, proceed, args, kwargs)
+        if router is None:
+            if torch.compiler.is_compiling() and is_step(kwargs):
+                kwargs[FORWARD] = CompiledStep()
+            return proceed(*args, **kwargs)
+        return _run_decoder(router, self, proceed, args, kwargs)
 
 
 class RoutedDecoderLayer(Intercepted):
@@ -185,10 +190,12 @@ class RoutedDecoderLayer(Intercepted):
         if forward is not None and forward.is_idle and isinstance(self, RoutedDecoderLayer):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # all that is between it and a decoding step
         proceed = own_method(RoutedDecoderLayer, self, "__call__")
-        if forward is None:
-            if torch.compiler.is_compiling():
-                _adapt_compiled(self, kwargs)
-            return proceed(*args, **kwargs)
+        if forward is None or isinstance(forward, CompiledStep):
+            state = _adapt_compiled(self, kwargs, forward) if torch.compiler.is_compiling() else None
+            output = proceed(*args, **kwargs)
+            if state is not None:
+                state.forbid_update()
+            return output
         args = _enter_layer(self, forward, args, kwargs)
         return _leave_layer(self, forward, proceed(*args, **kwargs))
 
@@ -233,11 +240,12 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
 
 
-def _adapt_compiled(layer: Any, kwargs: Kwargs) -> None:
-    """Let ``layer`` take part in a step that is compiled as a whole, if it is one."""
+def _adapt_compiled(layer: Any, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:
+    """Let ``layer`` take part in a step that is compiled as a whole, if it is one. See ``adapt_step``."""
     role = role_of(layer)
-    if role is not None:
-        adapt_step(role.layer, role.router.adapter.text_config, kwargs)
+    if role is None:
+        return None
+    return adapt_step(role.layer, role.router.adapter.text_config, kwargs, step)
 
 
 def _eager_throughout(function: Function) -> Function:

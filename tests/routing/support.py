@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from models import CACHE, LAYERS, Sample, Tiny, called_before, llava, qwen, tiny
+from models import CACHE, LAYERS, PAD, VOCABULARY, Sample, Tiny, called_before, llava, qwen, tiny
 from oracle import MARGIN, Decision, Result, Rules
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reroute
 from reroute.methods import FastV
@@ -326,3 +329,37 @@ def refuses(
         assert snapshot(tiny.model) == before
         if expected is not None:
             assert torch.equal(tiny.model(**tiny.inputs([sample])).logits, expected)
+
+
+def frames(call: Callable[[], Any]) -> Counter[str]:
+    """How often each function of the product is entered in ``call``; generators at each of their values."""
+    counts: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("reroute"):
+            counts[f"{module}.{frame.f_code.co_name}"] += 1
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return counts
+
+
+def assistant_model() -> Any:
+    """A tiny text model that drafts three tokens."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    assistant: Any = LlamaForCausalLM(config)
+    assistant.eval().requires_grad_(False)
+    assistant.generation_config.update(pad_token_id=PAD, eos_token_id=None, num_assistant_tokens=3)
+    return assistant

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from models import CACHE, Sample, Tiny, text
 from oracle import Rules, predict
-from support import cache_of, close, enable, generate
+from support import cache_of, close, enable, frames, generate
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -137,23 +136,6 @@ def test_what_is_no_step() -> None:
 
 
 # --- frames of Python ---------------------------------------------------------------------------------------------
-
-
-def frames(call: Callable[[], Any]) -> Counter[str]:
-    """How often each function of the product is entered in ``call``; generators at each of their values."""
-    counts: Counter[str] = Counter()
-
-    def note(frame: Any, event: str, _: Any) -> None:
-        module = frame.f_globals.get("__name__", "")
-        if event == "call" and module.startswith("reroute"):
-            counts[f"{module}.{frame.f_code.co_name}"] += 1
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return counts
 
 
 def per_layer(measure: Callable[[Tiny], Counter[str]]) -> dict[str, float]:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import CACHE, NAMES, PAD, START, TRANSFORMERS, Sample, Tiny, text
+from models import CACHE, NAMES, START, TRANSFORMERS, Sample, Tiny, text
 from models import tiny as shared
 from oracle import MARGIN, Rules, predict
 from support import (
     RULES,
     any_prompt,
     any_rules,
+    assistant_model,
     cache_of,
     close,
     enable,
@@ -27,7 +28,6 @@ from support import (
     same_decisions,
 )
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 STEPS = 5
 
@@ -141,19 +141,7 @@ def test_assistant_model(tiny: Tiny) -> None:
         pytest.skip("Transformers hands the assistant arguments that only Qwen2.5-VL knows")
     if TRANSFORMERS < (5, 18):
         pytest.skip("Transformers hands the assistant the picture")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=None,
-    )
-    assistant: Any = LlamaForCausalLM(config)
-    assistant.eval().requires_grad_(False)
-    assistant.generation_config.update(pad_token_id=PAD, eos_token_id=None, num_assistant_tokens=3)
-    sample = prompts(tiny)[0]
+    assistant, sample = assistant_model(), prompts(tiny)[0]
     with enable(tiny, RULES[0]) as handle:
         greedy = generate(tiny, [sample], 8).sequences
         helped = generate(tiny, [sample], 8, assistant_model=assistant).sequences

@@ -84,8 +84,8 @@ def test_batches(name: str, kind: str, rules: Rules, attention: str) -> None:
 def test_what_is_stored(name: str, kind: str) -> None:
     """As many rows as the layers ran. Static layers have room for what they lack less, rounded up to 16 rows."""
     tiny = models.tiny(name)
-    parts: list[Any] = [tiny.grid, 1] * 4
-    sample, rules = tiny.prompt(0, 5, *parts, 3), RULES[0]
+    pictures: list[Any] = [tiny.grid, 1] * 4
+    sample, rules = tiny.prompt(0, 5, *pictures, 3), RULES[0]
     with enable(tiny, rules) as handle:
         output = generate(tiny, [sample], STEPS, **{CACHE: KINDS[kind](tiny)})
         stats = handle.stats()
@@ -286,6 +286,28 @@ def test_steps_do_not_wait(attention: str) -> None:
         with NoWaiting():
             logits = tiny.model(**step, **{CACHE: cache}).logits
     close(logits[0], predict(tiny, [sample, models.text(5)], RULES[0]).logits[-1:])
+
+
+def test_what_generate_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's padding, where masks are made ahead; steps have no plan, and what compiled ones get is compiled."""
+    tiny, seen = models.llava(layers=3), []
+    prepare = tiny.model.prepare_inputs_for_generation
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        inputs = prepare_routed(*args, **kwargs)
+        seen.append(inputs.get("reroute_padding"))
+        return inputs
+
+    with enable(tiny, Rules((1,), (0.5,))):
+        prepare_routed = tiny.model.prepare_inputs_for_generation
+        assert prepare_routed != prepare
+        monkeypatch.setattr(tiny.model, "prepare_inputs_for_generation", watched)
+        samples = samples_of(tiny)
+        generate(tiny, samples, STEPS, cache_implementation="static", disable_compile=True)
+        monkeypatch.undo()
+    mask, *steps = seen
+    assert torch.equal(mask, tiny.inputs(samples)["attention_mask"])
+    assert steps == [None] * (STEPS - 1)
 
 
 def test_layers_that_were_allocated_before() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from models import CACHE, TRANSFORMERS, Sample, Tiny
 from oracle import Rules
 from replays import capture, replayed, route, same_caches, same_outputs
-from support import RULES, cache_of, close, generate, mixed_batch, tiny_models
+from support import RULES, assistant_model, cache_of, close, generate, mixed_batch, tiny_models
 from torch import Tensor
 from transformers import DynamicCache
 from turns import turn
@@ -74,6 +74,19 @@ def test_assisted_generation(tiny: Tiny, rules: Rules) -> None:
     with route(tiny, rules, graphs=False):
         eager = generate(tiny, [sample], 8)
     assert torch.equal(mine.sequences, eager.sequences)
+
+
+@pytest.mark.parametrize("rules", ROUTE_AND_REMOVE)
+def test_an_assistant_model(rules: Rules) -> None:
+    """Its drafts come after the prompt, and are cropped from what a replay has filled."""
+    if TRANSFORMERS < (5, 18):
+        pytest.skip("Transformers hands the assistant the picture")
+    tiny, assistant = models.tiny("llava-gqa"), assistant_model()
+    samples = [prompts(tiny)[0]]
+    mine, eager = beside(tiny, rules, samples, lambda its: generate(tiny, its, 8, assistant_model=assistant))
+    assert torch.equal(mine.sequences, eager.sequences)
+    with route(tiny, rules, graphs=False):
+        assert torch.equal(mine.sequences, generate(tiny, samples, 8).sequences)
 
 
 def test_renumbered_positions_go_on() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import models
 import pytest
+from models import CACHE
 from oracle import Rules
 from replays import capture, replayed, route
 from tape import Tape
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 from reroute.transformers.graphs import Replays
 
@@ -65,3 +67,29 @@ def test_eleven_calls_at_batch_one(name: str, tapes: list[Tape], monkeypatch: py
     assert len(launches) == 1
     assert calls == {"copy_": 1, "index_select": 2, "clone": 7}
     assert len(launches) + sum(calls.values()) == 11
+
+
+@pytest.mark.parametrize("name", ["llava-gqa", "qwen"])
+def test_calls_into_a_static_cache(name: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers of a part are copied in one call, and counted in another; they clear what they have as ever.
+
+    Of each stage all rows are listed that there is room for, in two calls, or three if there is more than is needed.
+    """
+    tiny = models.tiny(name)
+    inputs = tiny.inputs([tiny.prompt(3, 9, tiny.grid, 4)], positions=True)
+    cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
+    parts, stages, layers = 5, 4, tiny.num_layers
+    with route(tiny, FOUR) as handle:
+        capture(tiny, [tiny.prompt(0, 2, tiny.grid, 7)])
+        (graph,) = handle._router._replays._store._held.values()
+        monkeypatch.setattr(graph, "_replay", lambda: None)
+        with counted(monkeypatch) as calls:
+            replayed(handle, tiny, inputs, **{CACHE: cache})
+        filling = {"_foreach_copy_": parts, "_foreach_add_": parts, "arange": stages, "cat": stages, "fill_": 3}
+        given = {"copy_": 1, "index_select": 2, "clone": 2}
+        assert calls == {**given, **filling, "zeros": 2 * layers}
+        cache.reset()
+        with counted(monkeypatch) as calls:
+            replayed(handle, tiny, inputs, **{CACHE: cache})
+        assert calls.pop("zeros") == 2 * layers  # of nothing
+        assert calls == {**given, **filling, "zero_": 3 * layers}

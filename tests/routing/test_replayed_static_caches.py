@@ -121,8 +121,8 @@ def test_in_inference_mode_and_out_of_it() -> None:
         capture(tiny, [sample])
         for inside in (nullcontext, torch.inference_mode, nullcontext):
             cache.reset()
-            for its in (cache, static(tiny)):
-                with inside():
+            with inside():
+                for its in (cache, static(tiny)):
                     logits = replayed(handle, tiny, tiny.inputs([sample]), **{CACHE: its}).logits
                     close(logits[0], predict(tiny, sample, rules).logits)
                     step = tiny.follow([sample], [tiny.prompt(8, 2)])
@@ -142,7 +142,7 @@ def test_too_little_room(tapes: list[Tape]) -> None:
 
 
 def test_masks_and_memory_of_ones_own_run_eagerly() -> None:
-    """A 4-D mask that ``generate`` has not made; layers that were allocated for other batches."""
+    """A 4-D mask that ``generate`` has not made; layers that were allocated in inference mode, or for other dtypes."""
     tiny = models.tiny("llava-gqa")
     sample = prompts(tiny)[0]
     inputs = tiny.inputs([sample], positions=True)
@@ -151,6 +151,12 @@ def test_masks_and_memory_of_ones_own_run_eagerly() -> None:
         mask = torch.ones(1, 1, len(sample), ROOM, dtype=torch.bool).tril()
         tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)})
         assert "a mask of its own" in handle.stats().graph.why
+        with torch.inference_mode():
+            cache = static(tiny)
+            cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+            logits = tiny.model(**inputs, **{CACHE: cache}).logits
+            assert "not an empty DynamicCache or StaticCache" in handle.stats().graph.why
+            close(logits[0], predict(tiny, sample, DENSE).logits)
         cache = static(tiny)
         cache.early_initialization(1, 2, 16, torch.float64, torch.device("cpu"))
         with pytest.raises(RuntimeError, match="dtype"):

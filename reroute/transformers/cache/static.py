@@ -103,6 +103,7 @@ def with_room(stored: torch.Tensor, end: int, room: Room | None) -> tuple[torch.
         return stored, stored, False
     last = end + room.rows - stored.shape[1]
     later = torch.arange(end, last, device=stored.device)
-    later.masked_fill_(later >= room.tokens, -1)
+    if last > room.tokens:
+        later[room.tokens - end :] = -1
     given = torch.cat([stored, later.expand(len(stored), -1)], 1)
     return given if room.is_fixed else stored, given, last > room.tokens
