@@ -20,7 +20,7 @@ from .config import RoutingConfig, Settings, check_arguments
 from .core.cost import ModelShape
 from .core.home import Home, PooledHome, RecordedHome, is_recorded
 from .core.plan import Plan
-from .core.prefill import PositionTables, Prefill
+from .core.prefill import PositionTables
 from .core.schedule import Action, Schedule
 from .core.workspace import Workspace
 from .errors import RerouteError
@@ -83,7 +83,7 @@ class Handle:
         if isinstance(config.graphs, Graphs):
             check_device(device)
             replays = Replays(config.graphs, adapter, self._shape, self._backend_on)
-        self._router = Router(adapter, settings, self._start, self._done, replays)
+        self._router = Router(adapter, settings, self._home_of, self._done, replays)
         self._choose_backend(device)
         self._stats = Stats(**self._names(settings, self.backend))
 
@@ -329,23 +329,13 @@ class Handle:
             )
         return pool
 
-    def _start(
-        self,
-        plan: Plan,
-        settings: Settings,
-        hidden: torch.Tensor,
-        tables: PositionTables,
-        workspace: Workspace | None = None,
-    ) -> Prefill:
-        adapter, device = self._router.adapter, tables.cos.device
-        home: Home
-        if is_recorded(hidden, adapter.text.parameters()):
+    def _home_of(self, plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None) -> Home:
+        device = tables.cos.device
+        if is_recorded(hidden, self._router.adapter.text.parameters()):
             self._follow(device)
-            home = RecordedHome(plan, recorded_by_autograd(self.backend), hidden, device)
-        else:
-            pool = self._place(hidden, tables)
-            home = PooledHome(plan, self.backend, pool, workspace)
-        return Prefill(plan, home, adapter, tables, trace=self.config.trace)
+            return RecordedHome(plan, recorded_by_autograd(self.backend), hidden, device)
+        pool = self._place(hidden, tables)
+        return PooledHome(plan, self.backend, pool, workspace)
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings

@@ -10,9 +10,9 @@ import torch
 from reroute_kernels import Backend, PagedPool
 
 from .config import Settings
-from .core.home import PooledHome
+from .core.home import Home, PooledHome
 from .core.plan import Plan, make_plan
-from .core.prefill import PositionTables, Prefill
+from .core.prefill import PositionTables
 from .core.schedule import Schedule
 from .core.workspace import Workspace
 from .rankers import RANKERS, RandomScores, Ranker
@@ -45,21 +45,15 @@ class ShortPrefills:
                 self._prefill(prompts, has_ids, backend, pool)
 
     def _prefill(self, prompts: int, has_ids: bool, backend: Backend, pool: PagedPool) -> None:
-        def start(
-            plan: Plan,
-            settings: Settings,
-            hidden: torch.Tensor,
-            tables: PositionTables,
-            workspace: Workspace | None = None,
-        ) -> Prefill:
-            return Prefill(plan, PooledHome(plan, backend, pool, workspace), self._adapter, tables)
+        def home(plan: Plan, hidden: torch.Tensor, tables: PositionTables, workspace: Workspace | None) -> Home:
+            return PooledHome(plan, backend, pool, workspace)
 
         schedule, action = _with_known_rankers(self._settings.schedule), self._settings.config.action
         ids = np.tile(PROMPT, (prompts, 1))
         plan = make_plan(ids, np.ones_like(ids, dtype=bool), (VISUAL,), schedule, action)
         assert plan is not None
         hidden = self.hidden[:prompts]
-        forward = RoutedPrefill(plan, self._settings, self._adapter, start)
+        forward = RoutedPrefill(plan, self._settings, self._adapter, home)
         try:
             for layer in range(len(self._adapter.layers)):
                 kwargs = {

@@ -54,7 +54,7 @@ __all__ = [
 PROBLEMS = tuple(product((576, 2880, 16384), (1, 8)))
 """Visual tokens and batch."""
 BUDGETS = Fraction(1, 3), Fraction(1, 9)
-REPLAY_HOST = 1.2e-3  # seconds until the graph is launched: measured on a CPU at 32 layers (docs/design/graphs.md)
+REPLAY_HOST = 0.5e-3  # seconds until the graph is launched, a plan among them: on a CPU (docs/design/graphs.md)
 LAYER_LAUNCHES = 36  # of a decoder layer, which ``HOST`` is the time of
 
 FORMULA = f"""\

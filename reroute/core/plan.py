@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import add
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -109,17 +110,25 @@ class Plan:
     @cached_property
     def tail(self) -> int:
         """Trailing positions behind the visual tokens of every sample: the question and what follows, and padding."""
-        pictured = [(row, rows[-1]) for row, rows in zip(self.order, self.visual, strict=True) if len(rows)]
-        return self.length - max(int(np.flatnonzero(row == last)[0]) + 1 for row, last in pictured)
+        its = zip(self.order, self.visual, self.lengths, strict=True)
+        pictured = [(row, int(rows[-1]), count == self.length) for row, rows, count in its if len(rows)]
+        ends = (last if is_whole else int(np.flatnonzero(row == last)[0]) for row, last, is_whole in pictured)
+        return self.length - max(ends) - 1
 
     @cached_property
     def tail_has_padding(self) -> bool:
         """Whether some sample lacks rows in the tail."""
-        return bool((self.order[:, self.length - self.tail :] < 0).any())
+        return min(self.lengths) < self.length and bool((self.order[:, self.length - self.tail :] < 0).any())
 
     def active(self, stage: int) -> tuple[int, ...]:
         """Rows of each sample that run in ``stage`` (-1: the dense layers before the first routing layer)."""
-        return tuple(m + k for m, k in zip(self.text_counts, self.active_visual(stage), strict=True))
+        return self._active[stage + 1]
+
+    @cached_property
+    def _active(self) -> tuple[tuple[int, ...], ...]:
+        """``active`` of all stages, dense layers first: a prefill asks for it dozens of times."""
+        visual = self.visual_counts, *(decision.k for decision in self.decisions)
+        return tuple(tuple(map(add, self.text_counts, its)) for its in visual)
 
     def active_visual(self, stage: int) -> tuple[int, ...]:
         """Visual tokens of each sample that run in ``stage``."""

@@ -64,6 +64,12 @@ class Arena:
             finally:
                 self._last = mark(stream)
 
+    def wait(self) -> None:
+        """Until the device has done what it was asked for in this turn."""
+        stream = stream_on(self.device)
+        if stream is not None:
+            stream.synchronize()
+
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """Tensors of ``layout``. What is in them is what the turn before has left."""
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in layout]

@@ -17,7 +17,7 @@ __all__ = ["GraphStore"]
 Graph = TypeVar("Graph")
 
 MOST_SEEN = 4096
-"""Classes of which it is known that a prompt came."""
+"""Classes of which it is known that a prompt came, and rows of which the modelled time is."""
 
 
 class GraphStore(Generic[Graph]):
@@ -30,7 +30,7 @@ class GraphStore(Generic[Graph]):
         """Empty."""
         self._graphs, self.shape, self._roofline = graphs, shape, Roofline()
         self._held: OrderedDict[tuple[Hashable, ShapeClass], Graph] = OrderedDict()
-        self._known: dict[tuple[ShapeClass, tuple[int, ...]], float] = {}
+        self._known: dict[tuple[tuple[int, ...], int, tuple[int, ...]], float] = {}
         self._seen: OrderedDict[tuple[Hashable, ShapeClass], str] = OrderedDict()
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class GraphStore(Generic[Graph]):
         fitting = [its for of, its in self._held if of == key and its.dominates(own)]
         if not fitting:
             return None
-        cheapest = min(fitting, key=lambda its: self._seconds(its, schedule))
+        cheapest = min(fitting, key=lambda its: self._seconds(its.rows, its.batch, schedule))
         if self._share(cheapest, schedule, needed) > self._graphs.max_waste:
             return None
         self._held.move_to_end((key, cheapest))
@@ -81,7 +81,6 @@ class GraphStore(Generic[Graph]):
         self._seen.move_to_end((key, own))
         if len(self._seen) > MOST_SEEN:
             self._seen.popitem(last=False)
-            self._known.clear()
 
     def put(self, key: Hashable, own: ShapeClass, graph: Graph) -> None:
         """Hold ``graph``, and let go of the one that was not used for longest if there are too many."""
@@ -91,12 +90,13 @@ class GraphStore(Generic[Graph]):
 
     def _share(self, shape_class: ShapeClass, schedule: Schedule, needed: Sequence[int]) -> float:
         """Of modelled time that fillers add."""
-        least = self._roofline.prefill_seconds(self.shape, schedule, needed, shape_class.batch)
-        return self._seconds(shape_class, schedule) / least - 1
+        least = self._seconds(tuple(needed), shape_class.batch, schedule)
+        return self._seconds(shape_class.rows, shape_class.batch, schedule) / least - 1
 
-    def _seconds(self, shape_class: ShapeClass, schedule: Schedule) -> float:
-        key = shape_class, schedule.layers
+    def _seconds(self, rows: tuple[int, ...], batch: int, schedule: Schedule) -> float:
+        key = rows, batch, schedule.layers
         if key not in self._known:
-            rows, batch = shape_class.rows, shape_class.batch
+            if len(self._known) >= MOST_SEEN:
+                self._known.clear()
             self._known[key] = self._roofline.prefill_seconds(self.shape, schedule, rows, batch)
         return self._known[key]

@@ -70,6 +70,17 @@ class PromptTable:
         """Integers of the whole array."""
         return sum(map(prod, self.shapes.values()))
 
+    @cached_property
+    def _places(self) -> list[tuple[str, tuple[int, ...], int, int]]:
+        """Name and shape of each part, and where it begins and ends."""
+        ends = list(accumulate(map(prod, self.shapes.values())))
+        return list(zip(self.shapes, self.shapes.values(), [0, *ends], ends, strict=False))
+
+    @cached_property
+    def _row(self) -> Ints:
+        """0, 1, 2, …, L - 1."""
+        return np.arange(self.shape_class.rows[0])
+
     def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of the array (``size``,), without a copy."""
         pieces = packed.split([prod(shape) for shape in self.shapes.values()])
@@ -84,42 +95,45 @@ class PromptTable:
         own = ShapeClass.of(plan)
         if not self.shape_class.dominates(own):
             raise ValueError(f"a graph of {self.shape_class} cannot serve prompts of {own}")
-        packed = np.empty(self.size, dtype=np.int64)
-        ends = accumulate(map(prod, self.shapes.values()))
-        pieces = np.split(packed, list(ends)[:-1])
-        parts = {n: piece.reshape(shape) for piece, (n, shape) in zip(pieces, self.shapes.items(), strict=True)}
+        packed = np.full(self.size, -1, dtype=np.int64)
+        parts = {name: packed[begin:end].reshape(shape) for name, shape, begin, end in self._places}
         self._place(plan, parts)
         self._count(plan, parts)
         return packed
 
     def _place(self, plan: Plan, parts: dict[str, Ints]) -> None:
-        """Which row is which token, and where it lies."""
-        length = self.shape_class.rows[0]
-        row = np.arange(length)
-        for name in ("inverse_index", "candidates", "text_rows"):
-            parts[name].fill(-1)
+        """Which row is which token, and where it lies. All is -1 before."""
+        row, length = self._row, len(self._row)
         parts["positions"].fill(0)
         for b, (start, count) in enumerate(zip(self.starts, plan.lengths, strict=True)):
-            logical = np.flatnonzero(plan.order[b] >= 0)
-            last = max(count - 1, 0)
-            sources = logical if count else np.zeros(1, dtype=np.int64)  # a sample may be all padding
-            parts["rows"][b] = np.where(row < count, row + start, -1)
+            order, last = plan.order[b], max(count - 1, 0)  # a sample may be all padding
+            logical = row[:count] if count == len(order) else np.flatnonzero(order >= 0)
+            sources, beyond = parts["sources"][b], parts["beyond"][b]
+            sources[:count] = logical
+            sources[last:] = logical[-1] if count else 0
+            sources += b * plan.length
+            beyond[:last], beyond[last:] = 0, row[: length - last]
+            parts["rows"][b, :count] = row[:count] + start
             parts["inverse_index"][start : start + count] = row[:count] + b * length
             parts["positions"][start : start + count] = logical
-            parts["sources"][b] = sources[np.minimum(row, last)] + b * plan.length
-            parts["beyond"][b] = np.maximum(row - last, 0)
             parts["candidates"][b, : len(plan.visual[b])] = plan.visual[b]
             parts["text_rows"][b, : len(plan.text_rows[b])] = plan.text_rows[b]
-        parts["tokens"][:] = np.maximum(parts["inverse_index"], 0)
+        np.maximum(parts["inverse_index"], 0, out=parts["tokens"])
 
     def _count(self, plan: Plan, parts: dict[str, Ints]) -> None:
         """Counts of each decision; what a removal left lies in rows of the class's length."""
-        for decision in plan.decisions[: self.shape_class.num_stages]:
+        decisions = plan.decisions[: self.shape_class.num_stages]
+        if not decisions:
+            return
+        counts = []
+        for decision in decisions:
             starts: Sequence[int] = self.starts
             if not decision.from_pool:
                 starts = [b * self.shape_class.rows[decision.left_by + 1] for b in range(plan.batch)]
-            _, kv_lens, *others = plan.counts(decision, self.starts)
-            stage = decision.stage
-            parts["counts"][stage] = starts, kv_lens, *others
-            parts["queries"][stage] = np.add(starts, kv_lens) - 1
-            parts["dropped"][stage] = np.subtract(plan.lengths, plan.active(stage))
+            _, *others = plan.counts(decision, self.starts)
+            counts.append((starts, *others))
+        packed = parts["counts"]
+        packed[:] = counts
+        np.add(packed[:, 0], packed[:, 1] - 1, out=parts["queries"])
+        active = [plan.active(decision.stage) for decision in decisions]
+        np.subtract(plan.lengths, active, out=parts["dropped"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from transformers.cache_utils import Cache
 
 from ..config import Settings
 from ..core.decision import Decision
+from ..core.home import Home
 from ..core.plan import Plan
 from ..core.prefill import Decided, PositionTables, Prefill, Tables
 from ..core.workspace import Workspace
@@ -41,21 +42,13 @@ from .forward import ForwardContext, Kwargs
 from .stages import Held, Stage
 from .vision import Recording
 
-__all__ = ["DensePrefill", "PrefillFactory", "RoutedPrefill"]
+__all__ = ["DensePrefill", "HomeFactory", "RoutedPrefill"]
 
 
-class PrefillFactory(Protocol):
-    """Makes the prefill once the model's RoPE tables are known, at the first layer whose input is looked at."""
-
-    def __call__(
-        self,
-        plan: Plan,
-        settings: Settings,
-        hidden: torch.Tensor,
-        tables: PositionTables,
-        workspace: Workspace | None = None,
-    ) -> Prefill:
-        """``hidden`` (B, L, C) tells width and dtype, ``tables`` the device."""
+HomeFactory: TypeAlias = Callable[[Plan, torch.Tensor, PositionTables, Workspace | None], Home]
+"""Makes the home of a prefill, at the first layer whose input (B, L, C) is looked at: that tells width and dtype, and
+the model's rotary tables, which are known by then, the device.
+"""
 
 
 class RoutedPrefill(ForwardContext):
@@ -66,24 +59,25 @@ class RoutedPrefill(ForwardContext):
         plan: Plan,
         settings: Settings,
         adapter: ModelAdapter,
-        start: PrefillFactory,
+        home: HomeFactory,
         workspace: Workspace | None = None,
         *,
         kept: KeptStates | None = None,
         recording: Recording | None = None,
         record_states: bool = False,
+        trace: bool = False,
     ) -> None:
         """No row is held until the first decision or look.
 
         ``kept``: states of earlier turns, which ``plan`` may reopen. ``record_states``: keep logical states for the
-        caller.
+        caller; ``trace``: and the decisions.
         """
         super().__init__(adapter, plan.shape)
         self.plan, self.settings, self.recording = plan, settings, recording
         self.prefill: Prefill | None = None
         self.cache: Cache | None = None
         self._states: dict[int, torch.Tensor] = {}
-        self._start, self._workspace, self._record = start, workspace, record_states
+        self._home, self._workspace, self._record, self._trace = home, workspace, record_states, trace
         self._deciding = {decision.score_layer: decision for decision in plan.decisions}
         self._pending: Decided | None = None
         self._stages: dict[tuple[Any, ...], Stage] = {}
@@ -238,7 +232,8 @@ class RoutedPrefill(ForwardContext):
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
             hidden, tables = together.hidden, together.tables
-        self.prefill = prefill = self._start(plan, self.settings, hidden, tables, self._workspace)
+        home = self._home(plan, hidden, tables, self._workspace)
+        self.prefill = prefill = Prefill(plan, home, self._adapter, tables, trace=self._trace)
         # Of a cache that was routed before and does not choose again now, what was left out is not known.
         begins = self.settings.config.reopens and self.cache is not None and not is_routed(self.cache)
         if earlier is not None or begins:

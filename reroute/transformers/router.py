@@ -16,7 +16,7 @@ from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length, states_of
-from .context import DensePrefill, PrefillFactory, RoutedPrefill
+from .context import DensePrefill, HomeFactory, RoutedPrefill
 from .decoding import RoutedDecode
 from .entrances import Call, RoutedDecoder, RoutedDecoderLayer, RoutedTower, RoutedTowerLayer, callers
 from .forward import ForwardContext
@@ -50,7 +50,7 @@ class Router:
         self,
         adapter: ModelAdapter,
         settings: Settings,
-        start: PrefillFactory,
+        home: HomeFactory,
         done: Callable[[RoutedPrefill | DensePrefill], None],
         replays: Replays | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Router:
         self._planner: Planner | None = Planner(adapter)
         self._planner.check(settings)
         self._settings = settings
-        self._start, self._done, self._replays = start, done, replays
+        self._home, self._done, self._replays = home, done, replays
         self._entrances = ExitStack()
         self._lock = threading.RLock()
         self._scopes = Scopes()
@@ -300,11 +300,12 @@ class Router:
                 plan,
                 settings,
                 self.adapter,
-                self._start,
+                self._home,
                 workspace,
                 kept=states_of(cache),
                 recording=recording,
                 record_states=states,
+                trace=self._settings.config.trace,
             )
             forward.keep(cache)
             forward.asks_eager = self._asks_eager(plan, named, labels)

@@ -102,10 +102,10 @@ def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with reroute.enable(tiny.model, keep=0.5) as handle:
         plan = handle.plan(ids)
         assert plan is not None
-        tables, settings = PositionTables(hidden, hidden, None), handle._router.settings
+        tables = PositionTables(hidden, hidden, None)
 
         def start() -> None:
-            handle._start(plan, settings, hidden, tables).close()
+            handle._home_of(plan, hidden, tables, None).close()
 
         with pytest.raises(BackendUnavailable, match="of the test"):
             start()

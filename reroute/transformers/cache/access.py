@@ -153,10 +153,7 @@ def _agree(first: Any, last: Any) -> bool:
 
 def _has(cache: Cache | None, kind: type[Any]) -> bool:
     """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, and ``isinstance`` of an ABC takes time."""
-    for layer in getattr(cache, "layers", ()):  # noqa: SIM110
-        if kind in type(layer).__mro__:
-            return True
-    return False
+    return any(kind in its.__mro__ for its in set(map(type, getattr(cache, "layers", ()))))
 
 
 def is_routed(cache: Cache | None) -> bool:
@@ -171,7 +168,7 @@ def routed_layers(cache: Cache) -> Iterator[int]:
 
 def has_windows(cache: Cache) -> bool:
     """Whether some layer of ``cache`` keeps a window."""
-    return any(most_columns(layer) is not None for layer in cache.layers)
+    return _has(cache, DynamicSlidingWindowLayer) or _has(cache, StaticSlidingWindowLayer)
 
 
 def keeps_whole_prompt(cache: Cache) -> bool:

@@ -16,8 +16,6 @@ from reroute_kernels.upload import upload_to
 
 from ...config import Settings
 from ...core.plan import Plan
-from ...core.prefill import PositionTables, Prefill
-from ...core.workspace import Workspace
 from ...graphs import Alignment, Arena, ClassPlan, PromptTable, ShapeClass, StaticHome, class_tensors
 from ..adapters import Features, ModelAdapter
 from ..context import RoutedPrefill
@@ -181,7 +179,9 @@ class CapturedPrefill:
             forward = _DenseInGraph(self._adapter, shape, self._added)
         else:
             self._home.clear()
-            forward = _RoutedInGraph(self._plan, self._settings, self._adapter, self._start, added=self._added)
+            forward = _RoutedInGraph(
+                self._plan, self._settings, self._adapter, lambda *_: self._home, added=self._added
+            )
         cache = self._cache.cache
         name = "cache" if "cache" in inspect.signature(self._adapter.text.forward).parameters else "past_key_values"
         try:
@@ -202,16 +202,6 @@ class CapturedPrefill:
         rows = [self.shape_class.batch * count for count in self.shape_class.rows[1:]]
         for target, positions in zip(self._columns.split(rows), forward.columns, strict=True) if rows else ():
             target.copy_(positions.flatten())
-
-    def _start(
-        self,
-        plan: Plan,
-        settings: Settings,
-        hidden: torch.Tensor,
-        tables: PositionTables,
-        workspace: Workspace | None = None,
-    ) -> Prefill:
-        return Prefill(plan, self._home, self._adapter, tables)
 
 
 class _RoutedInGraph(RoutedPrefill):

@@ -38,10 +38,17 @@ class DecoderState:
         self._tensors = [tensor for tensor in tensors if not is_wrapper(tensor)]
         self._wrapped = [tensor for tensor in tensors if is_wrapper(tensor)]
         self._sizes, self._addresses = self._sizes_now(), self._addresses_now()
-        self._getters = [itemgetter("training", *_settings(its)) for its in self._modules]
+        # Of settings, which are many, ``nn.Linear`` reads none when it is called.
+        self._reading = [vars(module) for module in text.modules() if type(module) is not nn.Linear]
+        self._getters = [itemgetter("training", *_settings(its)) for its in self._reading]
         self._settings = copy.deepcopy(self._settings_now())
         self.devices = {tensor.device for tensor in tensors}
         self.is_training = any(map(itemgetter("training"), self._modules))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the weights that there were are where they were; all that a graph may read is held here."""
+        return self._addresses_now() == self._addresses
 
     @property
     def still_is(self) -> bool:
@@ -50,7 +57,7 @@ class DecoderState:
             not any(self._empty)
             and self._sizes_now() == self._sizes
             and all(map(is_, _values(self._filled), self._values))
-            and self._addresses_now() == self._addresses
+            and self.is_in_place
             and self._settings_now() == self._settings
         )
 
@@ -58,7 +65,7 @@ class DecoderState:
         return list(map(len, self._modules)), list(map(len, self._filled))
 
     def _settings_now(self) -> list[Any]:
-        return [getter(its) for getter, its in zip(self._getters, self._modules, strict=True)]
+        return [getter(its) for getter, its in zip(self._getters, self._reading, strict=True)]
 
     def _addresses_now(self) -> list[int]:
         inner = chain.from_iterable(map(held_by, self._wrapped))  # of quantised weights, say, which have no address

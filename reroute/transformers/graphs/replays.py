@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from reroute_kernels import Backend
 
@@ -25,6 +25,7 @@ from .captured import CapturedPrefill, Given
 from .decoder_state import DecoderState
 from .eligible import why_not_call, why_not_model
 from .refused import CannotCapture
+from .stage_cache import EmptyCaches
 
 __all__ = ["Replays"]
 
@@ -43,6 +44,7 @@ class Replays:
         self._store: GraphStore[CapturedPrefill] = GraphStore(graphs, shape)
         self._arena: Arena | None = None
         self._state: DecoderState | None = None
+        self._caches: EmptyCaches | None = None
         self._refused: dict[Hashable, str] = {}
         self._added: dict[FeatureForm, tuple[int, ...] | None] = {}
 
@@ -98,16 +100,29 @@ class Replays:
     ) -> tuple[Any, str]:
         settings, plan, embeds = forward.settings, forward.plan, kwargs["inputs_embeds"]
         backend = self._backend(embeds.device)
+        positions = _rotary(kwargs.get("position_ids"), self._adapter.position_axes)
+        given = Given(embeds, positions, Features.given(kwargs))
+        at_hand = self._at_hand(settings, backend, plan, given)
+        if at_hand is not None:
+            at_hand.replay(plan, given)
+            # All of it is compared while the device is at work. A graph of what it was is of no use, but does no harm
+            # as long as all that it reads is held.
+            if self._state is not None and self._state.still_is:
+                return self._results(at_hand, forward, kwargs), ""
+            arena.wait()
         why = self._why_not_model(settings, backend)
         if why:
             return None, why
-        positions = _rotary(kwargs.get("position_ids"), self._adapter.position_axes)
-        given = Given(embeds, positions, Features.given(kwargs))
         found = self._found(arena, settings, backend, decoder, plan, given)
         if isinstance(found, str):
             return None, found
         found.replay(plan, given)
-        alignment = Alignment(plan, found.shape_class.num_stages, embeds.device)
+        return self._results(found, forward, kwargs), ""
+
+    def _results(self, found: CapturedPrefill, forward: RoutedPrefill | DensePrefill, kwargs: Kwargs) -> Any:
+        """What the decoder would return, copied from the graph that has been replayed; ``forward`` is told of it."""
+        plan = forward.plan
+        alignment = Alignment(plan, found.shape_class.num_stages, kwargs["inputs_embeds"].device)
         cache = self._cache(kwargs)
         if cache is not None:
             found.fill(cache, alignment)
@@ -119,15 +134,33 @@ class Replays:
         rows, needed = found.shape_class.rows, needed_rows(plan)
         forward.graph = partial(_use, self._store.shape, plan.schedule, rows, needed, plan.batch, *self.held)
         forward.rows = rows
-        return found.output(found.hidden(alignment), cache), ""
+        return found.output(found.hidden(alignment), cache)
+
+    def _at_hand(self, settings: Settings, backend: Backend, plan: Plan, given: Given) -> CapturedPrefill | None:
+        """The graph for the prompts of ``plan``, if there was one and the decoder's weights lie where they lay then."""
+        key = self._refusal_key(settings, backend)
+        if self._state is None or self._refused.get(key, "unknown") or not _are_of(given, plan):
+            return None
+        own = ShapeClass.of(plan)
+        best = self._store.best(self._key(settings, backend, given, own), own, plan.schedule, needed_rows(plan))
+        return best if best is not None and self._state.is_in_place else None
 
     def _why_not_model(self, settings: Settings, backend: Backend) -> str:
         """See ``eligible``; known until the decoder changes, and with it all that was captured is gone."""
         if self._state is None or not self._state.still_is:
-            self._state = DecoderState(self._adapter.text)
+            self._state, self._caches = DecoderState(self._adapter.text), None
             self._store.clear()
             self._refused.clear()
             self._added.clear()
+        key = self._refusal_key(settings, backend)
+        if key is None:
+            return "a ranker of it has no hash, by which its graphs could be found"
+        if key not in self._refused:
+            self._refused[key] = why_not_model(self._adapter, settings, backend, self._state)
+        return self._refused[key]
+
+    def _refusal_key(self, settings: Settings, backend: Backend) -> Hashable | None:
+        """What may be refused for all prompts. None if a ranker has no hash."""
         config = settings.config
         key = (
             (settings.schedule, config.action, config.trace, config.reopens),
@@ -136,10 +169,8 @@ class Replays:
         try:
             hash(key)
         except TypeError:
-            return "a ranker of it has no hash, by which its graphs could be found"
-        if key not in self._refused:
-            self._refused[key] = why_not_model(self._adapter, settings, backend, self._state)
-        return self._refused[key]
+            return None
+        return key
 
     def _found(
         self,
@@ -153,7 +184,7 @@ class Replays:
         at_once: bool = False,
     ) -> CapturedPrefill | str:
         """The graph for the prompts of ``plan``, captured if need be; or why there is none."""
-        if given.features is not None and any(len(its) != sum(plan.visual_counts) for its in given.features.levels):
+        if not _are_of(given, plan):
             return "features that come between its layers are not one for each visual token"
         own, needed, schedule = ShapeClass.of(plan), needed_rows(plan), plan.schedule
         key = self._key(settings, backend, given, own)
@@ -205,8 +236,16 @@ class Replays:
         cache = cache_of(kwargs)
         use = kwargs.get("use_cache")
         if cache is None and (self._adapter.text_config.use_cache if use is None else use):
-            cache = DynamicCache(config=self._adapter.text_config)
+            if self._caches is None:
+                self._caches = EmptyCaches(self._adapter.text_config)
+            cache = self._caches.make()
         return cache
+
+
+def _are_of(given: Given, plan: Plan) -> bool:
+    """Whether features that come between layers, if there are any, are one for each visual token of ``plan``."""
+    levels = () if given.features is None else given.features.levels
+    return all(len(its) == sum(plan.visual_counts) for its in levels)
 
 
 def _use(
