@@ -13,7 +13,7 @@ from attentions import FLASH, FLEX, attention_of
 from cache_kinds import KINDS, offload_on_cpu
 from dense import Predicted, near, predict
 from models import CACHE
-from test_types import ONE, TWO, batch, step
+from test_types import ONE, TWO, batch, plan, step
 from test_windows import talk
 from tiny_types import PICTURE, RECURRENT, SLIDING, build
 from torch import Tensor
@@ -73,7 +73,7 @@ def _answer(routed: Routed, cache: Any = None) -> None:
     cache = routed.cache() if cache is None else cache
     given = batch(routed.tiny, *samples)
     with routed.on() as handle:
-        with handle.using(handle.plan(given["input_ids"], given["attention_mask"])):
+        with handle.using(plan(handle, given)):
             logits = [routed.tiny.model(**given, **{CACHE: cache}, use_cache=True).logits]
         for token in ANSWER:
             inputs = step(routed.tiny, given, token, cache)
@@ -145,12 +145,13 @@ def _outputs(kind: str, patch: pytest.MonkeyPatch) -> None:
     expected = routed.predict(ONE, after=ANSWER).logits
     labels = torch.tensor([[-100] * len(ONE) + list(ANSWER)])
     read: list[Tensor] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    head = next(module for name, module in model.named_modules() if name.endswith(("lm_head", "output_projection")))
+    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     with routed.on() as handle:
-        with handle.using(handle.plan(given["input_ids"])):
+        with handle.using(plan(handle, given)):
             output = model(**given, use_cache=False, output_hidden_states=True)
         hook.remove()
-        with handle.using(handle.plan(told["input_ids"], labels=labels)):
+        with handle.using(plan(handle, told, labels=labels)):
             loss = model(**told, use_cache=False, labels=labels).loss
     assert {tuple(states.shape[:2]) for states in output.hidden_states} == {(1, len(ONE))}
     near(output.logits[0], expected[: len(ONE)])
@@ -163,7 +164,7 @@ def _moved_rows(kind: str, patch: pytest.MonkeyPatch) -> None:
     routed, order = Routed(kind, attention="sdpa"), torch.tensor([1, 0])
     given, cache = batch(routed.tiny, ONE, TWO), routed.cache()
     with routed.on() as handle:
-        with handle.using(handle.plan(given["input_ids"], given["attention_mask"])):
+        with handle.using(plan(handle, given)):
             routed.tiny.model(**given, **{CACHE: cache}, use_cache=True)
         cache.reorder_cache(order)
         moved = {name: value.index_select(value.ndim - 2, order) for name, value in given.items()}
@@ -179,7 +180,7 @@ def _tokens_taken_back(kind: str, patch: pytest.MonkeyPatch) -> None:
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
     with routed.on() as handle:
-        with handle.using(handle.plan(given["input_ids"])):
+        with handle.using(plan(handle, given)):
             routed.tiny.model(**given, **{CACHE: cache}, use_cache=True)
         for tokens in ([7, 11, 13], [17]):
             past = int(cache.get_seq_length())

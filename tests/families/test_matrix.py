@@ -25,13 +25,20 @@ too; and its flash attention is causal."""
 
 REFUSED: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "flash": (WINDOWS, "counts the window of layers"),
+    "static cache": (("unlimited_ocr",), "that may differ in length"),
+    "offloaded static cache": (("unlimited_ocr",), "that may differ in length"),
     "quantized cache": (RECURRENT, "that may differ in length"),
+    "later turns": (("unlimited_ocr",), "see a window of all that comes after the first prompt"),
     "tokens taken back": (DELTA, "they do not go back"),
     "turns that choose again": ((*SLIDING, *RECURRENT, "ernie4_5_vl_moe"), "reopens=True is not built for layers"),
 }
 """For which types a feature is refused, and what the sentence says."""
-DIFFERENT: Final = ("flash", "outputs", "tokens taken back", "turns that choose again")
-"""Features that mean something else for types ``OF_TWO_WAYS``."""
+NOT_THERE: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("flash", "outputs", "tokens taken back", "turns that choose again"), OF_TWO_WAYS),
+    "embeddings": ("chameleon", "kosmos-2.5"),  # whose decoders make them
+    "offloaded static cache": ("idefics2",),  # Transformers looks for a layer that does not slide
+}
+"""For which types the plain model has no such feature, or it means something else."""
 SAMPLE: Final = 2
 """Features of each type that run before a merge; neighbours run others."""
 
@@ -41,7 +48,7 @@ def _cells() -> list[tuple[str, str]]:
     cells = []
     for row, kind in enumerate(KINDS):
         chosen = features if everything else [features[(SAMPLE * row + i) % len(features)] for i in range(SAMPLE)]
-        cells += [(kind, name) for name in chosen if not (kind in OF_TWO_WAYS and name in DIFFERENT)]
+        cells += [(kind, name) for name in chosen if kind not in NOT_THERE.get(name, ())]
     return cells
 
 

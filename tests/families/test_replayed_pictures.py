@@ -46,7 +46,7 @@ def _without_gradients() -> Any:
 
 
 def family_of(name: str) -> Pictured:
-    family = PICTURED[name]()
+    family: Pictured = PICTURED[name].__wrapped__()  # one of its own, for it is changed
     family.tiny.model.set_attn_implementation("sdpa")
     return family
 
@@ -166,7 +166,7 @@ def test_features_of_padding_run_eagerly(tapes: list[Tape]) -> None:
 @pytest.mark.usefixtures("tapes")
 def test_features_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite's decoder gets them in a mapping, with a mask of three dimensions. Its tower is stood in for."""
-    tiny = tiny_types.build("granite4_vision")
+    tiny = tiny_types.build.__wrapped__("granite4_vision")
     tiny.model.set_attn_implementation("sdpa")
     width = tiny.text.config.hidden_size
 

@@ -53,12 +53,19 @@ def step(tiny: TinyType, given: dict[str, Tensor], token: int, cache: Any) -> di
     return {"input_ids": ids, "attention_mask": mask, "position_ids": given["position_ids"][..., -1:] + 1, CACHE: cache}
 
 
+def plan(handle: Any, given: dict[str, Tensor], cache: Any = None, **more: Any) -> Any:
+    """The plan of a call with these arguments, whatever marks its visual tokens."""
+    marks = given.get(next(iter(MARKED.values())))
+    shown = {"input_ids": given["input_ids"]} if marks is None else {"visual_mask": marks.bool()}
+    return handle.plan(
+        **shown, attention_mask=given["attention_mask"], **({} if cache is None else {CACHE: cache}), **more
+    )
+
+
 def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Any]:
     """The logits of a prefill and of the token 7 after it."""
     given = batch(tiny, *prompts)
-    marks = given.get(next(iter(MARKED.values())))
-    shown = {"input_ids": given["input_ids"]} if marks is None else {"visual_mask": marks.bool()}
-    with handle.using(handle.plan(**shown, attention_mask=given["attention_mask"])):
+    with handle.using(plan(handle, given)):
         output = tiny.model(**given, **{CACHE: DynamicCache(config=tiny.text.config)}, use_cache=True)
         after = tiny.model(**step(tiny, given, 7, getattr(output, CACHE)), use_cache=True)
     return output.logits, after.logits

@@ -11,7 +11,7 @@ import transformers
 from dense import near, predict
 from models import CACHE
 from pictured import PICTURED, Prompt
-from test_types import ONE, TWO, batch, prompt, step
+from test_types import ONE, TWO, batch, plan, prompt, step
 from tiny_types import PICTURE, SLIDING, TYPES, WINDOW, TinyType, build, configuration
 from torch import Tensor
 from transformers import DynamicCache, masking_utils
@@ -121,11 +121,11 @@ def talk(handle: Any, tiny: TinyType, cache: Any, turns: list[list[list[int]]], 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     for turn in turns:
         ids, end = torch.tensor(turn), length + len(turn[0])
-        with handle.using(handle.plan(ids, mask[:, :end], cache) if len(turn[0]) > 1 else None):
-            given = {"input_ids": ids, "attention_mask": mask[:, :end]}
-            given["position_ids"] = tiny.spread(positions[:, length:end])
-            if tiny.marks is not None:
-                given[tiny.marks] = (ids == PICTURE).long()
+        given = {"input_ids": ids, "attention_mask": mask[:, :end]}
+        given["position_ids"] = tiny.spread(positions[:, length:end])
+        if tiny.marks is not None:
+            given[tiny.marks] = (ids == PICTURE).long()
+        with handle.using(plan(handle, given, cache) if len(turn[0]) > 1 else None):
             logits.append(tiny.model(**given, **{CACHE: cache}, use_cache=True).logits)
         length = end
     return torch.cat(logits, 1)
