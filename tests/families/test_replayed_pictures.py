@@ -46,7 +46,8 @@ def _without_gradients() -> Any:
 
 
 def family_of(name: str) -> Pictured:
-    family: Pictured = PICTURED[name].__wrapped__()  # one of its own, for it is changed
+    make: Any = PICTURED[name]
+    family: Pictured = make.__wrapped__()  # one of its own, for it is changed
     family.tiny.model.set_attn_implementation("sdpa")
     return family
 
