@@ -43,7 +43,7 @@ class RoutedDecode(ForwardContext):
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
-            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs, hidden))
+            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs, hidden, self._adapter.head_dim))
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -72,14 +72,14 @@ class RoutedDecode(ForwardContext):
         return self._masks[key][1]
 
 
-def tables_of(kwargs: Kwargs, hidden: torch.Tensor) -> PositionTables:
+def tables_of(kwargs: Kwargs, hidden: torch.Tensor, width: int) -> PositionTables:
     """Rotary tables and position ids that a decoder gives to a layer with ``hidden`` (B, L, C).
 
-    Without any, those (1, L, 2) that turn nothing.
+    Without any, those (1, L, ``width``) that turn nothing.
     """
     tables, ids = tables_in(kwargs.get("position_embeddings")), kwargs.get("position_ids")
     if tables is None:
-        cos = hidden.new_ones(1, hidden.shape[1], 2)
+        cos = hidden.new_ones(1, hidden.shape[1], width)
         tables = cos, torch.zeros_like(cos)
     # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
     return PositionTables(*tables, ids if ids is None or ids.ndim == 2 else None)

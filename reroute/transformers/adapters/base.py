@@ -15,6 +15,7 @@ import torch
 from reroute_kernels import AttentionSpec, RMSNorm, RopeTables
 from reroute_kernels.reference import rotate
 
+from ...core.cost import ModelShape
 from ...errors import RerouteError, UnsupportedModelError
 from ..vision import Tower
 from . import places
@@ -279,6 +280,11 @@ class ModelAdapter(LayerKinds):
         None if that is not known: then it may not count any.
         """
         return None
+
+    @cached_property
+    def head_dim(self) -> int:
+        """Features of a head, by the configuration: the width of tables where layers get none."""
+        return ModelShape.from_config(self.text_config).head_dim
 
     @cached_property
     def _kind_of_tables(self) -> dict[str, str]:
