@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..core.prefill import PositionTables
-from .adapters import ModelAdapter, in_form_of, tables_in
+from .adapters import ModelAdapter, in_form_of, no_rotation, tables_in
 from .attention import decode_mask
 from .cache import KeptStates, RoutedLayer, cache_of, keep_states, takes_any_step
 from .forward import ForwardContext, Kwargs
@@ -79,7 +79,6 @@ def tables_of(kwargs: Kwargs, hidden: torch.Tensor, width: int) -> PositionTable
     """
     tables, ids = tables_in(kwargs.get("position_embeddings")), kwargs.get("position_ids")
     if tables is None:
-        cos = hidden.new_ones(1, hidden.shape[1], width)
-        tables = cos, torch.zeros_like(cos)
+        tables = no_rotation(hidden, width)
     # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
     return PositionTables(*tables, ids if ids is None or ids.ndim == 2 else None)

@@ -25,7 +25,7 @@ from .layers import Layers
 from .projections import projections_of
 from .recurrent import check_row_by_row
 from .scoring_layer import check_part, check_scoring_layer
-from .tables import tables_in
+from .tables import no_rotation, tables_in
 
 __all__ = ["ModelAdapter"]
 
@@ -269,7 +269,9 @@ class ModelAdapter(LayerKinds):
         return self.facts(layer).rotates
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``DecoderAdapter``."""
+        """See ``DecoderAdapter``. Those of a decoder without any turn nothing."""
+        if not hasattr(self.text, "rotary_emb"):
+            return no_rotation(hidden, self.head_dim)
         tables = tables_in(self.text.rotary_emb(hidden, position_ids=ids, **self._kind_of_tables))
         assert tables is not None  # those of layers were looked at
         return tables
