@@ -98,11 +98,10 @@ class RoutedPrefill(ForwardContext):
             self._adapter.unshard(index)
             hidden = hidden if self.prefill is not None else self._begin(index, hidden, kwargs)
         if self.prefill is not None and looks:
-            self.prefill.look(index, hidden, self._own_tables(kwargs.get("position_embeddings")))
+            self.prefill.look(index, hidden, self._own_tables(kwargs))
         if self.prefill is not None and decision is not None:
             vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
-            tables = self._own_tables(kwargs.get("position_embeddings"))
-            self._pending = self.prefill.decide(decision, hidden, vision, tables)
+            self._pending = self.prefill.decide(decision, hidden, vision, self._own_tables(kwargs))
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
         self._has_begun = True
@@ -227,7 +226,7 @@ class RoutedPrefill(ForwardContext):
         """Make the prefill; the input of layer ``index`` with the tokens that it reopens."""
         self.cache, plan = cache_of(kwargs), self.plan
         self._begun_with = kwargs.get("position_embeddings")
-        tables = tables_of(kwargs, hidden)
+        tables = tables_of(kwargs, hidden, self._adapter.head_dim)
         earlier = self._kept_states
         if earlier is not None:
             together = earlier.followed_by(hidden, tables)
@@ -242,23 +241,23 @@ class RoutedPrefill(ForwardContext):
             cut(self.cache, index, plan.past)
         return hidden
 
-    def _own_tables(self, given: Any) -> Tables | None:
-        """Those that a layer is ``given``, if they are others than those with which the prefill began."""
+    def _own_tables(self, kwargs: Kwargs) -> Tables | None:
+        """Those that a layer gets, if they are others than those with which the prefill began."""
+        given = kwargs.get("position_embeddings")
         is_own = self._adapter.has_several_tables and identity(given) != identity(self._begun_with)
         return tables_in(given) if is_own else None
 
     def _stage(self, prefill: Prefill, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> Stage:
         layer, mask = self._allow_update(self.cache, index), kwargs.get("attention_mask")
-        tables = kwargs.get("position_embeddings")
         visible = visible_rows(self.cache, index, self.plan.past)
         new = prefill.positions.shape[1]
         room = room_of(self.cache, index, self.plan.length - new, new, self._end)
         earlier = () if layer is None else layer.rows.stage_key
-        own = identity(tables) if self._adapter.has_several_tables else None
+        own = identity(kwargs.get("position_embeddings")) if self._adapter.has_several_tables else None
         key = (earlier, visible, room, id(mask), own)
         if key not in self._stages:
             held = Held(layer, visible, room)
-            self._stages[key] = self._make_stage(prefill, held, mask, tables, hidden.dtype)
+            self._stages[key] = self._make_stage(prefill, held, kwargs, hidden.dtype)
         stage = self._stages[key]
         self._running = None if prefill.stage < 0 else stage  # before the first decision its layer has all rows
         if self._running is not None and self.cache is not None and room is not None:
@@ -269,17 +268,11 @@ class RoutedPrefill(ForwardContext):
         """What layer ``index`` gets, which keeps a state: which rows are there. Fillers come first, and change none."""
         self._allow_update(self.cache, index)
         mask = prefill.positions >= 0 if prefill.has_fillers else None
-        return {"attention_mask": mask, **self._places_of_rows(prefill, kwargs.get("position_embeddings"))}
+        return {"attention_mask": mask, **self._places_of_rows(prefill, kwargs)}
 
-    def _make_stage(
-        self,
-        prefill: Prefill,
-        held: Held,
-        mask: torch.Tensor | None,
-        tables: Any,
-        dtype: torch.dtype,
-    ) -> Stage:
+    def _make_stage(self, prefill: Prefill, held: Held, kwargs: Kwargs, dtype: torch.dtype) -> Stage:
         plan, rows = self.plan, prefill.positions
+        mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         if held.layer is not None:
             positions = torch.cat([held.layer.all_positions_until(plan.past), positions], 1)
@@ -301,7 +294,7 @@ class RoutedPrefill(ForwardContext):
                 mask_format=self._mask_format,
                 dtype=dtype,
             ),
-            **self._places_of_rows(prefill, tables),
+            **self._places_of_rows(prefill, kwargs),
         }
         earlier = () if held.layer is None else held.layer.rows.stage_key
         stage_key = (*earlier, plan.decisions[prefill.stage].layer)
@@ -309,13 +302,13 @@ class RoutedPrefill(ForwardContext):
         rows_then = self._rows(listed, stored, is_filled_up, prefill.position_offset, stage_key)
         return Stage((mask, tables), adapted, stored, rows_then)
 
-    def _places_of_rows(self, prefill: Prefill, tables: Any) -> Kwargs:
-        """Tables and position ids of the rows that run, for a layer that gets logical ``tables``, if it gets some."""
-        running = prefill.tables
+    def _places_of_rows(self, prefill: Prefill, kwargs: Kwargs) -> Kwargs:
+        """Tables and position ids of the rows that run, for a layer that gets logical ones, if it gets some."""
+        running, tables = prefill.tables, kwargs.get("position_embeddings")
         # Flash attention would take gaps in the ids for borders between packed sequences.
         places: Kwargs = {"position_ids": None if self._mask_format == "padding" else running.ids}
         if tables is not None:
-            own = self._own_tables(tables)
+            own = self._own_tables(kwargs)
             cos, sin = (running.cos, running.sin) if own is None else (_at(prefill.positions, its) for its in own)
             places["position_embeddings"] = in_form_of(tables, cos, sin)
         return places

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..core.prefill import PositionTables
-from .adapters import ModelAdapter, in_form_of, tables_in
+from .adapters import ModelAdapter, in_form_of, no_rotation, tables_in
 from .attention import decode_mask
 from .cache import KeptStates, RoutedLayer, cache_of, keep_states, takes_any_step
 from .forward import ForwardContext, Kwargs
@@ -43,7 +43,7 @@ class RoutedDecode(ForwardContext):
         """Give a routed layer the columns of the mask that it holds; nothing where there is no mask."""
         self._cache = cache = cache_of(kwargs)
         if self._kept_states is not None and index == self._kept_states.layer:
-            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs, hidden))
+            self._kept_states = self._kept_states.followed_by(hidden, tables_of(kwargs, hidden, self._adapter.head_dim))
         layer = self._allow_update(cache, index)
         if layer is None:
             return hidden
@@ -72,14 +72,13 @@ class RoutedDecode(ForwardContext):
         return self._masks[key][1]
 
 
-def tables_of(kwargs: Kwargs, hidden: torch.Tensor) -> PositionTables:
+def tables_of(kwargs: Kwargs, hidden: torch.Tensor, width: int) -> PositionTables:
     """Rotary tables and position ids that a decoder gives to a layer with ``hidden`` (B, L, C).
 
-    Without any, those (1, L, 2) that turn nothing.
+    Without any, those (1, L, ``width``) that turn nothing.
     """
     tables, ids = tables_in(kwargs.get("position_embeddings")), kwargs.get("position_ids")
     if tables is None:
-        cos = hidden.new_ones(1, hidden.shape[1], 2)
-        tables = cos, torch.zeros_like(cos)
+        tables = no_rotation(hidden, width)
     # Of the three of M-RoPE layers use what the tables are made of, and nothing else.
     return PositionTables(*tables, ids if ids is None or ids.ndim == 2 else None)

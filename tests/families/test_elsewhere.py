@@ -91,6 +91,24 @@ def test_every_model_of_the_process(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_launches_ahead_and_attention_to_record(name: str) -> None:
+    """All layers of these show what their last token attends to, but for those with a state."""
+    family, given, _ = routed(name)
+    with reroute.enable(family.tiny.model, keep=0.6) as handle:
+        handle.warm_up(visual=16)
+    if name == "nemotron_h_omni":
+        with pytest.raises(RerouteError, match="keeps a state and does not attend"):
+            reroute.record_attention(family.tiny.model, given)
+    elif name == "llama4":
+        with pytest.raises(RerouteError, match="longer than what the last token sees"):
+            reroute.record_attention(family.tiny.model, given)
+    else:
+        record = reroute.record_attention(family.tiny.model, given)
+        assert record.num_layers == len(family.tiny.layers)
+
+
+@torch.no_grad()
 def test_pictures_that_an_argument_marks() -> None:
     family, given, _ = routed("kosmos2_5")
     model, marks = family.tiny.model, given[MARKED["kosmos-2.5"]]

@@ -15,7 +15,7 @@ from .llava import Llava
 from .nemotron_h_omni import NemotronHOmni
 from .places import PER_TOKEN
 from .qwen2_5_vl import Qwen25VL
-from .tables import identity, in_form_of, tables_in
+from .tables import identity, in_form_of, no_rotation, tables_in
 from .types import REFUSED, ROUTED
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "identity",
     "in_form_of",
     "is_supported",
+    "no_rotation",
     "tables_in",
 ]
 

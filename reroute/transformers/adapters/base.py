@@ -13,6 +13,7 @@ import torch
 
 from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables
 
+from ...core.cost import ModelShape
 from ...errors import RerouteError, UnsupportedModelError
 from ..parallel import check_heads, check_unit, has_distributed_weights, head_ranks, is_sharded, unshard
 from ..vision import Tower
@@ -24,7 +25,7 @@ from .layers import Layers
 from .projections import projections_of
 from .recurrent import check_row_by_row
 from .scoring_layer import check_part, check_scoring_layer
-from .tables import tables_in
+from .tables import no_rotation, tables_in
 
 __all__ = ["ModelAdapter"]
 
@@ -292,7 +293,9 @@ class ModelAdapter(LayerKinds):
         return self.facts(layer).rotates
 
     def rope_tables(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``DecoderAdapter``."""
+        """See ``DecoderAdapter``. Those of a decoder without any turn nothing."""
+        if not hasattr(self.text, "rotary_emb"):
+            return no_rotation(hidden, self.head_dim)
         tables = tables_in(self.text.rotary_emb(hidden, position_ids=ids, **self._kind_of_tables))
         assert tables is not None  # those of layers were looked at
         return tables
@@ -303,6 +306,11 @@ class ModelAdapter(LayerKinds):
         None if that is not known: then it may not count any.
         """
         return None
+
+    @cached_property
+    def head_dim(self) -> int:
+        """Features of a head, by the configuration: the width of tables where layers get none."""
+        return ModelShape.from_config(self.text_config).head_dim
 
     @cached_property
     def _kind_of_tables(self) -> dict[str, str]:

@@ -196,7 +196,7 @@ class DryRun:
         if is_projection(module):
             return _Projection(module, self._generator)
         has_matrices = any(weight.ndim > 1 for weight in module.parameters())
-        if has_matrices and not _is_depthwise(module) and not any(hasattr(module, eps) for eps in EPSILONS):
+        if has_matrices and not _is_depthwise(module) and not _is_norm(module):
             return _Unknown(type(module).__name__)
         return self._stood_in(module)
 
@@ -356,6 +356,11 @@ def _compute_plainly(module: Any) -> None:
 def is_projection(module: Any) -> bool:
     """Whether ``module`` maps features to features, whatever its weights are stored as."""
     return isinstance(getattr(module, "out_features", None), int)
+
+
+def _is_norm(module: Any) -> bool:
+    """Whether ``module`` norms features, perhaps of each head with weights of its own."""
+    return not module._modules and any(hasattr(module, eps) for eps in EPSILONS)
 
 
 def _is_depthwise(module: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["identity", "in_form_of", "tables_in"]
+__all__ = ["identity", "in_form_of", "no_rotation", "tables_in"]
 
 
 def tables_in(given: Any) -> tuple[Tensor, Tensor] | None:
@@ -27,6 +27,12 @@ def in_form_of(given: Any, cos: Tensor, sin: Tensor) -> Any:
     if isinstance(given, Tensor):
         return torch.complex(cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous())
     return None if given is None else (cos, sin)
+
+
+def no_rotation(hidden: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """cos, sin (1, L, ``width``) that turn nothing, for ``hidden`` (B, L, C)."""
+    cos = hidden.new_ones(1, hidden.shape[1], width)
+    return cos, torch.zeros_like(cos)
 
 
 def identity(given: Any) -> int:
