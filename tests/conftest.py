@@ -1,5 +1,5 @@
-"""Makes ``models``, ``oracle``, ``races`` and ``tensors`` importable from every test (this folder is put on the path),
-and tests repeatable.
+"""Makes ``models``, ``oracle``, ``races``, ``tensors`` and ``two_processes`` importable from every test (this folder is
+put on the path), and tests repeatable.
 """
 
 from __future__ import annotations

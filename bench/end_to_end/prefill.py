@@ -36,7 +36,7 @@ METHODS: tuple[tuple[Any, str, str], ...] = (
     (Prefill, "decide", "index bookkeeping"),
     (Prefill, "advance", "index bookkeeping"),
     (Prefill, "restore", RESTORE),
-    (ModelAdapter, "project", ENTRANCES),
+    (ModelAdapter, "project_own", ENTRANCES),
     (context.RoutedPrefill, "_make_stage", "stage arguments, masks"),
     (context.RoutedPrefill, "finish", "cache bookkeeping"),
     (Handle, "_done", "stats"),

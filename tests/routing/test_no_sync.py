@@ -116,7 +116,7 @@ def test_a_decision_adds_nothing_to_the_kernels(
         return run
 
     monkeypatch.setattr(RoutedPrefill, "before_layer", count)
-    monkeypatch.setattr(ModelAdapter, "project", uncounted(ModelAdapter.project))
+    monkeypatch.setattr(ModelAdapter, "project_own", uncounted(ModelAdapter.project_own))
     with reroute.enable(tiny.model, schedule=schedule(RULES[0])) as handle, torch.no_grad():
         kernels = {name: uncounted(getattr(handle.backend, name)) for name in KERNELS}
         handle.backend = replace(handle.backend, **kernels)
