@@ -230,9 +230,10 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
 @_eager
 def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
-    known = kwargs
+    known, has_made_mask = kwargs, False
     if PADDING in kwargs:
         padding = kwargs.pop(PADDING)
+        has_made_mask = padding is None or getattr(padding, "ndim", 0) == 2
         known = {**kwargs, "attention_mask": padding}
     outer, forward, call = _forward.get(), None, Call()
     try:
@@ -243,7 +244,7 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, known, labels, end)
         if forward is not None:
-            forward.has_made_mask = known is not kwargs
+            forward.has_made_mask = has_made_mask
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

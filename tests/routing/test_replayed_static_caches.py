@@ -149,8 +149,9 @@ def test_masks_and_memory_of_ones_own_run_eagerly() -> None:
     with route(tiny, DENSE) as handle:
         capture(tiny, [sample])
         mask = torch.ones(1, 1, len(sample), ROOM, dtype=torch.bool).tril()
-        tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)})
-        assert "a mask of its own" in handle.stats().graph.why
+        for moved in ({}, {"reroute_padding": mask.clone()}):  # as where generate has brought it to another device
+            tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)}, **moved)
+            assert "a mask of its own" in handle.stats().graph.why
         with torch.inference_mode():
             cache = static(tiny)
             cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
