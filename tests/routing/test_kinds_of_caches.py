@@ -349,7 +349,7 @@ def test_steps_do_not_wait(attention: str) -> None:
 
 def test_what_generate_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt's padding, where masks are made ahead; steps have no plan, and what compiled ones get is compiled."""
-    tiny, seen = models.llava(layers=3), []
+    tiny, seen = models.llava(layers=3), list[Any]()
     prepare = tiny.model.prepare_inputs_for_generation
 
     def watched(*args: Any, **kwargs: Any) -> Any:
