@@ -27,7 +27,7 @@ def num_tokens(kwargs: Mapping[str, Any]) -> int:
 def is_step(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with ``kwargs`` is one token on a routed cache, of which no more is needed than its masks.
 
-    Not if positions were counted anew or later turns may choose again: then there is more to keep.
+    Not if later turns may choose again: then there is more to keep.
     """
     cache = cache_of(kwargs)
     if cache is None or num_tokens(kwargs) != 1:
@@ -36,7 +36,7 @@ def is_step(kwargs: Mapping[str, Any]) -> bool:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):
             is_routed = True
-            if layer.rows.position_offset is not None or layer.earlier is not None:
+            if layer.earlier is not None:
                 return False
     return is_routed
 
@@ -49,6 +49,7 @@ class CompiledStep:
     def __init__(self) -> None:
         """No layer has come yet."""
         self._masks: list[tuple[torch.Tensor, int, Any, torch.Tensor]] = []
+        self._places: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def mask(self, layer: RoutedLayer, mask: Any, text_config: Any) -> torch.Tensor:
         """The columns of ``mask`` that ``layer`` has with one token more; by identity of what they follow from."""
@@ -61,9 +62,19 @@ class CompiledStep:
         self._masks.append((rows, first, mask, adapted))
         return adapted
 
+    def places(self, offset: torch.Tensor, adapter: Any, hidden: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+        """Position ids ``ids`` less ``offset`` (B, 1), and the rotary tables of ``adapter``'s decoder for them."""
+        for known_offset, known in self._places:
+            if known_offset is offset:
+                return known
+        anew = ids - offset
+        places = {"position_ids": anew, "position_embeddings": adapter.rope_tables(hidden, anew)}
+        self._places.append((offset, places))
+        return places
+
 
 def adapt_step(
-    index: int, text_config: Any, kwargs: dict[str, Any], step: CompiledStep | None
+    index: int, adapter: Any, hidden: torch.Tensor, kwargs: dict[str, Any], step: CompiledStep | None
 ) -> GuardedRecurrentLayer | None:
     """Let decoder layer ``index`` store one token, and give it its columns of the mask if it lacks rows, in place.
 
@@ -78,8 +89,12 @@ def adapt_step(
     if not isinstance(layer, GuardedLayer):
         return None
     layer.allow_update()
-    mask = kwargs.get("attention_mask")
-    if isinstance(layer, RoutedLayer) and (mask is not None or layer.rows.has_fillers or layer.first_visible):
-        step = CompiledStep() if step is None else step
-        kwargs["attention_mask"] = step.mask(layer, mask, text_config)
+    if not isinstance(layer, RoutedLayer):
+        return None
+    step = CompiledStep() if step is None else step
+    mask, offset = kwargs.get("attention_mask"), layer.rows.position_offset
+    if mask is not None or layer.rows.has_fillers or layer.first_visible:
+        kwargs["attention_mask"] = step.mask(layer, mask, adapter.text_config)
+    if offset is not None:
+        kwargs.update(step.places(offset, adapter, hidden, kwargs["position_ids"]))
     return None

@@ -165,7 +165,7 @@ class RoutedDecoderLayer(Intercepted):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # all that is between it and a decoding step
         proceed = own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None or isinstance(forward, CompiledStep):
-            state = _adapt_compiled(self, kwargs, forward) if torch.compiler.is_compiling() else None
+            state = _adapt_compiled(self, args, kwargs, forward) if torch.compiler.is_compiling() else None
             output = proceed(*args, **kwargs)
             if state is not None:
                 state.forbid_update()
@@ -201,12 +201,13 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
 
 
-def _adapt_compiled(layer: Any, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:
+def _adapt_compiled(layer: Any, args: Args, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:
     """Let ``layer`` take part in a step that is compiled as a whole, if it is one. See ``adapt_step``."""
     role = role_of(layer)
     if role is None:
         return None
-    return adapt_step(role.layer, role.router.adapter.text_config, kwargs, step)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return adapt_step(role.layer, role.router.adapter, hidden, kwargs, step)
 
 
 def _eager_throughout(function: Function) -> Function:
