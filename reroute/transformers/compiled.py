@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .attention import decode_mask, mask_format_of
+from .adapters import ModelAdapter
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, cache_of
+from .stage_arguments import StageArguments
 
 __all__ = ["CompiledStep", "adapt_step", "is_step", "num_tokens"]
 
@@ -41,42 +42,16 @@ def is_step(kwargs: Mapping[str, Any]) -> bool:
     return is_routed
 
 
-class CompiledStep:
-    """A step while Dynamo traces it: what its decoder hands to its layers, which share the masks of their stage."""
+class CompiledStep(StageArguments):
+    """A step while Dynamo traces it: what its decoder hands to its layers."""
 
     is_idle = False
 
-    def __init__(self) -> None:
-        """No layer has come yet."""
-        self._masks: list[tuple[torch.Tensor, int, Any, torch.Tensor]] = []
-        self._places: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-    def mask(self, layer: RoutedLayer, mask: Any, text_config: Any) -> torch.Tensor:
-        """The columns of ``mask`` that ``layer`` has with one token more; by identity of what they follow from."""
-        rows, first = layer.rows.key_positions, layer.first_visible
-        for known_rows, known_first, known_mask, known in self._masks:
-            if known_rows is rows and known_first == first and known_mask is mask:
-                return known
-        keys, kind = layer.key_positions_with(1), mask_format_of(text_config)
-        adapted: torch.Tensor = decode_mask(mask, keys, layer.columns_with(1), first=first, mask_format=kind)
-        self._masks.append((rows, first, mask, adapted))
-        return adapted
-
-    def places(self, offset: torch.Tensor, adapter: Any, hidden: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
-        """Position ids ``ids`` less ``offset`` (B, 1), and the rotary tables of ``adapter``'s decoder for them."""
-        for known_offset, known in self._places:
-            if known_offset is offset:
-                return known
-        anew = ids - offset
-        places = {"position_ids": anew, "position_embeddings": adapter.rope_tables(hidden, anew)}
-        self._places.append((offset, places))
-        return places
-
 
 def adapt_step(
-    index: int, adapter: Any, hidden: torch.Tensor, kwargs: dict[str, Any], step: CompiledStep | None
+    index: int, adapter: ModelAdapter, hidden: torch.Tensor, kwargs: dict[str, Any], step: CompiledStep | None
 ) -> GuardedRecurrentLayer | None:
-    """Let decoder layer ``index`` store one token, and give it its columns of the mask if it lacks rows, in place.
+    """Let decoder layer ``index`` store one token, and change ``kwargs`` if it lacks rows, in place.
 
     ``step``: what its decoder has handed to it; None if that is not compiled. Returns the cache's layer if that keeps a
     state, which does not see how often it is asked: who runs the layer forbids it again.
@@ -91,10 +66,6 @@ def adapt_step(
     layer.allow_update()
     if not isinstance(layer, RoutedLayer):
         return None
-    step = CompiledStep() if step is None else step
-    mask, offset = kwargs.get("attention_mask"), layer.rows.position_offset
-    if mask is not None or layer.rows.has_fillers or layer.first_visible:
-        kwargs["attention_mask"] = step.mask(layer, mask, adapter.text_config)
-    if offset is not None:
-        kwargs.update(step.places(offset, adapter, hidden, kwargs["position_ids"]))
+    step = CompiledStep(adapter) if step is None else step
+    step.adapt(layer, hidden, kwargs)
     return None

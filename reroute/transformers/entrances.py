@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 
@@ -149,8 +149,9 @@ class RoutedDecoder(Intercepted):
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
         if router is None:
-            if torch.compiler.is_compiling() and is_step(kwargs):
-                kwargs[FORWARD] = CompiledStep()
+            role = role_of(cast(Any, self)) if torch.compiler.is_compiling() else None
+            if role is not None and is_step(kwargs):
+                kwargs[FORWARD] = CompiledStep(role.router.adapter)
             return proceed(*args, **kwargs)
         return _run_decoder(router, self, proceed, args, kwargs)
 
