@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .attention import decode_mask, mask_format_of
+from .adapters import ModelAdapter
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, cache_of
+from .stage_arguments import StageArguments
 
 __all__ = ["CompiledStep", "adapt_step", "is_step", "num_tokens"]
 
@@ -27,7 +28,7 @@ def num_tokens(kwargs: Mapping[str, Any]) -> int:
 def is_step(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call with ``kwargs`` is one token on a routed cache, of which no more is needed than its masks.
 
-    Not if positions were counted anew or later turns may choose again: then there is more to keep.
+    Not if later turns may choose again: then there is more to keep.
     """
     cache = cache_of(kwargs)
     if cache is None or num_tokens(kwargs) != 1:
@@ -36,36 +37,21 @@ def is_step(kwargs: Mapping[str, Any]) -> bool:
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):
             is_routed = True
-            if layer.rows.position_offset is not None or layer.earlier is not None:
+            if layer.earlier is not None:
                 return False
     return is_routed
 
 
-class CompiledStep:
-    """A step while Dynamo traces it: what its decoder hands to its layers, which share the masks of their stage."""
+class CompiledStep(StageArguments):
+    """A step while Dynamo traces it: what its decoder hands to its layers."""
 
     is_idle = False
 
-    def __init__(self) -> None:
-        """No layer has come yet."""
-        self._masks: list[tuple[torch.Tensor, int, Any, torch.Tensor]] = []
-
-    def mask(self, layer: RoutedLayer, mask: Any, text_config: Any) -> torch.Tensor:
-        """The columns of ``mask`` that ``layer`` has with one token more; by identity of what they follow from."""
-        rows, first = layer.rows.key_positions, layer.first_visible
-        for known_rows, known_first, known_mask, known in self._masks:
-            if known_rows is rows and known_first == first and known_mask is mask:
-                return known
-        keys, kind = layer.key_positions_with(1), mask_format_of(text_config)
-        adapted: torch.Tensor = decode_mask(mask, keys, layer.columns_with(1), first=first, mask_format=kind)
-        self._masks.append((rows, first, mask, adapted))
-        return adapted
-
 
 def adapt_step(
-    index: int, text_config: Any, kwargs: dict[str, Any], step: CompiledStep | None
+    index: int, adapter: ModelAdapter, hidden: torch.Tensor, kwargs: dict[str, Any], step: CompiledStep | None
 ) -> GuardedRecurrentLayer | None:
-    """Let decoder layer ``index`` store one token, and give it its columns of the mask if it lacks rows, in place.
+    """Let decoder layer ``index`` store one token, and change ``kwargs`` if it lacks rows, in place.
 
     ``step``: what its decoder has handed to it; None if that is not compiled. Returns the cache's layer if that keeps a
     state, which does not see how often it is asked: who runs the layer forbids it again.
@@ -78,8 +64,8 @@ def adapt_step(
     if not isinstance(layer, GuardedLayer):
         return None
     layer.allow_update()
-    mask = kwargs.get("attention_mask")
-    if isinstance(layer, RoutedLayer) and (mask is not None or layer.rows.has_fillers or layer.first_visible):
-        step = CompiledStep() if step is None else step
-        kwargs["attention_mask"] = step.mask(layer, mask, text_config)
+    if not isinstance(layer, RoutedLayer):
+        return None
+    step = CompiledStep(adapter) if step is None else step
+    step.adapt(layer, hidden, kwargs)
     return None

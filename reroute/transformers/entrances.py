@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 
@@ -175,8 +175,9 @@ class RoutedDecoder(Intercepted):
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
         if router is None:
-            if torch.compiler.is_compiling() and is_step(kwargs):
-                kwargs[FORWARD] = CompiledStep()
+            role = role_of(cast(Any, self)) if torch.compiler.is_compiling() else None
+            if role is not None and is_step(kwargs):
+                kwargs[FORWARD] = CompiledStep(role.router.adapter)
             return proceed(*args, **kwargs)
         return _run_decoder(router, self, proceed, args, kwargs)
 
@@ -191,7 +192,7 @@ class RoutedDecoderLayer(Intercepted):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # all that is between it and a decoding step
         proceed = own_method(RoutedDecoderLayer, self, "__call__")
         if forward is None or isinstance(forward, CompiledStep):
-            state = _adapt_compiled(self, kwargs, forward) if torch.compiler.is_compiling() else None
+            state = _adapt_compiled(self, args, kwargs, forward) if torch.compiler.is_compiling() else None
             output = proceed(*args, **kwargs)
             if state is not None:
                 state.forbid_update()
@@ -240,12 +241,13 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
 
 
-def _adapt_compiled(layer: Any, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:
+def _adapt_compiled(layer: Any, args: Args, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:
     """Let ``layer`` take part in a step that is compiled as a whole, if it is one. See ``adapt_step``."""
     role = role_of(layer)
     if role is None:
         return None
-    return adapt_step(role.layer, role.router.adapter.text_config, kwargs, step)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return adapt_step(role.layer, role.router.adapter, hidden, kwargs, step)
 
 
 def _eager_throughout(function: Function) -> Function:
@@ -269,9 +271,10 @@ def _run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwar
 @_eager
 def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
-    known = kwargs
+    known, has_made_mask = kwargs, False
     if PADDING in kwargs:
         padding = kwargs.pop(PADDING)
+        has_made_mask = padding is None or getattr(padding, "ndim", 0) == 2
         known = {**kwargs, "attention_mask": padding}
     outer, forward, call = _forward.get(), None, Call()
     try:
@@ -282,7 +285,7 @@ def _run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, known, labels, end)
         if forward is not None:
-            forward.has_made_mask = known is not kwargs
+            forward.has_made_mask = has_made_mask
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

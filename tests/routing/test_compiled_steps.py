@@ -121,18 +121,31 @@ def test_generation(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "graphs"), [("static", 1), pytest.param("dynamic", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_renumbered_positions(kind: str, graphs: int, batch: int) -> None:
+    """They follow from those that a step is given, and from the cache. A batch brings masks, which grow."""
+    tiny = three_layers("llava")
+    rules = Rules((1,), (0.5,), action="remove", position_mode="renumbered")
+    samples = [tiny.prompt(0, 5, tiny.grid, 4), tiny.prompt(1, 7)][:batch]
+    with enable(tiny, rules):
+        logits = run_steps(tiny, samples, new_cache(tiny, kind), compiled(tiny))
+        assert counters["stats"]["unique_graphs"] == (graphs if batch == 1 else 2)
+    for b, sample in enumerate(samples):
+        close(torch.cat(logits, 1)[b], predict(tiny, sample, rules, then=TOKENS).logits[len(sample) - 1 :])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_is_no_step() -> None:
-    """Renumbered rows and states for later turns need more than a mask: routing then runs between compiled parts."""
+    """States for later turns need more than masks and positions: routing then runs between compiled parts."""
     tiny = three_layers("llava")
     sample = tiny.prompt(0, 5, tiny.grid, 4)
-    renumbered = Rules((1,), (0.5,), action="remove", position_mode="renumbered")
-    for rules, reopens in ((renumbered, False), (RULES, True)):
-        with enable(tiny, rules, reopens=reopens):
-            cache = new_cache(tiny, "dynamic")
-            logits = run_steps(tiny, [sample], cache, compiled(tiny, fullgraph=False))
-            with pytest.raises(torch._dynamo.exc.Unsupported, match="reroute plans and routes"):
-                compiled(tiny)(input_ids=torch.tensor([[5]]), **{CACHE: cache})
-        close(torch.cat(logits, 1)[0], predict(tiny, sample, rules, then=TOKENS).logits[len(sample) - 1 :])
+    with enable(tiny, RULES, reopens=True):
+        cache = new_cache(tiny, "dynamic")
+        logits = run_steps(tiny, [sample], cache, compiled(tiny, fullgraph=False))
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="reroute plans and routes"):
+            compiled(tiny)(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+    close(torch.cat(logits, 1)[0], predict(tiny, sample, RULES, then=TOKENS).logits[len(sample) - 1 :])
 
 
 # --- frames of Python ---------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_calls_into_a_static_cache(name: str, tapes: list[Tape], monkeypatch: py
     """
     tiny = models.tiny(name)
     inputs = tiny.inputs([tiny.prompt(3, 9, tiny.grid, 4)], positions=True)
-    cache = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
+    cache: Any = StaticCache(config=tiny.model.config.get_text_config(), max_cache_len=64)
     parts, stages, layers = 5, 4, tiny.num_layers
     with route(tiny, FOUR) as handle:
         capture(tiny, [tiny.prompt(0, 2, tiny.grid, 7)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import CACHE, Sample, Tiny
 from oracle import Rules, predict
-from replays import capture, replayed, route, same_caches, same_outputs
+from replays import GRAPHS, capture, replayed, route, same_caches, same_outputs
 from support import RULES, cache_of, close, generate, mixed_batch, tiny_models
 from tape import Tape
 from torch import Tensor
@@ -105,6 +105,27 @@ def test_emptied_it_is_filled_where_it_lies(tiny: Tiny) -> None:
                 cache.reset()
 
 
+@pytest.mark.parametrize("graphs", [False, GRAPHS], ids=["eager", "replayed"])
+def test_room_of_other_stages(tiny: Tiny, graphs: Any) -> None:
+    """What layers have from a prompt with other routing layers differs within a stage, and is enough."""
+    pictures: list[Any] = [tiny.grid, 1] * 4
+    sample, rules = tiny.prompt(0, 5, *pictures, 3), Rules((2,), (0.1,))
+    cache = static(tiny)
+    with route(tiny, RULES[0], graphs=False):
+        tiny.model(**tiny.inputs([sample], positions=True), **{CACHE: cache})
+    had = [layer.keys.shape[-2] for layer in cache.layers]
+    assert len(set(had[2:])) > 1
+    cache.reset()
+    with route(tiny, rules, graphs=graphs) as handle:
+        if graphs:
+            capture(tiny, [sample])
+        output = tiny.model(**tiny.inputs([sample], positions=True), **{CACHE: cache})
+        assert not graphs or handle.stats().graph.is_replayed
+        assert [layer.keys.shape[-2] for layer in cache.layers] == had
+        close(output.logits[0], predict(tiny, sample, rules).logits)
+        close(turn(tiny, cache, [sample], [tiny.prompt(8, 2)], "left")[0], after(tiny, sample, rules))
+
+
 def after(tiny: Tiny, sample: Sample, rules: Rules) -> Tensor:
     return predict(tiny, [sample, tiny.prompt(8, 2)], rules).logits[-2:]
 
@@ -149,8 +170,9 @@ def test_masks_and_memory_of_ones_own_run_eagerly() -> None:
     with route(tiny, DENSE) as handle:
         capture(tiny, [sample])
         mask = torch.ones(1, 1, len(sample), ROOM, dtype=torch.bool).tril()
-        tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)})
-        assert "a mask of its own" in handle.stats().graph.why
+        for moved in ({}, {"reroute_padding": mask.clone()}):  # as where generate has brought it to another device
+            tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)}, **moved)
+            assert "a mask of its own" in handle.stats().graph.why
         with torch.inference_mode():
             cache = static(tiny)
             cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))

@@ -186,6 +186,11 @@ class RoutedLayer(GuardedLayer):  # type: ignore[no-untyped-call]
         """Logical position before which no new token sees anything."""
         return 0
 
+    @property
+    def unlisted_room(self) -> int:
+        """Columns that it has allocated for good, if ``rows`` does not list them."""
+        return 0
+
     def all_positions_until(self, length: int) -> torch.Tensor:
         """Logical positions (B, T) of all rows that were ever stored, once the cache is of logical ``length``."""
         known = self.rows.key_positions

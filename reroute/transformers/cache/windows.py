@@ -58,7 +58,7 @@ class RoutedStaticSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``GuardedLayer``. Returns as many rows as ``key_positions_with`` says."""
-        logical, self.max_cache_len = self.max_cache_len, int(self.keys.shape[-2])
+        logical, self.max_cache_len = self.max_cache_len, self.unlisted_room
         try:
             return super().update(key_states, value_states, *args, **kwargs)
         finally:
@@ -69,10 +69,15 @@ class RoutedStaticSlidingLayer(RoutedLayer):  # type: ignore[no-untyped-call]
         """See ``RoutedLayer``: where the window of the next token begins."""
         return max(0, self.get_seq_length() - self.max_cache_len + 1)
 
+    @property
+    def unlisted_room(self) -> int:
+        """See ``RoutedLayer``."""
+        return int(self.keys.shape[-2])
+
     def key_positions_with(self, new: int) -> torch.Tensor:
         """See ``RoutedLayer``: of all that is given away, with fillers for what is empty."""
         positions = super().key_positions_with(new)
-        return pad(positions, (0, max(0, int(self.keys.shape[-2]) - positions.shape[1])), value=-1)
+        return pad(positions, (0, max(0, self.unlisted_room - positions.shape[1])), value=-1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of Transformers' masks and the position of the first one, as of a layer that lacks no rows."""
