@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import reroute
+from reroute.graphs import GraphUse
 from reroute.handle import Handle
 
 from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of
@@ -113,6 +114,7 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
     model: Any = build(size, dtype)
     model.to(device)
     prompts = [_prompt(size, dtype, device, seed) for seed in range(4)]
+    longer = [_prompt(replace(size, text=size.text + 64), dtype, device, seed) for seed in range(4, 6)]
     said = []
     for name, ratio in (("dense", 1.0), ("routed", 1 / 9)):
         given: dict[str, Any] = {
@@ -120,20 +122,27 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
             "backend": "triton" if device.type == "cuda" else "torch",
         }
         with reroute.enable(model, **given):
-            eager = [_results(model, prompt) for prompt in prompts]
+            eager = [_results(model, prompt) for prompt in (*prompts, longer[1])]
             eager_ms = _milliseconds(lambda: model(**prompts[0]), device)
         with reroute.enable(model, graphs=reroute.Graphs(max_waste=10), **given) as handle:
             for prompt in prompts[:2]:  # the second one is captured
                 model(**prompt)
-            for prompt, expected in zip(prompts, eager, strict=True):
-                replayed = _results(model, prompt)
-                use = handle.stats().graph
-                if use is None or not use.is_replayed:
-                    raise CheckFailed(f"a {name} prefill was not replayed: {use}")
-                _equal(replayed, expected)
+            for prompt, expected in zip(prompts, eager[:-1], strict=True):
+                use = _replay(handle, model, name, prompt, expected)
             graph_ms = _milliseconds(lambda: model(**prompts[0]), device)
+            model(**longer[0])  # once the second one comes memory grows, and the graph of the shorter ones leaves
+            _replay(handle, model, name, longer[1], eager[-1])
         said.append(f"{name}: eager {eager_ms:.3f} ms, replayed {graph_ms:.3f} ms, bit for bit; {use}")
     return "\n".join(said)
+
+
+def _replay(handle: Handle, model: Any, name: str, prompt: dict[str, Any], expected: list[Tensor]) -> GraphUse:
+    """Check that ``prompt`` is replayed, and gives what is ``expected``."""
+    replayed, use = _results(model, prompt), handle.stats().graph
+    if use is None or not use.is_replayed:
+        raise CheckFailed(f"a {name} prefill was not replayed: {use}")
+    _equal(replayed, expected)
+    return use
 
 
 def _prompt(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
