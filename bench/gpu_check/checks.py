@@ -17,7 +17,7 @@ import reroute
 from reroute.graphs import GraphUse
 from reroute.handle import Handle
 
-from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of
+from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of, take_encoded
 from .capture import captured_prefill
 
 __all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting", "replays"]
@@ -113,6 +113,7 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = build(size, dtype)
     model.to(device)
+    take_encoded(model)
     prompts = [_prompt(size, dtype, device, seed) for seed in range(4)]
     longer = [_prompt(replace(size, text=size.text + 64), dtype, device, seed) for seed in range(4, 6)]
     said = []
@@ -150,10 +151,10 @@ def _prompt(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     given = inputs_of(size, dtype)
     ids = torch.randint(1, 512, given["input_ids"].shape, generator=generator)
-    features = given["mm_encoder_outputs"]["image"].pooler_output[0]
+    features = given.pop("mm_encoder_outputs")["image"].pooler_output[0]
     features = torch.randn(features.shape, generator=generator).to(features.dtype) * features.std()
     given["input_ids"] = torch.where(given["input_ids"] == IMAGE_ID, IMAGE_ID, ids).to(device)
-    given["mm_encoder_outputs"]["image"].pooler_output = [features.to(device)]
+    given["pixel_values"] = features.to(device)
     return given
 
 
