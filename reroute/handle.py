@@ -275,7 +275,8 @@ class Handle:
             visual: most visual tokens N of one prompt.
             batch: most prompts of one prefill.
             text: with ``graphs=True``, text tokens M of a prompt. The class of ``batch`` prompts of ``visual`` and
-                ``text`` tokens is captured then, unless it has a graph: the first of them is replayed already.
+                ``text`` tokens is captured then, unless it has a graph: the first of them is replayed already. Begin
+                with the largest: if one needs more memory than there is, graphs before it are captured anew later.
 
         Returns:
             These kernels, how long each took and whether Triton had its binary; none on the torch backend. It prints

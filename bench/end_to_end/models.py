@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reroute import Schedule
 
-__all__ = ["CACHE", "LLAVA_7B", "QUICK", "SCHEDULE", "STANDARD", "Size", "build", "inputs_of", "twin"]
+__all__ = ["CACHE", "LLAVA_7B", "QUICK", "SCHEDULE", "STANDARD", "Size", "build", "inputs_of", "take_encoded", "twin"]
 
 SCHEDULE = Schedule(layers=(1, 3, 5), ratios=(0.2, 0.2, 0.2))
 """Deep cuts from early on, so that what routing itself costs shows as much as it can."""
@@ -89,6 +89,15 @@ def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """A second model on the same parameters, so that one can be routed while the other stays plain."""
     shared: dict[int, nn.Parameter] = {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, shared)
+
+
+def take_encoded(model: Any) -> None:
+    """Let ``pixel_values`` (n, C) of ``model`` be features already: on any release of Transformers no tower runs."""
+
+    def features(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=[pixel_values])  # type: ignore[arg-type]
+
+    model.model.get_image_features = features
 
 
 def inputs_of(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import reroute
+from reroute.graphs import GraphUse
 from reroute.handle import Handle
 
-from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of
+from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of, take_encoded
 from .capture import captured_prefill
 
 __all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting", "replays"]
@@ -112,7 +113,9 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model: Any = build(size, dtype)
     model.to(device)
+    take_encoded(model)
     prompts = [_prompt(size, dtype, device, seed) for seed in range(4)]
+    longer = [_prompt(replace(size, text=size.text + 64), dtype, device, seed) for seed in range(4, 6)]
     said = []
     for name, ratio in (("dense", 1.0), ("routed", 1 / 9)):
         given: dict[str, Any] = {
@@ -120,20 +123,27 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
             "backend": "triton" if device.type == "cuda" else "torch",
         }
         with reroute.enable(model, **given):
-            eager = [_results(model, prompt) for prompt in prompts]
+            eager = [_results(model, prompt) for prompt in (*prompts, longer[1])]
             eager_ms = _milliseconds(lambda: model(**prompts[0]), device)
         with reroute.enable(model, graphs=reroute.Graphs(max_waste=10), **given) as handle:
             for prompt in prompts[:2]:  # the second one is captured
                 model(**prompt)
-            for prompt, expected in zip(prompts, eager, strict=True):
-                replayed = _results(model, prompt)
-                use = handle.stats().graph
-                if use is None or not use.is_replayed:
-                    raise CheckFailed(f"a {name} prefill was not replayed: {use}")
-                _equal(replayed, expected)
+            for prompt, expected in zip(prompts, eager[:-1], strict=True):
+                use = _replay(handle, model, name, prompt, expected)
             graph_ms = _milliseconds(lambda: model(**prompts[0]), device)
+            model(**longer[0])  # once the second one comes memory grows, and the graph of the shorter ones leaves
+            _replay(handle, model, name, longer[1], eager[-1])
         said.append(f"{name}: eager {eager_ms:.3f} ms, replayed {graph_ms:.3f} ms, bit for bit; {use}")
     return "\n".join(said)
+
+
+def _replay(handle: Handle, model: Any, name: str, prompt: dict[str, Any], expected: list[Tensor]) -> GraphUse:
+    """Check that ``prompt`` is replayed, and gives what is ``expected``."""
+    replayed, use = _results(model, prompt), handle.stats().graph
+    if use is None or not use.is_replayed:
+        raise CheckFailed(f"a {name} prefill was not replayed: {use}")
+    _equal(replayed, expected)
+    return use
 
 
 def _prompt(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
@@ -141,10 +151,10 @@ def _prompt(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     given = inputs_of(size, dtype)
     ids = torch.randint(1, 512, given["input_ids"].shape, generator=generator)
-    features = given["mm_encoder_outputs"]["image"].pooler_output[0]
+    features = given.pop("mm_encoder_outputs")["image"].pooler_output[0]
     features = torch.randn(features.shape, generator=generator).to(features.dtype) * features.std()
     given["input_ids"] = torch.where(given["input_ids"] == IMAGE_ID, IMAGE_ID, ids).to(device)
-    given["mm_encoder_outputs"]["image"].pooler_output = [features.to(device)]
+    given["pixel_values"] = features.to(device)
     return given
 
 

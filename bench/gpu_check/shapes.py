@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reroute.core.cost import ModelShape, kv_bytes
 from reroute_kernels.testing.cases import TEXT
 
 from ..end_to_end.flops import DECODERS
-from ..end_to_end.models import IMAGE_ID
+from ..end_to_end.models import IMAGE_ID, take_encoded
 from .lines import MODEL_NAMES
 
 __all__ = ["SHAPES", "Prompt", "build", "fitting", "memory_of_prefill", "memory_of_weights", "position_ids"]
@@ -35,6 +34,7 @@ def build(model: str, shape: ModelShape, device: torch.device, dtype: torch.dtyp
     build_from: Any = AutoModelForImageTextToText.from_config
     with torch.device(device):
         network = build_from(config, dtype=dtype, attn_implementation="sdpa")
+    take_encoded(network)
     return network.eval().requires_grad_(False)
 
 
@@ -73,12 +73,11 @@ class Prompt:
         self.given: dict[str, Any] = {"inputs_embeds": embeds, "position_ids": ids}
         self.given |= {"use_cache": True, "logits_to_keep": 1}
         features = 0.05 * torch.randn(batch * visual, width, device=device, dtype=network.dtype)
-        picture = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
-        self._tokens = {"input_ids": self.ids, "mm_encoder_outputs": {"image": picture}}
+        self._tokens = {"input_ids": self.ids, "pixel_values": features}
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The same prompts as a user has them, but for the vision tower: nothing of them is embedded or planned."""
+        """The same prompts as a user has them: nothing is embedded or planned. Pictures are encoded (``build``)."""
         others = {name: value for name, value in self.given.items() if name != "inputs_embeds"}
         return {**others, **self._tokens}
 

@@ -7,13 +7,16 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from reroute_kernels.streams import Mark, mark, queue_behind, stream_on
 
 from .recorder import RECORDERS
+
+if TYPE_CHECKING:
+    from .store import GraphStore
 
 __all__ = ["Arena", "Layout"]
 
@@ -27,8 +30,8 @@ Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 class Arena:
     """Inputs, outputs and homes of the graphs of one device lie here, those of each from the beginning on.
 
-    So nothing in it outlives a turn (``turn``), and ``memory`` is as large as the largest graph needs. Graphs that were
-    captured before it grew hold what they were captured with.
+    So nothing in it outlives a turn (``turn``), and ``memory`` is as large as the largest graph needs, or little more.
+    A graph reads the memory that it was captured with: where it has to grow, all of the ``stores`` let go of theirs.
     """
 
     _shared: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
@@ -39,7 +42,7 @@ class Arena:
         self.device = device
         self.recorder = RECORDERS[device.type](device)
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-        self._ever: list[weakref.ref[torch.Tensor]] = []
+        self.stores: weakref.WeakSet[GraphStore[Any]] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._last: Mark | None = None
 
@@ -75,22 +78,30 @@ class Arena:
         sizes = [prod(shape) * dtype.itemsize for shape, dtype in layout]
         places = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         if sum(places) > self.memory.numel():
-            with torch.inference_mode(False):  # what was born in it could not be written outside it later
-                self.memory = torch.empty(sum(places), dtype=torch.uint8, device=self.device)
-            self._ever = [ref for ref in self._ever if ref() is not None] + [weakref.ref(self.memory)]
+            self._grow(sum(places))
         pieces = self.memory[: sum(places)].split(places)
         return [
             piece[:size].view(dtype).view(shape)
             for piece, size, (shape, dtype) in zip(pieces, sizes, layout, strict=True)
         ]
 
-    def lend(self, tensor: torch.Tensor) -> None:
-        """Keep the memory of ``tensor``, one of ``views``, for what the current stream is asked to do with it."""
+    def _grow(self, nbytes: int) -> None:
+        """To ``nbytes``, or a quarter more than there was: a class is seldom the last one that is larger."""
+        least = max(nbytes, self.memory.numel() * 5 // 4)
+        self.wait()
+        for store in list(self.stores):
+            store.let_go()
+        self.memory = self.memory.new_empty(0)  # old and new memory need not be there together
+        with torch.inference_mode(False):  # what was born in it could not be written outside it later
+            self.memory = torch.empty(least, dtype=torch.uint8, device=self.device)
+
+    def lend(self) -> None:
+        """Keep ``memory`` for what the current stream is asked to do with it."""
         stream = stream_on(self.device)
         if stream is not None:
-            tensor.record_stream(stream)
+            self.memory.record_stream(stream)
 
     @property
     def nbytes(self) -> int:
-        """Of ``memory``, what older graphs hold of it as it was, and what recording has reserved."""
-        return sum(0 if (its := ref()) is None else its.numel() for ref in self._ever) + self.recorder.nbytes
+        """Of ``memory``, and what recording has reserved."""
+        return self.memory.numel() + self.recorder.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -37,7 +37,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         """Nothing is recorded yet."""
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        # A handle alone dies with the last graph of its pool: no other could be captured with it then.
+        with torch.cuda.device(device):
+            self._pool: Any = torch.cuda.MemPool()
         self._stream = torch.cuda.Stream(device)
         self._nbytes = 0
 
@@ -54,7 +56,7 @@ class CudaRecorder:
         graph, before = torch.cuda.CUDAGraph(), 0
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"),
         ):
             before = torch.cuda.memory_reserved(self._device)
             run()

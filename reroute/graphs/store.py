@@ -37,6 +37,10 @@ class GraphStore(Generic[Graph]):
         """How many graphs are held."""
         return len(self._held)
 
+    def let_go(self) -> None:
+        """Of all graphs. Their classes have been seen: the next prompt of one is captured."""
+        self._held.clear()
+
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()

@@ -210,7 +210,7 @@ def test_several_tables_and_layers_that_see_later_tokens(tapes: list[Tape], monk
     tiny = models.tiny("llava-gqa")
     with monkeypatch.context() as patch:
         patch.setattr(ModelAdapter, "sees_only_before", lambda self, layer: layer != 3)
-        assert "layers [3] slide, or see later tokens" in why(tiny, inputs_of(tiny), rules=DENSE)
+        assert "layers [3] slide, keep a state, or see later tokens" in why(tiny, inputs_of(tiny), rules=DENSE)
     with monkeypatch.context() as patch:
         patch.setattr(ModelAdapter, "is_full_attention", lambda self, layer: layer != 1)
         patch.setattr(ModelAdapter, "may_decide", lambda self, layer, ranker: True)

@@ -88,7 +88,7 @@ def test_calls_into_a_static_cache(name: str, tapes: list[Tape], monkeypatch: py
         filling = {"_foreach_copy_": parts, "_foreach_add_": parts, "arange": stages, "cat": stages, "fill_": 3}
         given = {"copy_": 1, "index_select": 2, "clone": 2}
         assert calls == {**given, **filling, "zeros": 2 * layers}
-        cache.reset()  # type: ignore[no-untyped-call]
+        cache.reset()
         with counted(monkeypatch) as calls:
             replayed(handle, tiny, inputs, **{CACHE: cache})
         assert calls.pop("zeros") == 2 * layers  # of nothing

@@ -63,7 +63,7 @@ def test_threads_have_their_own_results(tiny: Tiny) -> None:
 
 def test_the_graph_that_was_not_used_for_longest_leaves(tapes: list[Tape]) -> None:
     tiny = models.tiny("llava-gqa")
-    sizes = [some(tiny, 3)[:count] for count in (1, 2, 3)]
+    sizes = [some(tiny, 3)[:count] for count in (3, 2, 1)]
     with route(tiny, RULES[0], graphs=reroute.Graphs(max_graphs=2, max_waste=10)) as handle:
 
         def is_replayed(samples: Sequence[Sample]) -> bool:
@@ -101,6 +101,29 @@ def test_graphs_share_one_memory(tiny: Tiny) -> None:
         for each in inputs * 2:  # what one leaves there is nothing to the other
             mine = replayed(handle, tiny, each)
             close(mine.logits, eagerly(tiny, handle, each))
+
+
+def test_memory_that_grows_is_held_once(tiny: Tiny, tapes: list[Tape]) -> None:
+    """All graphs on the device leave with what they lay in, and are captured where their next prompts find more."""
+    small, large, other = some(tiny, 1), some(tiny, 3), models.llava(seed=3)
+    inputs, theirs = tiny.inputs(small), other.inputs([other.prompt(0, 5, other.grid, 4)])
+    with route(tiny, RULES[0]) as handle, route(other, OTHER) as second:
+        for _ in range(2):
+            tiny.model(**inputs)
+            other.model(**theirs)
+        arena = handle._router._replays._arena
+        before, nbytes = weakref.ref(arena.memory.untyped_storage()), arena.nbytes
+        assert (handle.stats().graph.graphs, second.stats().graph.graphs) == (1, 1)
+        capture(tiny, large)
+        tapes.clear()
+        gc.collect()
+        assert before() is None
+        assert handle.stats().graph.graphs == 1
+        assert second._router._replays.held == (0, arena.nbytes)
+        assert arena.nbytes == arena.memory.numel() > nbytes
+        for its, who, given in ((second, other, theirs), (handle, tiny, inputs), (second, other, theirs)):
+            close(replayed(its, who, given).logits, eagerly(who, its, given))
+        assert (handle.stats().graph.graphs, second.stats().graph.graphs) == (2, 1)
 
 
 def test_a_decoder_that_changes_is_captured_anew(tapes: list[Tape]) -> None:

@@ -17,6 +17,7 @@ from support import RULES, any_prompt, any_rules, enable, mixed_batch, tiny_mode
 from tape import Tape
 from torch import Tensor
 
+from reroute.graphs import Arena
 from reroute.rankers import RankContext, Ranker
 from reroute_kernels import Backend, Selection
 
@@ -174,6 +175,9 @@ def test_a_larger_graph_serves_smaller_prompts(tiny: Tiny) -> None:
     with enable(tiny, rules):
         eager = tiny.model(**inputs)
     with route(tiny, rules) as handle:
+        arena = Arena.shared(torch.device("cpu"))
+        with arena.turn():
+            arena.views([((1 << 21,), torch.uint8)])  # has room for all
         capture(tiny, [large], [huge])
         assert handle.stats().graph.graphs == 2
         output = replayed(handle, tiny, inputs)

@@ -94,7 +94,7 @@ class CapturedPrefill:
     def replay(self, plan: Plan, given: Given) -> None:
         """Serve the prompts of ``plan``. What comes out stays where it is until the turn ends."""
         assert self._replay is not None
-        self._arena.lend(self._memory)
+        self._arena.lend()
         self._fill(plan, given)
         self._replay()
 
@@ -150,7 +150,6 @@ class CapturedPrefill:
             ]
         )
         self._added.place_in(stored[: len(added)])
-        self._memory = self._arena.memory  # held for as long as the graph
         self._parts = self._table.views(self._packed)
         self._cache.store_in(stored[len(added) :])
         if self._plan is not None:

@@ -93,7 +93,7 @@ def _attention(adapter: ModelAdapter) -> Iterator[str]:
         yield f"not all of its layers are known: {error}"
         return
     if other:
-        yield f"layers {other} slide, or see later tokens"
+        yield f"layers {other} slide, keep a state, or see later tokens"
 
 
 def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Iterator[str]:

@@ -93,6 +93,7 @@ class Replays:
             return None
         if self._arena is None or self._arena.device != device:
             self._arena = Arena.shared(device)
+            self._arena.stores.add(self._store)
         return self._arena
 
     def _in_turn(
