@@ -64,7 +64,7 @@ def _write(models: dict[str, tuple[Runs, Grid]], options: argparse.Namespace) ->
     for name, (runs, cells) in models.items():
         results = results_of(runs, (setup for setup, _ in cells.missing))
         if not results:
-            print(f"{name}: no question was answered by every row yet")
+            print(f"{name}: no question was answered yet")
             continue
         found[name] = (results, cells.missing)
         for cost, (label, _) in COSTS.items():

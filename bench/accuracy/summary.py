@@ -16,14 +16,15 @@ __all__ = ["results_of"]
 
 
 def results_of(runs: Runs, missing: Iterable[Setup]) -> dict[str, Results]:
-    """The results of every condition under which each of its cells has an answer to the same question.
+    """The results of every condition under which its cells have answers to the same questions.
 
-    Questions that a cell was not asked yet are left out everywhere, so that all differences are paired.
+    Cells that were asked nothing there are left out. Questions that one of the others was not asked yet are left out
+    everywhere, so that all differences are paired.
     """
     found = {}
     for condition in dict.fromkeys(cell.condition for cell in runs.records):
-        own = {cell: record for cell, record in runs.records.items() if cell.condition == condition}
-        asked = set.intersection(*(set(record.answers) for record in own.values()))
+        own = {cell: record for cell, record in runs.records.items() if cell.condition == condition and record.answers}
+        asked = set.intersection(*(set(record.answers) for record in own.values())) if own else set()
         if not asked:
             continue
         order = sorted(asked, key=lambda question: (list(KINDS).index(question[0]), question[1]))
