@@ -171,7 +171,7 @@ def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None)
     from .transformers.parallel import enabled_together
 
     with _lock:
-        handle = enabled_together(model, lambda: Handle(adapter_of(model), config, pool), Handle.settings_in_words)
+        handle = enabled_together(model, lambda: Handle(adapter_of(model), config, pool), Handle._settings_in_words)
         replaced = handle_of(model)
         # Everything is checked: only now may what was set before be replaced.
         handle.attach(model, replaced)

@@ -118,7 +118,7 @@ class Handle:
             "backend_reason": backend.reason,
         }
 
-    def settings_in_words(self) -> str:
+    def _settings_in_words(self) -> str:
         """What all processes that share the model must have alike."""
         schedule = self.schedule
         rankers = ", ".join(dict.fromkeys(type(ranker).__name__ for ranker in schedule.rankers))
