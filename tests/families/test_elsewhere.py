@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from dense import near
+from models import CACHE
 from pictured import Pictured
 from pictured_elsewhere import ELSEWHERE
 from test_pictures import LAYERS, RATIOS, generate
@@ -141,10 +143,8 @@ def test_turns_that_choose_again(name: str) -> None:
     with reroute.enable(model, schedule=SCHEDULE, reopens=True, trace=True) as handle:
         expected = model(**both, use_cache=False).logits[:, -3:]
         once = [stage.kept[0].tolist() for stage in handle.trace or ()]
-        output = model(**given, use_cache=True)
-        cache = getattr(output, "cache", None) or output.past_key_values
-        name_of_cache = "cache" if hasattr(output, "cache") else "past_key_values"
-        again = model(input_ids=more, attention_mask=both["attention_mask"], use_cache=True, **{name_of_cache: cache})
+        cache = getattr(model(**given, use_cache=True), CACHE)
+        again = model(input_ids=more, attention_mask=both["attention_mask"], use_cache=True, **{CACHE: cache})
         assert [stage.kept[0].tolist() for stage in handle.trace or ()] == once
         near(again.logits, expected)
 
@@ -186,6 +186,6 @@ def test_a_part_that_takes_more_than_rows() -> None:
 
 def test_parts_are_not_whole_models() -> None:
     with torch.device("meta"):
-        model: Any = getattr(__import__("transformers"), TYPES["llama4"])(configuration("llama4"))
+        model: Any = getattr(transformers, TYPES["llama4"])(configuration("llama4"))
     with pytest.raises(UnsupportedModelError, match="its configuration names no visual tokens"):
         reroute.enable(model.language_model)
