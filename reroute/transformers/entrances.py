@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
@@ -131,7 +131,7 @@ class RoutedWhole(RoutedGenerator):
         """Call the model."""
         router, proceed = _active(self, kwargs), own_method(RoutedModel, self, "__call__")
         if router is None:
-            kwargs.pop(PROMPT_END, None)
+            _forget_notes(kwargs)
             return proceed(*args, **kwargs)
         return _run_model(self, lambda *a, **k: _run_whole(self, proceed, a, k), args, kwargs)
 
@@ -150,8 +150,7 @@ class RoutedBase(Intercepted):
         """Call the base model."""
         router, proceed = _active(self, kwargs), own_method(RoutedBase, self, "__call__")
         if router is None:
-            for name in (PROMPT_END, PADDING):
-                kwargs.pop(name, None)
+            _forget_notes(kwargs)
             return proceed(*args, **kwargs)
         return _run_base(self, proceed, args, kwargs)
 
@@ -163,7 +162,8 @@ class RoutedBaseDecoder(RoutedBase):
         """Call the base model."""
         router, proceed = _active(self, kwargs), own_method(RoutedBase, self, "__call__")
         if router is None:
-            kwargs.pop(PROMPT_END, None)
+            _forget_notes(kwargs)
+            _begin_compiled_step(self, kwargs)
             return proceed(*args, **kwargs)
         return _run_base(self, lambda *a, **k: _run_decoder(router, self, proceed, a, k), args, kwargs)
 
@@ -175,9 +175,7 @@ class RoutedDecoder(Intercepted):
         """Call the decoder."""
         router, proceed = _active(self, kwargs), own_method(RoutedDecoder, self, "__call__")
         if router is None:
-            role = role_of(cast(Any, self)) if torch.compiler.is_compiling() else None
-            if role is not None and is_step(kwargs):
-                kwargs[FORWARD] = CompiledStep(role.router.adapter)
+            _begin_compiled_step(self, kwargs)
             return proceed(*args, **kwargs)
         return _run_decoder(router, self, proceed, args, kwargs)
 
@@ -239,6 +237,19 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
     if router is None or not torch.compiler.is_compiling():
         return router
     return None if (kwargs is not None and is_step(kwargs)) or router.may_be_compiled() else router
+
+
+def _forget_notes(kwargs: Kwargs) -> None:
+    """Take out what ``prepare_inputs_for_generation`` has added for a call that is not routed after all."""
+    for name in (PROMPT_END, PADDING):
+        kwargs.pop(name, None)
+
+
+def _begin_compiled_step(decoder: Any, kwargs: Kwargs) -> None:
+    """Let the layers share what a step on a routed cache makes for them, while Dynamo traces it."""
+    role = role_of(decoder) if torch.compiler.is_compiling() else None
+    if role is not None and is_step(kwargs):
+        kwargs[FORWARD] = CompiledStep(role.router.adapter)
 
 
 def _adapt_compiled(layer: Any, args: Args, kwargs: Kwargs, step: CompiledStep | None) -> GuardedRecurrentLayer | None:

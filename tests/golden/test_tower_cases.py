@@ -190,7 +190,7 @@ def test_the_second_stage_of_vscan_for_qwen() -> None:
     angles = torch.rand(length, its["head_dim"])
     context: Any = SimpleNamespace(
         adapter=SimpleNamespace(
-            project=lambda layer, rows, tables: (query[tables.query_rows], keys),
+            project_own=lambda layer, rows, tables: (query[tables.query_rows], keys),
             attention_spec=lambda layer: AttentionSpec(its["head_dim"] ** -0.5),
         ),
         decision=SimpleNamespace(score_layer=0),
