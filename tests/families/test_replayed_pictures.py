@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Pictured, Prompt
 from tape import Tape
 from tape_recorder import record_on_tapes
+from tiny_types import TinyType
 from torch import Tensor
 
 import reroute
@@ -45,11 +49,17 @@ def _without_gradients() -> Any:
     reroute.disable()
 
 
+def with_sdpa(tiny: TinyType) -> TinyType:
+    """A copy: other tests have the same models with eager attention."""
+    model, text = copy.deepcopy((tiny.model, tiny.text))
+    model.set_attn_implementation("sdpa")
+    return replace(tiny, model=model, text=text)
+
+
+@functools.cache
 def family_of(name: str) -> Pictured:
-    make: Any = PICTURED[name]
-    family: Pictured = make.__wrapped__()  # one of its own, for it is changed
-    family.tiny.model.set_attn_implementation("sdpa")
-    return family
+    family = PICTURED[name]()
+    return replace(family, tiny=with_sdpa(family.tiny))
 
 
 def captured(family: Pictured, prompts: list[Prompt], **settings: Any) -> Any:
@@ -167,8 +177,7 @@ def test_features_of_padding_run_eagerly(tapes: list[Tape]) -> None:
 @pytest.mark.usefixtures("tapes")
 def test_features_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite's decoder gets them in a mapping, with a mask of three dimensions. Its tower is stood in for."""
-    tiny = tiny_types.build.__wrapped__("granite4_vision")
-    tiny.model.set_attn_implementation("sdpa")
+    tiny = with_sdpa(tiny_types.build("granite4_vision"))
     width = tiny.text.config.hidden_size
 
     def features(self: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
