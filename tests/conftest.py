@@ -25,3 +25,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     gpu.install(monkeypatch)
     with gpu.watching():
         yield gpu
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No compiled code goes from one test to the next, and inference is what is compiled."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch.compiler.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -22,15 +22,7 @@ from transformers import CompileConfig, StaticCache
 RULES = Rules((1, 3), (0.5, 0.25))
 LAYERS, ROOM, TOKENS = 5, 64, (5, 6)
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_compiler")]
 
 
 class Graphs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -22,14 +22,7 @@ RULES = Rules((1, 2), (0.5, 0.25))
 TOKENS = (5, 6, 7, 8, 9)
 
 
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    """No compiled code goes from one test to the next, and inference is what is compiled."""
-    torch.compiler.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def three_layers(name: str) -> Tiny:
