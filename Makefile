@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings matrix mutants upstream \
-	train clean
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings matrix \
+	mutants upstream train clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
 # All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 \
-	--numprocesses auto --maxprocesses 4 --dist worksteal
+XDIST := --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(XDIST)
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -45,7 +45,8 @@ gpu-check: $(VENV)/.dev ## With a GPU, in nine minutes: are the kernels right, a
 	$(BIN)/python -m bench.gpu_check
 
 test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the oldest release supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/routing tests/golden tests/demo tests/training -m "not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --durations=15 $(XDIST) \
+		tests/routing tests/golden tests/demo tests/training -m "not slow"
 
 test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel tests, and all budgets, on other releases of Triton
 
@@ -90,10 +91,10 @@ $(VENV)/.dev: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	touch $(VENV)/.runtime $@
 
-.venv-oldest/.dev: pyproject.toml constraints-cpu.txt
+.venv-oldest/.dev: pyproject.toml constraints-cpu.txt Makefile
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
-		-e . transformers==5.17.* pytest hypothesis
+		-e . transformers==5.17.* pytest pytest-xdist hypothesis
 	touch $@
 
 # A folder to put before the environment's own triton: a CUDA build of torch wants the one that it was released with.
