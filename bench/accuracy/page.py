@@ -19,7 +19,7 @@ conditions. Written by `make accuracy`; [what the rows are, and what this is not
 
 Mean accuracy over six families of questions in %, ± one binomial standard error. *Routed - removed*: the paired
 difference on the same questions, ± its standard error; in bold where it exceeds two of these. With so many cells one in
-twenty does so by chance.
+twenty does so by chance. A condition has the rows that were asked under it.
 """
 
 
