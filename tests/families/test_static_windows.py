@@ -23,7 +23,7 @@ from transformers import DynamicCache, StaticCache
 
 import reroute
 from reroute.errors import UnsupportedCacheError
-from reroute.transformers.cache.layers import plain_class
+from reroute.transformers.cache.storage import plain_class
 
 RATIOS = (0.4, 0.7)
 WINDOWS = [4, 12, 20, 64]

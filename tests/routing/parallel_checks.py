@@ -20,6 +20,7 @@ from two_processes import WORLD, same_everywhere
 import reroute
 from reroute.errors import RerouteError, UnsupportedModelError
 from reroute.rankers import FoldedAttention, RankInputs, ScoreRanker
+from reroute.rankers.base import DecoderAdapter
 
 MODELS = ("llava-gqa", "qwen")
 
@@ -157,6 +158,12 @@ class OfTheProcess(ScoreRanker):
         return [torch.rand(len(hidden), generator=generator) for hidden in inputs.hidden]
 
 
+class FailsInTheSecond(OfTheProcess):
+    def check(self, adapter: DecoderAdapter, layer: int) -> None:
+        if dist.get_rank() == 1:
+            raise OSError
+
+
 def check_agreement(folder: Path) -> None:
     """Whatever each process ranks by, they choose alike."""
     tiny = split("llava-gqa", folder)
@@ -182,6 +189,8 @@ def check_refused_together(folder: Path) -> None:
         assert isinstance(raised.value, RerouteError) == (rank == 0)
     with pytest.raises(RerouteError, match=r"with the same settings\. process 0: route before \(2, 4, 6\)"):
         enable(tiny, RULES[rank])
+    with pytest.raises(RerouteError if rank == 0 else OSError, match="OSError" if rank == 0 else None):
+        enable(tiny, RULES[0], FailsInTheSecond())
     assert reroute.handle_of(tiny.model) is None
     with enable(tiny, RULES[0]) as handle:
         with pytest.raises(RerouteError, match="with the same settings"):

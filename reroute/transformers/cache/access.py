@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from ...errors import UnsupportedCacheError
 from ...stats import LayerRows
-from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, plain_class, turn_into
+from .layers import HALF_FILLED, GuardedLayer, RoutedLayer, RowPositions, TornLayer, turn_into
 from .recurrent import GuardedRecurrentLayer, has_state
 from .states import KeptStates
 from .static import Room, room_for
@@ -34,6 +34,7 @@ from .storage import (
     is_quantized,
     keeps_prompt,
     most_columns,
+    plain_class,
     prompt_rows,
     rows_in,
     visible_columns,

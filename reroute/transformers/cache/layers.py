@@ -18,9 +18,9 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from ...errors import UnsupportedCacheError
 from .states import KeptStates
 from .static import vacated
-from .storage import can_crop, columns_of, empty_like, visible_columns
+from .storage import can_crop, columns_of, empty_like, plain_class, visible_columns
 
-__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "plain_class", "stored_as", "turn_into"]
+__all__ = ["GuardedLayer", "RoutedLayer", "RowPositions", "TornLayer", "stored_as", "turn_into"]
 
 HALF_FILLED = (
     "This cache was left half filled by a forward that did not end: some layers have its tokens and others do not. "
@@ -285,11 +285,6 @@ class TornLayer(GuardedLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Raises UnsupportedCacheError."""
         raise UnsupportedCacheError(HALF_FILLED)
-
-
-def plain_class(layer: Any) -> type[Any]:
-    """The class that ``layer`` had before it was guarded."""
-    return getattr(layer, "plain", type(layer))
 
 
 def turn_into(layer: Any, kind: type[Any]) -> None:

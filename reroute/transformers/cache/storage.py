@@ -27,6 +27,7 @@ __all__ = [
     "is_quantized",
     "keeps_prompt",
     "most_columns",
+    "plain_class",
     "prompt_rows",
     "rows_in",
     "visible_columns",
@@ -37,6 +38,11 @@ Quantized: type[Any] = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer
 
 OF_ROUTING = ("rows", "earlier", "floor", "may_update")
 """Attributes that layers have only while routing knows of them."""
+
+
+def plain_class(layer: Any) -> type[Any]:
+    """The class that ``layer`` had before it was guarded."""
+    return getattr(layer, "plain", type(layer))
 
 
 def can_store(plain: type[Any], *, slides: bool) -> bool:
@@ -68,11 +74,7 @@ def is_quantized(layer: Any) -> bool:
 
 def can_crop(layer: Any) -> bool:
     """Whether ``layer`` can give tokens back: not what it keeps in another form, nor rows that a window dropped."""
-    return not is_quantized(layer) and hasattr(_plain(layer), "crop") and getattr(layer, "is_croppable", True)
-
-
-def _plain(layer: Any) -> type[Any]:
-    return getattr(layer, "plain", type(layer))
+    return not is_quantized(layer) and hasattr(plain_class(layer), "crop") and getattr(layer, "is_croppable", True)
 
 
 def columns_of(layer: Any, length: int) -> int:
@@ -134,12 +136,12 @@ def empty_like(layer: Any) -> Any:
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
     if isinstance(layer, DynamicSlidingWindowLayer):
-        sliding = getattr(layer, "plain", type(layer))(layer.sliding_window)
+        sliding = plain_class(layer)(layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
     if not is_quantized(layer):
         return DynamicLayer()  # type: ignore[no-untyped-call]
-    empty: Any = object.__new__(getattr(layer, "plain", type(layer)))
+    empty: Any = object.__new__(plain_class(layer))
     vars(empty).update({name: value for name, value in vars(layer).items() if name not in OF_ROUTING})
     CacheLayerMixin.__init__(empty)  # type: ignore[no-untyped-call]
     empty.cumulative_length = 0

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from reroute_kernels import BackendUnavailable
-
 from ...errors import RerouteError
 from .ranks import head_ranks
 
@@ -30,7 +28,7 @@ def enabled_together(model: Any, make: Callable[[], Made], settings_of: Callable
     A process that refused would run other layers than those that wait for it, which would wait for ever.
 
     Raises:
-        RerouteError: ``make`` did in one of them, or settings differ. What else it raises comes as it is.
+        RerouteError: ``make`` failed in another one, or settings differ. What it raises in this one comes as it is.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return make()
@@ -39,8 +37,8 @@ def enabled_together(model: Any, make: Callable[[], Made], settings_of: Callable
         return make()
     try:
         made = make()
-    except (RerouteError, BackendUnavailable) as error:
-        _words(ranks.group, ranks.size, _Word("", str(error)))
+    except Exception as error:  # whatever it is, the others wait for a word
+        _words(ranks.group, ranks.size, _Word("", str(error) or type(error).__name__))
         raise
     words = _words(ranks.group, ranks.size, _Word(settings_of(made)))
     refused = next(((rank, word.refusal) for rank, word in enumerate(words) if word.refusal), None)

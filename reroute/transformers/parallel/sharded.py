@@ -11,6 +11,9 @@ from .ranks import HeadRanks
 
 __all__ = ["check_tower", "check_unit", "has_distributed_weights", "is_sharded", "unshard"]
 
+_FSDP = "torch.distributed.fsdp"
+"""Whoever shards has imported it, and to import it takes long."""
+
 
 def unshard(layer: Any) -> None:
     """Gather the weights of a ``layer`` that is about to run and would do so as the next thing.
@@ -52,7 +55,7 @@ def check_tower(parts: Iterable[Any], ranks: HeadRanks | None) -> None:
 
 def is_sharded(module: Any) -> bool:
     """Whether FSDP2 shards ``module`` or a part of it by itself."""
-    return any(map(_is_unit, module.modules()))
+    return _FSDP in sys.modules and any(map(_is_unit, module.modules()))
 
 
 def has_distributed_weights(module: Any) -> bool:
@@ -62,5 +65,5 @@ def has_distributed_weights(module: Any) -> bool:
 
 
 def _is_unit(module: Any) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, and it takes long
+    fsdp = sys.modules.get(_FSDP)
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
