@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ __all__ = ["Prompt", "has_picture", "prompt_ends", "valid_tokens"]
 
 Kwargs = Mapping[str, Any]
 
-PICTURES = ("pixel_values", "image_patches", "flattened_patches", "image_embeds", "mm_encoder_outputs")
+PICTURES: Final = re.compile("pixel_values|image_patches|flattened_patches|image_embeds|mm_encoder_outputs")
 """What names of arguments have in them in which pictures come."""
 
 
@@ -63,8 +64,10 @@ class Prompt:
 
 def has_picture(kwargs: Kwargs) -> bool:
     """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
-    given = (value for name, value in kwargs.items() if any(part in name for part in PICTURES))
-    return any(value is not None and (not isinstance(value, Mapping) or bool(value)) for value in given)
+    for name, value in kwargs.items():
+        if value is not None and PICTURES.search(name) and (not isinstance(value, Mapping) or value):
+            return True
+    return False
 
 
 def valid_tokens(prompt: Prompt) -> Any:
