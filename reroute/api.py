@@ -13,6 +13,7 @@ from torch import nn
 
 from reroute_kernels import BackendUnavailable, PagedPool, check_backend
 
+from .checks import shown
 from .config import RoutingConfig, check_arguments
 from .core.schedule import Action, Schedule
 from .errors import RerouteError
@@ -129,14 +130,18 @@ def disable(model: nn.Module | None = None) -> None:
     """Undo ``enable`` for ``model``, or for every model of the process.
 
     Raises:
-        RerouteError: a call of the model, or of one of them, runs; nothing is changed then.
+        RerouteError: a call of the model, or of one of them, runs, or it is a part of one that is routed; nothing is
+            changed then.
     """
+    inner = None if model is None else _unwrapped(model)
     with _lock:
-        if model is not None:
-            handle = _handles.get(_unwrapped(model))
+        if inner is not None:
+            handle = _handles.get(inner)
             if handle is not None:
                 handle.disable()
-                del _handles[_unwrapped(model)]
+                del _handles[inner]
+            elif _handles:
+                _check_no_part(inner)
             return
         from .transformers import process_wide
 
@@ -170,8 +175,13 @@ def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None)
     from .transformers import adapter_of
     from .transformers.parallel import enabled_together
 
+    def make() -> Handle:
+        with _lock:
+            return Handle(adapter_of(model), config, pool)
+
+    # Without the lock: others of this process need not wait for what other processes say.
+    handle = enabled_together(model, make, Handle._settings_in_words)
     with _lock:
-        handle = enabled_together(model, lambda: Handle(adapter_of(model), config, pool), Handle._settings_in_words)
         replaced = handle_of(model)
         # Everything is checked: only now may what was set before be replaced.
         handle.attach(model, replaced)
@@ -196,7 +206,20 @@ def _enable_all(config: RoutingConfig) -> None:
     process_wide.start(route)
 
 
+def _check_no_part(model: nn.Module) -> None:
+    from .transformers.interception import role_of
+
+    if role_of(model) is not None:
+        raise RerouteError(
+            f"{type(model).__name__} is a part of a model that is routed. Pass the whole model to reroute.disable."
+        )
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` returned."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    """The model inside of what ``torch.compile`` returned. RerouteError if it is no model."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise RerouteError(
+            f"Pass the model itself, as AutoModelForImageTextToText.from_pretrained(…) returns it, not {shown(inner)}."
+        )
     return inner

@@ -15,7 +15,7 @@ import torch
 from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
 from reroute_kernels.dispatch import recorded_by_autograd
 
-from .checks import is_count
+from .checks import is_count, shown
 from .config import RoutingConfig, Settings, check_arguments
 from .core.cost import ModelShape
 from .core.home import Home, PooledHome, RecordedHome, is_recorded
@@ -125,6 +125,12 @@ class Handle:
         said = f"{self.config.action} before {schedule.layers} at {schedule.ratios} by {rankers}, {self.backend.name}"
         return f"{said}, choosing again" if self.config.reopens else said
 
+    def __repr__(self) -> str:
+        """What it does, for who looks at it in a notebook."""
+        config, state = self.config, "enabled" if self.is_enabled else "disabled"
+        budget = "" if config.keep is None else f", keep={config.keep:.4g}"
+        return f"<Handle: {config.method_name}, {config.action}{budget}, backend {self.backend.name}, {state}>"
+
     @property
     def is_enabled(self) -> bool:
         """Whether the model is routed by this handle."""
@@ -195,7 +201,12 @@ class Handle:
         """Call ``callback`` with the stats of each prefill, in the thread that ran it, when it has ended.
 
         Returns a function that ends this. What ``callback`` raises is raised by the forward.
+
+        Raises:
+            RerouteError: it cannot be called.
         """
+        if not callable(callback):
+            raise RerouteError(f"A callback is a function of one argument, the stats, not {shown(callback)}.")
         entry = (callback,)  # of this call alone: the same function may be given twice
         with self._recording:
             self._callbacks = (*self._callbacks, entry)
@@ -264,6 +275,9 @@ class Handle:
         in a CUDA graph, which must not be replayed once the block has ended. One that runs while another does, in a
         hook or a thread, has a place of its own. Single decoding steps go on as they do outside; a call of any other
         shape than the plan's raises RerouteError.
+
+        Raises:
+            RerouteError: it is no plan, or routing is disabled.
         """
         return self._router.using(plan)
 

@@ -93,7 +93,8 @@ class Stats:
         visual = f"visual tokens {_slashed(self.visual)}, kept from {stages}"
         states = (f"states for later turns {self.state_bytes / 2**20:.4g} MiB",) if self.state_bytes else ()
         graph = () if self.graph is None else (str(self.graph),)
-        return "\n".join((head, visual, *_costs(self), *states, *graph, f"{self.prefills} prefills recorded"))
+        prefills = _counted(self.prefills, "prefill")
+        return "\n".join((head, visual, *_costs(self), *states, *graph, f"{prefills} recorded"))
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class Totals:
         """A few lines for people."""
         if not self.prefills:
             return _NOTHING
-        head = f"{self.prefills} prefills of {self.prompts} prompts, {self.avg_visual:.1f} visual tokens each"
-        return "\n".join((head, *_costs(self)))
+        prefills, prompts = _counted(self.prefills, "prefill"), _counted(self.prompts, "prompt")
+        return "\n".join((f"{prefills} of {prompts}, {self.avg_visual:.1f} visual tokens each", *_costs(self)))
 
 
 _NOTHING = "no prefill with visual tokens was recorded yet"
@@ -164,6 +165,11 @@ def _costs(spent: Stats | Totals) -> tuple[str, ...]:
         f"dense {spent.prefill_flops_dense / 1e9:.4g}, ratio {ratio:.3f}",
         f"KV cache {spent.kv_bytes / 2**20:.4g} MiB measured; dense {spent.kv_bytes_dense / 2**20:.4g} MiB",
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    """1 prefill, 2 prefills."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _slashed(counts: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import shown
 from ..errors import RerouteError
 
-__all__ = ["Prompt", "Prompts", "batches", "collate"]
+__all__ = ["Prompt", "Prompts", "batches", "check_number", "collate"]
 
 FEWEST = 4
 """Prompts with which anything can be chosen on one half and compared on the other."""
@@ -67,12 +67,17 @@ class Prompts:
                 f"prompts must be a list with the inputs of model.generate for each prompt, not {shown(given)}."
             )
         prompts = tuple(_checked(number, prompt, visual_ids) for number, prompt in enumerate(given, 1))
-        if len(prompts) < FEWEST:
-            raise RerouteError(
-                f"{len(prompts)} prompts are too few: half of them choose, the others judge. Give {ENOUGH} or more."
-            )
+        check_number(len(prompts))
         texts = [tuple(i for i in p.tokens["input_ids"][0].tolist() if i not in visual_ids) for p in prompts]
         return cls(prompts, _digest(prompts), tuple(_doubts(texts)))
+
+
+def check_number(prompts: int) -> None:
+    """RerouteError if so many ``prompts`` are too few."""
+    if prompts < FEWEST:
+        raise RerouteError(
+            f"{prompts} prompts are too few: half of them choose, the others judge. Give {ENOUGH} or more."
+        )
 
 
 def _checked(number: int, given: Any, visual_ids: Sequence[int]) -> Prompt:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
+from .. import __version__
 from ..errors import RerouteError
 
 __all__ = ["main"]
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="reroute",
         description="Faster prefill for vision-language models by recoverable visual-token routing.",
     )
+    parser.add_argument("--version", action="version", version=f"reroute {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f".{name}", __name__)

@@ -17,7 +17,7 @@ from ..core.action import Action
 from ..errors import RerouteError
 from ..files import check_writable
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals
-from .loading import DTYPES, Loaded, is_demo_model, load_model, open_image
+from .loading import DTYPES, Loaded, check_model_name, is_demo_model, load_model, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,13 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check what can be checked early; then load, calibrate and print."""
+    from ..calibration.prompts import check_number
     from ..core.solver import check_keep
 
     check_writable(options.out)
     check_keep(options.keep)
+    check_model_name(options.model)
     if options.prompts is None and not is_demo_model(options.model):
         raise RerouteError("Name a file with --prompts: only the demo models have questions of their own.")
     asked = list(_read(options.prompts) if options.prompts else _own_prompts())
+    check_number(len(asked))
     device = choose_device(options.device, options.threads)
     backend_of(options.backend, device)
     tell: Callable[[str], object] = _silent if options.quiet else _print

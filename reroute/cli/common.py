@@ -29,10 +29,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
 
 
 def choose_device(name: str, threads: int | None = None) -> torch.device:

@@ -134,17 +134,18 @@ def _models() -> str:
 
 
 def _tinyvlm() -> str:
-    """Load the model that ships with the package and route one prompt."""
+    """Load the models that ship with the package, and route one prompt through each."""
     import reroute
 
     from ..demo import tinyvlm
     from ..demo.tinyvlm.evaluation import answers
     from ..demo.tinyvlm.examples import examples
 
-    with quiet():
-        model, processor = tinyvlm.load()
-        model.to(choose_device("auto"))  # type: ignore[arg-type]  # annotated for a mixin
-        with reroute.enable(model, method="pdrop", keep=1 / 3) as handle:
-            answers(model, processor, examples("test", {"attr": 1}))
-    stats = handle.stats()
-    return f"loads and routes: {stats.avg_tokens:.1f} of {sum(stats.visual)} visual tokens per layer"
+    for name in tinyvlm.CHECKPOINTS:
+        with quiet():
+            model, processor = tinyvlm.load(name)
+            model.to(choose_device("auto"))  # type: ignore[arg-type]  # annotated for a mixin
+            with reroute.enable(model, method="pdrop", keep=1 / 3) as handle:
+                answers(model, processor, examples("test", {"attr": 1}))
+    stats, names = handle.stats(), " and ".join(tinyvlm.CHECKPOINTS)
+    return f"{names} load and route: {stats.avg_tokens:.1f} of {sum(stats.visual)} visual tokens per layer"

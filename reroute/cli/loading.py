@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature
 
-__all__ = ["DTYPES", "Loaded", "Prompt", "is_demo_model", "load_model", "open_image"]
+__all__ = ["DTYPES", "Loaded", "Prompt", "check_model_name", "is_demo_model", "load_model", "open_image"]
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 """That a model may be loaded in; ``auto`` is that of its file."""
@@ -135,6 +135,23 @@ def is_demo_model(name: str | None) -> bool:
     return name is None or name in CHECKPOINTS
 
 
+def check_model_name(name: str | None) -> None:
+    """Check, before anything is loaded, that ``name`` may be that of a model.
+
+    Raises:
+        RerouteError: it is neither that of a folder with a model, nor can it be one on the Hub.
+    """
+    if is_demo_model(name):
+        return
+    assert name is not None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RerouteError(f"The folder {name} holds no model: it has no config.json, as save_pretrained writes.")
+    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise RerouteError(f"{name} is no model folder, nor a name on the Hub such as llava-hf/llava-1.5-7b-hf.")
+
+
 def _of_package(name: str, dtype: str, device: torch.device) -> Loaded:
     import torch
 
@@ -153,8 +170,6 @@ def _from_transformers(name: str, dtype: str, device: torch.device) -> Loaded:
 
     auto: Any = transformers  # its loaders are annotated only in part
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
-        raise RerouteError(f"{name} is no model folder, nor a name on the Hub such as llava-hf/llava-1.5-7b-hf.")
     source = str(folder) if folder.is_dir() else name
     try:
         config = auto.AutoConfig.from_pretrained(source)

@@ -17,7 +17,7 @@ from ..errors import RerouteError
 from ..files import check_writable
 from ..report import Answer, Cost, Page, Scene, Setup, html_costs, text_costs, write
 from .common import add_device_arguments, backend_of, choose_device, positive, quiet, refusals, written
-from .loading import DTYPES, Loaded, load_model, open_image
+from .loading import DTYPES, Loaded, check_model_name, load_model, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,6 +67,9 @@ def run(options: argparse.Namespace) -> int:
     image = open_image(options.image)
     if options.keep is not None and not 0 < options.keep < 1:
         raise RerouteError(f"--keep must lie between 0 and 1 (1 is the dense model), not {options.keep:g}.")
+    if not options.question.strip():
+        raise RerouteError('Ask something, such as "where is the red seven ?": the question ranks the visual tokens.')
+    check_model_name(options.model)
     chosen = _chosen(options)
     device = choose_device(options.device, options.threads)
     backend = backend_of(options.backend, device)

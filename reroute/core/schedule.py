@@ -88,8 +88,8 @@ class Schedule:
                 f"Give one ratio per routing layer: got ratios {self.ratios} for the layers {self.layers}."
             )
         object.__setattr__(self, "rankers", _one_each(self.rankers, len(self.layers)))
-        if any(a >= b for a, b in pairwise(self.layers)):
-            raise RerouteError(f"Routing layers must be strictly increasing, not {self.layers}.")
+        if self.layers[0] < 0 or any(a >= b for a, b in pairwise(self.layers)):
+            raise RerouteError(f"Routing layers must be 0 or more and strictly increasing, not {self.layers}.")
         scoring = [layer + ranker.layer_offset for layer, ranker in zip(self.layers, self.rankers, strict=True)]
         if scoring[0] < 0 or any(a >= b for a, b in pairwise(scoring)):
             raise RerouteError(

@@ -154,6 +154,7 @@ class Planner:
         Raises:
             RerouteError: the model was changed since ``enable``, or the cache cannot be used.
         """
+        self.adapter.read_kinds()
         schedule = plan.schedule
         compact = range(schedule.first_look if plan.reopened else schedule.layers[0], len(self.adapter.layers))
         check_attention(self.adapter, compact)
@@ -256,6 +257,7 @@ class Planner:
             RerouteError: the attention cannot be routed, the cache is not whole, or an argument has an entry for each
                 of its tokens.
         """
+        self.adapter.read_kinds()
         check_attention(self.adapter, routed_layers(cache))
         check_whole(cache, len(self.adapter.layers))
         self._check_static(cache)

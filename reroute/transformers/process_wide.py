@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -17,6 +18,8 @@ from .interception import role_of
 __all__ = ["start", "stop"]
 
 _undo: list[Callable[[], None]] = []
+_MET = "_reroute_met"
+"""An attribute of models that have been looked at, which compiled code can read: it cannot look them up."""
 
 
 def start(route: Callable[[nn.Module], None]) -> None:
@@ -28,15 +31,23 @@ def start(route: Callable[[nn.Module], None]) -> None:
     seen: WeakSet[nn.Module] = WeakSet()
     lock = threading.RLock()
     plain_generate = GenerationMixin.generate
+    mark = object()  # not shared with others that were started before, nor with copies of a model
 
-    def is_new(model: Any) -> bool:
-        """Whether the call has to begin anew, as that of a routed model."""
-        if role_of(model) is not None or not is_supported(model):
-            return False
+    def meet(model: Any) -> None:
         with lock:
             if model not in seen:
                 seen.add(model)
                 route(model)
+            vars(model)[_MET] = mark
+
+    why = "reroute.enable() looks at each model when it is first called: call it once before it is compiled"
+    meet_eagerly: Callable[[Any], None] = torch.compiler.disable(meet, reason=why)
+
+    def is_new(model: Any) -> bool:
+        """Whether the call has to begin anew, as that of a routed model."""
+        if role_of(model) is not None or getattr(model, _MET, None) is mark or not is_supported(model):
+            return False
+        meet_eagerly(model)
         return role_of(model) is not None
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +58,8 @@ def start(route: Callable[[nn.Module], None]) -> None:
         return self.generate(*args, **kwargs) if is_new(self) else plain_generate(self, *args, **kwargs)
 
     def undo() -> None:
+        for model in list(seen):
+            vars(model).pop(_MET, None)
         del PreTrainedModel.__call__
         GenerationMixin.generate = plain_generate  # type: ignore[method-assign]
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from ..checks import shown
 from ..errors import RerouteError
 
 __all__ = ["Prompt", "has_picture", "prompt_ends", "valid_tokens"]
@@ -45,11 +46,16 @@ class Prompt:
         if (self.ids is None) == (self.visual is None):
             raise RerouteError("Give either input_ids or visual_mask: each tells where the visual tokens are.")
         if self.visual is None:
+            if not isinstance(self.ids, torch.Tensor) or self.ids.ndim != 2:
+                raise RerouteError(
+                    "input_ids are a tensor (batch, length), as inputs['input_ids'] of a processor, not "
+                    f"{_described(self.ids)}."
+                )
             return
-        if self.visual.ndim != 2 or self.visual.dtype != torch.bool:
+        if not isinstance(self.visual, torch.Tensor) or self.visual.ndim != 2 or self.visual.dtype != torch.bool:
             raise RerouteError(
                 "visual_mask is a tensor (batch, length) of bool, True at visual tokens, not "
-                f"{tuple(self.visual.shape)} of {self.visual.dtype}."
+                f"{_described(self.visual)}."
             )
         if self.labels is not None and self.labels.shape != self.shape:
             raise RerouteError(f"labels are of {tuple(self.labels.shape)} tokens, visual_mask of {self.shape}.")
@@ -62,6 +68,10 @@ class Prompt:
         return known.shape[0], known.shape[1]
 
 
+def _described(given: Any) -> str:
+    return f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, torch.Tensor) else shown(given)
+
+
 def has_picture(kwargs: Kwargs) -> bool:
     """Whether a call with ``kwargs`` brings a picture. Placeholders without one are text, for Transformers too."""
     for name, value in kwargs.items():
@@ -71,13 +81,22 @@ def has_picture(kwargs: Kwargs) -> bool:
 
 
 def valid_tokens(prompt: Prompt) -> Any:
-    """(B, L) False at padding; None if the mask does not say."""
-    mask = prompt.mask
+    """(B, L) False at padding; None if the mask does not say.
+
+    Raises:
+        RerouteError: it is of other tokens.
+    """
+    mask, (batch, length) = prompt.mask, prompt.shape
     if mask is None:
-        return np.ones(prompt.shape, dtype=bool)
+        return np.ones((batch, length), dtype=bool)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
-    return mask[:, -prompt.shape[1] :].cpu().numpy().astype(bool)
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise RerouteError(
+            f"The attention_mask is of {tuple(mask.shape)} tokens, and the prompt has (batch, length) = "
+            f"{(batch, length)}. Pass one with a row for each sample, of the tokens in the cache and of this call."
+        )
+    return mask[:, -length:].cpu().numpy().astype(bool)
 
 
 def prompt_ends(prompt: Prompt, is_visual: Any, past: int, reopened: int) -> Sequence[int]:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from transformers.cache_utils import Cache
 
+from ..checks import shown
 from ..config import Settings
 from ..core.plan import Plan
 from ..errors import RerouteError
@@ -216,6 +217,8 @@ class Router:
     def using(self, plan: Plan | None) -> AbstractContextManager[None]:
         """Use ``plan`` for the calls of this thread inside ``with``. RerouteError once routing is disabled."""
         _ = self._active_planner
+        if not isinstance(plan, Plan | None):
+            raise RerouteError(f"What is used is a plan, as handle.plan(…) returns it, not {shown(plan)}.")
         return self._attached(self._scopes.using(plan))
 
     @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,14 @@ def test_what_cannot_be_is_refused_early(prompts: Path, capsys: pytest.CaptureFi
         (["--prompts", str(prompts), "--keep", "2", "--out", out], "keep = avg_T / N must be a number"),
         (["--prompts", str(prompts), "--keep", "0.2", "--out", str(tmp_path)], "it is a folder"),
         (["--prompts", str(prompts), "--keep", "0.2", "--out", out, "--device", "warp"], "cannot be used here"),
+        (["--prompts", os.devnull, "--keep", "0.2", "--out", out], "0 prompts are too few"),
+        (["./nowhere", "--prompts", str(prompts), "--keep", "0.2", "--out", out], "./nowhere is no model folder"),
     ):
         assert main(["calibrate", *options]) == 2
         found = capsys.readouterr()
         assert said in found.err
         assert "Loading" not in found.out
-    file.write_text(json.dumps({"image": "pictures/0.png", "question": "is this a dog ?"}))
+    dog = json.dumps({"image": "pictures/0.png", "question": "is this a dog ?"})
+    file.write_text("\n".join([dog] * 4))
     assert main(["calibrate", "--prompts", str(file), "--keep", "0.2", "--out", out]) == 2
     assert "does not know 'this', 'dog'" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 from PIL import Image
 
+import reroute
 from reroute.cli import demo, doctor, main, run, setups
 from reroute.cli.scenes import pick
 from reroute.config import DEFAULT_METHOD
@@ -59,6 +60,13 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"reroute {reroute.__version__}\n"
+
+
 def test_python_m_reroute_works() -> None:
     done = subprocess.run([sys.executable, "-m", "reroute", "run"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -74,14 +82,14 @@ def test_doctor_finds_a_healthy_machine(capsys: pytest.CaptureFixture[str], monk
     said = capsys.readouterr().out
     assert "auto means torch: " in said or "auto means triton: " in said
     assert "qwen2_5_vl" in said
-    assert re.search(r"loads and routes: 4\d\.\d of 144", said)
+    assert re.search(r"labels and text load and route: 4\d\.\d of 144", said)
 
 
 def test_doctor_says_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REROUTE_BACKEND", "tritn")
-    monkeypatch.setitem(tinyvlm.CHECKPOINTS, "labels", tmp_path)
+    monkeypatch.setitem(tinyvlm.CHECKPOINTS, "text", tmp_path)  # the other one is found
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "Unset REROUTE_BACKEND" in said
@@ -144,6 +152,7 @@ def test_run_shows_what_the_model_saw(tmp_path: Path, out: Path) -> None:
         (["--method", "pdrop", "--keep", "0.05"], r"keep = 0.05 is out of reach"),
         (["--keep", "1"], r"--keep must lie between 0 and 1"),
         (["--model", "./nowhere"], r"\./nowhere is no model folder"),
+        (["--model", "/"], r"The folder / holds no model: it has no config\.json"),
         (["--model", "nobody/nothing"], r"The model nobody/nothing cannot be loaded: .* Without a network"),
         (["--device", "abacus"], r"Device 'abacus' cannot be used here"),
         (["--backend", "triton", "--device", "cpu"], r"backend='triton' cannot run"),
@@ -195,6 +204,8 @@ def test_run_refuses_models_and_questions_it_cannot_treat(
     (folder / "config.json").write_text('{"model_type": "bert"}')
     assert main(["run", str(picture), QUESTION, "--model", str(folder), "--out", str(out)]) == 2
     assert "(model type 'bert'): its configuration names no visual tokens" in capsys.readouterr().err
+    assert main(["run", str(picture), " ", "--out", str(out)]) == 2
+    assert "Ask something" in capsys.readouterr().err
     assert main(["run", str(picture), "is this a dog ?", "--out", str(out)]) == 2
     assert "does not know 'this', 'dog'" in capsys.readouterr().err
 

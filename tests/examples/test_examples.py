@@ -68,7 +68,7 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of("quickstart")(["--tiny"]) == 0
     said = capsys.readouterr().out
     assert re.match(r"question  what digit .*\nplain     \w+\nrouted    \w+\n\ndiverse, route, backend torch ", said)
-    assert "1 prefills recorded" in said
+    assert "1 prefill recorded" in said
 
 
 def test_quickstart_on_a_model_in_a_folder(picture: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:

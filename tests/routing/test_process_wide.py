@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import logging
@@ -84,6 +85,26 @@ def test_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
         assert gone() is None  # though the record is still there
     finally:
         reroute.disable()
+
+
+def test_a_model_that_is_refused_can_be_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    """As a whole, once it has been called. A copy of it is looked at for itself, and nothing is left on it."""
+    small = models.llava(layers=2)
+    given, before = small.inputs([small.prompt(0, 5, small.grid, 4)]), set(vars(small.model))
+    reroute.enable(schedule=reroute.Schedule((3,), (0.5,)))
+    try:
+        with caplog.at_level(logging.WARNING, logger="reroute"), torch.no_grad():
+            expected = small.model(**given).logits
+            compiled: Any = torch.compile(small.model.model.language_model, backend="eager", fullgraph=True)
+            whole: Any = torch.compile(small.model.__call__, backend="eager", fullgraph=True)
+            assert whole(input_ids=given["input_ids"]).logits.shape == expected.shape
+            assert compiled(given["input_ids"]).last_hidden_state.shape[:2] == given["input_ids"].shape
+            assert len(caplog.records) == 1
+            copy.deepcopy(small.model)(**given)
+            assert len(caplog.records) == 2
+    finally:
+        reroute.disable()
+    assert set(vars(small.model)) == before
 
 
 def test_the_handle_of_a_model(tiny: Tiny) -> None:

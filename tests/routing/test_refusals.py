@@ -119,10 +119,22 @@ def test_models() -> None:
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     )
     for model in (text_only, models.tiny("llava-gqa").model.model.language_model, torch.nn.Linear(1, 1)):
-        with pytest.raises(UnsupportedModelError, match=r"no visual tokens.*Known types: .*llava, .*qwen2_5_vl"):
+        with pytest.raises(UnsupportedModelError, match=r"no visual tokens.*reroute doctor lists the \d\d types"):
             reroute.enable(model)
     with pytest.raises(UnsupportedModelError, match="ForConditionalGeneration"):
         reroute.enable(models.tiny("llava-gqa").model.model)
+
+
+def test_what_fsdp1_wraps() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = models.llava(layers=3).model
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # without processes
+    torch.nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = model.model.language_model.layers[1]
+    model.model.language_model.layers[1] = wrapper
+    with pytest.raises(UnsupportedModelError, match=r"is wrapped by FSDP1 .*fully_shard"):
+        reroute.enable(model)
 
 
 class Forwarding(torch.nn.Module):

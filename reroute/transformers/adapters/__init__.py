@@ -77,6 +77,9 @@ def check_type(config: Any, name: str) -> None:
     kind = getattr(config, "model_type", None)
     why = REFUSED.get(str(kind), "")
     if not (why or places.visual_ids(config) or _family(config).marks):
-        why = f"its configuration names no visual tokens (image_token_id). Known types: {', '.join(ROUTED)}"
+        why = (
+            "its configuration names no visual tokens (image_token_id). Pass a whole vision-language model; reroute "
+            f"doctor lists the {len(ROUTED)} types that are known"
+        )
     if why:
         raise UnsupportedModelError(f"Cannot route {name} (model type {kind!r}): {why}.")

@@ -15,7 +15,15 @@ from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables
 
 from ...core.cost import ModelShape
 from ...errors import RerouteError, UnsupportedModelError
-from ..parallel import check_heads, check_unit, has_distributed_weights, head_ranks, is_sharded, unshard
+from ..parallel import (
+    check_heads,
+    check_unit,
+    check_unwrapped,
+    has_distributed_weights,
+    head_ranks,
+    is_sharded,
+    unshard,
+)
 from ..vision import Tower
 from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
@@ -64,13 +72,14 @@ class ModelAdapter(LayerKinds):
 
         Raises:
             UnsupportedModelError: not all that must be known of its decoder can be found out, it is spread over
-                processes by rows or layers, or ``model`` is a wrapper such as PEFT's.
+                processes by rows or layers, or ``model`` is a wrapper such as PEFT's or has FSDP1's.
         """
         if hasattr(model, "get_base_model"):  # PEFT: all attributes, 'model' too, are those of what it wraps
             raise UnsupportedModelError(
                 f"{type(model).__name__} is a wrapper around the model. Pass model.get_base_model(), which has the "
                 "adapters in it, or what model.merge_and_unload() returns."
             )
+        check_unwrapped(model)
         self.ranks = head_ranks(model)
         self.config: Any = model.config
         self.text_config: Any = self.config.get_text_config()
@@ -79,6 +88,7 @@ class ModelAdapter(LayerKinds):
         self.text = self._decoder_now()
         places.child(self.text, "layers")
         self.layers: Sequence[Any] = self._layers_now()
+        self.read_kinds()
         self.position_axes = places.position_axes(self.base, self.text)
         self.renumbers = self.position_axes == 1 and hasattr(self.text, "rotary_emb")
         self.decoder_embeds = bool(self.merges) or self.base is self.text

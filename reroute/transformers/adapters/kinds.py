@@ -28,6 +28,18 @@ class LayerKinds:
     first_layer: int
     attention: ClassVar[str]
     _known: Layers
+    _kinds: Sequence[str]
+
+    def read_kinds(self) -> None:
+        """Take note of the kinds of all layers as the configuration names them now.
+
+        At each call that is planned: to ask a configuration takes microseconds, and each layer is asked several times.
+        """
+        types = getattr(self.text_config, "layer_types", None)
+        if types is None:
+            slides = getattr(self.text_config, "sliding_window", None) is not None
+            types = [SLIDING if slides else FULL] * len(self.layers)
+        self._kinds = [str(kind) for kind in types]
 
     @property
     def has_one_kind(self) -> bool:
@@ -81,10 +93,13 @@ class LayerKinds:
         return kind == (FULL if self._window(layer) is None else SLIDING)
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
-        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
+        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``.
+
+        Asked of layers that rank, which have just been checked.
+        """
         if self.kind(layer) == CHUNKED:  # which begin behind the padding
             return end <= int(self.text_config.attention_chunk_size)
-        window = self._window(layer)
+        window = self.facts(layer).window  # type: ignore[attr-defined]
         return window is None or end - start <= window
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
@@ -106,7 +121,7 @@ class LayerKinds:
 
     @cached_property
     def _seeing(self) -> Callable[[int], bool]:
-        kinds = [self.kind(layer) for layer in range(len(self.layers))]
+        kinds = self._kinds[: len(self.layers)]
         if FULL in kinds:
             return self.is_full_attention
         return self.keeps_prompt if REFERENCE in kinds else self.slides
@@ -121,10 +136,7 @@ class LayerKinds:
 
     def kind(self, layer: int) -> str:
         """Of ``layer``, as Transformers names it."""
-        types = getattr(self.text_config, "layer_types", None)
-        if types is not None:
-            return str(types[layer])
-        return FULL if getattr(self.text_config, "sliding_window", None) is None else SLIDING
+        return self._kinds[layer]
 
     def _window(self, layer: int) -> int | None:
         """Of what the attention function is told."""

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Layers"]
 
 _known: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
-_SIMPLE = (int, float, bool, str, type(None))
-_STATES = ("training", "gradient_checkpointing")
-"""Attributes that change no score."""
+_SIMPLE = frozenset((int, float, bool, str, type(None)))
+_NO_MATTER = frozenset(("training", "gradient_checkpointing", "layer_idx"))
+"""Attributes that change no score, or are looked at elsewhere."""
 
 
 class Layers:
@@ -186,8 +186,8 @@ def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
 
 
 def _about(module: Any) -> Any:
-    # Copied at once: routing may leave the layer meanwhile, in another thread.
-    simple = ((name, value) for name, value in vars(module).copy().items() if isinstance(value, _SIMPLE))
-    settings = tuple(item for item in simple if item[0] not in _STATES and item[0] != "layer_idx")
-    weights = tuple(weight.shape for weight in module._parameters.values() if isinstance(weight, torch.Tensor))
-    return type(module).forward, settings, weights, tuple(module._modules)
+    # Asked of each layer that scores, at each prefill: so it takes as little time as it can.
+    its = vars(module).copy()  # at once: routing may leave the layer meanwhile, in another thread
+    settings = tuple([item for item in its.items() if type(item[1]) in _SIMPLE and item[0] not in _NO_MATTER])
+    weights = tuple([weight.shape for weight in its["_parameters"].values() if weight is not None])
+    return type(module).forward, settings, weights, tuple(its["_modules"])

@@ -1,4 +1,4 @@
-"""Features that a decoder adds between its layers, in a graph: states of all rows, zero where a row has none."""
+"""Features that a decoder adds between its layers, in a graph: states of all rows, -0.0 where a row has none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ __all__ = ["AddedStates"]
 class AddedStates:
     """What is added before each of ``layers``, one level after the other; an input of the graph.
 
-    The decoder would pick marked rows, whose number is baked in. To add zero to the others changes no bit of them.
+    The decoder would pick marked rows, whose number is baked in. To add -0.0 to the others changes no bit of them; 0.0
+    would make 0.0 of -0.0.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -40,7 +41,7 @@ class AddedStates:
         for states, level in zip(self._states, features.levels, strict=True):
             flat = states.flatten(0, 1)
             torch.index_select(level.to(flat.dtype), 0, ordinals, out=flat)
-            flat.masked_fill_(unmarked, 0)
+            flat.masked_fill_(unmarked, -0.0)
 
     def add(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input of ``layer`` instead of ``hidden`` (B, L, C)."""

@@ -9,10 +9,24 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from .ranks import HeadRanks
 
-__all__ = ["check_tower", "check_unit", "has_distributed_weights", "is_sharded", "unshard"]
+__all__ = ["check_tower", "check_unit", "check_unwrapped", "has_distributed_weights", "is_sharded", "unshard"]
 
 _FSDP = "torch.distributed.fsdp"
 """Whoever shards has imported it, and to import it takes long."""
+
+
+def check_unwrapped(model: Any) -> None:
+    """Refuse a ``model`` that FSDP1 shards.
+
+    Raises:
+        UnsupportedModelError: what its wrapper takes says nothing of what the module in it takes.
+    """
+    fsdp = sys.modules.get(_FSDP)
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is wrapped by FSDP1 (FullyShardedDataParallel), which hides what its layers take. "
+            "Shard it with FSDP2: torch.distributed.fsdp.fully_shard."
+        )
 
 
 def unshard(layer: Any) -> None:
