@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import pytest
 from tape import Tape
 
-from reroute.graphs import RECORDERS, Arena
+from reroute.graphs import RECORDERS, TILE, Arena
 
 __all__ = ["TapeRecorder", "record_on_tapes"]
 
@@ -36,9 +36,13 @@ class TapeRecorder:
         return 0
 
 
-def record_on_tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """From now on graphs are made on the CPU; the list fills with what is recorded."""
+def record_on_tapes(monkeypatch: pytest.MonkeyPatch, least: int = TILE) -> list[Tape]:
+    """From now on graphs are made on the CPU; the list fills with what is recorded.
+
+    Classes count by ``least`` rows at least: by whole tiles, short prompts of all lengths share one.
+    """
     tapes: list[Tape] = []
+    monkeypatch.setattr("reroute.graphs.shape_class.LEAST", least)
     monkeypatch.setitem(RECORDERS, "cpu", lambda device: TapeRecorder(tapes))
     monkeypatch.setattr(Arena, "_shared", WeakValueDictionary())  # one of a test that failed may live
     return tapes

@@ -77,13 +77,12 @@ vision tower, which runs eagerly before it in any case, stands apart. By the for
 """
 ABOUT_GRAPHS = """\
 Milliseconds. *FLOPs*: routed / dense, scoring included, with a causal mask. *fillers*: what they add to a routed
-replay; above a tenth the default `max_waste` has it run eagerly, and the column of the graph says what that avoids.
+replay; nothing here has as many as the default `max_waste` allows, a tenth.
 
 A graph wins where the host would be late, and nowhere else: for the dense prefills of this table a replay is 0.2 to 4 %
 slower than an eager call, which keeps the device busy by itself; a routed one of 576 tokens of LLaVA at a third gains
 7.6 ms beside a slow host and loses 0.3 ms beside a fast one. Long prompts need no graph. Of any graph of 32 layers
-1.9 ms are gaps between its launches, 39 a layer of 1.5 µs each. In a batch every prompt is filled up to whole tiles by
-itself, which costs most where stages are short.
+1.9 ms are gaps between its launches, 39 a layer of 1.5 µs each.
 
 Aims at batch 1, for an H100:
 

@@ -7,7 +7,7 @@ from .arena import Arena
 from .class_plan import ClassPlan, class_tensors
 from .recorder import RECORDERS, Recorder, check_device
 from .settings import Graphs, GraphUse
-from .shape_class import TILE, ShapeClass, needed_rows
+from .shape_class import TILE, ShapeClass, in_tiles, needed_rows
 from .static_home import StaticHome
 from .store import GraphStore
 from .table import PromptTable
@@ -30,6 +30,7 @@ __all__ = [
     "Waste",
     "check_device",
     "class_tensors",
+    "in_tiles",
     "needed_rows",
     "waste",
 ]

@@ -6,10 +6,26 @@ from dataclasses import dataclass
 
 from ..core.plan import Plan
 
-__all__ = ["TILE", "ShapeClass", "needed_rows"]
+__all__ = ["TILE", "ShapeClass", "in_tiles", "needed_rows"]
 
 TILE = 64
-"""Rows are rounded up to this many: matrix products compute whole tiles in any case."""
+"""Rows of a matrix product, which computes whole tiles in any case."""
+LEAST = 8
+"""Rows that a class counts by at least: whatever they hold, each sample then begins at a multiple of 16 bytes."""
+TENTH = 10
+"""A sample is filled up by less than a tenth where its batch lets it; that is what ``max_waste`` is by default."""
+
+
+def in_tiles(rows: int, batch: int) -> int:
+    """Rows of a class in which each of ``batch`` samples needs ``rows``.
+
+    Products see the rows of all samples together. So few rows are rounded up to a part of a tile, if the batch as a
+    whole still is whole tiles or nearly so; many rows are rounded up to a tile each, as fewer classes are then made.
+    """
+    tile = TILE
+    while tile > max(LEAST, TILE // batch) and tile * TENTH > rows:
+        tile //= 2
+    return -(-rows // tile) * tile
 
 
 @dataclass(frozen=True)
@@ -29,10 +45,15 @@ class ShapeClass:
         """Decisions that the graph makes; none where every visual token is kept."""
         return len(self.rows) - 1
 
+    @property
+    def home_rows(self) -> int:
+        """Rows in which all dense rows lie, one sample after the other, in whole pages."""
+        return -(-self.batch * self.rows[0] // TILE) * TILE
+
     @classmethod
     def of(cls, plan: Plan) -> ShapeClass:
         """The smallest class of ``plan``. Padding of the prompts has no row in it."""
-        return cls(plan.batch, tuple(-(-rows // TILE) * TILE for rows in needed_rows(plan)))
+        return cls(plan.batch, tuple(in_tiles(rows, plan.batch) for rows in needed_rows(plan)))
 
     def dominates(self, other: ShapeClass) -> bool:
         """Whether a graph of this class may serve every prompt of ``other``."""

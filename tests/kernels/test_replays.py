@@ -26,19 +26,23 @@ def backend(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """See test_routing.py."""
     from reroute_kernels import ops
 
-    record_on_tapes(monkeypatch)
+    record_on_tapes(monkeypatch, least=8)
     return Backend.of("triton", "under test", ops)
 
 
 @pytest.mark.parametrize(("ranker", "action"), DECISIONS)
-def test_replays(ranker: Ranker, action: Any, backend: Backend, device: torch.device) -> None:
-    """By a graph that was captured with another prompt: the same rows in the cache, logits to rounding."""
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replays(ranker: Ranker, action: Any, batch: int, backend: Backend, device: torch.device) -> None:
+    """By a graph that was captured with another prompt: the same rows in the cache, logits to rounding.
+
+    Rows of a batch are parts of tiles, and end within a page.
+    """
     tiny = models.llava(layers=4, side=3)
     tiny.model.to(device)
     schedule = reroute.Schedule((1, 3), (0.5, 0.25), (ranker, LastTokenAttention()))
     seen, new = (
-        {key: value.to(device) for key, value in tiny.inputs([tiny.prompt(*parts)]).items()}
-        for parts in ((0, 5, tiny.grid, 4), (1, 2, tiny.grid, 1, tiny.grid, 6))
+        {key: value.to(device) for key, value in tiny.inputs([tiny.prompt(*parts)] * batch).items()}
+        for parts in ((0, 5, tiny.grid, 1, tiny.grid, 7), (1, 2, tiny.grid, 1, tiny.grid, 6))
     )
     outputs = []
     for graphs in (False, reroute.Graphs(max_waste=10)):

@@ -15,6 +15,7 @@ from oracle import Rules
 from replays import GRAPHS, capture, is_clear, replayed, route, same_outputs
 from support import RULES, any_prompt, any_rules, enable, mixed_batch, tiny_models
 from tape import Tape
+from tape_recorder import record_on_tapes
 from torch import Tensor
 
 from reroute.graphs import Arena
@@ -104,6 +105,24 @@ def test_without_fillers_bit_for_bit(tiny: Tiny) -> None:
             spent = handle.stats()
         same_outputs(output, eager, inputs["attention_mask"].bool(), exactly=True)
         assert spent.graph.waste.flops == 0
+
+
+@pytest.mark.parametrize(("batch", "text", "pictures"), [(3, 16, 2), (8, 24, 1)])
+def test_parts_of_tiles(tiny: Tiny, batch: int, text: int, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch whose rows are whole tiles together, or are nearly so, and end within a page of its home."""
+    record_on_tapes(monkeypatch, least=8)
+
+    def prompts(seed: int) -> list[Sample]:
+        return [tiny.prompt(seed + b, text - pictures - b, *[tiny.grid, 1] * pictures, b) for b in range(batch)]
+
+    inputs = tiny.inputs(prompts(0))
+    with enable(tiny, TILES):
+        eager = tiny.model(**inputs)
+    with route(tiny, TILES) as handle:
+        capture(tiny, prompts(50))
+        output = replayed(handle, tiny, inputs)
+        assert handle.stats().graph.waste.flops == 0
+    same_outputs(output, eager, inputs["attention_mask"].bool(), exactly=True)
 
 
 @pytest.mark.usefixtures("tapes")

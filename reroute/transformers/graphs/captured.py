@@ -67,7 +67,7 @@ class CapturedPrefill:
         self._table = PromptTable(
             shape_class,
             tuple(b * length for b in range(shape_class.batch)),
-            shape_class.batch * length,
+            shape_class.home_rows,
         )
         self._cache = StageCache(counts)
         self._added = AddedStates(added_before)
@@ -142,7 +142,7 @@ class CapturedPrefill:
                 states,
                 (axes, torch.int64),
                 ((self._table.size,), torch.int64),
-                ((batch * length, width), dtype),
+                ((self.shape_class.home_rows, width), dtype),
                 states,
                 ((batch * sum(rows),), torch.int64),
                 *added,

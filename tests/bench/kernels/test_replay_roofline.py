@@ -13,6 +13,7 @@ from bench.kernels.prefill_roofline import ATTENTION_RATE, FUSED, MODULES, dense
 from bench.kernels.replay_roofline import PROBLEMS, REPLAY_HOST, TOWERS, compare, comparisons, replayed
 from bench.kernels.roofline import BANDWIDTH, GRAPH_LAUNCH, ITEM
 from reroute.core.cost import kv_bytes
+from reroute.graphs import Graphs
 from reroute_kernels.testing.cases import TEXT
 
 LLAVA = DECODERS["LLaVA-1.5-7B"]
@@ -28,10 +29,12 @@ def test_a_dense_replay_is_the_graph_and_what_is_around_it() -> None:
     assert least == most == pytest.approx(around + dense(LLAVA, rows - TEXT).graph[0])
 
 
-def test_rows_are_whole_tiles() -> None:
+def test_rows_are_those_of_a_class() -> None:
     one, more = (replayed(LLAVA, None, visual, 1)[0] for visual in (581, 580 + 64))
     assert prefill_time(LLAVA, [704] * 32, 1).layers_alone < one < more < 1.01 * one  # copies are of what there is
     assert replayed(LLAVA, None, 580, 1)[0] < 0.99 * one
+    few, tiles = (replayed(LLAVA, None, visual, 8)[0] for visual in (65, 68))
+    assert few == pytest.approx(tiles, rel=0.01)  # 125 and 128 rows, of 8 at a time: 128
 
 
 def test_a_routed_replay_has_its_decisions() -> None:
@@ -90,9 +93,14 @@ def test_what_the_page_says() -> None:
     assert f"{1e3 * 32 * launches * GRAPH_LAUNCH:.1f} ms are gaps between its launches, {launches} a layer" in text
 
 
+def test_fillers_are_few() -> None:
+    """Nothing that is shown runs eagerly, short stages of a batch least of all."""
+    assert max(its.waste for its in comparisons()) < Graphs().max_waste / 2
+    assert compare("LLaVA-1.5-7B", 576, 8, Fraction(1, 9)).waste < 0.01
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     replay_roofline.main()
     printed = capsys.readouterr().out
     assert "not measured" in printed
     assert "Qwen2.5-VL-7B | 16384 | 8 | 1/9" in printed
-    assert "28%, runs eagerly" in printed
