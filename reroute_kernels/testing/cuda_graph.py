@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..recorder import CudaRecorder
+
 __all__ = ["captured"]
 
 Run = Callable[[], Any]
@@ -17,17 +19,14 @@ def captured(function: Run) -> Run:
 
     What the captured run returned stays alive, as the graph writes to it.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = function()
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    results: list[Any] = []
+    recorder.rehearse(lambda: results.append(function()))
+    results.clear()
+    replay = recorder.record(lambda: results.append(function()))
 
-    def replay() -> Any:
-        graph.replay()
-        return result
+    def replayed() -> Any:
+        replay()
+        return results[0]
 
-    return replay
+    return replayed

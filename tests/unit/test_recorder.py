@@ -13,9 +13,12 @@ from tape_recorder import record_on_tapes
 
 from reroute.errors import RerouteError
 from reroute.graphs import Arena
-from reroute.graphs.recorder import CudaRecorder, check_device
+from reroute.graphs.recorder import check_device
+from reroute_kernels import recorder
+from reroute_kernels.recorder import CudaRecorder
 
 GPU = torch.device("cuda", 0)
+RESERVED_BY_A_RUN = 10
 
 
 class Stream:
@@ -26,62 +29,181 @@ class Stream:
         self.log.append(f"{self.name} waits for {other.name}")
 
 
-class MemPool:
-    """As in PyTorch it lives until nobody holds it, whatever becomes of the graphs that were captured in it."""
+class Generator:
+    """Of random numbers: nobody draws from a state while a capture has it."""
 
-    id = "one pool"
+    def __init__(self, state: dict[str, bool] | None = None) -> None:
+        self.state = {"is captured": False} if state is None else state
+
+    def graphsafe_get_state(self) -> Generator:
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.state = other.state
+
+    def clone_state(self) -> Generator:
+        return Generator(dict(self.state))
+
+
+class Pytorch:
+    """What ``torch.cuda`` of PyTorch 2.11 keeps while runs are recorded, and does not put right by itself."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.stream = self.caller = Stream("caller", self.log)
+        self.generator = Generator()
+        self.taken_from: list[Any] = []
+        self.uses: dict[Any, int] = {}
+        self.streams, self.reserved, self.gives_up = 0, 100, False
+        pytorch = self
+
+        class MemPool:
+            """As in PyTorch it lives until nobody holds it, whatever becomes of the graphs that were captured in it."""
+
+            def __init__(self) -> None:
+                self.id = 0, len(pytorch.uses)
+                pytorch.uses[self.id] = 1
+
+        class CUDAGraph:
+            def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+                pytorch.log.append(f"capture on {pytorch.stream.name}, {capture_error_mode}")
+                if pool in pytorch.taken_from:
+                    raise RuntimeError("already recording to mempool_id")
+                self.pool, self.state = pool, pytorch.generator.state
+                pytorch.taken_from.append(pool)
+                pytorch.uses[pool] += 1
+                self.state["is captured"] = True
+
+            def capture_end(self) -> None:
+                if pytorch.gives_up:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                pytorch.end(0, self.pool)
+                self.state["is captured"] = False
+                pytorch.log.append("captured")
+
+            def replay(self) -> None:
+                pytorch.log.append(f"replay on {pytorch.stream.name}")
+
+        self.MemPool, self.CUDAGraph = MemPool, CUDAGraph
+
+    def end(self, device: int, pool: Any) -> None:
+        if pool not in self.taken_from:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.taken_from.remove(pool)
+
+    def release(self, device: int, pool: Any) -> None:
+        self.uses[pool] -= 1
+
+    def new_stream(self, device: torch.device) -> Stream:
+        self.streams += 1
+        return Stream(f"side {self.streams}", self.log)
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def use_mem_pool(self, pool: Any, device: torch.device) -> Iterator[None]:
+        self.taken_from.append(pool.id)
+        try:
+            yield
+        finally:
+            self.end(0, pool.id)
+
+    def empty_cache(self) -> None:
+        assert not self.taken_from
+        self.log.append("empty")
+
+    def run(self) -> None:
+        self.log.append(f"run on {self.stream.name} in {self.taken_from}")
+        self.reserved += RESERVED_BY_A_RUN
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of ``torch.cuda``; captures reserve 10 bytes each."""
-    log: list[str] = []
-    caller = Stream("caller", log)
-    reserved = [100]
-
-    @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        log.append(f"on {stream.name}")
-        yield
-        log.append(f"off {stream.name}")
-
-    @contextmanager
-    def graph(its: Any, *, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        log.append(f"capture in {pool} on {stream.name}, {capture_error_mode}")
-        yield
-        reserved[0] += 10
-        log.append("captured")
-
-    class CUDAGraph:
-        def replay(self) -> None:
-            log.append("replay")
-
+def pytorch(monkeypatch: pytest.MonkeyPatch) -> Pytorch:
+    its = Pytorch()
     for name, value in {
-        "Stream": lambda device: Stream("side", log),
-        "current_stream": lambda device: caller,
-        "stream": on,
-        "graph": graph,
-        "CUDAGraph": CUDAGraph,
-        "MemPool": MemPool,
+        "Stream": its.new_stream,
+        "current_stream": lambda device: its.stream,
+        "stream": its.on,
+        "CUDAGraph": its.CUDAGraph,
+        "MemPool": its.MemPool,
+        "use_mem_pool": its.use_mem_pool,
         "device": lambda device: nullcontext(),
-        "memory_reserved": lambda device: reserved[0],
+        "memory_reserved": lambda device: its.reserved,
+        "synchronize": lambda: its.log.append("wait"),
+        "empty_cache": its.empty_cache,
+        "default_generators": (its.generator,),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return log
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", its.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", its.release, raising=False)
+    monkeypatch.setattr(recorder, "_ABANDONED", [])
+    return its
 
 
-def test_rehearsals_and_records_are_on_a_stream_of_their_own(log: list[str]) -> None:
-    recorder = CudaRecorder(GPU)
-    recorder.rehearse(lambda: log.append("run"))
-    assert log == ["side waits for caller", "on side", "run", "off side", "caller waits for side"]
-    log.clear()
-    replays = [recorder.record(lambda: log.append("run")) for _ in range(2)]
-    assert log == ["capture in one pool on side, thread_local", "run", "captured"] * 2
-    assert recorder.nbytes == 20
-    log.clear()
+def test_rehearsals_and_records_are_on_a_stream_and_in_memory_of_their_own(pytorch: Pytorch) -> None:
+    its = CudaRecorder(GPU)
+    its.rehearse(pytorch.run)
+    assert pytorch.log == ["wait", "empty", "run on side 1 in [(0, 0)]", "caller waits for side 1"]
+    pytorch.log.clear()
+    replays = [its.record(pytorch.run) for _ in range(2)]
+    recorded = ["capture on side 1, thread_local", "run on side 1 in [(0, 0)]", "captured"]
+    assert pytorch.log == ["wait", "empty", *recorded] * 2
+    assert its.nbytes == 3 * RESERVED_BY_A_RUN
+    assert pytorch.uses == {(0, 0): 3}  # of both graphs, and held: a handle means nothing once no graph has it
+    pytorch.log.clear()
     replays[0]()
-    assert log == ["replay"]
-    assert isinstance(recorder._pool, MemPool)  # not its name alone, which means nothing once no graph has it
+    assert pytorch.log == ["replay on caller"]
+
+
+def test_others_draw_random_numbers_during_a_capture(pytorch: Pytorch) -> None:
+    def run() -> None:
+        assert not pytorch.generator.state["is captured"]
+
+    state = pytorch.generator.state
+    CudaRecorder(GPU).record(run)
+    assert pytorch.generator.state is state
+
+
+@pytest.mark.parametrize("what_fails", ["run", "end", "run and end"])
+def test_a_capture_that_fails_leaves_nothing_behind(pytorch: Pytorch, what_fails: str) -> None:
+    """PyTorch 2.11 would leave the stream, the pool from which memory is taken, and a random state of no use."""
+    its = CudaRecorder(GPU)
+
+    def fail() -> None:
+        pytorch.gives_up = "end" in what_fails
+        if "run" in what_fails:
+            raise RuntimeError("not permitted when the stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted" if "run" in what_fails else "previous error"):
+        its.record(fail)
+    pytorch.gives_up = False
+    assert (pytorch.stream, pytorch.taken_from) == (pytorch.caller, [])
+    assert not pytorch.generator.state["is captured"]
+    pytorch.log.clear()
+    its.rehearse(pytorch.run)
+    its.record(pytorch.run)
+    assert pytorch.log[-1] == "captured"
+    number = 2 if "end" in what_fails else 1
+    assert f"run on side {number} in [(0, {number - 1})]" in pytorch.log
+    assert len(recorder._ABANDONED) == number - 1
+    if number == 2:
+        assert pytorch.uses[0, 0] == 1  # that of the object
+
+
+def test_a_rehearsal_that_fails(pytorch: Pytorch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        CudaRecorder(GPU).rehearse(fail)
+    assert (pytorch.stream, pytorch.taken_from) == (pytorch.caller, [])
+    assert pytorch.log[-1] == "caller waits for side 1"  # which may still write to what the caller reads
 
 
 def test_only_devices_with_a_recorder() -> None:

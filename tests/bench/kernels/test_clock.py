@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.kernels.clock import Clock, DeviceClock, HostClock
-from reroute_kernels.testing.cuda_graph import captured
+from reroute_kernels.testing import cuda_graph
 
 
 def test_clocks() -> None:
@@ -48,16 +48,19 @@ def test_device_clock(mode: Any, waits: list[str]) -> None:
     assert clock() == 0.002
 
 
-def test_capture_warms_up_and_returns_the_captured_result() -> None:
+def test_capture_warms_up_and_returns_the_captured_result(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 
     def run() -> int:
         runs.append(1)
         return len(runs)
 
-    stand_in = mock.MagicMock()
-    names = ("Stream", "stream", "current_stream", "CUDAGraph", "graph")
-    with mock.patch.multiple(torch.cuda, **{name: getattr(stand_in, name) for name in names}):
-        replay = captured(run)
-        assert (replay(), replay(), len(runs)) == (2, 2, 2)
-    assert stand_in.CUDAGraph.return_value.replay.call_count == 2
+    recorder = mock.MagicMock()
+    recorder.return_value.rehearse.side_effect = lambda run: run()
+    recorder.return_value.record.side_effect = lambda run: run() or recorder.replay
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", recorder)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    replay = cuda_graph.captured(run)
+    assert (replay(), replay(), len(runs)) == (2, 2, 2)
+    assert recorder.replay.call_count == 2
+    recorder.assert_called_once_with(torch.device("cuda", 1))

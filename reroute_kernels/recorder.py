@@ -1,0 +1,118 @@
+"""Recording what a run asks of a GPU as a CUDA graph. A recording that fails leaves PyTorch as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+__all__ = ["CudaRecorder"]
+
+Run = Callable[[], None]
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose captures CUDA refused to end. PyTorch's allocator of pinned memory goes on asking them for ever."""
+
+
+class CudaRecorder:
+    """CUDA graphs of the GPU ``device``. They share one memory pool, so one of them may run at a time.
+
+    To rehearse and to record waits for the device.
+
+    ``torch.cuda.graph`` is not used: after a capture that fails, its stream stays the current one, memory is looked for
+    in its pool, and nobody can draw random numbers any more (PyTorch 2.11).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is recorded yet."""
+        self._device, self._nbytes = device, 0
+        self._begin_anew()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory that all graphs share: what PyTorch has reserved while they were recorded."""
+        return self._nbytes
+
+    def rehearse(self, run: Run) -> None:
+        """Do ``run`` as it will be recorded, in the memory that the graph will use.
+
+        What is made on first use is made now, and cuBLAS takes a workspace from that memory. Of any other the graph
+        would not know when it is freed, as all workspaces are where compiled functions become CUDA graphs (such as the
+        decoding steps of Transformers).
+        """
+        caller = torch.cuda.current_stream(self._device)
+        try:
+            with self._alone(), torch.cuda.use_mem_pool(self._pool, self._device):
+                run()
+        finally:
+            caller.wait_stream(self._stream)
+
+    def record(self, run: Run) -> Callable[[], None]:
+        """What does again all that ``run`` asks the GPU for, on the same memory, on the then current stream.
+
+        Other threads may go on meanwhile: what they do is not recorded.
+
+        Raises:
+            Exception: that of ``run``, or RuntimeError of CUDA, which refuses what cannot be in a graph.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with self._alone():
+            self._capture(graph, run)
+        return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, run: Run) -> None:
+        try:
+            with self._random_state_apart():
+                graph.capture_begin(self._pool.id, capture_error_mode="thread_local")
+            run()
+        except BaseException:
+            with suppress(RuntimeError):  # it says less than what has failed
+                self._end(graph)
+            raise
+        self._end(graph)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End the capture of ``graph``. If CUDA has given it up, PyTorch ends nothing, and its pool is of no use."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _ABANDONED.append(graph)
+            with suppress(RuntimeError):  # memory was not, or is no longer, taken from the pool
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool.id)
+                torch._C._cuda_releasePool(self._device.index, self._pool.id)
+            self._begin_anew()
+            raise
+
+    def _begin_anew(self) -> None:
+        """With another pool and stream. The pool is held, for a handle of it would die with its last graph."""
+        with torch.cuda.device(self._device):
+            self._pool = torch.cuda.MemPool()
+            self._stream = torch.cuda.Stream(self._device)
+
+    @contextmanager
+    def _random_state_apart(self) -> Iterator[None]:
+        """Let the capture that begins take a copy of the random state for its own.
+
+        What it takes nobody else can draw from until it ends, or ever if it fails. No prefill draws from it.
+        """
+        generator = torch.cuda.default_generators[self._device.index]
+        state = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            yield
+        finally:
+            generator.graphsafe_set_state(state)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """On the stream of recordings, behind all other work, with all memory that is free."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # PyTorch gives no memory back to CUDA while it is looked for in one pool
+        before = torch.cuda.memory_reserved(self._device)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._nbytes += max(0, torch.cuda.memory_reserved(self._device) - before)
