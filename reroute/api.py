@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, overload
 
@@ -31,6 +32,8 @@ logger = logging.getLogger("reroute")
 _lock = threading.RLock()
 """Held while models are given handles, or lose them."""
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+_common: weakref.WeakSet[Handle] = weakref.WeakSet()
+"""Those of ``enable`` without a model, which the next such call ends; settings of one model come first."""
 
 
 @overload
@@ -83,7 +86,8 @@ def enable(
     """Route the prefills of ``model``; without a model, of every supported model of this process, present and future.
 
     Args:
-        model: a supported ``…ForConditionalGeneration``. Enabling it again replaces what was set before.
+        model: a supported ``…ForConditionalGeneration``. Enabling it again replaces what was set before; so does
+            enabling all again, but for models that were enabled by themselves.
         method: how visual tokens are ranked and on what schedule: a name (default ``"diverse"``) or an instance.
         action: ``"route"`` (bypass, recoverable) or ``"remove"`` (pruning, for comparison).
         keep: budget: visual tokens per layer, mean over all layers, as a share of all (avg_T / N). The method's
@@ -107,7 +111,8 @@ def enable(
         without a model: ``handle_of`` gives the handle of each once it has been called.
 
     Raises:
-        RerouteError: the model, the method, the schedule or the budget cannot be; nothing is changed then.
+        RerouteError: the model, the method, the schedule or the budget cannot be, or a call runs whose settings would be
+            replaced; nothing is changed then.
         reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
     """
     check_arguments(config, pool)
@@ -143,15 +148,7 @@ def disable(model: nn.Module | None = None) -> None:
             elif _handles:
                 _check_no_part(inner)
             return
-        from .transformers import process_wide
-
-        handles = list(_handles.values())
-        with ExitStack() as idle:
-            for handle in handles:
-                idle.enter_context(handle.idle())
-            process_wide.stop()
-            for handle in handles:
-                handle.disable()
+        _stop(list(_handles.values()))
         _handles.clear()
 
 
@@ -190,20 +187,33 @@ def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None)
 
 
 def _enable_all(config: RoutingConfig) -> None:
-    """Check the backend without a model, then route each model when it is first called."""
+    """Check the backend without a model, then route each model when it is next called."""
     from .transformers import process_wide
 
     check_backend(config.backend)
 
     def route(model: nn.Module) -> None:
         try:
-            _enable_one(model, config, None)
+            _common.add(_enable_one(model, config, None))
         except (RerouteError, BackendUnavailable) as error:
             # Its text alone: a handler may keep the record, and an error keeps the frames that it went through.
             logger.warning("%s is not routed: %s", type(model).__name__, str(error))
 
-    process_wide.stop()
-    process_wide.start(route)
+    with _lock:
+        _stop([handle for handle in _handles.values() if handle in _common])
+        process_wide.start(route)
+
+
+def _stop(handles: Sequence[Handle]) -> None:
+    """Disable all of ``handles`` or none, and route no model any more that is not routed yet."""
+    from .transformers import process_wide
+
+    with ExitStack() as idle:
+        for handle in handles:
+            idle.enter_context(handle.idle())
+        process_wide.stop()
+        for handle in handles:
+            handle.disable()
 
 
 def _check_no_part(model: nn.Module) -> None:

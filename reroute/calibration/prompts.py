@@ -62,7 +62,7 @@ class Prompts:
         Raises:
             RerouteError: a prompt is none, has no picture, or there are too few.
         """
-        if isinstance(given, (str, bytes, Mapping)):
+        if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
             raise RerouteError(
                 f"prompts must be a list with the inputs of model.generate for each prompt, not {shown(given)}."
             )

@@ -246,6 +246,7 @@ def without(name: str) -> Callable[[list[Inputs]], Any]:
         (lambda p: p, {"methods": ["visionzip"]}, "visionzip looks at the vision tower"),
         (lambda p: p, {"out": "nowhere/at/all.json"}, "folder nowhere/at does not exist"),
         (lambda p: p[0], {}, "prompts must be a list"),
+        (lambda p: None, {}, "prompts must be a list"),
         (lambda p: p[:3], {}, "3 prompts are too few"),
         (lambda p: [*p, "Where is the cup?"], {}, "Prompt 13 is not what model.generate takes"),
         (lambda p: [*p, {k: torch.cat([v, v]) for k, v in p[0].items()}], {}, "Prompt 13 is not what model.generate"),

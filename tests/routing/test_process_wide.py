@@ -18,6 +18,7 @@ from support import cache_of, generate, kv_lengths, snapshot
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import reroute
+from reroute.errors import RerouteError
 
 
 def test_present_and_future_models(tiny: Tiny) -> None:
@@ -51,6 +52,24 @@ def test_the_first_generation_is_routed_as_the_later_ones() -> None:
         assert torch.equal(generate(tiny, [sample]).sequences, first)
     finally:
         reroute.disable()
+
+
+def test_enabled_again() -> None:
+    """What was set before is replaced, also for models that were called; but not of a model that has its own."""
+    common, own = (models.llava(layers=4) for _ in range(2))
+    handle, routed = reroute.enable(own.model, keep=0.75), list[Any]()
+    for keep in (0.5, 0.25):
+        reroute.enable(keep=keep)
+        for tiny in (common, own):
+            tiny.model(**tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)]))
+        routed.append(reroute.handle_of(common.model))
+        assert (routed[-1].config.keep, routed[-1].stats().prefills) == (keep, 1)
+        assert reroute.handle_of(own.model) is handle
+    with pytest.raises(RerouteError, match="must be a number"):
+        reroute.enable(keep=2)
+    assert [its.is_enabled for its in routed] == [False, True]
+    reroute.disable()
+    assert not any(its.is_enabled for its in (handle, *routed))
 
 
 def test_settings_of_one_model_come_first(tiny: Tiny) -> None:

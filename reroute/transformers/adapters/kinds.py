@@ -93,13 +93,10 @@ class LayerKinds:
         return kind == (FULL if self._window(layer) is None else SLIDING)
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
-        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``.
-
-        Asked of layers that rank, which have just been checked.
-        """
+        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
         if self.kind(layer) == CHUNKED:  # which begin behind the padding
             return end <= int(self.text_config.attention_chunk_size)
-        window = self.facts(layer).window  # type: ignore[attr-defined]
+        window = self._window(layer)
         return window is None or end - start <= window
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
