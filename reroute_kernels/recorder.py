@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class CudaRecorder:
     def _begin_anew(self) -> None:
         """With another pool and stream. The pool is held, for a handle of it would die with its last graph."""
         with torch.cuda.device(self._device):
-            self._pool = torch.cuda.MemPool()
+            self._pool: Any = torch.cuda.MemPool()
             self._stream = torch.cuda.Stream(self._device)
 
     @contextmanager

@@ -95,11 +95,12 @@ class Arena:
         with torch.inference_mode(False):  # what was born in it could not be written outside it later
             self.memory = torch.empty(least, dtype=torch.uint8, device=self.device)
 
-    def lend(self) -> None:
-        """Keep ``memory`` for what the current stream is asked to do with it."""
+    def lend(self, *others: torch.Tensor) -> None:
+        """Keep ``memory``, and ``others``, for what the current stream is asked to do with it."""
         stream = stream_on(self.device)
         if stream is not None:
-            self.memory.record_stream(stream)
+            for tensor in (self.memory, *others):
+                tensor.record_stream(stream)
 
     @property
     def nbytes(self) -> int:

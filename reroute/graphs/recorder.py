@@ -44,3 +44,8 @@ def check_device(device: torch.device) -> None:
             f"graphs=True replays CUDA graphs, and the decoder is on {device.type}. Move the model to a GPU before "
             "reroute.enable, or leave graphs out: prefills are right without them."
         )
+    if device.type == "cuda" and (backend := torch.cuda.get_allocator_backend()) != "native":
+        raise RerouteError(
+            f"graphs=True keeps its memory in a pool of PyTorch's own allocator, and PYTORCH_ALLOC_CONF asks for "
+            f"{backend}. Take backend:{backend} out of it, or leave graphs out."
+        )

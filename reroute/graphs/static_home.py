@@ -41,6 +41,11 @@ class StaticHome(Home):
         """Forget the prompt before: where a sample ends, its rows would be projected with those of this one."""
         self._rows.pages.zero_()
 
+    @property
+    def table(self) -> torch.Tensor:
+        """(R / 64,): which page is where."""
+        return self._rows.table
+
     def defer(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
         """See ``Home``."""
         self.backend.defer(self._rows.pages, self._rows.table, rows, hidden)

@@ -12,6 +12,7 @@ from tape_recorder import record_on_tapes
 import reroute
 from reroute.rankers import Diversity, LastTokenAttention, Ranker
 from reroute_kernels import Backend
+from reroute_kernels.recorder import CudaRecorder
 
 DECISIONS = (
     (LastTokenAttention(), "remove"),
@@ -57,3 +58,52 @@ def test_replays(ranker: Ranker, action: Any, batch: int, backend: Backend, devi
     torch.testing.assert_close(replayed.logits, eager.logits, rtol=0, atol=1e-4)
     for mine, its in zip(replayed[models.CACHE].layers[1:], eager[models.CACHE].layers[1:], strict=True):
         assert torch.equal(mine.rows.key_positions, its.rows.key_positions)
+
+
+@pytest.fixture
+def recorder(executor: Any) -> CudaRecorder:
+    """What records on a GPU."""
+    if executor.kind != "cuda":
+        pytest.skip("records on a GPU")
+    return CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+
+
+def test_a_capture_that_cuda_gives_up(recorder: CudaRecorder, device: torch.device) -> None:
+    """It leaves nothing behind: the stream, the allocator, random numbers and later captures are as ever."""
+    stream, one, out = torch.cuda.current_stream(), torch.ones(64, device=device), torch.zeros((), device=device)
+
+    def wait() -> None:
+        out.fill_(one.sum().item())
+
+    def run() -> None:
+        out.copy_(one.sum())
+
+    with pytest.raises(RuntimeError, match=r"captur"):
+        recorder.record(wait)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(8, device=device).unique().numel() > 1
+    torch.cuda.empty_cache()
+    recorder.rehearse(run)
+    replay = recorder.record(run)
+    one.fill_(2)
+    replay()
+    assert out.item() == 128
+
+
+def test_others_may_free_the_workspaces_of_cublas(recorder: CudaRecorder, device: torch.device) -> None:
+    """As PyTorch does where it makes CUDA graphs of compiled functions: those of graphs are in their own memory."""
+    left, right = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((64, 16384), (16384, 64)))
+    out = torch.empty(64, 64, device=device, dtype=torch.bfloat16)
+
+    def run() -> None:
+        torch.mm(left, right, out=out)
+
+    recorder.rehearse(run)
+    replay = recorder.record(run)
+    replay()
+    expected = out.clone()
+    torch._C._cuda_clearCublasWorkspaces()
+    theirs = [torch.full((1 << 18,), torch.nan, device=device) for _ in range(128)]
+    replay()
+    assert torch.equal(out, expected)
+    assert all(bool(tensor.isnan().all()) for tensor in theirs)

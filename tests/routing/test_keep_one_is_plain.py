@@ -236,6 +236,10 @@ def test_one_graph(two: Tiny) -> None:
     """``fullgraph=True`` allows no break; and the graph is not used for calls that are routed."""
     given = {**two.inputs([prompt(two)]), "use_cache": False}
     plain = two.model(**given).logits
+    try:
+        whole_graph(two)(**given)
+    except torch._dynamo.exc.InternalTorchDynamoError:
+        pytest.skip("this release of PyTorch (2.11) makes no graph of the plain model either")
     with reroute.enable(two.model, keep=1.0) as handle:
         compiled = whole_graph(two)
         assert torch.equal(compiled(**given).logits, plain)

@@ -206,10 +206,14 @@ def test_a_rehearsal_that_fails(pytorch: Pytorch) -> None:
     assert pytorch.log[-1] == "caller waits for side 1"  # which may still write to what the caller reads
 
 
-def test_only_devices_with_a_recorder() -> None:
+def test_only_devices_with_a_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     check_device(GPU)
     with pytest.raises(RerouteError, match="the decoder is on mps"):
         check_device(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with pytest.raises(RerouteError, match="Take backend:cudaMallocAsync out of it"):
+        check_device(GPU)
 
 
 def test_an_arena_is_one_memory_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,14 @@ from ..adapters import Features, ModelAdapter
 from ..context import RoutedPrefill
 from ..forward import FORWARD, ForwardContext, Kwargs
 from .added import AddedStates
-from .refused import CannotCapture
+from .refused import CannotCapture, CaptureFails
 from .stage_cache import StageCache
 
 __all__ = ["CapturedPrefill", "Given"]
+
+
+NO_MASK = (0, 0, 0, 0)
+"""Shape of a mask that Transformers takes as it is. Without one it makes one in a capture, of L x L in each replay."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class CapturedPrefill:
         )
         self._cache = StageCache(counts)
         self._added = AddedStates(added_before)
+        self._constants: Sequence[torch.Tensor] = ()
         self._replay: Callable[[], None] | None = None
 
     def capture(self, decoder: Callable[..., Any], plan: Plan, given: Given) -> None:
@@ -88,13 +93,14 @@ class CapturedPrefill:
                 self._place(given)
                 self._fill(plan, given)
                 self._replay = recorder.record(lambda: self._run(decoder))
-        except RuntimeError as error:  # of CUDA, of the allocator
-            raise CannotCapture(f"its capture fails ({type(error).__name__}: {error})") from error
+        except RuntimeError as error:
+            kind = CannotCapture if isinstance(error, torch.OutOfMemoryError) else CaptureFails
+            raise kind(f"its capture fails ({type(error).__name__}: {error})") from error
 
     def replay(self, plan: Plan, given: Given) -> None:
         """Serve the prompts of ``plan``. What comes out stays where it is until the turn ends."""
         assert self._replay is not None
-        self._arena.lend()
+        self._arena.lend(*self._constants)
         self._fill(plan, given)
         self._replay()
 
@@ -155,6 +161,7 @@ class CapturedPrefill:
         if self._plan is not None:
             self._tensors = class_tensors(self._plan, self._table, self._parts)
             self._home = StaticHome(self._backend, self._tensors, home)
+            self._constants = self._tensors.visual_indices, self._home.table
 
     def _fill(self, plan: Plan, given: Given) -> None:
         """Tell the graph of its prompts: an upload, and a gather of each of the two that come from the caller."""
@@ -186,7 +193,7 @@ class CapturedPrefill:
         try:
             output = decoder(
                 inputs_embeds=self._embeds,
-                attention_mask=None,
+                attention_mask=self._embeds.new_empty(NO_MASK),
                 position_ids=self._positions + self._parts["beyond"],
                 use_cache=True,
                 **{name: cache, FORWARD: forward},
@@ -238,7 +245,7 @@ class _DenseInGraph(ForwardContext):
 def _look_at_nothing(kwargs: Kwargs) -> None:
     """Drop what is not needed for causal attention in order, and what attention functions look at on the host.
 
-    Of masks Transformers makes some only because it is captured. Position ids show flash attention packed sequences.
+    A mask says nothing here (``NO_MASK``). Position ids show flash attention packed sequences.
     """
     kwargs.update(attention_mask=None, position_ids=None)
 

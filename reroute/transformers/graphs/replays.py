@@ -24,7 +24,7 @@ from ..forward import Kwargs
 from .captured import CapturedPrefill, Given
 from .decoder_state import DecoderState
 from .eligible import why_not_call, why_not_model
-from .refused import CannotCapture
+from .refused import CannotCapture, CaptureFails
 from .stage_cache import EmptyCaches
 
 __all__ = ["Replays"]
@@ -199,7 +199,10 @@ class Replays:
             graph = CapturedPrefill(own, settings, self._adapter, backend, arena, self._added_before(given))
             graph.capture(decoder, plan, given)
         except CannotCapture as error:
-            self._store.note(key, own, str(error))
+            if isinstance(error, CaptureFails) and not self._store:
+                self._refused[self._refusal_key(settings, backend)] = str(error)
+            else:
+                self._store.note(key, own, str(error))
             return str(error)
         self._store.put(key, own, graph)
         return graph
