@@ -1,8 +1,8 @@
-"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...] [-k EXPRESSION]``: Transformers' own tests, also with routing.
+"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...] [-k EXPRESSION]``: Transformers' own tests.
 
-Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers once for each K with every model routed at
-that budget, and without routing the tests that did not pass then. Prints which of these come out differently, in how
-many tests prefills were routed, and why models were not. Exits with 1 if a test differs at keep=1.
+Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers once for each K, with every model routed
+at that budget, and without routing the tests that did not pass then. Prints which of these come out differently, in
+how many tests prefills were routed, and why models were not. Exits with 1 if a test differs at keep=1.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def compare(checkout: Path, kind: str, budgets: Iterable[float], choice: str) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python tests/upstream/upstream.py", description=__doc__)
     parser.add_argument("checkout", type=Path, help="of Transformers, at the release that is installed")
-    parser.add_argument("types", nargs="*", default=MAIN_TYPES, help=f"folders of tests/models ({' '.join(MAIN_TYPES)})")
+    parser.add_argument(
+        "types", nargs="*", default=MAIN_TYPES, help=f"folders of tests/models ({' '.join(MAIN_TYPES)})"
+    )
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0], help="budgets (1.0)")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="pytest's choice of tests by name")
     options = parser.parse_args(arguments)
