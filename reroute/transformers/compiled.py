@@ -35,10 +35,10 @@ def is_step(kwargs: Mapping[str, Any]) -> bool:
         return False
     is_routed = False
     for layer in cache.layers:
-        if isinstance(layer, RoutedLayer):
+        if isinstance(layer, GuardedLayer | GuardedRecurrentLayer):
             is_routed = True
-            if layer.earlier is not None:
-                return False
+        if isinstance(layer, RoutedLayer) and layer.earlier is not None:
+            return False
     return is_routed
 
 

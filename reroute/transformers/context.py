@@ -27,7 +27,6 @@ from .cache import (
     guard,
     has_stored,
     has_windows,
-    is_guarded,
     is_routed,
     is_static,
     keep_states,
@@ -362,7 +361,7 @@ class DensePrefill(RoutedDecode):
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedDecode``: earlier turns may have left routed layers."""
         self.cache = cache_of(kwargs)
-        self.is_idle = not is_guarded(self.cache)
+        self.is_idle = not is_routed(self.cache)
         return hidden if self.is_idle else super().before_layer(index, hidden, kwargs)
 
 

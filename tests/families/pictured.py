@@ -12,7 +12,7 @@ import transformers
 from tiny_types import LAYERS, PICTURE, SECTION, VIDEO, VOCABULARY, WINDOW, TinyType, axes_of, fill
 from torch import Tensor
 
-__all__ = ["PICTURED", "TEXT", "VISION", "Pictured", "Prompt", "made", "random"]
+__all__ = ["PICTURED", "ROPE", "TEXT", "VISION", "Pictured", "Prompt", "made", "patches", "random"]
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -114,7 +114,7 @@ def _side(seed: int) -> int:
     return 4 + 2 * (seed % 2)
 
 
-def _patches(seed: int) -> dict[str, Tensor]:
+def patches(seed: int) -> dict[str, Tensor]:
     """As Qwen's and GLM's processors give them: 2 x 4 x 4 pixels each, merged 2 x 2."""
     rows, columns = _side(seed), 4
     return {
@@ -131,7 +131,7 @@ def _qwen2_vl() -> Pictured:
         image_token_id=PICTURE,
         video_token_id=VIDEO,
     )
-    return _made("Qwen2VLForConditionalGeneration", config, _patches)
+    return _made("Qwen2VLForConditionalGeneration", config, patches)
 
 
 def _qwen3_vl() -> Pictured:
@@ -148,7 +148,7 @@ def _qwen3_vl() -> Pictured:
         image_token_id=PICTURE,
         video_token_id=VIDEO,
     )
-    return _made("Qwen3VLForConditionalGeneration", config, _patches)
+    return _made("Qwen3VLForConditionalGeneration", config, patches)
 
 
 def _glm4v() -> Pictured:
@@ -159,7 +159,7 @@ def _glm4v() -> Pictured:
         image_token_id=PICTURE,
         video_token_id=VIDEO,
     )
-    return _made("Glm4vForConditionalGeneration", config, _patches)
+    return _made("Glm4vForConditionalGeneration", config, patches)
 
 
 def _internvl() -> Pictured:
@@ -270,7 +270,7 @@ def _qwen3_5() -> Pictured:
         image_token_id=PICTURE,
         video_token_id=VIDEO,
     )
-    return _made("Qwen3_5ForConditionalGeneration", config, _patches)
+    return _made("Qwen3_5ForConditionalGeneration", config, patches)
 
 
 def _lfm2_vl() -> Pictured:

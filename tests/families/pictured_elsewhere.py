@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from pictured import TEXT, VISION, Pictured, made, random
-from tiny_types import LAYERS, LONG_WINDOW, MARKED, PICTURE, TYPES, WINDOW, TinyType, mend_llama4
+from pictured import ROPE, TEXT, VISION, Pictured, made, patches, random
+from tiny_types import LAYERS, LONG_WINDOW, MARKED, PICTURE, TYPES, VIDEO, WINDOW, TinyType, mend_llama4
 from torch import Tensor
+from tweaks import AUDIO
 
 __all__ = ["ELSEWHERE", "chameleon"]
 
@@ -116,5 +117,29 @@ def _grid(seed: int) -> dict[str, Tensor]:
     return {"pixel_values": random(seed, rows * 4, 3 * 8 * 8), "image_grid_hw": torch.tensor([[rows, 4]])}
 
 
-MADE = (_llama4, _idefics2, chameleon, _swin, _kosmos2_5, *[_nemotron_h_omni] * ("nemotron_h_omni" in TYPES))
+def _qwen2_5_omni() -> Pictured:
+    """Before Transformers 5.24 the whole model is its own base, and its child ``model`` the decoder."""
+    sizes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    tokens = {"image_token_id": PICTURE, "video_token_id": VIDEO, "audio_token_id": AUDIO}
+    config = AUTO.Qwen2_5OmniThinkerConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={**sizes, "intermediate_size": 48, "patch_size": 4, "fullatt_block_indexes": [0]},
+        audio_config={"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+        **tokens,
+        vision_start_token_id=AUDIO + 1,
+    )
+    model = made("Qwen2_5OmniThinkerForConditionalGeneration", config)
+    text = getattr(model.model, "language_model", model.model)
+    return Pictured(TinyType(model, text, 3), patches, lambda given: len(given["pixel_values"]) // 4)
+
+
+MADE = (
+    _llama4,
+    _idefics2,
+    chameleon,
+    _swin,
+    _kosmos2_5,
+    _qwen2_5_omni,
+    *[_nemotron_h_omni] * ("nemotron_h_omni" in TYPES),
+)
 ELSEWHERE: dict[str, Callable[[], Pictured]] = {make.__name__.strip("_"): functools.cache(make) for make in MADE}

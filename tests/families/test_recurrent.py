@@ -268,3 +268,17 @@ def test_the_same_answer_in_every_way_of_generation(kind: str) -> None:
             assert generate(plain, num_beams=3) == generate(plain, num_beams=3, use_cache=False)
         if kind == "lfm2_vl":
             assert generate(repeated, prompt_lookup_num_tokens=3) == generate(repeated)
+
+
+@torch.no_grad()
+@STATES
+def test_a_last_layer_with_a_state(kind: str) -> None:
+    """It alone runs fewer rows: no layer lacks keys, and steps after the prompt are routed ones all the same."""
+    tiny, layers, ratios = build(kind, layers=8), (7,), (0.4,)
+    expected = predict(tiny, [*ONE, *TOKENS], layers, ratios, prompt=len(ONE), ranks={7: by_norm})
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(layers, ratios, (Norm(),))) as handle:
+        logits, after, cache = decode(handle, tiny, ONE)
+    near(logits[0], expected.logits[: len(ONE)])
+    near(after[:, 0], expected.logits[len(ONE) :])
+    with pytest.raises(UnsupportedCacheError, match="this forward runs without it"):
+        tiny.model(input_ids=torch.tensor([[5]]), use_cache=True, **{CACHE: cache})

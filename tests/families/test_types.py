@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from models import CACHE, TRANSFORMERS
 from tiny_types import MARKED, PICTURE, RECURRENT, SLIDING, TYPES, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
+from tweaks import TWEAKS
 
 import reroute
 from reroute.errors import RerouteError
@@ -91,7 +93,7 @@ ALIKE = (
     "vipllava",
 )
 """Types whose decoder is one that another type has too: Llama, Qwen2, Qwen3, GLM-4V."""
-LATER = ("granite4_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+LATER = ("granite4_vision",)
 """Types that the oldest supported release makes of other parts."""
 SINGULAR = ("chameleon", "ernie4_5_vl_moe", "fuyu", "hunyuan_vl", "kimi_k25", "kosmos-2.5")
 """Types whose attention or experts are like no others'."""
@@ -123,6 +125,23 @@ def test_a_type_against_the_oracle(kind: str, action: Any, attention: str) -> No
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, TWO), use_cache=False).logits, plain)
+
+
+@torch.no_grad()
+def test_tables_of_two_of_three_position_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections need not be as many as the ids that a token has."""
+
+    def shorter(config: Any, usual: Any = TWEAKS["glm4v_moe"]) -> None:
+        usual(config)
+        config.text_config.rope_parameters["mrope_section"] = [1, 1]
+
+    monkeypatch.setitem(TWEAKS, "glm4v_moe", shorter)
+    tiny = replace(build.__wrapped__("glm4v_moe"), axes=3)
+    expected = predict(tiny, [*ONE, 7], LAYERS, RATIOS, prompt=len(ONE))
+    with reroute.enable(tiny.model, schedule=reroute.Schedule(LAYERS, RATIOS)) as handle:
+        logits, after = run(handle, tiny, ONE)
+    near(logits[0], expected.logits[:-1])
+    near(after[0], expected.logits[-1:])
 
 
 def test_kinds_of_tokens_in_turns_that_choose_again() -> None:

@@ -56,12 +56,11 @@ __all__ = [
 TYPES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """Every type and the name of its class."""
 PLACES = {
-    "chameleon": ("model",),
     "kosmos-2.5": ("text_model", "model"),
     "llama4": ("language_model", "model"),
     "nemotron_h_omni": ("language_model", "model"),
 }
-"""Children that lead to the decoder, of types whose model has it in another place than its child ``model``."""
+"""Children that lead to the decoder, of types that have it elsewhere than in their child ``model``, or as that."""
 SLIDING = (
     "aya_vision",
     "cohere2_vision",
@@ -159,6 +158,8 @@ def build(kind: str, attention: str = "eager", layers: int = LAYERS) -> TinyType
         model: Any = getattr(transformers, TYPES[kind])(configuration(kind, layers)).eval()
     if kind in PLACES:
         *path, name = PLACES[kind]
+    elif hasattr(model.model, "layers"):
+        path, name = [], "model"
     else:
         path, name = ["model"], "language_model" if hasattr(model.model, "language_model") else "text_model"
     base = functools.reduce(getattr, path, model)

@@ -42,7 +42,7 @@ def test_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert lines[0] == "llava, keep=1: 3 tests, 2 of them routed, 0 differ"
     assert lines[1].startswith(f"{refused}Routing layer 1 does not exist")
     assert lines[2] == "llava, keep=0.5: 3 tests, 2 of them routed, 1 differ"
-    assert lines[3].startswith("  test_modeling_llava::test_that_minds_routing: passed, and failure with routing.")
+    assert lines[3].startswith("  test_that_minds_routing: passed, and failure with routing.")
     assert "its tokens" in lines[3]
     assert lines[4].startswith(f"{refused}keep = 0.5 is out of reach")
 

@@ -1,8 +1,8 @@
-"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...]``: Transformers' own tests, also with routing.
+"""``python tests/upstream/upstream.py CHECKOUT [TYPE ...] [--keep K ...] [-k EXPRESSION]``: Transformers' own tests.
 
-Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers without routing, and once for each K with
-every model routed at that budget, and prints the tests that come out differently, in how many of them prefills were
-routed, and why models were not. Exits with 1 if a test differs at keep=1.
+Runs ``tests/models/TYPE/test_modeling_TYPE.py`` of a checkout of Transformers once for each K, with every model routed
+at that budget, and without routing the tests that did not pass then. Prints which of these come out differently, in
+how many tests prefills were routed, and why models were not. Exits with 1 if a test differs at keep=1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,15 +34,16 @@ class Run:
     refused: Counter[str]
 
 
-def read(report: Path) -> Run:
-    """A JUnit report. A test with subtests fails if one of them does."""
+def read(report: Path, module: str) -> Run:
+    """A JUnit report of tests of ``module``. A test with subtests fails if one of them does."""
     found: dict[str, tuple[str, str]] = {}
     routed, refused = 0, Counter[str]()
     for case in ElementTree.parse(report).iter("testcase"):
         notes = [(note.get("name"), note.get("value", "")) for note in case.iter("property")]
         routed += any(name == "prefills" and value != "0" for name, value in notes)
         refused.update(value for name, value in notes if name == "refused")
-        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        classes = case.get("classname", "").removeprefix(module).split(".")[1:]
+        name = "::".join([*classes, case.get("name", "")])
         result = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = ("passed", "") if result is None else (result.tag, result.get("message") or "")
         if name not in found or found[name][0] not in ("failure", "error"):
@@ -50,25 +51,25 @@ def read(report: Path) -> Run:
     return Run(found, routed, refused)
 
 
-def run(checkout: Path, kind: str, keep: float | None) -> Run:
-    """Of the tests of one type, routed at budget ``keep``, or not at all.
+def run(checkout: Path, kind: str, keep: float | None, only: Iterable[str] = (), choice: str = "") -> Run:
+    """Of the tests of one type, or ``only`` of some, routed at budget ``keep``, or not at all; ``choice``: pytest's -k.
 
     Raises:
         SystemExit: the tests cannot be collected.
     """
     with TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report, file = Path(folder) / "report.xml", f"tests/models/{kind}/test_modeling_{kind}.py"
+        tests = [f"{file}::{name}" for name in only] or [file]
         routed = [] if keep is None else ["--keep", str(keep)]
-        command = ["-m", "pytest", f"tests/models/{kind}/test_modeling_{kind}.py", "-p", "upstream_routing", *routed]
         options = ["-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", "--junitxml", str(report)]
+        chosen = ["-k", choice] if choice else []
+        command = [sys.executable, "-m", "pytest", *tests, *chosen, "-p", "upstream_routing", *routed, *options]
         path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        ended = subprocess.run(
-            [sys.executable, *command, *options], cwd=checkout, env=environment, capture_output=True, text=True
-        )
+        ended = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if ended.returncode not in (0, 1):  # 1: tests failed
             sys.exit(f"{kind}: pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
-        return read(report)
+        return read(report, file.removesuffix(".py").replace("/", "."))
 
 
 def first_line(message: str) -> str:
@@ -76,14 +77,25 @@ def first_line(message: str) -> str:
 
 
 def differences(plain: Run, routed: Run) -> list[str]:
-    """A line for each test that came out differently."""
-    missing, names = ("not run", ""), sorted({*plain.outcomes, *routed.outcomes})
-    pairs = {name: (plain.outcomes.get(name, missing), routed.outcomes.get(name, missing)) for name in names}
+    """A line for each test of both that came out differently."""
+    pairs = {name: (plain.outcomes[name], after) for name, after in routed.outcomes.items() if name in plain.outcomes}
     return [
         f"  {name}: {before[0]}, and {after[0]} with routing. {first_line(after[1])}".rstrip()
-        for name, (before, after) in pairs.items()
+        for name, (before, after) in sorted(pairs.items())
         if before[0] != after[0]
     ]
+
+
+def compare(checkout: Path, kind: str, budgets: Iterable[float], choice: str) -> bool:
+    """Print what differs in the tests of one type at each of ``budgets``; return whether something does at 1."""
+    runs = {keep: run(checkout, kind, keep, choice=choice) for keep in budgets}
+    failed = {name for routed in runs.values() for name, (came, _) in routed.outcomes.items() if came != "passed"}
+    plain = run(checkout, kind, None, sorted(failed)) if failed else Run({}, 0, Counter())
+    for keep, routed in runs.items():
+        lines, tests = differences(plain, routed), f"{len(routed.outcomes)} tests, {routed.routed} of them routed"
+        refused = [f"  {count} times: {why}" for why, count in routed.refused.most_common()]
+        print(f"{kind}, keep={keep:g}: {tests}, {len(lines)} differ", *lines, *refused, sep="\n", flush=True)
+    return 1 in runs and bool(differences(plain, runs[1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,17 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "types", nargs="*", default=MAIN_TYPES, help=f"folders of tests/models ({' '.join(MAIN_TYPES)})"
     )
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0], help="budgets (1.0)")
+    parser.add_argument("-k", metavar="EXPRESSION", default="", help="pytest's choice of tests by name")
     options = parser.parse_args(arguments)
-    differs_at_one = False
-    for kind in options.types:
-        plain = run(options.checkout, kind, None)
-        for keep in options.keep:
-            routed = run(options.checkout, kind, keep)
-            lines, tests = differences(plain, routed), f"{len(plain.outcomes)} tests, {routed.routed} of them routed"
-            refused = [f"  {count} times: {why}" for why, count in routed.refused.most_common()]
-            print(f"{kind}, keep={keep:g}: {tests}, {len(lines)} differ", *lines, *refused, sep="\n", flush=True)
-            differs_at_one |= keep == 1 and bool(lines)
-    sys.exit(int(differs_at_one))
+    differs_at_one = [compare(options.checkout, kind, options.keep, options.k) for kind in options.types]
+    sys.exit(int(any(differs_at_one)))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ def child(module: Any, *names: str) -> Any:
 
 
 def base_of(model: Any) -> Any:
-    """What a whole ``model`` calls to get hidden states: its child ``model``, or itself if it has the decoder.
+    """What a whole ``model`` calls to get hidden states: its child ``model``, or itself if it calls the decoder.
 
     Raises:
         UnsupportedModelError: it has neither, as parts of models.
     """
-    return model if _has_headed_decoder(model) else child(model, "model")
+    return model if _has_headed_decoder(model) or _places_pictures(model) else child(model, "model")
 
 
 def decoder_path(base: Any) -> tuple[str, ...]:
@@ -60,6 +60,8 @@ def decoder_path(base: Any) -> tuple[str, ...]:
     Raises:
         UnsupportedModelError: there is no decoder of a known name.
     """
+    if _places_pictures(base):
+        return ("model",)
     child(base, *DECODERS, "layers")
     names = [name for name in DECODERS if getattr(base, name, None) is not None][:1]
     return (*names, "model") if _has_headed_decoder(base) else tuple(names)
@@ -78,6 +80,12 @@ def _has_headed_decoder(module: Any) -> bool:
     return hasattr(text, "lm_head") and hasattr(text, "model")
 
 
+def _places_pictures(model: Any) -> bool:
+    """Whether the child ``model`` of ``model`` is the decoder alone, which is shown neither ids nor pictures."""
+    text = getattr(model, "model", None)
+    return hasattr(text, "layers") and "pixel_values" in set(parameters(model)).difference(parameters(text))
+
+
 def final_norm(text: Any) -> Any:
     """The norm behind the last layer of the decoder. Raises what ``child`` does."""
     return child(text, *FINAL_NORMS)
@@ -88,7 +96,7 @@ def position_axes(base: Any, text: Any) -> int:
     sections = getattr(getattr(text, "rotary_emb", None), "mrope_section", None)
     if isinstance(sections, Mapping):  # of each kind of layers
         sections = next(iter(sections.values()), None)
-    return len(sections) if sections else 3 if hasattr(base, "compute_3d_position_ids") else 1
+    return max(len(sections or ()), 3 if hasattr(base, "compute_3d_position_ids") else 1)
 
 
 def stops_early(text: Any) -> bool:

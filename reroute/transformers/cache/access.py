@@ -52,7 +52,6 @@ __all__ = [
     "has_quantized",
     "has_stored",
     "has_windows",
-    "is_guarded",
     "is_renumbered",
     "is_routed",
     "is_static",
@@ -152,14 +151,14 @@ def _agree(first: Any, last: Any) -> bool:
     return isinstance(first, torch.Tensor) or isinstance(last, torch.Tensor) or first == last
 
 
-def _has(cache: Cache | None, kind: type[Any]) -> bool:
-    """Whether ``cache`` has a layer of ``kind``. Each decoding step asks, and ``isinstance`` of an ABC takes time."""
-    return any(kind in its.__mro__ for its in set(map(type, getattr(cache, "layers", ()))))
+def _has(cache: Cache | None, *kinds: type[Any]) -> bool:
+    """Whether ``cache`` has a layer of ``kinds``. Each decoding step asks, and ``isinstance`` of an ABC takes time."""
+    return any(kind in its.__mro__ for its in set(map(type, getattr(cache, "layers", ()))) for kind in kinds)
 
 
 def is_routed(cache: Cache | None) -> bool:
-    """Whether some layer of ``cache`` lacks rows."""
-    return _has(cache, RoutedLayer)
+    """Whether some layer of ``cache`` lacks rows, or has a state that lacks some: others are guarded then."""
+    return _has(cache, GuardedLayer, GuardedRecurrentLayer)
 
 
 def routed_layers(cache: Cache) -> Iterator[int]:
@@ -224,11 +223,6 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | GuardedRecu
         return None
     layer = cache.layers[index]
     return layer if isinstance(layer, GuardedLayer | GuardedRecurrentLayer) else None
-
-
-def is_guarded(cache: Cache | None) -> bool:
-    """Whether some layer of ``cache`` takes tokens only when it is allowed to."""
-    return _has(cache, GuardedLayer)
 
 
 def allow_updates(cache: Cache, first: int, may: bool) -> None:
