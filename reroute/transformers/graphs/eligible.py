@@ -23,6 +23,7 @@ from ..cache import cache_of, can_fill
 from ..forward import Kwargs
 from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
+from .masks import is_by_kind
 
 __all__ = ["why_not_call", "why_not_model", "why_not_prompt"]
 
@@ -31,6 +32,8 @@ KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache"
 OF_HEADS = ("logits_to_keep",)
 """Arguments that some base models pass on to a decoder that has no such one, and looks at none it has not."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+EXPERTS = ("grouped_mm", "batched_mm")
+"""Transformers' ways to run mixtures of experts that read nothing on the host; the first is what it chooses."""
 HOST_READS = frozenset({"item", "tolist", "nonzero", "numpy", "cpu", "unique", "unique_consecutive", "masked_select"})
 """What code calls that reads values of tensors on the host, or makes shapes of them."""
 
@@ -85,15 +88,21 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
 
 def _attention(adapter: ModelAdapter) -> Iterator[str]:
     try:
-        if mask_format_of(adapter.text_config) == "additive":
-            yield "eager attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
-        layers = range(len(adapter.layers))
-        other = [i for i in layers if not (adapter.is_full_attention(i) and adapter.sees_only_before(i))]
+        if mask_format_of(adapter.text_config) in ("additive", "block"):
+            name = adapter.text_config._attn_implementation
+            yield f"{name} attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
+        other = [i for i in range(len(adapter.layers)) if not _is_known(adapter, i)]
     except RerouteError as error:
         yield f"not all of its layers are known: {error}"
         return
     if other:
-        yield f"layers {other} slide, keep a state, or see later tokens"
+        yield f"layers {other} keep a state, or the first prompt apart from what comes later, or see later tokens"
+
+
+def _is_known(adapter: ModelAdapter, layer: int) -> bool:
+    """Whether ``layer`` attends to what comes before a token, or to a part of it that is known."""
+    attends = adapter.attends(layer) and adapter.is_known_kind(layer) and not adapter.keeps_prompt(layer)
+    return attends and adapter.sees_only_before(layer)
 
 
 def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Iterator[str]:
@@ -102,8 +111,6 @@ def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Ite
         yield "trace=True asks for what a graph does not give out"
     if config.reopens:
         yield "reopens=True keeps hidden states that a graph does not give out"
-    if adapter.has_several_tables:
-        yield "its layers have rotary tables of their own"
     if schedule.looks:
         yield "its rankers make notes at other layers"
     others = {type(ranker).__name__ for ranker in schedule.rankers if not ranker.within_capacities(backend)}
@@ -114,11 +121,19 @@ def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Ite
 def _reading_on_the_host(text: nn.Module) -> set[str]:
     """Names of classes of modules whose code does."""
     found = set()
-    for kind in {type(module) for module in text.modules()} - {type(text)}:
+    for kind, experts in {(type(module), _experts_of(module)) for module in text.modules()}:
         code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is not None and HOST_READS.intersection(code.co_names):
+        reads = kind is not type(text) and code is not None and HOST_READS.intersection(code.co_names)
+        if reads and experts not in EXPERTS:
             found.add(kind.__name__)
     return found
+
+
+def _experts_of(module: nn.Module) -> str | None:
+    """What Transformers runs instead of the code of ``module``, if those are experts that it can run in several ways."""
+    code = getattr(type(module).forward, "__code__", None)
+    dispatches = code is not None and "_experts_implementation" in code.co_names
+    return str(module.config._experts_implementation) if dispatches else None  # type: ignore[union-attr]
 
 
 def _rope_kinds(adapter: ModelAdapter) -> list[str]:
@@ -157,7 +172,8 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     if asked or not getattr(adapter.text_config, "return_dict", True) or kwargs.get("return_dict") is False:
         yield f"it returns more, or otherwise, than is known ({', '.join(asked) or 'return_dict=False'})"
     mask = kwargs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+    is_plain = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    if not is_plain and not is_by_kind(mask, embeds):
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"
