@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
 from .masks import is_by_kind
 
-__all__ = ["why_not_call", "why_not_model", "why_not_prompt"]
+__all__ = ["why_not_call", "why_not_decoder", "why_not_model", "why_not_prompt"]
 
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
@@ -61,10 +62,13 @@ def why_not_prompt(
 
 def why_not_model(adapter: ModelAdapter, settings: Settings, backend: Backend, state: DecoderState) -> str:
     """Why no prefill of this model under ``settings`` is replayed; empty if some are. ``state``: of its decoder."""
-    reasons = [_decoder(adapter, state), _attention(adapter)]
-    if not settings.keeps_all:
-        reasons.append(_routing(adapter, settings, backend))
-    return next((reason for its in reasons for reason in its), "")
+    routing = () if settings.keeps_all else _routing(adapter, settings, backend)
+    return why_not_decoder(adapter, state) or next(iter(routing), "")
+
+
+def why_not_decoder(adapter: ModelAdapter, state: DecoderState) -> str:
+    """The same, whatever the settings are."""
+    return next(chain(_decoder(adapter, state), _attention(adapter)), "")
 
 
 def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
@@ -89,7 +93,7 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
 def _attention(adapter: ModelAdapter) -> Iterator[str]:
     try:
         if mask_format_of(adapter.text_config) in ("additive", "block"):
-            name = adapter.text_config._attn_implementation
+            name = adapter.text_config._attn_implementation.removesuffix("_attention")
             yield f"{name} attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
         other = [i for i in range(len(adapter.layers)) if not _is_known(adapter, i)]
     except RerouteError as error:
