@@ -115,7 +115,7 @@ class Prefill:
 
     @property
     def sample_rows(self) -> torch.Tensor:
-        """Row within its sample of every row of the present stage, padding not counted, (B, S) int64, -1 for fillers."""
+        """Row within its sample, padding not counted, of every row of the present stage, (B, S), -1 for fillers."""
         return torch.where(self._rows < 0, -1, self._rows - self._tensors.starts[:, None])
 
     @property

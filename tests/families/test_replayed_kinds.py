@@ -64,7 +64,8 @@ def settings_of(kind: str, action: Any = "route") -> dict[str, Any]:
 
 def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Tensor]:
     """The output of a prefill, its cache copied, and the logits of three tokens after it."""
-    given, cache = batch(tiny, *prompts), DynamicCache(config=tiny.text.config)
+    given = batch(tiny, *prompts)
+    cache: Any = DynamicCache(config=tiny.text.config)
     with handle.using(plan(handle, given)):
         output = tiny.model(**given, **{CACHE: cache}, use_cache=True)
     use, after = handle.stats().graph, []
@@ -155,7 +156,7 @@ def test_without_fillers_bit_for_bit(kind: str) -> None:
             assert torch.equal(its[2], other[2])
 
 
-# --- masks that are given ----------------------------------------------------------------------------------------------
+# --- masks that are given ---------------------------------------------------------------------------------------------
 
 
 def family() -> Pictured:
@@ -198,7 +199,7 @@ def test_two_recordings_with_masks_are_one(tapes: list[Tape]) -> None:
     assert first.signature == second.signature
 
 
-# --- what each part is for ---------------------------------------------------------------------------------------------
+# --- what each part is for --------------------------------------------------------------------------------------------
 
 
 def differs(one: Tensor, other: Tensor) -> bool:

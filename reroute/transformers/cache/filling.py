@@ -86,7 +86,7 @@ def _copy(cache: Cache, first: int, layers: Sequence[Any], keys_and_values: Sequ
             if layer.cumulative_length.is_inference():  # it could not be written outside of inference mode
                 layer.cumulative_length = layer.cumulative_length.clone()
             usual = give_room(cache, index, room_for(layer, lacks))
-            layer.lazy_initialization(*keys_and_values[:2])
+            layer.lazy_initialization(*keys_and_values[2 * (index - first) :][:2])
             give_room(cache, index, usual)
         places += [layer.keys[..., :count, :], layer.values[..., :count, :]]
     torch._foreach_copy_(places, list(keys_and_values))

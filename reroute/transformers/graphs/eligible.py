@@ -31,7 +31,7 @@ __all__ = ["why_not_call", "why_not_decoder", "why_not_model", "why_not_prompt"]
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
 OF_HEADS = ("logits_to_keep",)
-"""Arguments that some base models pass on to a decoder that has no such one, and looks at none it has not."""
+"""Arguments that some base models pass on to their decoder, which does not look at them if it has no such one."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 EXPERTS = ("grouped_mm", "batched_mm")
 """Transformers' ways to run mixtures of experts that read nothing on the host; the first is what it chooses."""
@@ -81,6 +81,11 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield "its decoder is in training mode"
     if adapter.decoder_embeds:
         yield "its decoder makes hidden states of ids and pictures itself"
+    if adapter.reads_kinds:
+        yield "its layers are told the kinds of tokens"
+    looks = [name for name in OF_HEADS if name in adapter.text_parameters]
+    if looks:
+        yield f"its decoder looks at {', '.join(looks)}"
     reading = sorted(_reading_on_the_host(text))
     if reading:
         yield f"{', '.join(reading)} read values on the host"
@@ -134,7 +139,7 @@ def _reading_on_the_host(text: nn.Module) -> set[str]:
 
 
 def _experts_of(module: nn.Module) -> str | None:
-    """What Transformers runs instead of the code of ``module``, if those are experts that it can run in several ways."""
+    """What Transformers runs instead of the code of ``module``, if these are experts, and it has several ways to."""
     code = getattr(type(module).forward, "__code__", None)
     dispatches = code is not None and "_experts_implementation" in code.co_names
     return str(module.config._experts_implementation) if dispatches else None  # type: ignore[union-attr]
@@ -166,7 +171,7 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
         yield "there are hooks for all modules"
     features = Features.given(kwargs)
-    known = {*KNOWN, *(name for name in OF_HEADS if name not in adapter.text_parameters)}
+    known = {*KNOWN, *OF_HEADS}
     if features is not None:
         known |= {features.form.argument, features.form.mask}
     others = [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
