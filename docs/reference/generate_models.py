@@ -26,8 +26,8 @@ configurations of a type may differ from this page, and types that are not on it
 - **{routed} of {all} are routed**, {by_file} of them with a file of their own: for rankers that look at pictures, or
   for a fact that cannot be found out.
 - {never} are refused: they cannot be right, or have nothing to save.
-- {graphs} of those that are routed can be replayed with [graphs=True](../guides/cuda-graphs.md), as they are by default;
-  of the others *no graphs* says why.
+- {graphs} of those that are routed are replayed with [graphs=True](../guides/cuda-graphs.md), configured as they are by
+  default; of the others *no graphs* says why.
 
 | type | class | | why, or how |
 |---|---|---|---|
@@ -43,6 +43,8 @@ LIMITS = {
 
 
 NO_GRAPHS = "no graphs: "
+"""What comes before the reason why a type runs eagerly with ``graphs=True``."""
+
 KINDS = {
     "sliding_attention": "sliding layers",
     "chunked_attention": "chunked layers",

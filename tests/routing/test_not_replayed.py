@@ -212,10 +212,10 @@ def test_layers_that_see_later_tokens_or_are_not_known(tapes: list[Tape], monkey
     tiny = models.tiny("llava-gqa")
     with monkeypatch.context() as patch:
         patch.setattr(ModelAdapter, "sees_only_before", lambda self, layer: layer != 3)
-        assert "layers [3] keep a state, or the first prompt apart" in why(tiny, inputs_of(tiny), rules=DENSE)
+        assert "layers [3] see later tokens" in why(tiny, inputs_of(tiny), rules=DENSE)
     with monkeypatch.context() as patch:
         patch.setattr(ModelAdapter, "keeps_prompt", lambda self, layer: layer == 1)
-        assert "layers [1] keep a state" in why(tiny, inputs_of(tiny), rules=DENSE)
+        assert "layers [1] keep the first prompt apart" in why(tiny, inputs_of(tiny), rules=DENSE)
     assert not tapes
 
 

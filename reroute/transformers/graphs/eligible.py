@@ -100,18 +100,25 @@ def _attention(adapter: ModelAdapter) -> Iterator[str]:
         if mask_format_of(adapter.text_config) in ("additive", "block"):
             name = adapter.text_config._attn_implementation.removesuffix("_attention")
             yield f"{name} attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
-        other = [i for i in range(len(adapter.layers)) if not _is_known(adapter, i)]
+        others = _other_layers(adapter)
     except RerouteError as error:
         yield f"not all of its layers are known: {error}"
         return
-    if other:
-        yield f"layers {other} keep a state, or the first prompt apart from what comes later, or see later tokens"
+    for what, layers in others.items():
+        if layers:
+            yield f"layers {layers} {what}"
 
 
-def _is_known(adapter: ModelAdapter, layer: int) -> bool:
-    """Whether ``layer`` attends to what comes before a token, or to a part of it that is known."""
-    attends = adapter.attends(layer) and adapter.is_known_kind(layer) and not adapter.keeps_prompt(layer)
-    return attends and adapter.sees_only_before(layer)
+def _other_layers(adapter: ModelAdapter) -> dict[str, list[int]]:
+    """Which layers do not attend to what comes before a token, or to a part of it that is known; by what they do."""
+    layers = range(len(adapter.layers))
+    attending = [i for i in layers if adapter.attends(i)]
+    return {
+        "keep a state, or take each row by itself": [i for i in layers if i not in attending],
+        "keep the first prompt apart from what comes later": [i for i in attending if adapter.keeps_prompt(i)],
+        "see later tokens": [i for i in attending if not adapter.sees_only_before(i)],
+        "attend in a way that is not known": [i for i in attending if not adapter.is_known_kind(i)],
+    }
 
 
 def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Iterator[str]:
