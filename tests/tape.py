@@ -119,4 +119,5 @@ def _poison(tensor: Tensor) -> None:
     if tensor.dtype == torch.bool:
         whole.fill_(True)
     else:
-        whole.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
+        has_nan = tensor.is_floating_point() or tensor.is_complex()
+        whole.fill_(torch.nan if has_nan else torch.iinfo(tensor.dtype).max // 2)

@@ -58,8 +58,8 @@ REPLAY_HOST = 0.5e-3  # seconds until the graph is launched, a plan among them: 
 LAYER_LAUNCHES = 36  # of a decoder layer, which ``HOST`` is the time of
 
 FORMULA = f"""\
-    replay = {1e3 * REPLAY_HOST:.1f} ms of host time + the prefill as a graph, in rows of its class: whole tiles of 64, or parts of
-             them where few rows of a batch make whole ones together
+    replay = {1e3 * REPLAY_HOST:.1f} ms of host time + the prefill as a graph, in rows of its class:
+             whole tiles of 64, or parts of them where few rows of a batch make whole ones together
              + copies, read and written: embeddings in, keys and values out, hidden states out twice;
              of a routed one also a clear home; {1e6 * GRAPH_LAUNCH:.1f} µs a launch
     tower  = max(products + attention of all pairs + elementwise as above, launches / {LAYER_LAUNCHES} of the host time

@@ -26,6 +26,8 @@ configurations of a type may differ from this page, and types that are not on it
 - **{routed} of {all} are routed**, {by_file} of them with a file of their own: for rankers that look at pictures, or
   for a fact that cannot be found out.
 - {never} are refused: they cannot be right, or have nothing to save.
+- {graphs} of those that are routed are replayed with [graphs=True](../guides/cuda-graphs.md), configured as they are by
+  default; of the others *no graphs* says why.
 
 | type | class | | why, or how |
 |---|---|---|---|
@@ -39,6 +41,9 @@ LIMITS = {
 }
 """What of a type is not routed, or is peculiar."""
 
+
+NO_GRAPHS = "no graphs: "
+"""What comes before the reason why a type runs eagerly with ``graphs=True``."""
 
 KINDS = {
     "sliding_attention": "sliding layers",
@@ -62,6 +67,7 @@ def page() -> str:
     transformers.logging.set_verbosity_error()
     rows = {kind: _row(kind) for kind in sorted(TYPES)}
     counts = {"routed": len(set(ROUTED) & rows.keys()), "never": len(REFUSED.keys() & rows.keys())}
+    counts["graphs"] = counts["routed"] - sum(NO_GRAPHS in why for _, why in rows.values())
     by_file = len(FAMILIES.keys() & rows.keys())
     head = HEAD.format(version=transformers.__version__, all=len(rows), by_file=by_file, **counts)
     lines = (f"| {kind} | `{TYPES[kind]}` | {status} | {why} |" for kind, (status, why) in rows.items())
@@ -95,10 +101,11 @@ def _notes(kind: str) -> list[str] | str:
     from reroute.rankers import LastTokenAttention
     from reroute.transformers import adapter_of
     from reroute.transformers.adapters.projections import projections_of
+    from reroute.transformers.graphs import DecoderState, why_not_decoder
 
     try:
         with torch.device("meta"):
-            model: Any = getattr(transformers, TYPES[kind])(configuration(kind))
+            model: Any = getattr(transformers, TYPES[kind])(configuration(kind)).eval()
     except Exception as error:
         return f"not built here ({type(error).__name__} in its default configuration)"
     try:
@@ -123,7 +130,9 @@ def _notes(kind: str) -> list[str] | str:
     notes += ["a gate behind each query"] if facts.has_query_gate else []
     notes += [projections.kind] if projections.kind else []
     notes += ["M-RoPE"] if adapter.position_axes > 1 else []
-    return notes + ([] if facts.is_causal else ["pictures see both ways"])
+    notes += [] if facts.is_causal else ["pictures see both ways"]
+    why = why_not_decoder(adapter, DecoderState(adapter.text))
+    return notes + ([f"{NO_GRAPHS}{why}"] if why else [])
 
 
 def _short(sentence: str) -> str:

@@ -114,6 +114,11 @@ class Prefill:
         return self._positions
 
     @property
+    def sample_rows(self) -> torch.Tensor:
+        """Row within its sample, padding not counted, of every row of the present stage, (B, S), -1 for fillers."""
+        return torch.where(self._rows < 0, -1, self._rows - self._tensors.starts[:, None])
+
+    @property
     def has_fillers(self) -> bool:
         """True if some sample is shorter than the compact length of the present stage."""
         return min(self.plan.active(self.stage)) < self.plan.width(self.stage)

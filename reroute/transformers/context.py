@@ -112,7 +112,7 @@ class RoutedPrefill(ForwardContext):
             kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
         for name in PER_TOKEN:
             if kwargs.get(name) is not None:
-                kwargs[name] = _at(self.prefill.positions, kwargs[name].unsqueeze(-1)).squeeze(-1)
+                kwargs[name] = _at(self._given_rows(self.prefill), kwargs[name].unsqueeze(-1)).squeeze(-1)
         return hidden
 
     def after_layer(self, index: int, output: torch.Tensor) -> torch.Tensor:
@@ -263,6 +263,14 @@ class RoutedPrefill(ForwardContext):
             self._usual_room = index, give_room(self.cache, index, room.rows)
         return stage
 
+    def _given_rows(self, prefill: Prefill) -> torch.Tensor:
+        """Where each row that runs is (B, S) in what the decoder gives its layers for all rows, -1 for fillers."""
+        return prefill.positions
+
+    def _has_fillers(self, prefill: Prefill, mask: Any) -> bool:
+        """Whether a layer that is given ``mask`` needs one on account of fillers."""
+        return prefill.has_fillers
+
     def _rows_in_order(self, prefill: Prefill, index: int, kwargs: Kwargs) -> Kwargs:
         """What layer ``index`` gets, which keeps a state: which rows are there. Fillers come first, and change none."""
         self._allow_update(self.cache, index)
@@ -270,7 +278,7 @@ class RoutedPrefill(ForwardContext):
         return {"attention_mask": mask, **self._places_of_rows(prefill, kwargs)}
 
     def _make_stage(self, prefill: Prefill, held: Held, kwargs: Kwargs, dtype: torch.dtype) -> Stage:
-        plan, rows = self.plan, prefill.positions
+        plan, rows = self.plan, self._given_rows(prefill)
         mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         positions = torch.where(rows < 0, -1, rows + plan.past) if plan.past else rows
         if held.layer is not None:
@@ -281,7 +289,7 @@ class RoutedPrefill(ForwardContext):
         stored = positions.shape[1]
         visible = held.visible + rows.shape[1] if held.room is None else held.room.rows
         listed, positions, beyond = with_room(positions, self._end, held.room)
-        has_fillers = prefill.has_fillers or (held.layer is not None and held.layer.rows.has_fillers)
+        has_fillers = self._has_fillers(prefill, mask) or (held.layer is not None and held.layer.rows.has_fillers)
         adapted = {
             "attention_mask": prefill_mask(
                 None if plan.reopened else mask,  # that is of the new tokens alone
@@ -307,8 +315,8 @@ class RoutedPrefill(ForwardContext):
         # Flash attention would take gaps in the ids for borders between packed sequences.
         places: Kwargs = {"position_ids": None if self._mask_format == "padding" else running.ids}
         if tables is not None:
-            own = self._own_tables(kwargs)
-            cos, sin = (running.cos, running.sin) if own is None else (_at(prefill.positions, its) for its in own)
+            own, at = self._own_tables(kwargs), self._given_rows(prefill)
+            cos, sin = (running.cos, running.sin) if own is None else (_at(at, its) for its in own)
             places["position_embeddings"] = in_form_of(tables, cos, sin)
         return places
 

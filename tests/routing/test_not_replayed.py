@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from attentions import FLASH, attention_of
+from attentions import FLASH, FLEX, attention_of
 from models import CACHE, Tiny
 from oracle import Rules
 from replays import GRAPHS, capture, replayed, route, same_outputs
@@ -198,23 +198,24 @@ def test_rotary_tables_by_the_largest_position(tapes: list[Tape]) -> None:
     assert not tapes
 
 
-def test_eager_attention(tiny: Tiny, tapes: list[Tape]) -> None:
+def test_attention_that_needs_masks(tiny: Tiny, tapes: list[Tape]) -> None:
     with attention_of(tiny, "eager"):
         assert "eager attention needs a mask" in why(tiny, inputs_of(tiny))
+    with attention_of(tiny, FLEX):  # which sees everything without one
+        assert "flex attention needs a mask" in why(tiny, inputs_of(tiny))
     assert not tapes
 
 
-def test_several_tables_and_layers_that_see_later_tokens(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_see_later_tokens_or_are_not_known(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     from reroute.transformers import ModelAdapter
 
     tiny = models.tiny("llava-gqa")
     with monkeypatch.context() as patch:
         patch.setattr(ModelAdapter, "sees_only_before", lambda self, layer: layer != 3)
-        assert "layers [3] slide, keep a state, or see later tokens" in why(tiny, inputs_of(tiny), rules=DENSE)
+        assert "layers [3] see later tokens" in why(tiny, inputs_of(tiny), rules=DENSE)
     with monkeypatch.context() as patch:
-        patch.setattr(ModelAdapter, "is_full_attention", lambda self, layer: layer != 1)
-        patch.setattr(ModelAdapter, "may_decide", lambda self, layer, ranker: True)
-        assert "layers [1] slide" in why(tiny, inputs_of(tiny), rules=DENSE)
+        patch.setattr(ModelAdapter, "keeps_prompt", lambda self, layer: layer == 1)
+        assert "layers [1] keep the first prompt apart" in why(tiny, inputs_of(tiny), rules=DENSE)
     assert not tapes
 
 

@@ -113,7 +113,8 @@ def test_parts_of_tiles(tiny: Tiny, batch: int, text: int, pictures: int, monkey
     record_on_tapes(monkeypatch, least=8)
 
     def prompts(seed: int) -> list[Sample]:
-        return [tiny.prompt(seed + b, text - pictures - b, *[tiny.grid, 1] * pictures, b) for b in range(batch)]
+        parts: list[Any] = [tiny.grid, 1] * pictures
+        return [tiny.prompt(seed + b, text - pictures - b, *parts, b) for b in range(batch)]
 
     inputs = tiny.inputs(prompts(0))
     with enable(tiny, TILES):

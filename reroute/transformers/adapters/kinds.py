@@ -94,10 +94,13 @@ class LayerKinds:
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
         """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
-        if self.kind(layer) == CHUNKED:  # which begin behind the padding
-            return end <= int(self.text_config.attention_chunk_size)
-        window = self._window(layer)
-        return window is None or end - start <= window
+        reach = self.reach(layer)
+        begin = 0 if self.kind(layer) == CHUNKED else start  # chunks begin behind the padding
+        return reach is None or end - begin <= reach
+
+    def reach(self, layer: int) -> int | None:
+        """How many tokens the last one of a prompt may see in ``layer``: a window, or a chunk. None: all of them."""
+        return int(self.text_config.attention_chunk_size) if self.kind(layer) == CHUNKED else self._window(layer)
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
         """Whether a method's ``ranker`` may decide before ``layer``: by attention where it sees everything.

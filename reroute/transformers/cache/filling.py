@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from .access import give_room
 from .static import VacantLayer, room_for
@@ -25,7 +32,8 @@ def can_fill(cache: Any, hidden: torch.Tensor) -> bool:
         return all(_may_take(layer, hidden) for layer in cache.layers)
     later = cache.layer_class_to_replicate
     return later in (None, DynamicLayer) and all(
-        type(layer) is DynamicLayer and (layer.keys is None or not layer.keys.numel()) for layer in cache.layers
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.get_seq_length()
+        for layer in cache.layers
     )
 
 
@@ -42,8 +50,9 @@ def _may_take(layer: Any, hidden: torch.Tensor) -> bool:
 def fill_layers(cache: Cache, first: int, keys_and_values: Sequence[torch.Tensor], lacks: int) -> None:
     """Let layers of ``cache`` from ``first`` on, which are empty, hold k, v, k, v, … (B, G, T, D).
 
-    Dynamic ones hold these tensors themselves, where ``update`` would copy them behind what is there. Static ones hold
-    copies, and get room for as many rows as they lack, ``lacks``, less than for tokens.
+    Dynamic ones hold these tensors themselves, or the last rows of them that a window needs, where ``update`` would
+    copy them behind what is there. Static ones hold copies, and get room for as many rows as they lack, ``lacks``, less
+    than for tokens.
     """
     layers: Any = cache.layers
     count = len(keys_and_values) // 2
@@ -54,8 +63,19 @@ def fill_layers(cache: Cache, first: int, keys_and_values: Sequence[torch.Tensor
         _copy(cache, first, filled, keys_and_values, lacks)
         return
     for layer, keys, values in zip(filled, keys_and_values[::2], keys_and_values[1::2], strict=True):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            _fill_window(layer, keys, values)
+            continue
         layer.keys, layer.values, layer.is_initialized = keys, values, True
         layer.dtype, layer.device = keys.dtype, keys.device
+
+
+def _fill_window(layer: DynamicSlidingWindowLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let ``layer`` keep what the next token sees, or all while it records what it may have to give back."""
+    layer.lazy_initialization(keys, values)
+    layer.cumulative_length = keys.shape[-2]
+    first = 0 if layer.record_past else 1 - layer.sliding_window
+    layer.keys, layer.values = keys[..., first:, :], values[..., first:, :]
 
 
 def _copy(cache: Cache, first: int, layers: Sequence[Any], keys_and_values: Sequence[torch.Tensor], lacks: int) -> None:
@@ -66,7 +86,7 @@ def _copy(cache: Cache, first: int, layers: Sequence[Any], keys_and_values: Sequ
             if layer.cumulative_length.is_inference():  # it could not be written outside of inference mode
                 layer.cumulative_length = layer.cumulative_length.clone()
             usual = give_room(cache, index, room_for(layer, lacks))
-            layer.lazy_initialization(*keys_and_values[:2])
+            layer.lazy_initialization(*keys_and_values[2 * (index - first) :][:2])
             give_room(cache, index, usual)
         places += [layer.keys[..., :count, :], layer.values[..., :count, :]]
     torch._foreach_copy_(places, list(keys_and_values))

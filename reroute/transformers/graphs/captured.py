@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,11 +16,13 @@ from reroute_kernels.upload import upload_to
 
 from ...config import Settings
 from ...core.plan import Plan
+from ...core.prefill import Prefill
 from ...graphs import Alignment, Arena, ClassPlan, PromptTable, ShapeClass, StaticHome, class_tensors
 from ..adapters import Features, ModelAdapter
 from ..context import RoutedPrefill
 from ..forward import FORWARD, ForwardContext, Kwargs
 from .added import AddedStates
+from .masks import GivenMasks
 from .refused import CannotCapture, CaptureFails
 from .stage_cache import StageCache
 
@@ -38,11 +40,13 @@ class Given:
     - ``embeds`` (B, L', C).
     - ``positions``: position ids (B or 1, L'), or (axes, B or 1, L') of M-RoPE; None: 0, 1, 2, …
     - ``features``: of the pictures, that it adds between its layers.
+    - ``masks``: (B or 1, 1, L', L'), True where visible, or None, by kinds of layers; None: it makes them itself.
     """
 
     embeds: torch.Tensor
     positions: torch.Tensor | None
     features: Features | None = None
+    masks: Mapping[str, torch.Tensor | None] | None = None
 
 
 class CapturedPrefill:
@@ -55,9 +59,15 @@ class CapturedPrefill:
         adapter: ModelAdapter,
         backend: Backend,
         arena: Arena,
+        masks: GivenMasks,
+        masked: frozenset[int],
         added_before: Sequence[int] = (),
     ) -> None:
-        """Nothing is captured yet. ``added_before``: layers before which the decoder adds features of the pictures."""
+        """Nothing is captured yet.
+
+        ``masked``: layers that need the mask which they are given. ``added_before``: layers before which the decoder
+        adds features of the pictures.
+        """
         self.shape_class, self._settings, self._adapter = shape_class, settings, adapter
         self._backend, self._arena = backend, arena
         self._plan: ClassPlan | None = None
@@ -74,7 +84,7 @@ class CapturedPrefill:
             shape_class.home_rows,
         )
         self._cache = StageCache(counts)
-        self._added = AddedStates(added_before)
+        self._added, self._masks, self._masked = AddedStates(added_before), masks, masked
         self._constants: Sequence[torch.Tensor] = ()
         self._replay: Callable[[], None] | None = None
 
@@ -133,7 +143,7 @@ class CapturedPrefill:
         width, dtype = given.embeds.shape[-1], given.embeds.dtype
         states = ((batch, length, width), dtype)
         axes = (batch, length) if self._adapter.renumbers else (self._adapter.position_axes, batch, length)
-        added = self._added.layout(*states)
+        added, masks = self._added.layout(*states), self._masks.layout(batch, length)
         buffers = self._cache.layout if self._cache.is_known else []
         (
             self._embeds,
@@ -152,12 +162,15 @@ class CapturedPrefill:
                 states,
                 ((batch * sum(rows),), torch.int64),
                 *added,
+                *masks,
                 *buffers,
             ]
         )
         self._added.place_in(stored[: len(added)])
+        stored = stored[len(added) :]
+        self._masks.place_in(stored[: len(masks)])
         self._parts = self._table.views(self._packed)
-        self._cache.store_in(stored[len(added) :])
+        self._cache.store_in(stored[len(masks) :])
         if self._plan is not None:
             self._tensors = class_tensors(self._plan, self._table, self._parts)
             self._home = StaticHome(self._backend, self._tensors, home)
@@ -170,6 +183,7 @@ class CapturedPrefill:
         embeds, positions, length = given.embeds, given.positions, given.embeds.shape[1]
         torch.index_select(embeds.flatten(0, 1), 0, sources, out=self._embeds.flatten(0, 1))
         self._added.fill(given.features, sources)
+        self._masks.fill(given.masks, self._parts["sources"], self._parts["beyond"])
         if positions is None:
             torch.remainder(self._parts["sources"], length, out=self._positions)
         else:
@@ -178,22 +192,30 @@ class CapturedPrefill:
 
     # --- what is recorded -------------------------------------------------------------------------------------------
 
+    def _mask(self) -> Any:
+        """What the decoder gets as its mask: those that were given, or none where layers need those that it makes."""
+        if self._masked or self._masks.argument is not None:
+            return self._masks.argument
+        return self._embeds.new_empty(NO_MASK)
+
     def _run(self, decoder: Callable[..., Any]) -> None:
         forward: _RoutedInGraph | _DenseInGraph
         if self._plan is None:
             shape = self.shape_class.batch, self.shape_class.rows[0]
-            forward = _DenseInGraph(self._adapter, shape, self._added)
+            forward = _DenseInGraph(self._adapter, shape, self._added, self._masked)
         else:
             self._home.clear()
             forward = _RoutedInGraph(
-                self._plan, self._settings, self._adapter, lambda *_: self._home, added=self._added
+                *(self._plan, self._settings, self._adapter, lambda *_: self._home),
+                added=self._added,
+                masked=self._masked,
             )
         cache = self._cache.cache
         name = "cache" if "cache" in inspect.signature(self._adapter.text.forward).parameters else "past_key_values"
         try:
             output = decoder(
                 inputs_embeds=self._embeds,
-                attention_mask=self._embeds.new_empty(NO_MASK),
+                attention_mask=self._mask(),
                 position_ids=self._positions + self._parts["beyond"],
                 use_cache=True,
                 **{name: cache, FORWARD: forward},
@@ -211,43 +233,55 @@ class CapturedPrefill:
 
 
 class _RoutedInGraph(RoutedPrefill):
-    """A routed prefill without masks: rows that are fillers come last. ``columns``: positions (B, S) of each stage."""
+    """A routed prefill in which rows that are fillers come last. ``columns``: positions (B, S) of each stage."""
 
-    def __init__(self, *args: Any, added: AddedStates, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, added: AddedStates, masked: frozenset[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._added = added
+        self._added, self._masked = added, masked
         self.columns: list[torch.Tensor] = []
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``RoutedPrefill``."""
-        _look_at_nothing(kwargs)
+        _look_at_nothing(kwargs, has_mask=index in self._masked)
         hidden = super().before_layer(index, self._added.add(index, hidden), kwargs)
         if self.prefill is not None and self.prefill.stage == len(self.columns):
             self.columns.append(self.prefill.positions)
         return hidden
 
+    def _given_rows(self, prefill: Prefill) -> torch.Tensor:
+        """See ``RoutedPrefill``: there is no padding."""
+        return prefill.sample_rows
+
+    def _has_fillers(self, prefill: Prefill, mask: Any) -> bool:
+        """See ``RoutedPrefill``: without a mask no row sees one."""
+        return mask is not None
+
 
 class _DenseInGraph(ForwardContext):
-    """A prefill that keeps everything, without masks."""
+    """A prefill that keeps everything."""
 
     columns: Sequence[torch.Tensor] = ()
 
-    def __init__(self, adapter: ModelAdapter, shape: tuple[int, int], added: AddedStates) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, shape: tuple[int, int], added: AddedStates, masked: frozenset[int]
+    ) -> None:
         super().__init__(adapter, shape)
-        self._added = added
+        self._added, self._masked = added, masked
 
     def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
         """See ``ForwardContext``."""
-        _look_at_nothing(kwargs)
+        _look_at_nothing(kwargs, has_mask=index in self._masked)
         return self._added.add(index, hidden)
 
 
-def _look_at_nothing(kwargs: Kwargs) -> None:
+def _look_at_nothing(kwargs: Kwargs, *, has_mask: bool) -> None:
     """Drop what is not needed for causal attention in order, and what attention functions look at on the host.
 
     A mask says nothing here (``NO_MASK``). Position ids show flash attention packed sequences.
     """
-    kwargs.update(attention_mask=None, position_ids=None)
+    kwargs["position_ids"] = None
+    if not has_mask:
+        kwargs["attention_mask"] = None
 
 
 def _cache_field(output: Any, cache: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from ..cache import cache_of, can_fill
 from ..forward import Kwargs
 from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
+from .masks import is_by_kind
 
-__all__ = ["why_not_call", "why_not_model", "why_not_prompt"]
+__all__ = ["why_not_call", "why_not_decoder", "why_not_model", "why_not_prompt"]
 
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache")
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
 OF_HEADS = ("logits_to_keep",)
-"""Arguments that some base models pass on to a decoder that has no such one, and looks at none it has not."""
+"""Arguments that some base models pass on to their decoder, which does not look at them if it has no such one."""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+EXPERTS = ("grouped_mm", "batched_mm")
+"""Transformers' ways to run mixtures of experts that read nothing on the host; the first is what it chooses."""
 HOST_READS = frozenset({"item", "tolist", "nonzero", "numpy", "cpu", "unique", "unique_consecutive", "masked_select"})
 """What code calls that reads values of tensors on the host, or makes shapes of them."""
 
@@ -58,10 +62,13 @@ def why_not_prompt(
 
 def why_not_model(adapter: ModelAdapter, settings: Settings, backend: Backend, state: DecoderState) -> str:
     """Why no prefill of this model under ``settings`` is replayed; empty if some are. ``state``: of its decoder."""
-    reasons = [_decoder(adapter, state), _attention(adapter)]
-    if not settings.keeps_all:
-        reasons.append(_routing(adapter, settings, backend))
-    return next((reason for its in reasons for reason in its), "")
+    routing = () if settings.keeps_all else _routing(adapter, settings, backend)
+    return why_not_decoder(adapter, state) or next(iter(routing), "")
+
+
+def why_not_decoder(adapter: ModelAdapter, state: DecoderState) -> str:
+    """The same, whatever the settings are."""
+    return next(chain(_decoder(adapter, state), _attention(adapter)), "")
 
 
 def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
@@ -74,6 +81,11 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
         yield "its decoder is in training mode"
     if adapter.decoder_embeds:
         yield "its decoder makes hidden states of ids and pictures itself"
+    if adapter.reads_kinds:
+        yield "its layers are told the kinds of tokens"
+    looks = [name for name in OF_HEADS if name in adapter.text_parameters]
+    if looks:
+        yield f"its decoder looks at {', '.join(looks)}"
     reading = sorted(_reading_on_the_host(text))
     if reading:
         yield f"{', '.join(reading)} read values on the host"
@@ -85,15 +97,28 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
 
 def _attention(adapter: ModelAdapter) -> Iterator[str]:
     try:
-        if mask_format_of(adapter.text_config) == "additive":
-            yield "eager attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
-        layers = range(len(adapter.layers))
-        other = [i for i in layers if not (adapter.is_full_attention(i) and adapter.sees_only_before(i))]
+        if mask_format_of(adapter.text_config) in ("additive", "block"):
+            name = adapter.text_config._attn_implementation.removesuffix("_attention")
+            yield f"{name} attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
+        others = _other_layers(adapter)
     except RerouteError as error:
         yield f"not all of its layers are known: {error}"
         return
-    if other:
-        yield f"layers {other} slide, keep a state, or see later tokens"
+    for what, layers in others.items():
+        if layers:
+            yield f"layers {layers} {what}"
+
+
+def _other_layers(adapter: ModelAdapter) -> dict[str, list[int]]:
+    """Which layers do not attend to what comes before a token, or to a part of it that is known; by what they do."""
+    layers = range(len(adapter.layers))
+    attending = [i for i in layers if adapter.attends(i)]
+    return {
+        "keep a state, or take each row by itself": [i for i in layers if i not in attending],
+        "keep the first prompt apart from what comes later": [i for i in attending if adapter.keeps_prompt(i)],
+        "see later tokens": [i for i in attending if not adapter.sees_only_before(i)],
+        "attend in a way that is not known": [i for i in attending if not adapter.is_known_kind(i)],
+    }
 
 
 def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Iterator[str]:
@@ -102,8 +127,6 @@ def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Ite
         yield "trace=True asks for what a graph does not give out"
     if config.reopens:
         yield "reopens=True keeps hidden states that a graph does not give out"
-    if adapter.has_several_tables:
-        yield "its layers have rotary tables of their own"
     if schedule.looks:
         yield "its rankers make notes at other layers"
     others = {type(ranker).__name__ for ranker in schedule.rankers if not ranker.within_capacities(backend)}
@@ -114,11 +137,19 @@ def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Ite
 def _reading_on_the_host(text: nn.Module) -> set[str]:
     """Names of classes of modules whose code does."""
     found = set()
-    for kind in {type(module) for module in text.modules()} - {type(text)}:
+    for kind, experts in {(type(module), _experts_of(module)) for module in text.modules()}:
         code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is not None and HOST_READS.intersection(code.co_names):
+        reads = kind is not type(text) and code is not None and HOST_READS.intersection(code.co_names)
+        if reads and experts not in EXPERTS:
             found.add(kind.__name__)
     return found
+
+
+def _experts_of(module: nn.Module) -> str | None:
+    """What Transformers runs instead of the code of ``module``, if these are experts, and it has several ways to."""
+    code = getattr(type(module).forward, "__code__", None)
+    dispatches = code is not None and "_experts_implementation" in code.co_names
+    return str(module.config._experts_implementation) if dispatches else None  # type: ignore[union-attr]
 
 
 def _rope_kinds(adapter: ModelAdapter) -> list[str]:
@@ -147,7 +178,7 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
         yield "there are hooks for all modules"
     features = Features.given(kwargs)
-    known = {*KNOWN, *(name for name in OF_HEADS if name not in adapter.text_parameters)}
+    known = {*KNOWN, *OF_HEADS}
     if features is not None:
         known |= {features.form.argument, features.form.mask}
     others = [name for name, value in kwargs.items() if name not in known and value is not None and value is not False]
@@ -157,7 +188,8 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     if asked or not getattr(adapter.text_config, "return_dict", True) or kwargs.get("return_dict") is False:
         yield f"it returns more, or otherwise, than is known ({', '.join(asked) or 'return_dict=False'})"
     mask = kwargs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+    is_plain = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    if not is_plain and not is_by_kind(mask, embeds):
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"

@@ -18,12 +18,14 @@ from ...core.plan import Plan
 from ...core.schedule import Schedule
 from ...graphs import RECORDERS, Alignment, Arena, Graphs, GraphStore, GraphUse, ShapeClass, needed_rows, waste
 from ..adapters import FeatureForm, Features, ModelAdapter, added_before
+from ..attention import mask_format_of
 from ..cache import cache_of
 from ..context import DensePrefill, RoutedPrefill
 from ..forward import Kwargs
 from .captured import CapturedPrefill, Given
 from .decoder_state import DecoderState
 from .eligible import why_not_call, why_not_model
+from .masks import GivenMasks
 from .refused import CannotCapture, CaptureFails
 from .stage_cache import EmptyCaches
 
@@ -45,6 +47,7 @@ class Replays:
         self._arena: Arena | None = None
         self._state: DecoderState | None = None
         self._caches: EmptyCaches | None = None
+        self._reaches: dict[int, int] | None = None
         self._refused: dict[Hashable, str] = {}
         self._added: dict[FeatureForm, tuple[int, ...] | None] = {}
 
@@ -102,7 +105,8 @@ class Replays:
         settings, plan, embeds = forward.settings, forward.plan, kwargs["inputs_embeds"]
         backend = self._backend(embeds.device)
         positions = _rotary(kwargs.get("position_ids"), self._adapter.position_axes)
-        given = Given(embeds, positions, Features.given(kwargs))
+        mask = kwargs.get("attention_mask")
+        given = Given(embeds, positions, Features.given(kwargs), mask if isinstance(mask, dict) else None)
         at_hand = self._at_hand(settings, backend, plan, given)
         if at_hand is not None:
             at_hand.replay(plan, given)
@@ -143,13 +147,13 @@ class Replays:
         if self._state is None or self._refused.get(key, "unknown") or not _are_of(given, plan):
             return None
         own = ShapeClass.of(plan)
-        best = self._store.best(self._key(settings, backend, given, own), own, plan.schedule, needed_rows(plan))
+        best = self._store.best(self._key(settings, backend, plan, given, own), own, plan.schedule, needed_rows(plan))
         return best if best is not None and self._state.is_in_place else None
 
     def _why_not_model(self, settings: Settings, backend: Backend) -> str:
         """See ``eligible``; known until the decoder changes, and with it all that was captured is gone."""
         if self._state is None or not self._state.still_is:
-            self._state, self._caches = DecoderState(self._adapter.text), None
+            self._state, self._caches, self._reaches = DecoderState(self._adapter.text), None, None
             self._store.clear()
             self._refused.clear()
             self._added.clear()
@@ -165,7 +169,7 @@ class Replays:
         config = settings.config
         key = (
             (settings.schedule, config.action, config.trace, config.reopens),
-            (backend.name, self._adapter.text_config._attn_implementation),
+            (backend.name, *_implementations(self._adapter)),
         )
         try:
             hash(key)
@@ -188,7 +192,7 @@ class Replays:
         if not _are_of(given, plan):
             return "features that come between its layers are not one for each visual token"
         own, needed, schedule = ShapeClass.of(plan), needed_rows(plan), plan.schedule
-        key = self._key(settings, backend, given, own)
+        key = self._key(settings, backend, plan, given, own)
         best = self._store.best(key, own, schedule, needed)
         if best is not None:
             return best
@@ -196,7 +200,12 @@ class Replays:
         if why:
             return why
         try:
-            graph = CapturedPrefill(own, settings, self._adapter, backend, arena, self._added_before(given))
+            graph = CapturedPrefill(
+                *(own, settings, self._adapter, backend, arena),
+                masks=GivenMasks(given.masks),
+                masked=self._masked(plan, given),
+                added_before=self._added_before(given),
+            )
             graph.capture(decoder, plan, given)
         except CannotCapture as error:
             if isinstance(error, CaptureFails) and not self._store:
@@ -207,11 +216,27 @@ class Replays:
         self._store.put(key, own, graph)
         return graph
 
-    def _key(self, settings: Settings, backend: Backend, given: Given, own: ShapeClass) -> Hashable:
+    def _key(self, settings: Settings, backend: Backend, plan: Plan, given: Given, own: ShapeClass) -> Hashable:
         """All that is baked into a graph beside its class, and that ``DecoderState`` does not watch."""
+        masks = GivenMasks(given.masks).form, self._masked(plan, given)
         routing = (settings.schedule, settings.config.action, backend.name) if own.num_stages else None
         form = None if given.features is None else given.features.form
-        return routing, form, given.embeds.dtype, self._adapter.text_config._attn_implementation
+        return routing, form, masks, given.embeds.dtype, *_implementations(self._adapter)
+
+    def _masked(self, plan: Plan, given: Given) -> frozenset[int]:
+        """Layers that need the mask which they are given: all, if the call says it, or those that do not see all.
+
+        Transformers has SDPA mask a window as soon as it is full; flash attention counts windows itself.
+        """
+        if given.masks is not None:
+            return frozenset(range(len(self._adapter.layers)))
+        if self._reaches is None:
+            reaches = {layer: self._adapter.reach(layer) for layer in range(len(self._adapter.layers))}
+            self._reaches = {layer: its for layer, its in reaches.items() if its is not None}
+        if not self._reaches or mask_format_of(self._adapter.text_config) == "padding":
+            return frozenset()
+        longest = max(plan.lengths)
+        return frozenset(layer for layer, its in self._reaches.items() if longest >= its)
 
     def _no_features(self, plan: Plan, embeds: torch.Tensor) -> Features | None:
         """Of zeros, in the form in which the decoder gets features with every prompt that has pictures."""
@@ -250,6 +275,12 @@ def _are_of(given: Given, plan: Plan) -> bool:
     """Whether features that come between layers, if there are any, are one for each visual token of ``plan``."""
     levels = () if given.features is None else given.features.levels
     return all(len(its) == sum(plan.visual_counts) for its in levels)
+
+
+def _implementations(adapter: ModelAdapter) -> tuple[str, ...]:
+    """Which of Transformers' functions the decoder calls, by its configuration as it is now."""
+    config = adapter.text_config
+    return config._attn_implementation, config._experts_implementation
 
 
 def _use(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -10,18 +11,18 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ...graphs import Alignment
 from ..cache import fill_layers, is_static
-from .refused import CannotCapture
 
 __all__ = ["EmptyCaches", "StageCache"]
 
 T = TypeVar("T")
+_Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape (B, G, S, D) and dtype of keys or values."""
 
 
 class _StageLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache that is empty for whoever asks, and that copies what it is given to ``buffers``."""
 
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.float32
+    forms: tuple[_Form, ...] = ()
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def get_seq_length(self) -> int:
@@ -32,9 +33,7 @@ class _StageLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy them, if there is a place for them already, and return them as they are."""
-        if key_states.shape != value_states.shape:
-            raise CannotCapture("keys and values of a layer differ in shape")
-        self.shape, self.dtype = tuple(key_states.shape), key_states.dtype
+        self.forms = tuple((tuple(states.shape), states.dtype) for states in (key_states, value_states))
         if self.buffers is not None:
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
                 buffer.copy_(states)
@@ -63,52 +62,61 @@ def _copied(one: T) -> T:
 
 
 class StageCache:
-    """A cache of ``layer_counts`` layers of each stage, dense ones first, with a buffer (2 n, B, G, S, D) per stage."""
+    """A cache of ``layer_counts`` layers of each stage, dense ones first.
+
+    States that are alike lie together, (m, B, G, S, D): keys and values of all layers of a stage, in most decoders.
+    """
 
     def __init__(self, layer_counts: Sequence[int]) -> None:
         """Without buffers: the first prefill shows what they have to hold."""
-        self._layers = [[_StageLayer() for _ in range(count)] for count in layer_counts]  # type: ignore[no-untyped-call]
+        self._stages = [[_StageLayer() for _ in range(count)] for count in layer_counts]  # type: ignore[no-untyped-call]
         self._buffers: Sequence[torch.Tensor] = ()
+        self._places: list[list[list[int]]] = []
 
     @property
     def cache(self) -> Cache:
         """What a decoder is called with."""
         cache = DynamicCache()
-        cache.layers = [layer for stage in self._layers for layer in stage]
+        cache.layers = [layer for stage in self._stages for layer in stage]
         return cache
 
     @property
     def is_known(self) -> bool:
         """Whether a prefill has shown it."""
-        return all(layer.shape for stage in self._layers for layer in stage)
+        return all(layer.forms for stage in self._stages for layer in stage)
 
     @property
     def layout(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Of the buffers, one for each stage that has layers.
-
-        Raises:
-            CannotCapture: layers of one stage differ.
-        """
-        layout = []
-        for stage in filter(None, self._layers):
-            kinds = {(layer.shape, layer.dtype) for layer in stage}
-            if len(kinds) > 1:
-                raise CannotCapture("layers of one stage store keys of different shapes")
-            layout.append(((2 * len(stage), *stage[0].shape), stage[0].dtype))
-        return layout
+        """Of the buffers, stage after stage."""
+        alike = (its for stage in self._stages for its in _alike(stage).items())
+        return [((len(places), *shape), dtype) for (shape, dtype), places in alike]
 
     def store_in(self, buffers: Sequence[torch.Tensor]) -> None:
         """Store in ``buffers`` from now on, which are of ``layout``."""
-        self._buffers = buffers
-        for stage, buffer in zip(filter(None, self._layers), buffers, strict=bool(buffers)):
-            for index, layer in enumerate(stage):
-                layer.buffers = buffer[2 * index], buffer[2 * index + 1]
+        self._buffers, rest = buffers, iter(buffers)
+        self._places = [list(_alike(stage).values()) for stage in self._stages] if buffers else []
+        for stage, alike in zip(self._stages, self._places, strict=bool(buffers)):
+            places = [place for its in alike for place in zip(its, next(rest), strict=True)]
+            states = [buffer for _, buffer in sorted(places, key=itemgetter(0))]
+            for layer, keys, values in zip(stage, states[::2], states[1::2], strict=True):
+                layer.buffers = keys, values
 
     def copy_to(self, cache: Cache, alignment: Alignment) -> None:
         """Fill the empty layers of ``cache`` with copies."""
-        first, buffers = 0, iter(self._buffers)
+        first, rest = 0, iter(self._buffers)
         taken = alignment.to_copy if is_static(cache) else alignment.states  # static layers copy what they are given
-        for stage, layers in enumerate(self._layers, start=-1):
-            if layers:
-                fill_layers(cache, first, taken(stage, next(buffers)).unbind(), alignment.lacks(stage))
-                first += len(layers)
+        for index, alike in enumerate(self._places, start=-1):
+            states: dict[int, torch.Tensor] = {}
+            for its in alike:
+                states.update(zip(its, taken(index, next(rest)).unbind(), strict=True))
+            if states:
+                fill_layers(cache, first, [states[place] for place in range(len(states))], alignment.lacks(index))
+                first += len(states) // 2
+
+
+def _alike(stage: Sequence[_StageLayer]) -> dict[_Form, list[int]]:
+    """By form, which of the keys and values of ``stage`` have it; they are numbered k, v, k, v, …"""
+    places: dict[_Form, list[int]] = {}
+    for place, form in enumerate(form for layer in stage for form in layer.forms):
+        places.setdefault(form, []).append(place)
+    return places
