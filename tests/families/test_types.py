@@ -59,9 +59,7 @@ def plan(handle: Any, given: dict[str, Tensor], cache: Any = None, **more: Any) 
     """The plan of a call with these arguments, whatever marks its visual tokens."""
     marks = given.get(next(iter(MARKED.values())))
     shown = {"input_ids": given["input_ids"]} if marks is None else {"visual_mask": marks.bool()}
-    return handle.plan(
-        **shown, attention_mask=given["attention_mask"], **({} if cache is None else {CACHE: cache}), **more
-    )
+    return handle.plan(**shown, attention_mask=given["attention_mask"], cache=cache, **more)
 
 
 def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Any]:
