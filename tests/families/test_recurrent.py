@@ -6,10 +6,11 @@ import copy
 import functools
 from typing import Any
 
+import dense
 import pytest
 import torch
 import transformers
-from dense import near, predict
+from dense import OF_STATES, predict
 from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, prompt, step
@@ -25,6 +26,7 @@ from reroute.methods import PDrop
 from reroute.rankers import LastTokenAttention, Norm
 
 LAYERS = (2, 6)
+near = functools.partial(dense.near, share=OF_STATES)
 ALIKE = ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
 """Types whose decoder is Qwen3.5's."""
 SAMPLES = ("qwen3_5", "lfm2_vl")
@@ -38,7 +40,7 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "action", "attention"), CASES)
 def test_a_recurrent_type_against_the_oracle(kind: str, action: Any, attention: str) -> None:
-    check_against_oracle(kind, action, attention)
+    check_against_oracle(kind, action, attention, OF_STATES)
 
 
 # --- caches ---------------------------------------------------------------------------------------------------------

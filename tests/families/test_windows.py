@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dense import near, predict
+from dense import NEAR, near, predict
 from models import CACHE
 from pictured import PICTURED, Prompt
 from test_types import ONE, TWO, batch, plan, prompt, step
@@ -55,7 +55,7 @@ CASES = [
 
 
 @torch.no_grad()
-def check_against_oracle(kind: str, action: Any, attention: str) -> None:
+def check_against_oracle(kind: str, action: Any, attention: str, share: float = NEAR) -> None:
     """One prompt and a batch, with tokens after them: selections, logits; plain bits at ``keep=1`` and afterwards."""
     dense, tiny = build(kind, layers=8), build(kind, attention, layers=8)
     # Transformers' masks of windows of later tokens alone show padding, once there are more than a window of them.
@@ -69,8 +69,8 @@ def check_against_oracle(kind: str, action: Any, attention: str) -> None:
             for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
                 assert one.margin > 1e-6
                 assert [stage.kept[b].tolist() for stage in handle.trace] == one.kept
-                near(logits[b, -len(ids) :], one.logits[: len(ids)])
-                near(after[:, b], one.logits[len(ids) :])
+                near(logits[b, -len(ids) :], one.logits[: len(ids)], share)
+                near(after[:, b], one.logits[len(ids) :], share)
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
