@@ -24,7 +24,7 @@ from reroute.transformers.graphs import captured as in_graph
 from reroute.transformers.graphs import masks, replays, why_not_prompt
 
 SEEN = prompt(9, 2, 7, 2, 2, 3), prompt(10, 2, 7, 2, 2, 4)
-SLIDING = ("cohere2_vision", "exaone4_5", "cohere_compass", "muse_glimmer", "step3p7", "gemma4_unified", "idefics2")
+SLIDING = ("cohere2_vision", "exaone4_5", "cohere_compass", "muse_glimmer", "idefics2", "llama4")
 EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")
 QUICK = ("cohere2_vision", "muse_glimmer", "qwen3_vl_moe")
 KINDS = [
