@@ -111,8 +111,8 @@ def enable(
         without a model: ``handle_of`` gives the handle of each once it has been called.
 
     Raises:
-        RerouteError: the model, the method, the schedule or the budget cannot be, or a call runs whose settings would be
-            replaced; nothing is changed then.
+        RerouteError: the model, the method, the schedule or the budget cannot be, or a call runs whose settings would
+            be replaced; nothing is changed then.
         reroute_kernels.BackendUnavailable: the backend cannot run here; says why.
     """
     check_arguments(config, pool)
