@@ -20,7 +20,6 @@ from ..errors import RerouteError, UnsupportedCacheError
 from .adapters import ModelAdapter
 from .attention import mask_format_of
 from .cache import (
-    KeptStates,
     cache_of,
     check_cache,
     check_whole,
@@ -36,6 +35,7 @@ from .layer_kinds import attended_layers, check_attention, check_kinds, check_pr
 from .packing import check_one_prompt_per_row, check_tokens_of_others
 from .parallel import check_tower
 from .prompt import Prompt, has_picture, prompt_ends, valid_tokens
+from .turns import chooses_again, reopened_states, with_earlier
 
 __all__ = ["Planner"]
 
@@ -105,14 +105,14 @@ class Planner:
             RerouteError: this prompt cannot be routed.
         """
         is_visual = self._visual(prompt, has_picture=has_picture)
-        earlier = _reopened(prompt, settings)
+        earlier = reopened_states(prompt, settings)
         if earlier is None and not is_visual.any():
             return None
         past, reopened = past_length(prompt.cache), 0
         valid = valid_tokens(prompt)
         if earlier is not None:
             past, reopened = earlier.start, earlier.count
-            is_visual, valid = _with_earlier(earlier, prompt, is_visual, valid)
+            is_visual, valid = with_earlier(earlier, prompt, is_visual, valid)
         plan = plan_tokens(
             is_visual,
             np.ones_like(is_visual) if valid is None else valid,
@@ -214,7 +214,7 @@ class Planner:
         visual = None if marks is None else _marked(kwargs.get(marks) if brings else None, ids)
         given = ids if visual is None else None
         prompt = Prompt(given, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, labels, end, visual)
-        if not ((brings and ids.shape[1] > 1) or _chooses_again(prompt, settings)):
+        if not ((brings and ids.shape[1] > 1) or chooses_again(prompt, settings)):
             return None
         plan = self.plan(prompt, settings, has_picture=brings)
         if plan is None and brings:
@@ -307,58 +307,3 @@ def _check_shared(kwargs: Kwargs) -> None:
             "return_shared_kv_states asks for the keys of all tokens, and routed layers lack some. Generate without an "
             "assistant that reads them, or disable routing."
         )
-
-
-def _chooses_again(prompt: Prompt, settings: Settings) -> bool:
-    """Whether this is a turn on a routed cache, neither a step nor a draft, and such turns choose again."""
-    if not settings.config.reopens or settings.keeps_all or not is_routed(prompt.cache):
-        return False
-    return prompt.shape[1] > 1 if prompt.end is None else past_length(prompt.cache) < prompt.end
-
-
-def _reopened(prompt: Prompt, settings: Settings) -> KeptStates | None:
-    """What the turn chooses again from, if it does.
-
-    Raises:
-        RerouteError: the cache does not have it.
-    """
-    if not _chooses_again(prompt, settings):
-        return None
-    kept, first = states_of(prompt.cache), settings.schedule.first_look
-    if kept is None or kept.layer != first:
-        why = (
-            "it lacks states of calls that ran without reopens=True, kept every visual token, or came as inputs_embeds"
-            if kept is None
-            else f"it keeps the states before layer {kept.layer}, and the schedule begins before layer {first}"
-        )
-        raise RerouteError(
-            f"This cache was routed, and a later turn cannot choose again: {why}. Start a new cache, or call the model "
-            "in handle.at(reopens=False) to go on with what was chosen."
-        )
-    return kept
-
-
-def _with_earlier(earlier: KeptStates, prompt: Prompt, is_visual: Any, valid: Any) -> tuple[Any, Any]:
-    """``is_visual``, ``valid`` (B, L) behind those of the earlier tokens (B, T).
-
-    Raises:
-        RerouteError: the mask does not say which of the earlier tokens are padding, or there is some before them.
-    """
-    mask, new = prompt.mask, is_visual.shape[1]
-    is_visual = np.concatenate([earlier.is_visual.cpu().numpy(), is_visual], 1)
-    if valid is None or mask is None:
-        known = np.ones((len(is_visual), earlier.count), dtype=bool)
-        return is_visual, None if valid is None else np.concatenate([known, valid], 1)
-    if mask.shape[1] != earlier.end + new:
-        raise RerouteError(
-            f"A later turn that chooses again needs an attention_mask of the whole conversation: {earlier.end} tokens "
-            f"in the cache and {new} of this call, and it has {mask.shape[1]} columns. Give a call that goes on with a "
-            "cache only its new tokens, and a mask of all."
-        )
-    known = mask.cpu().numpy().astype(bool)
-    if not known[:, : earlier.start].all():
-        raise RerouteError(
-            "A later turn cannot choose again in a batch that began with padded text, before any picture. Put that "
-            "text into the call of the first picture."
-        )
-    return is_visual, known[:, earlier.start :]

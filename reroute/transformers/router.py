@@ -17,9 +17,10 @@ from ..core.plan import Plan
 from ..errors import RerouteError
 from .adapters import ModelAdapter
 from .cache import cache_of, is_routed, is_torn, past_length, states_of
+from .calls import Call
 from .context import DensePrefill, HomeFactory, RoutedPrefill
 from .decoding import RoutedDecode
-from .entrances import Call, RoutedDecoder, RoutedDecoderLayer, RoutedTower, RoutedTowerLayer, callers
+from .entrances import RoutedDecoder, RoutedDecoderLayer, RoutedTower, RoutedTowerLayer, callers
 from .forward import ForwardContext
 from .graphs import Replays, why_not_prompt
 from .interception import Role, intercept, own_method, role_of

@@ -18,13 +18,10 @@ from reroute.core.cost import ModelShape, layer_flops
 from reroute.core.decision import Decision
 from reroute.core.plan import Plan, make_plan
 from reroute.graphs import TILE, PromptTable, Roofline, ShapeClass, in_tiles, waste
-from reroute.transformers.adapters import FeatureForm, Features
-from reroute.transformers.graphs.added import AddedStates
 from reroute_kernels import SelectMetadata, SelectRows
 from reroute_kernels.reference import select
 
 VISUAL = 9
-FORM = FeatureForm("features", (0,), is_mapping=False, mask="mask", more=())
 SCHEDULES: tuple[tuple[Schedule, Action], ...] = (
     (Schedule((1, 3), (0.5, 0.25)), "route"),
     (Schedule((1, 3), (0.5, 0.25)), "remove"),
@@ -228,14 +225,3 @@ def test_more_rows_never_cost_less(needed: list[int], more: list[int]) -> None:
     assert got.seconds >= 0
     assert got.flops >= 0
     assert (got.flops == 0) == (rows == needed)
-
-
-def test_what_lacks_features_keeps_its_bits() -> None:
-    """Also -0.0, of which the sum with 0.0 is 0.0."""
-    added, hidden = AddedStates((1,)), torch.tensor([[[-0.0, 0.0], [1.0, -0.0]]])
-    ((shape, dtype),) = added.layout((1, 2, 2), torch.float32)
-    added.place_in([torch.empty(shape, dtype=dtype)])
-    features = Features(FORM, (torch.ones(1, 2),), torch.tensor([[False, True]]))
-    added.fill(features, torch.arange(2))
-    assert added.add(1, hidden).flatten().tolist() == [-0.0, 0.0, 2.0, 1.0]
-    assert added.add(1, hidden).signbit().flatten().tolist() == [True, False, False, False]

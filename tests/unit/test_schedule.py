@@ -136,7 +136,7 @@ def test_other_sequences_become_tuples(layers: Any, ratios: Any) -> None:
         ({"layers": (2, 7), "ratios": (0.5,)}, r"one ratio per routing layer: got ratios \(0.5,\)"),
         ({"layers": (7, 2), "ratios": (0.5, 0.5)}, r"strictly increasing, not \(7, 2\)"),
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, r"strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, r"from layer 0 on; .* before the layers \(-1,\)"),
+        ({"layers": (-1,), "ratios": (0.5,)}, r"must be 0 or more and strictly increasing, not \(-1,\)"),
         ({"layers": (0,), "ratios": (0.5,), "rankers": LastTokenAttention(-1)}, r"from layer 0 on; .* layers \(-1,\)"),
         (
             {"layers": (2, 3), "ratios": (0.5, 0.5), "rankers": (LastTokenAttention(), LastTokenAttention(-1))},
