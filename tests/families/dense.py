@@ -149,7 +149,7 @@ OF_STATES = 3e-5
 """Layers that keep a state round it in each step, to fp32 in a model of float64 too, by how much depends on the CPU."""
 
 
-def near(actual: Tensor, expected: Tensor, share: float = NEAR) -> None:
+def near(actual: Tensor, expected: Tensor, *, share: float = NEAR) -> None:
     """Equal but for the order of fp32 arithmetic: to ``share`` of the largest. Some may be no logits, but forbidden."""
     forbidden = expected == torch.finfo(expected.dtype).min
     assert torch.equal(actual == torch.finfo(expected.dtype).min, forbidden)

@@ -69,8 +69,8 @@ def check_against_oracle(kind: str, action: Any, attention: str, share: float = 
             for b, (ids, one) in enumerate(zip(samples, wanted, strict=True)):
                 assert one.margin > 1e-6
                 assert [stage.kept[b].tolist() for stage in handle.trace] == one.kept
-                near(logits[b, -len(ids) :], one.logits[: len(ids)], share)
-                near(after[:, b], one.logits[len(ids) :], share)
+                near(logits[b, -len(ids) :], one.logits[: len(ids)], share=share)
+                near(after[:, b], one.logits[len(ids) :], share=share)
         with handle.at(keep=1.0):
             assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
     assert torch.equal(tiny.model(**batch(tiny, ONE, two), use_cache=False).logits, plain)
