@@ -56,7 +56,9 @@ def run(
     """Answers of all cells to ``n`` questions of every family, those that ``folder`` holds included."""
     runs = Runs(checkpoint)
     for cell in cells:
-        runs.records[cell] = Record.open(folder, key_of(checkpoint, cell, split, seed))
+        head = key_of(checkpoint, cell, split, seed)
+        same = (record for record in runs.records.values() if record.head == head)
+        runs.records[cell] = next(same, None) or Record.open(folder, head)
     for start, chunk in _chunks(n):
         for condition in dict.fromkeys(cell.condition for cell in cells):
             own = [cell for cell in cells if cell.condition == condition]
