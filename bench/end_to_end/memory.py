@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import reroute
 from reroute.core.plan import Plan, make_plan
 from reroute.core.prefill import Prefill
-from reroute.transformers import entrances
+from reroute.transformers import calls, entrances
 from reroute.transformers.context import RoutedPrefill
 from reroute_kernels import PagedPool
 
@@ -23,7 +23,7 @@ from .models import IMAGE_ID, SCHEDULE, Size, build, inputs_of
 __all__ = ["MemoryResult", "Scratch", "count"]
 
 PACKAGES = ("reroute", "reroute_kernels")
-AROUND = (entrances.__name__,)
+AROUND = (calls.__name__, entrances.__name__)
 """Modules of theirs that call the model's own code."""
 INTEGERS = 8 * 8
 """Bytes per row for position ids, indices and the like: eight int64."""

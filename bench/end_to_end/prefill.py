@@ -28,8 +28,8 @@ ENTRANCES, KEYS, RESTORE, PREFILL = "entrances", "key projection", "restore", "p
 METHODS: tuple[tuple[Any, str, str], ...] = (
     (Router, "open", ENTRANCES),
     (Router, "finish", ENTRANCES),
-    (entrances, "_enter_layer", ENTRANCES),
-    (entrances, "_leave_layer", ENTRANCES),
+    (entrances, "enter_layer", ENTRANCES),
+    (entrances, "leave_layer", ENTRANCES),
     (Planner, "plan_call", "plan"),
     (Handle, "_home_of", "index tables"),
     (Prefill, "__init__", "index tables"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from attentions import FLASH, FLEX, attention_of
 from cache_kinds import KINDS, offload_on_cpu
-from dense import Predicted, near, predict
+from dense import NEAR, OF_STATES, Predicted, near, predict
 from models import CACHE
 from test_types import ONE, TWO, batch, plan, step
 from test_windows import talk
@@ -60,6 +60,14 @@ class Routed:
         assert found.margin > MARGIN, "choose another seed: this selection is a matter of rounding"
         return found
 
+    def near(self, actual: Tensor, expected: Tensor) -> None:
+        """Equal but for rounding, by what the layers of the type round."""
+        near(actual, expected, share=OF_STATES if self.kind in RECURRENT else NEAR)
+
+    def check(self, logits: Tensor, expected: Predicted) -> None:
+        """Check the last of ``logits``, as many as were predicted."""
+        self.near(logits[-len(expected.logits) :], expected.logits)
+
     def cache(self) -> Any:
         return DynamicCache(config=self.tiny.text.config)
 
@@ -80,11 +88,7 @@ def _answer(routed: Routed, cache: Any = None) -> None:
             logits.append(routed.tiny.model(**inputs, use_cache=True).logits)
             given = {name: inputs[name] for name in ("attention_mask", "position_ids")}
     for b, ids in enumerate(samples):
-        _is_right(torch.cat(logits, 1)[b], routed.predict(ids, after=ANSWER))
-
-
-def _is_right(logits: Tensor, expected: Predicted) -> None:
-    near(logits[-len(expected.logits) :], expected.logits)
+        routed.check(torch.cat(logits, 1)[b], routed.predict(ids, after=ANSWER))
 
 
 def _attention(name: str, action: str) -> Feature:
@@ -111,7 +115,7 @@ def _later_turns(kind: str, patch: pytest.MonkeyPatch) -> None:
     with routed.on(trace=True) as handle:
         logits = talk(handle, routed.tiny, routed.cache(), [[before], [ONE], [after]])[0]
         chosen = [stage.kept[0].tolist() for stage in handle.trace]
-    _is_right(logits, routed.predict([*before, *ONE], after=tuple(after), chosen=chosen))
+    routed.check(logits, routed.predict([*before, *ONE], after=tuple(after), chosen=chosen))
 
 
 def _turns_that_choose_again(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -119,7 +123,7 @@ def _turns_that_choose_again(kind: str, patch: pytest.MonkeyPatch) -> None:
     routed, after = Routed(kind, attention="sdpa"), [5, 6, 7]
     with routed.on(reopens=True) as handle:
         logits = talk(handle, routed.tiny, routed.cache(), [[ONE], [after]])[0, len(ONE) :]
-    near(logits, routed.predict([*ONE, *after]).logits[len(ONE) :])
+    routed.near(logits, routed.predict([*ONE, *after]).logits[len(ONE) :])
 
 
 def _embeddings(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -135,7 +139,7 @@ def _embeddings(kind: str, patch: pytest.MonkeyPatch) -> None:
     with routed.on() as handle, handle.using(handle.plan(visual_mask=visual, attention_mask=mask)):
         logits = routed.tiny.model(**given, inputs_embeds=states[0], use_cache=False).logits
     for b, ids in enumerate((ONE, TWO)):
-        _is_right(logits[b], routed.predict(ids))
+        routed.check(logits[b], routed.predict(ids))
 
 
 def _outputs(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -154,9 +158,9 @@ def _outputs(kind: str, patch: pytest.MonkeyPatch) -> None:
         with handle.using(plan(handle, told, labels=labels)):
             loss = model(**told, use_cache=False, labels=labels).loss
     assert {tuple(states.shape[:2]) for states in output.hidden_states} == {(1, len(ONE))}
-    near(output.logits[0], expected[: len(ONE)])
-    near(read[0] / read[0].norm(), output.hidden_states[-1] / output.hidden_states[-1].norm())  # some are scaled
-    near(loss, cross_entropy(expected[len(ONE) - 1 : -1], torch.tensor(ANSWER)))
+    routed.near(output.logits[0], expected[: len(ONE)])
+    routed.near(read[0] / read[0].norm(), output.hidden_states[-1] / output.hidden_states[-1].norm())  # some are scaled
+    routed.near(loss, cross_entropy(expected[len(ONE) - 1 : -1], torch.tensor(ANSWER)))
 
 
 def _moved_rows(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def _moved_rows(kind: str, patch: pytest.MonkeyPatch) -> None:
         moved = {name: value.index_select(value.ndim - 2, order) for name, value in given.items()}
         logits = routed.tiny.model(**step(routed.tiny, moved, 7, cache), use_cache=True).logits
     for row, b in zip(logits, order.tolist(), strict=True):
-        near(row, routed.predict((ONE, TWO)[b], after=(7,)).logits[-1:])
+        routed.near(row, routed.predict((ONE, TWO)[b], after=(7,)).logits[-1:])
 
 
 def _tokens_taken_back(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -190,7 +194,7 @@ def _tokens_taken_back(kind: str, patch: pytest.MonkeyPatch) -> None:
             logits = routed.tiny.model(**inputs, attention_mask=mask, use_cache=True).logits
             if len(tokens) > 1:
                 cache.crop(-2)
-    near(logits[0], routed.predict(ONE, after=(7, 17)).logits[-1:])
+    routed.near(logits[0], routed.predict(ONE, after=(7, 17)).logits[-1:])
 
 
 FEATURES: dict[str, Feature] = {

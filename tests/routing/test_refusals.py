@@ -56,7 +56,7 @@ def test_settings(tiny: Tiny, settings: dict[str, Any], message: str) -> None:
     [
         ({"layers": (2, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
         ({"layers": (4, 2), "ratios": (0.5, 0.5)}, "strictly increasing"),
-        ({"layers": (-1,), "ratios": (0.5,)}, "from layer 0 on"),
+        ({"layers": (-1,), "ratios": (0.5,)}, "0 or more"),
         ({"layers": (2,), "ratios": (-0.1,)}, "from 0 to 1"),
         ({"layers": (2,), "ratios": (1.01,)}, "from 0 to 1"),
         ({"layers": (2,), "ratios": (0.5,), "rounding": "up"}, "known: floor, floor0, half_even"),
