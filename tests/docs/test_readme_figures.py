@@ -48,7 +48,9 @@ def test_methods(readme: str, model: str, clean: str) -> None:
     lines = list(rows(clean, " |"))
     found = {(line[0], line[1]): line[2:] for line in lines}
     start = 1 + 3 * MODELS.index(model)
-    for name, *cells in rows(readme, "removed → routed"):
+    quoted = list(rows(readme, "removed → routed"))
+    assert len(quoted) == 7
+    for name, *cells in quoted:
         method = name.partition(",")[0]
         removed, routed = (found[method, action] for action in ("remove", "route"))
         for cell, column in zip(cells[start - 1 : start + 2], (0, 2, 3), strict=True):

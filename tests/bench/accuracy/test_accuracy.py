@@ -102,6 +102,14 @@ def test_more_questions_are_those_that_were_asked_and_others(
         assert len(set(questions)) == len(questions) == 12
 
 
+def test_cells_that_run_alike_are_asked_once(checkpoint: Checkpoint, cells: list[Cell], tmp_path: Path) -> None:
+    """The first cut by diversity is Diverse itself."""
+    alike = [cells[1], replace(cells[1], kind="first cut")]
+    found = ask(checkpoint, alike, tmp_path, 1)
+    assert found.asked == 6
+    assert [len(found.records[cell].answers) for cell in alike] == [6, 6]
+
+
 def test_what_is_remembered_of_the_tower_changes_no_answer(
     checkpoint: Checkpoint, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
