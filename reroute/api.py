@@ -124,7 +124,10 @@ def enable(
         raise RerouteError("Give either config= or single settings, not both: dataclasses.replace changes a config.")
     chosen = given if config is None else config
     if model is not None:
-        return _enable_one(_unwrapped(model), chosen, pool)
+        inner = _unwrapped(model)
+        handle = _made(inner, chosen, pool)
+        with _lock:
+            return _attached(handle, inner)
     if pool is not None:
         raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
     _enable_all(chosen)
@@ -167,7 +170,7 @@ def _schedule_in(path: str | os.PathLike[str], model: nn.Module | None, keep: fl
     return ScheduleFile.read(path).for_model(len(adapter_of(_unwrapped(model)).layers), keep)
 
 
-def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None) -> Handle:
+def _made(model: nn.Module, config: RoutingConfig, pool: PagedPool | None) -> Handle:
     from .handle import Handle
     from .transformers import adapter_of
     from .transformers.parallel import enabled_together
@@ -177,13 +180,15 @@ def _enable_one(model: nn.Module, config: RoutingConfig, pool: PagedPool | None)
             return Handle(adapter_of(model), config, pool)
 
     # Without the lock: others of this process need not wait for what other processes say.
-    handle = enabled_together(model, make, Handle._settings_in_words)
-    with _lock:
-        replaced = handle_of(model)
-        # Everything is checked: only now may what was set before be replaced.
-        handle.attach(model, replaced)
-        _handles[model] = handle
-        return handle
+    return enabled_together(model, make, Handle._settings_in_words)
+
+
+def _attached(handle: Handle, model: nn.Module) -> Handle:
+    """``handle``, from now on that of ``model``. With the lock."""
+    # Everything is checked: only now may what was set before be replaced.
+    handle.attach(model, handle_of(model))
+    _handles[model] = handle
+    return handle
 
 
 def _enable_all(config: RoutingConfig) -> None:
@@ -194,7 +199,10 @@ def _enable_all(config: RoutingConfig) -> None:
 
     def route(model: nn.Module) -> None:
         try:
-            _common.add(_enable_one(model, config, None))
+            handle = _made(model, config, None)
+            with _lock:
+                if process_wide.is_current(route):
+                    _common.add(_attached(handle, model))
         except (RerouteError, BackendUnavailable) as error:
             # Its text alone: a handler may keep the record, and an error keeps the frames that it went through.
             logger.warning("%s is not routed: %s", type(model).__name__, str(error))

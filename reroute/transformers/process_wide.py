@@ -15,14 +15,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from .adapters import is_supported
 from .interception import role_of
 
-__all__ = ["start", "stop"]
+__all__ = ["is_current", "start", "stop"]
 
-_undo: list[Callable[[], None]] = []
+Route = Callable[[nn.Module], None]
+
+_started: dict[Route, Callable[[], None]] = {}
+"""What ``start`` was called with, one at most, and what undoes it."""
 _MET = "_reroute_met"
 """An attribute of models that have been looked at, which compiled code can read: it cannot look them up."""
 
 
-def start(route: Callable[[nn.Module], None]) -> None:
+def start(route: Route) -> None:
     """Call ``route`` once for every supported model, before its first forward or generation from now on.
 
     The two methods are replaced on their classes, so that models made before and after are found alike and no other
@@ -39,6 +42,8 @@ def start(route: Callable[[nn.Module], None]) -> None:
                 seen.add(model)
                 route(model)
             vars(model)[_MET] = mark
+            if not is_current(route):  # and nobody comes to take it away
+                del vars(model)[_MET]
 
     why = "reroute.enable() looks at each model when it is first called: call it once before it is compiled"
     meet_eagerly: Callable[[Any], None] = torch.compiler.disable(meet, reason=why)
@@ -48,7 +53,8 @@ def start(route: Callable[[nn.Module], None]) -> None:
         if role_of(model) is not None or getattr(model, _MET, None) is mark or not is_supported(model):
             return False
         meet_eagerly(model)
-        return role_of(model) is not None
+        # Meanwhile this may have ended, and another one begun.
+        return role_of(model) is not None or not is_current(route)
 
     def call(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs) if is_new(self) else nn.Module.__call__(self, *args, **kwargs)
@@ -65,10 +71,15 @@ def start(route: Callable[[nn.Module], None]) -> None:
 
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
     GenerationMixin.generate = generate  # type: ignore[method-assign]
-    _undo.append(undo)
+    _started[route] = undo
 
 
 def stop() -> None:
     """Undo ``start``. Models that are routed stay so until their handles are disabled."""
-    while _undo:
-        _undo.pop()()
+    while _started:
+        _started.popitem()[1]()
+
+
+def is_current(route: Route) -> bool:
+    """Whether ``start`` was called with ``route``, and not undone since: a call that it met may have taken its time."""
+    return route in _started

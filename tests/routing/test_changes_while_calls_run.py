@@ -18,7 +18,7 @@ from torch import Tensor
 
 import reroute
 from reroute.errors import RerouteError
-from reroute.transformers import process_wide, router
+from reroute.transformers import parallel, process_wide, router
 from reroute.transformers.interception import intercept
 
 STATIONS = ("the vision tower", "a dense layer", "a norm that scores", "a routed layer", "the final norm")
@@ -325,6 +325,36 @@ def test_a_call_that_begins_while_all_models_are_disabled(few: Tiny, monkeypatch
     assert [handle.is_enabled for handle in handles] == [left, left]
     logits = helds[0].go()
     assert torch.equal(logits, expected) == left
+
+
+@pytest.mark.parametrize("change", ["enable", "disable"])
+def test_a_first_call_while_settings_of_all_models_change(
+    few: Tiny, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It made ready to be routed by the earlier ones: it is routed by what counts now, and so are all after it."""
+    later: dict[str, Any] = {"schedule": reroute.Schedule((2,), (0.2,))}
+    given = few.inputs([few.prompt(3, 5, few.grid, 5)])
+    together = parallel.enabled_together
+
+    def late(*args: Any) -> Any:
+        made = together(*args)
+        monkeypatch.undo()
+        thread = threading.Thread(target=getattr(reroute, change), kwargs=later if change == "enable" else {})
+        thread.start()
+        thread.join()
+        return made
+
+    reroute.enable(schedule=schedule(FEW))
+    monkeypatch.setattr(parallel, "enabled_together", late)
+    logits = [few.model(**given).logits for _ in range(2)]
+    handle = reroute.handle_of(few.model)
+    assert (handle is None) == (change == "disable")
+    assert handle is None or handle.totals().prefills == 2
+    reroute.disable()
+    assert "_reroute_met" not in vars(few.model)
+    if handle is not None:
+        reroute.enable(few.model, **later)
+    all_equal(logits, few.model(**given).logits)
 
 
 @pytest.mark.parametrize("block", ["at", "using"])

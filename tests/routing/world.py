@@ -59,7 +59,7 @@ class Block:
 class Subject:
     """A model. ``settings``: those of its handle. ``awaits``: its first call is on its way to give it one.
 
-    ``is_told``: whether we listen to the handle.
+    ``is_told``: whether we listen to the handle. ``is_common``: it came with the settings of all models.
     """
 
     tiny: Tiny
@@ -67,6 +67,7 @@ class Subject:
     attached: Any = None
     awaits: bool = False
     is_told: bool = False
+    is_common: bool = False
 
     def __post_init__(self) -> None:
         model = self.tiny.model
@@ -208,7 +209,7 @@ class World:
             assert old is None or old.is_enabled
             return None
         self._has_ended(subject)
-        subject.attached, subject.settings, subject.is_told = handle, settings, True
+        subject.attached, subject.settings, subject.is_told, subject.is_common = handle, settings, True, False
         handle.on_prefill(partial(self._tell, id(handle)))
         return handle
 
@@ -223,9 +224,18 @@ class World:
             self._has_ended(subject)
 
     def enable_everywhere(self, settings: Settings) -> None:
-        with self.refused(*["settings"] * (settings.get("keep") == 0)):  # others depend on the model
+        common = [subject for subject in self.subjects if subject.is_common]
+        reasons = {
+            "settings": settings.get("keep") == 0,  # others depend on the model
+            "busy": any(self.runs(subject.handle) for subject in common),
+        }
+        wrong = [reason for reason, holds in reasons.items() if holds]
+        with self.refused(*wrong):
             reroute.enable(**settings)
+        if not wrong:
             self.everywhere = settings, []
+            for subject in common:
+                self._has_ended(subject)
 
     def disable_everywhere(self) -> None:
         is_busy = any(self.runs(subject.handle) for subject in self.subjects)
@@ -244,7 +254,7 @@ class World:
         if rules_of(settings, self.family) is not None:
             if not self.can_begin(subject):
                 return False
-            subject.awaits, subject.settings, subject.is_told = True, settings, False
+            subject.awaits, subject.settings, subject.is_told, subject.is_common = True, settings, False, True
         seen.append(subject)
         return True
 
@@ -253,7 +263,7 @@ class World:
             assert not subject.attached.is_enabled
             self.old_handles = [*self.old_handles[-1:], subject.attached]
             self._forget(subject.attached)
-        subject.attached = None
+        subject.attached, subject.is_common = None, False
 
     def _forget(self, handle: Any) -> None:
         """Its id may be that of another one soon."""
