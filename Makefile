@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-week interleavings matrix \
-	mutants upstream train clean
+.PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-slow test-week interleavings \
+	matrix mutants upstream train clean
 # The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
-# All tests run on the one of constraints-cpu.txt, and with `make weekly` on all of them.
+# Those of `make test` run on the one of constraints-cpu.txt, and with `make weekly` all run on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
 # What says no more of the oldest Transformers than other tests do, and is left to `make weekly`.
@@ -27,8 +27,11 @@ check: lint ## While you work: style, types and the quick tests, on one model an
 	$(PYTEST) tests/unit tests/reference tests/golden tests/routing -m "not slow" -k "not qwen and not llava-gqa"
 	$(PYTEST) tests/kernels --executor interpreter --sample
 
-test: $(VENV)/.dev ## Run all tests
-	$(PYTEST)
+test: $(VENV)/.dev ## Run the tests
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev ## Run the tests that say little more than quicker ones (minutes)
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.dev ## Check style, types and which part imports which
 	$(BIN)/ruff check .
@@ -56,7 +59,7 @@ $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
 weekly: OLDEST :=
-weekly: $(TRITON_ALL:%=all-triton-%) test-oldest test-week interleavings matrix mutants ## All executors and Tritons, random cases, mutants (hours)
+weekly: $(TRITON_ALL:%=all-triton-%) test-slow test-oldest test-week interleavings matrix mutants ## All executors and Tritons, random cases, mutants (hours)
 
 $(TRITON_ALL:%=all-triton-%): all-triton-%: $(VENV)/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --all-executors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
@@ -26,7 +26,7 @@ from .core.workspace import Workspace
 from .errors import RerouteError
 from .graphs import Graphs, check_device
 from .methods import Method
-from .stats import LayerRows, Stats, Totals, make_stats
+from .stats import Stats, Totals, make_stats
 from .trace import Trace
 from .transformers import ModelAdapter, Prompt, Router
 from .transformers.cache import layer_rows
@@ -354,7 +354,8 @@ class Handle:
 
     def _done(self, forward: RoutedPrefill | DensePrefill) -> None:
         prefill, settings = forward.prefill, forward.settings
-        plan, graph, rows, layers = forward.plan, forward.graph, forward.rows, _layers_after(forward)
+        plan, graph, rows = forward.plan, forward.graph, forward.rows
+        layers = layer_rows(forward.cache, plan.past + plan.length)
         names = self._names(settings, self.backend if prefill is None else prefill.backend)
         shape = self._shape
         if settings.needs_vision:
@@ -368,7 +369,7 @@ class Handle:
             self._trace = None if prefill is None else prefill.trace
             callbacks = self._callbacks
             # Of a replay they would cost a good part of what it takes: so they are made when somebody asks.
-            if callbacks or not forward.rows or len(self._unsettled) == MOST_UNSETTLED:
+            if callbacks or len(self._unsettled) == MOST_UNSETTLED:
                 self._settle()
             stats = self._stats
         for (callback,) in callbacks:
@@ -380,13 +381,3 @@ class Handle:
         for make in unsettled:
             self._stats = make(prefills=self._totals.prefills + 1)
             self._totals = self._totals.plus(self._stats)
-
-
-def _layers_after(forward: RoutedPrefill | DensePrefill) -> Callable[[], Sequence[LayerRows | None]]:
-    """What the layers of the cache hold after ``forward``. Of a replay it is only made when it is asked for."""
-    if not forward.rows:
-        known = layer_rows(forward.cache, forward.plan.past + forward.plan.length)
-        return lambda: known
-    layers: Sequence[Any] = () if forward.cache is None else forward.cache.layers
-    held = [(layer.keys.shape, layer.values.shape, layer.keys.dtype) for layer in layers]
-    return lambda: [LayerRows.of(*its) for its in held]

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
-    parser.addoption("--examples", type=int, default=8, help="random cases for each property of a kernel")
+    parser.addoption("--examples", type=int, help="random cases for each property of a kernel: 4, or 2 of a sample")
     parser.addoption("--all-executors", action="store_true", help="every test on every executor that can run here")
     parser.addoption("--sample", action="store_true", help="only the first case of each test that runs on executors")
 
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.register_profile(
             "executor",
             settings(),
-            max_examples=config.getoption("--examples"),
+            max_examples=config.getoption("--examples") or (2 if config.getoption("--sample") else 4),
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )

@@ -29,6 +29,7 @@ from . import places
 from .facts import LayerFacts, rms_norm_of, without_gate
 from .kinds import LayerKinds
 from .late_norms import as_if_normed_first
+from .layer_parts import LayerParts
 from .layers import Layers
 from .projections import projections_of
 from .recurrent import check_row_by_row
@@ -99,6 +100,7 @@ class ModelAdapter(LayerKinds):
         self._check_structure()
         self._known = Layers.of(self.text)
         self._facts: dict[int, LayerFacts] = {}
+        self.parts: dict[int, LayerParts] = {}  # as they were last seen
         self.is_causal, self.has_several_tables = True, False
 
     # --- the model as it is at a call -----------------------------------------------------------------------------

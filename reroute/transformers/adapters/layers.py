@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ...errors import UnsupportedModelError
 from .dry_run import ROWS, DryRun, Inputs, layers_get, on_cpu, rows
 from .facts import LayerFacts, layer_facts, refusal
+from .layer_parts import LayerParts
 from .proof import prove
 from .recurrent import check_recurrent
 from .scoring_layer import check_parts
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Layers"]
 
 _known: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
-_SIMPLE = frozenset((int, float, bool, str, type(None)))
-_NO_MATTER = frozenset(("training", "gradient_checkpointing", "layer_idx"))
-"""Attributes that change no score, or are looked at elsewhere."""
 
 
 class Layers:
@@ -37,6 +35,7 @@ class Layers:
         self._facts: dict[Any, LayerFacts] = {}
         self._proved: dict[Any, LayerFacts] = {}
         self._recurrent: set[Any] = set()
+        self._numbers: dict[Any, int] = {}
 
     @classmethod
     def of(cls, text: nn.Module) -> Layers:
@@ -50,7 +49,7 @@ class Layers:
             UnsupportedModelError: they cannot be found out.
         """
         check_parts(adapter.layers[index], index, adapter.attention)
-        key = _key(adapter, index, has_place=not like_others)
+        key = self._key(adapter, index, has_place=not like_others)
         if key not in self._facts:
             with on_cpu():
                 run, inputs = _dry_run(adapter, index)
@@ -63,7 +62,7 @@ class Layers:
         Raises:
             UnsupportedModelError: it cannot.
         """
-        key = _key(adapter, index, has_place=False)
+        key = self._key(adapter, index, has_place=False)
         if key not in self._recurrent:
             with on_cpu():
                 run = DryRun(adapter.layers[index], adapter.mixer(index))
@@ -119,7 +118,7 @@ class Layers:
             UnsupportedModelError: they are not, or the facts cannot be found out.
         """
         check_parts(adapter.layers[index], index, adapter.attention)
-        key = _key(adapter, index, has_place=True)
+        key = self._key(adapter, index, has_place=True)
         if key not in self._proved:
             with on_cpu():
                 run, inputs = _dry_run(adapter, index)
@@ -127,6 +126,14 @@ class Layers:
                 prove(adapter, facts, index, run, inputs)
             self._facts[key] = self._proved[key] = facts
         return self._proved[key]
+
+    def _key(self, adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
+        """What the facts of a layer depend on."""
+        parts = adapter.parts.get(index)
+        if parts is None or not parts.still_are:
+            parts = adapter.parts[index] = LayerParts(adapter.layers[index], adapter.mixer(index))
+            parts.number = self._numbers.setdefault(parts.made_of, len(self._numbers))
+        return type(adapter), has_place and index, parts.number
 
 
 CUT = ("attention_mask", "position_embeddings", "position_ids")
@@ -175,19 +182,3 @@ def _dry_run(adapter: ModelAdapter, index: int) -> tuple[DryRun, Inputs]:
     if tables is not None and not (tables_in(tables) and all(map(_has_rows, tree_leaves(tables)))):
         raise refusal("its decoder gives it rotary tables of another form than is known", layer, index)
     return run, Inputs.of(hidden, tables, ids)
-
-
-def _key(adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
-    """What the facts of a layer depend on: its code, that of what it calls up to its mixer, and their settings."""
-    layer = adapter.layers[index]
-    mixer = getattr(layer, adapter.mixer(index))
-    parts = (layer, *layer.children(), *mixer.modules())
-    return type(adapter), has_place and index, tuple(_about(part) for part in parts)
-
-
-def _about(module: Any) -> Any:
-    # Asked of each layer that scores, at each prefill: so it takes as little time as it can.
-    its = vars(module).copy()  # at once: routing may leave the layer meanwhile, in another thread
-    settings = tuple([item for item in its.items() if type(item[1]) in _SIMPLE and item[0] not in _NO_MATTER])
-    weights = tuple([weight.shape for weight in its["_parameters"].values() if weight is not None])
-    return type(module).forward, settings, weights, tuple(its["_modules"])

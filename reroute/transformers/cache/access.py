@@ -173,7 +173,7 @@ def has_windows(cache: Cache) -> bool:
 
 def keeps_whole_prompt(cache: Cache) -> bool:
     """Whether some layer of ``cache`` keeps all of the prompt, and a window of what comes after it."""
-    return any(keeps_prompt(plain_class(layer)) for layer in cache.layers)
+    return any(map(keeps_prompt, set(map(plain_class, cache.layers))))
 
 
 def is_renumbered(cache: Cache | None) -> bool:
@@ -275,14 +275,22 @@ def room_of(cache: Cache | None, index: int, lacks: int, new: int, end: int) -> 
     return Room(rows, end, is_fixed=False) if columns_of(layer, end) + new <= rows else None
 
 
-def layer_rows(cache: Cache | None, length: int) -> list[LayerRows | None]:
-    """What the layers of ``cache``, of logical ``length``, hold; None of one that holds nothing."""
-    return [_rows_of(layer, length) for layer in getattr(cache, "layers", ())]
+def layer_rows(cache: Cache | None, length: int) -> Callable[[], Sequence[LayerRows | None]]:
+    """What the layers of ``cache``, of logical ``length``, hold now; None of one that holds nothing.
+
+    It is worked out when it is asked for, and keeps nothing of the cache alive.
+    """
+    held = [_rows_of(layer, length) for layer in getattr(cache, "layers", ())]
+    return lambda: [LayerRows.of(*its) if isinstance(its, tuple) else its for its in held]
 
 
-def _rows_of(layer: Any, length: int) -> LayerRows | None:
-    if getattr(layer, "keys", None) is None:  # or it keeps a state
+def _rows_of(layer: Any, length: int) -> LayerRows | tuple[torch.Size, torch.Size, torch.dtype] | None:
+    """Of a layer that does nothing but grow, the arguments of ``LayerRows.of``."""
+    keys = getattr(layer, "keys", None)
+    if keys is None:  # or it keeps a state
         return None
+    if plain_class(layer) is DynamicLayer and type(keys) is torch.Tensor and getattr(layer, "earlier", None) is None:
+        return keys.shape, layer.values.shape, keys.dtype
     rows, nbytes, static = columns_of(layer, length), held_bytes(layer), isinstance(layer, StaticLayer)
     prompt, most = prompt_rows(layer), most_columns(layer)
     if static or most is not None:  # not of more than it has

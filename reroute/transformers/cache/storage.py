@@ -83,6 +83,8 @@ def columns_of(layer: Any, length: int) -> int:
     A sliding one has dropped those that no window shows any more; a static one counts on the device, so that what it
     holds is told by what it will hold once it is full.
     """
+    if plain_class(layer) is DynamicLayer:  # of most models; each layer asks several times
+        return rows_in(layer.keys)
     if isinstance(layer, StaticSlidingWindowLayer):
         return int(layer.cumulative_length_int)  # of the host, unlike that of other static ones
     if isinstance(layer, StaticLayer):
