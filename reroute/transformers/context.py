@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -325,7 +326,7 @@ class RoutedPrefill(ForwardContext):
         """The logical length of the cache once the prompt is stored."""
         return self.plan.past + self.plan.length
 
-    @property
+    @cached_property
     def _floor(self) -> int:
         """The logical length to which the cache may be cropped: text after the visual tokens may go.
 

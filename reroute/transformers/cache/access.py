@@ -252,7 +252,8 @@ def has_stored(cache: Cache, index: int, columns: int) -> bool:
     if index >= len(cache.layers):
         return False
     layer: Any = cache.layers[index]
-    return bool(layer.is_initialized) if isinstance(layer, StaticLayer) else columns_of(layer, 0) == columns
+    is_static = issubclass(plain_class(layer), StaticLayer)
+    return bool(layer.is_initialized) if is_static else columns_of(layer, 0) == columns
 
 
 def visible_rows(cache: Cache | None, index: int, past: int) -> int:
@@ -327,7 +328,8 @@ def guard(cache: Cache, floor: int) -> None:
     layer: Any
     for layer in cache.layers:
         if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
-            layer.rows = replace(layer.rows, floor=floor)
+            if layer.rows.floor != floor:
+                layer.rows = replace(layer.rows, floor=floor)
         elif not isinstance(layer, TornLayer) and _can_store(layer) and layer.keys is not None:
             turn_into(layer, GuardedLayer)
             layer.floor = floor
