@@ -1,0 +1,63 @@
+"""What a decoder layer is made of, up to the modules of its mixer: all that its facts depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import nn
+
+__all__ = ["LayerParts"]
+
+_SIMPLE = frozenset((int, float, bool, str, type(None)))
+_NO_MATTER = frozenset(("training", "gradient_checkpointing", "layer_idx"))
+"""Attributes that change no score, or are looked at elsewhere."""
+
+
+class LayerParts:
+    """The parts of a layer at one moment. ``made_of``: their code, settings and shapes of weights.
+
+    ``number``: of all layers that are made of that.
+    """
+
+    number: int
+
+    def __init__(self, layer: nn.Module, mixer: str) -> None:
+        """``mixer``: the name of the part that attends, or keeps a state."""
+        self._parts = (layer, *layer.children(), *getattr(layer, mixer).modules())
+        attributes = [vars(part) for part in self._parts]
+        weights = [its["_parameters"] for its in attributes]
+        self._dicts: list[dict[str, Any]] = [*attributes, *weights, *(its["_modules"] for its in attributes)]
+        self._weights = [weight for its in weights for weight in its.values() if weight is not None]
+        # Noted before they are looked at: if another thread changes something meanwhile, it shows.
+        self._types, self._shapes, self._sizes = list(map(type, self._parts)), self._shapes_now(), self._sizes_now()
+        self._values = list(self._values_now())
+        self.made_of = tuple(map(_about, self._parts))
+
+    @property
+    def still_are(self) -> bool:
+        """Whether nothing was changed since. Asked of several layers in each prefill, so all of it runs in C."""
+        return (
+            list(map(type, self._parts)) == self._types
+            and self._sizes_now() == self._sizes
+            and all(map(is_, self._values_now(), self._values))
+            and self._shapes_now() == self._shapes
+        )
+
+    def _sizes_now(self) -> list[int]:
+        return list(map(len, self._dicts))
+
+    def _values_now(self) -> Iterator[Any]:
+        return chain.from_iterable([list(its.values()) for its in self._dicts])
+
+    def _shapes_now(self) -> list[Any]:
+        return [weight.shape for weight in self._weights]
+
+
+def _about(module: nn.Module) -> Any:
+    its = vars(module).copy()  # at once: routing may leave the layer meanwhile, in another thread
+    settings = tuple([item for item in its.items() if type(item[1]) in _SIMPLE and item[0] not in _NO_MATTER])
+    weights = tuple([weight.shape for weight in its["_parameters"].values() if weight is not None])
+    return type(module).forward, settings, weights, tuple(its["_modules"])
