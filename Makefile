@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
 # What says no more of the oldest Transformers than other tests do, and is left to `make weekly`.
-OLDEST := not flex_attention and not llava-gqa and not test_any_interleaving
+OLDEST := not flex_attention and not llava-gqa and not test_any_interleaving and (not qwen or golden)
 XDIST := --numprocesses auto --maxprocesses 4 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(XDIST)
 

@@ -1,7 +1,7 @@
 """The kernel tests on executors that can run here, in processes of their own: as many as run these tests.
 
-All of them on one that runs compiled kernels, a sample in the interpreter, which says less; all there too if nothing
-else can run. ``--all-executors`` leaves nothing out; ``--sample`` runs the first case of each test.
+All of them on one that runs compiled kernels, and a sample in the interpreter, which says less; where nothing runs
+compiled ones, all of them there. ``--sample``: the first case of each test on one executor; ``--all-executors``: all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from executors import NAMES, ROOT, unavailable
 
 COMPILED = "simt:90"
 """The executor of compiled kernels where there is no GPU."""
-SAMPLED = ("interpreter", COMPILED)
-"""Executors of ``--sample``."""
 REPEATING = ("simt:80",)
 """Those of ``--all-executors`` only: PTX for another GPU, from the same source."""
 
@@ -28,12 +26,10 @@ def test_kernels(name: str, pytestconfig: pytest.Config) -> None:
     sample, everything = (pytestconfig.getoption(option, False) for option in ("--sample", "--all-executors"))
     if (why := unavailable(name)) is not None:
         pytest.skip(why)
-    if sample and name not in SAMPLED:
-        pytest.skip("not an executor of samples")
-    if name in REPEATING and not everything:
+    says_less = name == "interpreter" and unavailable(COMPILED) is None
+    if not everything and (name in REPEATING or (sample and says_less)):
         pytest.skip("left to --all-executors")
-    says_less = name == "interpreter" and not everything and unavailable(COMPILED) is None
-    brief = "--sample" if sample or says_less else "--examples 8" if everything else ""
+    brief = "--examples 8" if everything else "--sample" if sample or says_less else ""
     # As many as there are workers of pytest-xdist; without them in one process, where it may be missing.
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     parallel = f"--numprocesses {workers} --dist worksteal" if workers else ""
