@@ -17,15 +17,10 @@ _NO_MATTER = frozenset(("training", "gradient_checkpointing", "layer_idx"))
 
 
 class LayerParts:
-    """The parts of a layer at one moment. ``made_of``: their code, settings and shapes of weights.
+    """The parts of a layer at one moment. ``kind``: one object for layers of the same code, settings and shapes."""
 
-    ``number``: of all layers that are made of that.
-    """
-
-    number: int
-
-    def __init__(self, layer: nn.Module, mixer: str) -> None:
-        """``mixer``: the name of the part that attends, or keeps a state."""
+    def __init__(self, layer: nn.Module, mixer: str, kinds: dict[Any, object]) -> None:
+        """``mixer``: the name of the part that attends, or keeps a state. ``kinds``: the known ones, and then its own."""
         self._parts = (layer, *layer.children(), *getattr(layer, mixer).modules())
         attributes = [vars(part) for part in self._parts]
         weights = [its["_parameters"] for its in attributes]
@@ -34,7 +29,7 @@ class LayerParts:
         # Noted before they are looked at: if another thread changes something meanwhile, it shows.
         self._types, self._shapes, self._sizes = list(map(type, self._parts)), self._shapes_now(), self._sizes_now()
         self._values = list(self._values_now())
-        self.made_of = tuple(map(_about, self._parts))
+        self.kind = kinds.setdefault(tuple(map(_about, self._parts)), object())  # in one step, for other threads
 
     @property
     def still_are(self) -> bool:

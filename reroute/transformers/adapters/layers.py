@@ -35,7 +35,7 @@ class Layers:
         self._facts: dict[Any, LayerFacts] = {}
         self._proved: dict[Any, LayerFacts] = {}
         self._recurrent: set[Any] = set()
-        self._numbers: dict[Any, int] = {}
+        self._kinds: dict[Any, object] = {}
 
     @classmethod
     def of(cls, text: nn.Module) -> Layers:
@@ -131,9 +131,9 @@ class Layers:
         """What the facts of a layer depend on."""
         parts = adapter.parts.get(index)
         if parts is None or not parts.still_are:
-            parts = adapter.parts[index] = LayerParts(adapter.layers[index], adapter.mixer(index))
-            parts.number = self._numbers.setdefault(parts.made_of, len(self._numbers))
-        return type(adapter), has_place and index, parts.number
+            parts = LayerParts(adapter.layers[index], adapter.mixer(index), self._kinds)
+            adapter.parts[index] = parts
+        return type(adapter), has_place and index, parts.kind
 
 
 CUT = ("attention_mask", "position_embeddings", "position_ids")
