@@ -20,7 +20,7 @@ class LayerParts:
     """The parts of a layer at one moment. ``kind``: one object for layers of the same code, settings and shapes."""
 
     def __init__(self, layer: nn.Module, mixer: str, kinds: dict[Any, object]) -> None:
-        """``mixer``: the name of the part that attends, or keeps a state. ``kinds``: the known ones, and then its own."""
+        """``mixer``: the name of what attends in it, or keeps a state. ``kinds`` that are known, and then its own."""
         self._parts = (layer, *layer.children(), *getattr(layer, mixer).modules())
         attributes = [vars(part) for part in self._parts]
         weights = [its["_parameters"] for its in attributes]
