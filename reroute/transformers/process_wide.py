@@ -43,7 +43,7 @@ def start(route: Route) -> None:
                 route(model)
             vars(model)[_MET] = mark
             if not is_current(route):  # and nobody comes to take it away
-                del vars(model)[_MET]
+                vars(model).pop(_MET, None)
 
     why = "reroute.enable() looks at each model when it is first called: call it once before it is compiled"
     meet_eagerly: Callable[[Any], None] = torch.compiler.disable(meet, reason=why)
