@@ -377,7 +377,7 @@ class Handle:
 
     def _settle(self) -> None:
         """Make the statistics of all prefills so far."""
-        unsettled, self._unsettled = self._unsettled, []
-        for make in unsettled:
+        while self._unsettled:
+            make = self._unsettled.pop(0)  # first: a ranker whose own count fails costs this one alone
             self._stats = make(prefills=self._totals.prefills + 1)
             self._totals = self._totals.plus(self._stats)

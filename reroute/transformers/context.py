@@ -328,7 +328,7 @@ class RoutedPrefill(ForwardContext):
 
     @cached_property
     def _floor(self) -> int:
-        """The logical length to which the cache may be cropped: text after the visual tokens may go.
+        """The logical length to which the cache, known by then, may be cropped: text after the visual tokens may go.
 
         Not if some of it is padding, in layers that keep a window: fillers would come behind rows, and drop out later
         than the rows that they stand for. Nor in static ones, whose rows have a place for good, nor where all that

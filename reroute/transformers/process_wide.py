@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def start(route: Route) -> None:
     The two methods are replaced on their classes, so that models made before and after are found alike and no other
     module of the process pays for it. Of several threads that call a model first, all wait until it is routed.
     """
-    seen: WeakSet[nn.Module] = WeakSet()
+    seen: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
     lock = threading.RLock()
     plain_generate = GenerationMixin.generate
     mark = object()  # not shared with others that were started before, nor with copies of a model
@@ -39,7 +39,7 @@ def start(route: Route) -> None:
     def meet(model: Any) -> None:
         with lock:
             if model not in seen:
-                seen.add(model)
+                seen[model] = None
                 route(model)
             vars(model)[_MET] = mark
             if not is_current(route):  # and nobody comes to take it away
@@ -64,10 +64,14 @@ def start(route: Route) -> None:
         return self.generate(*args, **kwargs) if is_new(self) else plain_generate(self, *args, **kwargs)
 
     def undo() -> None:
-        for model in list(seen):
-            vars(model).pop(_MET, None)
+        # In this order: a call that finds that it is over begins anew, and must not find its own method again; and
+        # marks that are set after they were taken away are taken away by whoever sets them.
         del PreTrainedModel.__call__
         GenerationMixin.generate = plain_generate  # type: ignore[method-assign]
+        del _started[route]
+        for met in seen.keyrefs():  # a list made in one step: others may add to it meanwhile
+            if (model := met()) is not None:
+                vars(model).pop(_MET, None)
 
     PreTrainedModel.__call__ = call  # type: ignore[method-assign]
     GenerationMixin.generate = generate  # type: ignore[method-assign]
@@ -76,8 +80,8 @@ def start(route: Route) -> None:
 
 def stop() -> None:
     """Undo ``start``. Models that are routed stay so until their handles are disabled."""
-    while _started:
-        _started.popitem()[1]()
+    for undo in list(_started.values()):
+        undo()
 
 
 def is_current(route: Route) -> bool:

@@ -63,3 +63,17 @@ def test_how_many_questions(readme: str, clean: str) -> None:
     dense = clean.partition("Dense: ")[2].partition(".\n")[0]
     assert f"n = {n} of each" in readme
     assert dense in readme
+
+
+def test_first_decisions_under_other_conditions(readme: str, model: str) -> None:
+    page = (ROOT / "docs/results/accuracy.md").read_text().partition(f"\n## {model}\n")[2]
+    start = 1 + 3 * MODELS.index(model)
+    quoted = {row[0]: row[start : start + 3] for row in rows(readme, "routed - removed | `labels`: noise")}
+    found: dict[str, list[str]] = {}
+    for condition in ("noise-0.5", "noise-1", "clutter"):
+        section = page.partition(f"### {condition}: ")[2].partition("\n### ")[0]
+        for name, _, _, gain in rows(section, "first decision at 11 % by"):
+            points = round(float(gain.split()[0]))
+            found.setdefault(name, []).append(f"{points:+d}" if points else "0")
+    assert quoted == found
+    assert len(found) == 5

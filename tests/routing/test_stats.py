@@ -252,3 +252,24 @@ def test_threads_add_to_the_same_totals(monkeypatch: pytest.MonkeyPatch) -> None
     stats, totals = handle.stats(), handle.totals()
     assert (stats.prefills, totals.prefills, totals.prompts) == (9, 9, 9)
     assert totals.prefill_flops == 9 * stats.prefill_flops
+
+
+def test_statistics_that_cannot_be_made_cost_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ranker's own count may fail; it is asked when somebody asks, and says so once."""
+    tiny = models.tiny("llava-gqa")
+    given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
+    outcomes = iter([None, ZeroDivisionError(), None])
+
+    def made(*args: Any, **settings: Any) -> Stats:
+        error = next(outcomes)
+        if error is not None:
+            raise error
+        return make_stats(*args, **settings)
+
+    with enable(tiny, RULES[0]) as handle, torch.no_grad():
+        for _ in range(3):
+            tiny.model(**given)
+        monkeypatch.setattr("reroute.handle.make_stats", made)
+        with pytest.raises(ZeroDivisionError):
+            handle.totals()
+        assert handle.totals().prefills == 2
