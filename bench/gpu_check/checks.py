@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import reroute
 from reroute.graphs import GraphUse
@@ -20,7 +22,7 @@ from reroute.handle import Handle
 from ..end_to_end.models import CACHE, IMAGE_ID, QUICK, SCHEDULE, STANDARD, Size, build, inputs_of, take_encoded
 from .capture import captured_prefill
 
-__all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting", "replays"]
+__all__ = ["CHECKS", "CheckFailed", "graph", "main", "no_waiting", "replays", "static_steps"]
 
 
 class CheckFailed(Exception):
@@ -137,6 +139,46 @@ def replays(device: torch.device, size: Size = REPLAYED) -> str:
     return "\n".join(said)
 
 
+STEPS = replace(STANDARD, side=12)
+TOKENS = 24
+
+
+@torch.no_grad()
+def static_steps(device: torch.device, size: Size = STEPS) -> str:
+    """``generate`` with a static cache, whose steps Transformers compiles and Inductor records as CUDA graphs."""
+    model: Any = build(size)  # fp32: compiled or not, the same tokens
+    model.to(device)
+    take_encoded(model)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    prompts = [_prompt(size, torch.float32, device, seed) for seed in range(3)]
+    generate = functools.partial(model.generate, max_new_tokens=TOKENS, do_sample=False)
+    compiled = functools.partial(generate, cache_implementation="static")
+    said = []
+    for name, ratio in (("plain", 0.0), ("routed", 0.2)):
+        routing: AbstractContextManager[Any] = (
+            reroute.enable(model, schedule=replace(SCHEDULE, ratios=(ratio,) * 3)) if ratio else nullcontext()
+        )
+        counters.clear()
+        torch.compiler.reset()
+        with routing:
+            expected = [generate(**prompt) for prompt in prompts]
+            eager_ms = _milliseconds(lambda: generate(**prompts[0]), device, 5)
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                found = compiled(**prompt)
+                if not torch.equal(found, tokens):
+                    same = int((found == tokens).long().cumprod(-1).sum()) - size.length
+                    raise CheckFailed(f"{name}: tokens of compiled steps part after {same} of {TOKENS}")
+            static_ms = _milliseconds(lambda: compiled(**prompts[0]), device, 5)
+        graphs, skips = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+        said.append(
+            f"{name}: {TOKENS} tokens in {eager_ms:.1f} ms, with compiled steps {static_ms:.1f} ms; "
+            f"{graphs} graphs of Dynamo, {skips} not recorded"
+        )
+        if not graphs or skips:
+            raise CheckFailed(said[-1])
+    return "\n".join(said)
+
+
 def _replay(handle: Handle, model: Any, name: str, prompt: dict[str, Any], expected: list[Tensor]) -> GraphUse:
     """Check that ``prompt`` is replayed, and gives what is ``expected``."""
     replayed, use = _results(model, prompt), handle.stats().graph
@@ -164,10 +206,10 @@ def _results(model: Any, given: dict[str, Any]) -> list[Tensor]:
     return [output.logits, *(layer.keys for layer in layers), *(layer.values for layer in layers)]
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+def _milliseconds(run: Callable[[], Any], device: torch.device, runs: int = RUNS) -> float:
     """Median of a call and its results."""
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
@@ -176,7 +218,12 @@ def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * statistics.median(times)
 
 
-CHECKS: dict[str, Callable[[torch.device], str]] = {"graph": graph, "no-waiting": no_waiting, "replays": replays}
+CHECKS: dict[str, Callable[[torch.device], str]] = {
+    "graph": graph,
+    "no-waiting": no_waiting,
+    "replays": replays,
+    "static-steps": static_steps,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -57,6 +57,10 @@ class Step:
     output: str = ""
 
 
+ON_CUDA = ("--executor", "cuda")
+"""Of tests of kernels."""
+
+
 def _module(name: str, *arguments: str) -> Arguments:
     return sys.executable, "-m", f"bench.gpu_check.{name}", *arguments
 
@@ -65,15 +69,24 @@ def _pytest(hangs_after: int, *arguments: str) -> Arguments:
     """Kernel tests on the device. A test that hangs shows where and ends its program; so do 20 failures."""
     options = ["-v", "--tb=short", "-rfE", "--durations=5", "--maxfail=20", "-p", "no:cacheprovider"]
     hanging = ["-o", f"faulthandler_timeout={hangs_after}", "-o", "faulthandler_exit_on_timeout=true"]
-    return sys.executable, "-m", "pytest", *arguments, "--executor", "cuda", *options, *hanging
+    return sys.executable, "-m", "pytest", *arguments, *options, *hanging
 
 
 def _kernel_tests(name: str, estimate: float, parts: int = 1, group: str = "kernels", also: str = "") -> Step:
     """One file of kernel tests, in so many programs, or with another short one."""
     files = [f"tests/kernels/test_{file}.py" for file in (name, also) if file]
     split = [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") if parts > 1 else () for part in range(parts)]
-    programs = tuple(_pytest(60, *files, *options) for options in split)
+    programs = tuple(_pytest(60, *files, *ON_CUDA, *options) for options in split)
     return Step(f"{group}/{name}", programs, estimate, limit=150, least=min(estimate, 30), shares=True)
+
+
+def _model_tests(path: str, estimate: float, parts: int = 1) -> Step:
+    """One file of tests of whole models, which run on the GPU though they name no device; graphs are CUDA graphs."""
+    plugin = ("-p", "bench.gpu_check.on_device", "-m", "not slow")
+    split = [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") if parts > 1 else () for part in range(parts)]
+    programs = tuple(_pytest(60, f"tests/{path}.py", *plugin, *options) for options in split)
+    name = f"models/{path.rpartition('test_')[2]}"
+    return Step(name, programs, estimate, limit=150, least=min(estimate, 30), shares=True)
 
 
 def _check(name: str, estimate: float = 30, *, shares: bool = True) -> Step:
@@ -99,7 +112,7 @@ def _sanitizer(tool: str) -> Step:
     """A few tests under one tool of compute-sanitizer."""
     files = [("rows", "defer_rmsnorm"), ("score_topk",), ("select", "diverse_topk")]
     paths = [[f"tests/kernels/test_{name}.py" for name in names] for names in files]
-    tests = [_pytest(100, *some, "-k", SANITIZED, "-x") for some in paths]
+    tests = [_pytest(100, *some, *ON_CUDA, "-k", SANITIZED, "-x") for some in paths]
     return _sanitized(tool, tool, tests, estimate=65, evidence="(ERROR|RACECHECK) SUMMARY: 0 ")
 
 
@@ -166,6 +179,16 @@ STEPS = (
     _kernel_tests("load_kernels", 30, also="reference_sync"),
     _check("graph"),
     _check("no-waiting"),
+    _check("static-steps", 60),
+    _model_tests("routing/test_replayed_prefills", 60, parts=3),
+    _model_tests("routing/test_replayed_caches", 60, parts=2),
+    _model_tests("routing/test_replayed_static_caches", 50),
+    _model_tests("routing/test_replayed_in_threads", 40),
+    _model_tests("routing/test_warm_up", 40),
+    _model_tests("families/test_replayed_kinds", 60, parts=2),
+    _model_tests("families/test_replayed_pictures", 50),
+    _model_tests("routing/test_oracle", 50),
+    _model_tests("routing/test_batch", 60, parts=2),
     _check("replays", 25, shares=False),  # it says how long they take
     _prefills("llava-7b", 90),
     _prefills("qwen-7b", 90),
