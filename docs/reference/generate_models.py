@@ -36,7 +36,6 @@ LIMITS = {
     "idefics2": "a prompt has to fit into the window, which is 4096 tokens by default",
     "kosmos-2.5": "an argument marks visual tokens, so that `handle.plan` takes `visual_mask=`",
     "llama4": "prompts of less than 8192 tokens; Transformers 5.24.0 itself fails to return its outputs",
-    "molmo2": "no graphs: with kinds of tokens it gives its decoder one mask of its own",
     "nemotron_h_omni": "with `video_pruning_rate` 0",
     "gemma4": "without inputs per layer and shared keys, which the small ones (E2B, E4B) have: these are refused",
 }

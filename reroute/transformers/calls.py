@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .forward import FORWARD, ForwardContext
-from .generation import PADDING, PROMPT_END, prompt_end
+from .generation import MADE_MASK, PROMPT_END, MadeMask, prompt_end
 from .interception import role_of
 from .vision import TowerRun, attach
 
@@ -105,11 +105,8 @@ def run_model(model: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwarg
 def run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Run a call of the ``base`` model: its forward."""
     end, given = kwargs.pop(PROMPT_END, None), _labels.get()
-    known, has_made_mask = kwargs, False
-    if PADDING in kwargs:
-        padding = kwargs.pop(PADDING)
-        has_made_mask = padding is None or getattr(padding, "ndim", 0) == 2
-        known = {**kwargs, "attention_mask": padding}
+    made: MadeMask | None = kwargs.pop(MADE_MASK, None)
+    known = kwargs if made is None else {**kwargs, "attention_mask": made.padding}
     outer, forward, call = _forward.get(), None, Call()
     try:
         router = call.begin(base)
@@ -119,7 +116,7 @@ def run_base(base: Any, proceed: Callable[..., Any], args: Args, kwargs: Kwargs)
         _labels.set(None)  # for good: they are those of one call of the base model
         forward = router.open(args, known, labels, end)
         if forward is not None:
-            forward.has_made_mask = has_made_mask
+            forward.made_mask = made if made is not None and made.is_known else None
         _forward.set(forward)
         output = proceed(*args, **kwargs)
         if forward is not None:

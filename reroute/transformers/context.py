@@ -171,7 +171,7 @@ class RoutedPrefill(ForwardContext):
             active, width = self.plan.active(decision.stage), self.plan.width(decision.stage)
             offset = None if offsets is None else offsets[decision.stage][:, None]
             by_room: dict[Room | None, RowPositions] = {}
-            for index in range(decision.layer, end):
+            for index in filter(self._adapter.attends, range(decision.layer, end)):
                 room = room_of(cache, index, 0, 0, self._end)  # that it has by now
                 if room not in by_room:
                     listed, given, beyond = with_room(its, self._end, room)

@@ -27,7 +27,7 @@ from .calls import (
 )
 from .compiled import CompiledStep, adapt_step, is_step, num_tokens
 from .forward import FORWARD
-from .generation import PADDING, PROMPT_END, generating, prompt_end
+from .generation import MADE_MASK, PROMPT_END, MadeMask, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ class RoutedGenerator(RoutedModel):
             # For static caches generate makes the decoder's masks ahead, which do not tell what is padding.
             is_turn = kwargs.get("is_first_iteration") or num_tokens(inputs) > 1  # steps have no plan, and are compiled
             if is_turn and inputs.get("attention_mask") is not kwargs.get("attention_mask"):
-                inputs[PADDING] = kwargs.get("attention_mask")
+                is_causal = not hasattr(self, "create_masks_for_generate")
+                inputs[MADE_MASK] = MadeMask(kwargs.get("attention_mask"), is_causal)
         return inputs
 
 
@@ -206,7 +207,7 @@ def _active(module: Any, kwargs: Kwargs | None = None) -> Router | None:
 
 def _forget_notes(kwargs: Kwargs) -> None:
     """Take out what ``prepare_inputs_for_generation`` has added for a call that is not routed after all."""
-    for name in (PROMPT_END, PADDING):
+    for name in (PROMPT_END, MADE_MASK):
         kwargs.pop(name, None)
 
 

@@ -14,6 +14,7 @@ from ..graphs import GraphUse
 from .adapters import ModelAdapter
 from .attention import MaskFormat, mask_format_of
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, allow_updates, guarded_layer, length_of, tear
+from .generation import MadeMask
 from .vision import Recording
 
 __all__ = ["FORWARD", "ForwardContext", "Kwargs"]
@@ -29,14 +30,14 @@ class ForwardContext:
 
     - ``recording``: what its rankers read of the vision tower, until the last of them has decided.
     - ``is_idle``: whether all layers that follow run as they are, and need not ask.
-    - ``has_made_mask``: whether its mask is one that ``generate`` made of a 2-D one, of which the plan knows.
+    - ``made_mask``: of what ``generate`` made its mask, if it did and the plan knows of that.
     - ``asks_eager``: why it is not replayed, if its call is known to be none that could be.
     - ``graph``: says whether it was, where graphs are on; ``rows``: those of the class of the graph that served it.
     """
 
     recording: Recording | None = None
     is_idle = False
-    has_made_mask = False
+    made_mask: MadeMask | None = None
     asks_eager: str = ""
     graph: Callable[[], GraphUse] | None = None
     rows: tuple[int, ...] = ()

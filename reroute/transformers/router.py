@@ -329,7 +329,9 @@ class Router:
         """What ``decoder``, the decoder's own call, would return; None if it has to be called with ``kwargs``."""
         if self._replays is None or not isinstance(forward, RoutedPrefill | DensePrefill):
             return None
-        given = {**kwargs, "attention_mask": None} if forward.has_made_mask else dict(kwargs)
+        given = dict(kwargs)
+        if forward.made_mask is not None:
+            given["attention_mask"] = forward.made_mask.of_prompt(given.get("attention_mask"), forward.plan.length)
         return self._replays.run(forward, decoder, given, forward.asks_eager)
 
     def capture(self, plan: Plan, embeds: torch.Tensor, positions: torch.Tensor) -> str:

@@ -14,22 +14,34 @@ from tape import Tape
 from tape_recorder import record_on_tapes
 from test_replayed_pictures import GRAPHS, captured, family_of, replayed, same, with_sdpa
 from test_types import ONE, TWO, batch, plan, prompt, step
-from tiny_types import TYPES, TinyType, build
+from tiny_types import PICTURE, RECURRENT, TYPES, TinyType, build
 from torch import Tensor
 from transformers import DynamicCache
 
 import reroute
 from reroute.transformers import router
-from reroute.transformers.graphs import captured as in_graph
-from reroute.transformers.graphs import masks, replays, why_not_prompt
+from reroute.transformers.adapters.kinds import LayerKinds
+from reroute.transformers.cache import states_in
+from reroute.transformers.graphs import forwards, masks, replays, why_not_prompt
 
 SEEN = prompt(9, 2, 7, 2, 2, 3), prompt(10, 2, 7, 2, 2, 4)
 SLIDING = ("cohere2_vision", "exaone4_5", "cohere_compass", "muse_glimmer", "idefics2", "llama4")
+STATES = (
+    "qwen3_5",
+    "lfm2_vl",
+    "qwen3_5_moe",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "nemotron_h_omni",
+)
 EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")
-QUICK = ("cohere2_vision", "muse_glimmer", "qwen3_vl_moe")
+OTHERS = ("gemma4", "gemma4_unified", "paligemma", "molmo2")
+QUICK = ("cohere2_vision", "muse_glimmer", "qwen3_vl_moe", "qwen3_5", "lfm2_vl", "paligemma")
 KINDS = [
     pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow])
-    for kind in (*SLIDING, *EXPERTS)
+    for kind in (*SLIDING, *EXPERTS, *RECURRENT, *OTHERS)
     if kind in TYPES
 ]
 
@@ -70,13 +82,22 @@ def run(handle: Any, tiny: TinyType, *prompts: list[int]) -> tuple[Any, Tensor]:
         output = tiny.model(**given, **{CACHE: cache}, use_cache=True)
     use, after = handle.stats().graph, []
     assert use is None or use.is_replayed or "first prompt of its class" in use.why, use
-    kept = [(its.get_seq_length(), its.keys.clone(), its.values.clone()) for its in cache.layers]
+    kept = [_held(its) for its in cache.layers]
     for token in (7, 11, 13):
         inputs = step(tiny, given, token, cache)
         after.append(tiny.model(**inputs, use_cache=True).logits[:, -1])
         given = {name: inputs[name] for name in ("attention_mask", "position_ids")}
     output.kept = kept
     return output, torch.stack(after)
+
+
+def _held(layer: Any) -> tuple[int, list[Tensor]]:
+    """How many tokens it has seen, if it knows, and copies of what it holds."""
+    if hasattr(layer, "conv_states"):
+        return 0, [its.clone() for its in states_in(layer).values()]
+    if getattr(layer, "keys", None) is None:
+        return 0, []
+    return layer.get_seq_length(), [layer.keys.clone(), layer.values.clone()]
 
 
 def compared(tiny: TinyType, prompts: list[list[int]], seen: list[list[int]], **settings: Any) -> None:
@@ -93,9 +114,11 @@ def compared(tiny: TinyType, prompts: list[list[int]], seen: list[list[int]], **
     near(after, expected)
     for its, other in zip(mine.kept, eager.kept, strict=True):
         assert its[0] == other[0]
-        assert its[1].shape == other[1].shape
-        assert its[1].isfinite().all()
-        assert its[2].isfinite().all()
+        for states, others in zip(its[1], other[1], strict=True):
+            assert states.shape == others.shape
+            assert states.isfinite().all()
+            if not its[0]:  # a state, in which no filler is left
+                near(states, others)
 
 
 @pytest.mark.usefixtures("tapes", "_planned")
@@ -136,7 +159,7 @@ def whole(seed: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("tapes", "_planned")
-@pytest.mark.parametrize("kind", ["cohere2_vision", "muse_glimmer", "qwen3_vl_moe"])
+@pytest.mark.parametrize("kind", ["cohere2_vision", "muse_glimmer", "qwen3_vl_moe", "qwen3_5", "lfm2_vl"])
 def test_without_fillers_bit_for_bit(kind: str) -> None:
     """192 rows, and 128 in the stage."""
     tiny = with_sdpa(build(kind, "sdpa"))
@@ -152,8 +175,7 @@ def test_without_fillers_bit_for_bit(kind: str) -> None:
         assert torch.equal(mine.logits, eager.logits)
         assert torch.equal(after, expected)
         for its, other in zip(mine.kept, eager.kept, strict=True):
-            assert torch.equal(its[1], other[1])
-            assert torch.equal(its[2], other[2])
+            assert all(map(torch.equal, its[1], other[1]))
 
 
 # --- masks that are given ---------------------------------------------------------------------------------------------
@@ -199,6 +221,34 @@ def test_two_recordings_with_masks_are_one(tapes: list[Tape]) -> None:
     assert first.signature == second.signature
 
 
+@pytest.mark.usefixtures("tapes", "_planned")
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_mask_for_all_layers(count: int) -> None:
+    """Told the kinds of tokens, Molmo 2 makes it: pictures see themselves both ways."""
+    tiny, settings, logits = with_sdpa(build("molmo2", "sdpa")), settings_of("molmo2"), []
+    new, seen = [ONE, TWO][:count], SEEN[:count]
+    plain = tiny.model(**batch(tiny, *new)).logits
+    for graphs in (False, GRAPHS):
+        with reroute.enable(tiny.model, graphs=graphs, **settings) as handle:
+            for prompts in (seen, seen, new):
+                given = batch(tiny, *prompts)
+                with handle.using(plan(handle, given)):
+                    output = tiny.model(**given, mm_token_type_ids=(given["input_ids"] == PICTURE).long())
+            assert not graphs or handle.stats().graph.is_replayed, handle.stats().graph
+            logits.append(output.logits[given["attention_mask"].bool()])
+    near(logits[1], logits[0])
+    assert differs(logits[0], plain[given["attention_mask"].bool()])
+
+
+@pytest.mark.usefixtures("tapes", "_planned")
+def test_fillers_are_hidden_where_all_tokens_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison fails if they are not."""
+    tiny = with_sdpa(build("paligemma", "sdpa"))
+    monkeypatch.setattr(LayerKinds, "sees_later", frozenset({False}))
+    with pytest.raises(AssertionError):
+        compared(tiny, [ONE], list(SEEN[:1]), **settings_of("paligemma"))
+
+
 # --- what each part is for --------------------------------------------------------------------------------------------
 
 
@@ -222,7 +272,7 @@ def _no_window(patch: pytest.MonkeyPatch) -> None:
 
 
 def _logical_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(in_graph._RoutedInGraph, "_given_rows", lambda self, prefill: prefill.positions)
+    patch.setattr(forwards.RoutedInGraph, "_given_rows", lambda self, prefill: prefill.positions)
 
 
 @pytest.mark.usefixtures("tapes", "_planned")

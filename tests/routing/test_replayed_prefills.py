@@ -71,6 +71,24 @@ def test_keep_one(tiny: Tiny, samples: int) -> None:
         assert handle.stats().keep == 1
 
 
+@pytest.mark.usefixtures("tapes")
+def test_a_mask_of_ones_own_with_keep_one(tiny: Tiny) -> None:
+    """It is an input: the graph was captured with another."""
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        given = tiny.inputs(others(tiny)[:1], positions=True)
+        length = given["input_ids"].shape[1]
+        mask = torch.rand(1, 1, length, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+        return {**given, "attention_mask": mask | torch.eye(length, dtype=torch.bool)}
+
+    eager = tiny.model(**inputs(1))
+    with route(tiny, Rules((2,), (1.0,))) as handle:
+        for _ in range(2):
+            tiny.model(**inputs(0))
+        output = replayed(handle, tiny, inputs(1))
+    same_outputs(output, eager, torch.ones(output.logits.shape[:2], dtype=torch.bool))
+
+
 def full(tiny: Tiny, seed: int) -> Sample:
     """64 tokens of text and 128 visual ones: whole tiles, in every stage of ``TILES`` too."""
     parts: list[Any] = [8]

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import StaticCache
 from turns import turn
 
+from reroute.transformers.generation import MADE_MASK, MadeMask
+
 pytestmark = pytest.mark.usefixtures("tapes")
 tiny = tiny_models("llava-gqa", "qwen")
 
@@ -170,7 +172,10 @@ def test_masks_and_memory_of_ones_own_run_eagerly() -> None:
     with route(tiny, DENSE) as handle:
         capture(tiny, [sample])
         mask = torch.ones(1, 1, len(sample), ROOM, dtype=torch.bool).tril()
-        for moved in ({}, {"reroute_padding": mask.clone()}):  # as where generate has brought it to another device
+        for moved in (
+            {},
+            {MADE_MASK: MadeMask(mask.clone(), True)},
+        ):  # as where generate has brought it to another device
             tiny.model(**{**inputs, "attention_mask": mask}, **{CACHE: static(tiny)}, **moved)
             assert "a mask of its own" in handle.stats().graph.why
         with torch.inference_mode():

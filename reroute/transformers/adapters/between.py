@@ -85,7 +85,7 @@ def added_before(adapter: ModelAdapter, form: FeatureForm) -> tuple[int, ...] | 
     with features.
     """
     hidden, ids = rows(adapter.text_config.hidden_size)
-    ids = ids if adapter.renumbers else ids.expand(adapter.position_axes, -1, -1)
+    ids = ids if adapter.position_axes == 1 else ids.expand(adapter.position_axes, -1, -1)
     with on_cpu():
         mask = (torch.arange(ROWS) % 3 == 1)[None]
         generator = torch.Generator().manual_seed(3)

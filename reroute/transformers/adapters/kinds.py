@@ -82,6 +82,13 @@ class LayerKinds:
         """Whether without a mask a token of ``layer`` sees only what comes before it."""
         return self._known.facts(self, layer, like_others=True).is_causal  # type: ignore[arg-type]
 
+    @cached_property
+    def sees_later(self) -> frozenset[bool]:
+        """What its layers make of a missing mask: whether a token sees what comes after it. More than one, if not all
+        do the same.
+        """
+        return frozenset(not self.sees_only_before(i) for i in range(len(self.layers)) if self.attends(i))
+
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""
         kind = self.kind(layer)

@@ -31,9 +31,9 @@ from .access import (
     tear,
     visible_rows,
 )
-from .filling import can_fill, fill_layers
+from .filling import can_fill, fill_layers, fill_states
 from .layers import GuardedLayer, RoutedLayer, RowPositions
-from .recurrent import GuardedRecurrentLayer
+from .recurrent import GuardedRecurrentLayer, StatePlace, states_in
 from .reference import RoutedReferenceLayer
 from .states import KeptStates
 from .static import Room, with_room
@@ -49,6 +49,7 @@ __all__ = [
     "RoutedSlidingLayer",
     "RoutedStaticSlidingLayer",
     "RowPositions",
+    "StatePlace",
     "allow_updates",
     "cache_of",
     "can_fill",
@@ -56,6 +57,7 @@ __all__ = [
     "check_whole",
     "cut",
     "fill_layers",
+    "fill_states",
     "give_room",
     "guard",
     "guarded_layer",
@@ -74,6 +76,7 @@ __all__ = [
     "room_of",
     "route_layer",
     "routed_layers",
+    "states_in",
     "states_of",
     "takes_any_step",
     "tear",

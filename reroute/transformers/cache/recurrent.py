@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from ...errors import UnsupportedCacheError
 from .layers import WITHOUT_ROUTING, GuardedLayer
 
-__all__ = ["GuardedRecurrentLayer", "has_state"]
+__all__ = ["GuardedRecurrentLayer", "StatePlace", "has_state", "states_in"]
+
+StatePlace: TypeAlias = tuple[str, int]
+"""Attribute of a layer and number: where it keeps a state."""
 
 
 class GuardedRecurrentLayer(LinearAttentionLayer):
@@ -66,6 +70,12 @@ class GuardedRecurrentLayer(LinearAttentionLayer):
 def has_state(layer: Any) -> bool:
     """Whether any row has come to ``layer``."""
     return any(_known(layer).values())
+
+
+def states_in(layer: Any) -> dict[StatePlace, torch.Tensor]:
+    """What ``layer`` has memory for; it need not have come to a row yet."""
+    kinds = ("conv_states", "recurrent_states")
+    return {(kind, i): its for kind in kinds for i, its in getattr(layer, kind).items() if its is not None}
 
 
 def _known(layer: Any) -> dict[int, bool]:

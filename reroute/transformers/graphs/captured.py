@@ -16,12 +16,11 @@ from reroute_kernels.upload import upload_to
 
 from ...config import Settings
 from ...core.plan import Plan
-from ...core.prefill import Prefill
 from ...graphs import Alignment, Arena, ClassPlan, PromptTable, ShapeClass, StaticHome, class_tensors
 from ..adapters import Features, ModelAdapter
-from ..context import RoutedPrefill
-from ..forward import FORWARD, ForwardContext, Kwargs
+from ..forward import FORWARD
 from .added import AddedStates
+from .forwards import DenseInGraph, InGraph, RoutedInGraph
 from .masks import GivenMasks
 from .refused import CannotCapture, CaptureFails
 from .stage_cache import StageCache
@@ -71,19 +70,18 @@ class CapturedPrefill:
         self.shape_class, self._settings, self._adapter = shape_class, settings, adapter
         self._backend, self._arena = backend, arena
         self._plan: ClassPlan | None = None
-        counts = [len(adapter.layers)]
+        begins = [0, len(adapter.layers)]
         if shape_class.num_stages:
             schedule = settings.schedule
             self._plan = ClassPlan.of(shape_class, schedule, settings.config.action)
-            begins = (0, *schedule.layers, len(adapter.layers))
-            counts = [end - begin for begin, end in pairwise(begins)]
+            begins[1:1] = schedule.layers
         length = shape_class.rows[0]
         self._table = PromptTable(
             shape_class,
             tuple(b * length for b in range(shape_class.batch)),
             shape_class.home_rows,
         )
-        self._cache = StageCache(counts)
+        self._cache = StageCache(adapter, [range(*stage) for stage in pairwise(begins)])
         self._added, self._masks, self._masked = AddedStates(added_before), masks, masked
         self._constants: Sequence[torch.Tensor] = ()
         self._replay: Callable[[], None] | None = None
@@ -142,7 +140,7 @@ class CapturedPrefill:
         batch, (length, *rows) = self.shape_class.batch, self.shape_class.rows
         width, dtype = given.embeds.shape[-1], given.embeds.dtype
         states = ((batch, length, width), dtype)
-        axes = (batch, length) if self._adapter.renumbers else (self._adapter.position_axes, batch, length)
+        axes = (batch, length) if self._adapter.position_axes == 1 else (self._adapter.position_axes, batch, length)
         added, masks = self._added.layout(*states), self._masks.layout(batch, length)
         buffers = self._cache.layout if self._cache.is_known else []
         (
@@ -193,24 +191,31 @@ class CapturedPrefill:
     # --- what is recorded -------------------------------------------------------------------------------------------
 
     def _mask(self) -> Any:
-        """What the decoder gets as its mask: those that were given, or none where layers need those that it makes."""
-        if self._masked or self._masks.argument is not None:
-            return self._masks.argument
+        """What the decoder gets as its mask: those that were given, or none where layers need those that it makes.
+
+        Where a token would see what comes later without a mask, it would see fillers.
+        """
+        is_real = self._parts["rows"] >= 0
+        seen = is_real[:, None, None].expand(-1, 1, is_real.shape[1], -1) if True in self._adapter.sees_later else None
+        if self._masks.form is not None:
+            return self._masks.argument(otherwise=seen)
+        if self._masked:
+            return seen
         return self._embeds.new_empty(NO_MASK)
 
     def _run(self, decoder: Callable[..., Any]) -> None:
-        forward: _RoutedInGraph | _DenseInGraph
+        forward: RoutedInGraph | DenseInGraph
+        layers = InGraph(self._adapter, self._added, self._masked, self._parts["rows"] >= 0)
         if self._plan is None:
             shape = self.shape_class.batch, self.shape_class.rows[0]
-            forward = _DenseInGraph(self._adapter, shape, self._added, self._masked)
+            forward = DenseInGraph(self._adapter, shape, layers)
         else:
             self._home.clear()
-            forward = _RoutedInGraph(
+            forward = RoutedInGraph(
                 *(self._plan, self._settings, self._adapter, lambda *_: self._home),
-                added=self._added,
-                masked=self._masked,
+                layers=layers,
             )
-        cache = self._cache.cache
+        cache = self._cache.begin()
         name = "cache" if "cache" in inspect.signature(self._adapter.text.forward).parameters else "past_key_values"
         try:
             output = decoder(
@@ -222,6 +227,7 @@ class CapturedPrefill:
             )
         finally:
             forward.close()
+        self._cache.end()
         self._output = type(output), _cache_field(output, cache)
         hidden = output.last_hidden_state
         if (hidden.shape, hidden.dtype) != (self._hidden.shape, self._hidden.dtype):
@@ -230,58 +236,6 @@ class CapturedPrefill:
         rows = [self.shape_class.batch * count for count in self.shape_class.rows[1:]]
         for target, positions in zip(self._columns.split(rows), forward.columns, strict=True) if rows else ():
             target.copy_(positions.flatten())
-
-
-class _RoutedInGraph(RoutedPrefill):
-    """A routed prefill in which rows that are fillers come last. ``columns``: positions (B, S) of each stage."""
-
-    def __init__(self, *args: Any, added: AddedStates, masked: frozenset[int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._added, self._masked = added, masked
-        self.columns: list[torch.Tensor] = []
-
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
-        """See ``RoutedPrefill``."""
-        _look_at_nothing(kwargs, has_mask=index in self._masked)
-        hidden = super().before_layer(index, self._added.add(index, hidden), kwargs)
-        if self.prefill is not None and self.prefill.stage == len(self.columns):
-            self.columns.append(self.prefill.positions)
-        return hidden
-
-    def _given_rows(self, prefill: Prefill) -> torch.Tensor:
-        """See ``RoutedPrefill``: there is no padding."""
-        return prefill.sample_rows
-
-    def _has_fillers(self, prefill: Prefill, mask: Any) -> bool:
-        """See ``RoutedPrefill``: without a mask no row sees one."""
-        return mask is not None
-
-
-class _DenseInGraph(ForwardContext):
-    """A prefill that keeps everything."""
-
-    columns: Sequence[torch.Tensor] = ()
-
-    def __init__(
-        self, adapter: ModelAdapter, shape: tuple[int, int], added: AddedStates, masked: frozenset[int]
-    ) -> None:
-        super().__init__(adapter, shape)
-        self._added, self._masked = added, masked
-
-    def before_layer(self, index: int, hidden: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
-        """See ``ForwardContext``."""
-        _look_at_nothing(kwargs, has_mask=index in self._masked)
-        return self._added.add(index, hidden)
-
-
-def _look_at_nothing(kwargs: Kwargs, *, has_mask: bool) -> None:
-    """Drop what is not needed for causal attention in order, and what attention functions look at on the host.
-
-    A mask says nothing here (``NO_MASK``). Position ids show flash attention packed sequences.
-    """
-    kwargs["position_ids"] = None
-    if not has_mask:
-        kwargs["attention_mask"] = None
 
 
 def _cache_field(output: Any, cache: Any) -> str:

@@ -24,7 +24,7 @@ from ..cache import cache_of, can_fill
 from ..forward import Kwargs
 from ..packing import is_packed
 from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
-from .masks import is_by_kind
+from .masks import are_known, masks_in
 
 __all__ = ["why_not_call", "why_not_decoder", "why_not_model", "why_not_prompt"]
 
@@ -32,6 +32,9 @@ KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache"
 """Arguments of a decoder that a graph has a place for; of all others it knows nothing."""
 OF_HEADS = ("logits_to_keep",)
 """Arguments that some base models pass on to their decoder, which does not look at them if it has no such one."""
+SHARING = "num_kv_shared_layers"
+"""Of a configuration: how many layers have no keys of their own. Only before these does Gemma 4 look at such arguments.
+"""
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 EXPERTS = ("grouped_mm", "batched_mm")
 """Transformers' ways to run mixtures of experts that read nothing on the host; the first is what it chooses."""
@@ -84,15 +87,11 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
     if adapter.reads_kinds:
         yield "its layers are told the kinds of tokens"
     looks = [name for name in OF_HEADS if name in adapter.text_parameters]
-    if looks:
+    if looks and getattr(adapter.text_config, SHARING, None) != 0:
         yield f"its decoder looks at {', '.join(looks)}"
     reading = sorted(_reading_on_the_host(text))
     if reading:
         yield f"{', '.join(reading)} read values on the host"
-    kinds = _rope_kinds(adapter)
-    unknown = [kind for kind in kinds if "dynamic" in kind or "longrope" in kind]
-    if unknown or not kinds:
-        yield f"its rotary tables depend on the largest position ({', '.join(unknown) or 'no kind of RoPE is named'})"
 
 
 def _attention(adapter: ModelAdapter) -> Iterator[str]:
@@ -100,6 +99,7 @@ def _attention(adapter: ModelAdapter) -> Iterator[str]:
         if mask_format_of(adapter.text_config) in ("additive", "block"):
             name = adapter.text_config._attn_implementation.removesuffix("_attention")
             yield f"{name} attention needs a mask of the prompt's own; 'sdpa' or flash attention do not"
+        yield from _rotation(adapter)
         others = _other_layers(adapter)
     except RerouteError as error:
         yield f"not all of its layers are known: {error}"
@@ -109,14 +109,23 @@ def _attention(adapter: ModelAdapter) -> Iterator[str]:
             yield f"layers {layers} {what}"
 
 
+def _rotation(adapter: ModelAdapter) -> Iterator[str]:
+    kinds = _rope_kinds(adapter)
+    unknown = [kind for kind in kinds if "dynamic" in kind or "longrope" in kind]
+    rotating = filter(adapter.rotates, filter(adapter.attends, range(len(adapter.layers))))
+    if unknown or (not kinds and any(True for _ in rotating)):
+        yield f"its rotary tables depend on the largest position ({', '.join(unknown) or 'no kind of RoPE is named'})"
+
+
 def _other_layers(adapter: ModelAdapter) -> dict[str, list[int]]:
-    """Which layers do not attend to what comes before a token, or to a part of it that is known; by what they do."""
-    layers = range(len(adapter.layers))
-    attending = [i for i in layers if adapter.attends(i)]
+    """Which layers attend to more than what comes before a token, or to a part that is not known; by what they do."""
+    attending = [i for i in range(len(adapter.layers)) if adapter.attends(i)]
+    later = [i for i in attending if not adapter.sees_only_before(i)]
+    is_flash = mask_format_of(adapter.text_config) == "padding"
     return {
-        "keep a state, or take each row by itself": [i for i in layers if i not in attending],
         "keep the first prompt apart from what comes later": [i for i in attending if adapter.keeps_prompt(i)],
-        "see later tokens": [i for i in attending if not adapter.sees_only_before(i)],
+        "see later tokens, for which flash attention has no mask": [i for i in attending if is_flash and i in later],
+        "see later tokens without a mask, and others do not": later if len(later) < len(attending) else [],
         "attend in a way that is not known": [i for i in attending if not adapter.is_known_kind(i)],
     }
 
@@ -187,24 +196,23 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     asked = [name for name in OUTPUTS if getattr(adapter.text_config, name, False)]
     if asked or not getattr(adapter.text_config, "return_dict", True) or kwargs.get("return_dict") is False:
         yield f"it returns more, or otherwise, than is known ({', '.join(asked) or 'return_dict=False'})"
-    mask = kwargs.get("attention_mask")
-    is_plain = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
-    if not is_plain and not is_by_kind(mask, embeds):
+    masks = masks_in(mask := kwargs.get("attention_mask"))
+    if not are_known(masks, embeds) if masks is not None else not isinstance(mask, torch.Tensor | None):
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"
     if features is not None and not _are_rows(features, embeds):
         yield "features that come between its layers are no rows of embeddings on its device"
-    if cache is not None and not can_fill(cache, embeds):
+    if cache is not None and not can_fill(cache, embeds, filter(adapter.is_recurrent, range(len(adapter.layers)))):
         yield "its cache is not an empty DynamicCache or StaticCache of plain layers"
 
 
 def _has_known_positions(adapter: ModelAdapter, positions: Any, device: torch.device) -> bool:
     if positions is None:
-        return adapter.renumbers
+        return adapter.position_axes == 1
     if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int64 or positions.device != device:
         return False
-    if adapter.renumbers:
+    if adapter.position_axes == 1:
         return positions.ndim == 2
     return positions.ndim == 3 and len(positions) - adapter.position_axes in (0, 1)  # that of text may come before
 

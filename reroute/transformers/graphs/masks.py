@@ -1,4 +1,4 @@
-"""Masks that a decoder is given for kinds of its layers, in a graph."""
+"""Masks that a decoder is given, for all of its layers or for kinds of them, in a graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["GivenMasks", "is_by_kind"]
+__all__ = ["ALL", "GivenMasks", "are_known", "masks_in"]
+
+ALL = ""
+"""The kind of layers of a mask that is for all of them."""
+Masks = Mapping[str, torch.Tensor | None]
 
 
 class GivenMasks:
@@ -17,7 +21,7 @@ class GivenMasks:
     token sees that it copies, and no token sees a filler.
     """
 
-    def __init__(self, given: Mapping[str, torch.Tensor | None] | None) -> None:
+    def __init__(self, given: Masks | None) -> None:
         """As many as in ``given``, without memory; ``None``: the decoder makes its own."""
         self.form = None if given is None else tuple((kind, mask is not None) for kind, mask in given.items())
         self._kinds = [kind for kind, is_there in self.form or () if is_there]
@@ -31,9 +35,7 @@ class GivenMasks:
         """Lie in ``masks`` from now on, which are of ``layout``."""
         self._masks = masks
 
-    def fill(
-        self, given: Mapping[str, torch.Tensor | None] | None, sources: torch.Tensor, beyond: torch.Tensor
-    ) -> None:
+    def fill(self, given: Masks | None, sources: torch.Tensor, beyond: torch.Tensor) -> None:
         """Take in ``given``; ``sources``, ``beyond`` (B, L): see ``PromptTable``."""
         for kind, mask in zip(self._kinds, self._masks, strict=True):
             assert given is not None
@@ -45,19 +47,24 @@ class GivenMasks:
             torch.gather(rows.view(batch, length, logical), 2, columns, out=mask[:, 0])
             mask.logical_and_((beyond == 0)[:, None, None])
 
-    @property
-    def argument(self) -> dict[str, torch.Tensor | None] | None:
-        """What the decoder gets as its mask."""
-        if self.form is None:
-            return None
+    def argument(self, otherwise: torch.Tensor | None) -> Any:
+        """What the decoder gets as its mask, or masks; ``otherwise`` in place of those that are none."""
         masks = dict(zip(self._kinds, self._masks, strict=True))
-        return {kind: masks.get(kind) for kind, _ in self.form}
+        by_kind = {kind: masks.get(kind, otherwise) for kind, _ in self.form or ()}
+        return by_kind.get(ALL, by_kind)
 
 
-def is_by_kind(mask: Any, embeds: torch.Tensor) -> bool:
-    """Whether ``mask`` is one for each kind of layer, or none, as SDPA takes it for ``embeds`` (B, L, C) alone."""
+def masks_in(mask: Any) -> Masks | None:
+    """By kinds of layers, what a decoder is given as ``mask``; None if it is to make them, of padding."""
+    if isinstance(mask, dict):
+        return mask
+    return {ALL: mask} if isinstance(mask, torch.Tensor) and mask.ndim > 2 else None
+
+
+def are_known(masks: Masks, embeds: torch.Tensor) -> bool:
+    """Whether ``masks`` are such as SDPA takes for ``embeds`` (B, L, C) alone, or none."""
     batch, length, _ = embeds.shape
-    return isinstance(mask, dict) and all(
+    return all(
         its is None
         or (
             type(its) is torch.Tensor
@@ -65,5 +72,5 @@ def is_by_kind(mask: Any, embeds: torch.Tensor) -> bool:
             and its.shape[1:] == (1, length, length)
             and len(its) in (1, batch)
         )
-        for its in mask.values()
+        for its in masks.values()
     )

@@ -25,7 +25,7 @@ from ..forward import Kwargs
 from .captured import CapturedPrefill, Given
 from .decoder_state import DecoderState
 from .eligible import why_not_call, why_not_model
-from .masks import GivenMasks
+from .masks import GivenMasks, masks_in
 from .refused import CannotCapture, CaptureFails
 from .stage_cache import EmptyCaches
 
@@ -105,8 +105,7 @@ class Replays:
         settings, plan, embeds = forward.settings, forward.plan, kwargs["inputs_embeds"]
         backend = self._backend(embeds.device)
         positions = _rotary(kwargs.get("position_ids"), self._adapter.position_axes)
-        mask = kwargs.get("attention_mask")
-        given = Given(embeds, positions, Features.given(kwargs), mask if isinstance(mask, dict) else None)
+        given = Given(embeds, positions, Features.given(kwargs), masks_in(kwargs.get("attention_mask")))
         at_hand = self._at_hand(settings, backend, plan, given)
         if at_hand is not None:
             at_hand.replay(plan, given)
@@ -228,10 +227,11 @@ class Replays:
 
         Transformers has SDPA mask a window as soon as it is full; flash attention counts windows itself.
         """
-        if given.masks is not None:
+        if given.masks is not None or True in self._adapter.sees_later:
             return frozenset(range(len(self._adapter.layers)))
         if self._reaches is None:
-            reaches = {layer: self._adapter.reach(layer) for layer in range(len(self._adapter.layers))}
+            attending = filter(self._adapter.attends, range(len(self._adapter.layers)))
+            reaches = {layer: self._adapter.reach(layer) for layer in attending}
             self._reaches = {layer: its for layer, its in reaches.items() if its is not None}
         if not self._reaches or mask_format_of(self._adapter.text_config) == "padding":
             return frozenset()
