@@ -93,8 +93,8 @@ def _check(name: str, estimate: float = 30, *, shares: bool = True) -> Step:
     return Step(f"checks/{name}", (_module("checks", name),), estimate, limit=100, least=25, shares=shares)
 
 
-def _prefills(model: str, seconds: float) -> Step:
-    return Step(f"prefill/{model}", (_module("prefill", "--model", model),), seconds, seconds, least=45, measures=True)
+def _prefills(model: str, estimate: float) -> Step:
+    return Step(f"prefill/{model}", (_module("prefill", "--model", model),), estimate, 90, least=45, measures=True)
 
 
 KERNELS = (
@@ -191,14 +191,14 @@ STEPS = (
     _model_tests("routing/test_batch", 60, parts=2),
     _check("replays", 25, shares=False),  # it says how long they take
     _prefills("llava-7b", 90),
-    _prefills("qwen-7b", 90),
-    Step("operations", (_module("operations"),), estimate=60, limit=70, least=30, measures=True),
+    _prefills("qwen-7b", 75),
+    Step("operations", (_module("operations"),), estimate=50, limit=70, least=30, measures=True),
     _kernel_tests("stress", 40, group="streams"),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
     _planted(),
     _ncu(),
-    _prefills("qwen-32b", 85),
+    _prefills("qwen-32b", 45),
 )
 SMOKE = STEPS[0]
 

@@ -61,10 +61,11 @@ def test_what_is_expected_of_programs_side_by_side() -> None:
 def test_order() -> None:
     """Do they start, are they right, what do they gain, and then the rest. What is timed has the GPU to itself."""
     groups = list(dict.fromkeys(step.name.partition("/")[0] for step in STEPS))
-    assert groups == ["smoke", "kernels", "checks", "prefill", "operations", "streams", "sanitizer", "ncu"]
-    assert [len(batch) for batch in batches(STEPS)] == [1, 11, 1, 1, 1, 1, 4, 1, 1]
+    assert groups == ["smoke", "kernels", "checks", "models", "prefill", "operations", "streams", "sanitizer", "ncu"]
+    assert [len(batch) for batch in batches(STEPS)] == [1, 21, 1, 1, 1, 1, 4, 1, 1]
     assert not any(step.shares for step in STEPS if step.measures or step.name in ("smoke", "ncu"))
-    assert sum(len(step.programs) for step in batches(STEPS)[1]) <= MOST_AT_ONCE
+    first = [step for step in batches(STEPS)[1] if not step.name.startswith("models/")]
+    assert sum(len(step.programs) for step in first) <= MOST_AT_ONCE
 
 
 def test_measuring_programs() -> None:
@@ -105,6 +106,28 @@ def test_the_sanitizer_has_few_tests_but_of_every_kernel() -> None:
     assert 10 <= len(tests) <= 25
     for wanted in ("test_rows", "test_defer_rmsnorm", "test_score_topk", "[staged-few]", "[refined-few]"):
         assert any(wanted in test for test in tests), wanted
+
+
+def test_tests_that_name_no_device_run_on_one(tmp_path: Path) -> None:
+    """Random numbers are those of the CPU; what the packages make themselves is left alone."""
+    file = tmp_path / "test_devices.py"
+    file.write_text(
+        "import torch\n"
+        "generator = torch.Generator().manual_seed(0)\n"
+        "def test_it():\n"
+        "    made = [torch.zeros(3), torch.tensor([1]), torch.arange(2), torch.randn(2), torch.ones(2, device=None)]\n"
+        "    made.append(torch.randint(3, (2,), generator=generator))\n"
+        "    assert {its.device.type for its in made} == {'meta'}\n"
+        "    assert torch.zeros(2, device='cpu').device.type == 'cpu'\n"
+        "    assert torch.nn.Linear(2, 3).weight.device.type == 'meta'\n"
+        "    drawn = torch.randn(2, device='cpu', generator=generator)\n"
+        "    assert drawn.device.type == 'cpu'\n"
+    )
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    for device, code in (("meta", 0), ("cpu", 1)):
+        options = ["-p", "bench.gpu_check.on_device", "--device", device]
+        done = subprocess.run([*command, *options], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == code, done.stdout
 
 
 def test_the_parts_of_a_file_are_the_file(tmp_path: Path) -> None:
