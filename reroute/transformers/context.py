@@ -166,15 +166,15 @@ class RoutedPrefill(ForwardContext):
         self._ran_elsewhere, self.cache = True, cache
         if cache is None:
             return
-        ends = [*self.plan.schedule.layers[1:], len(self._adapter.layers)]
+        ends, length = [*self.plan.schedule.layers[1:], len(self._adapter.layers)], self._end
         for decision, its, end in zip(self.plan.decisions, positions, ends, strict=True):
             active, width = self.plan.active(decision.stage), self.plan.width(decision.stage)
             offset = None if offsets is None else offsets[decision.stage][:, None]
             by_room: dict[Room | None, RowPositions] = {}
-            for index in filter(self._adapter.attends, range(decision.layer, end)):
-                room = room_of(cache, index, 0, 0, self._end)  # that it has by now
+            for index in (layer for layer in self._adapter.attending if decision.layer <= layer < end):
+                room = room_of(cache, index, 0, 0, length)  # that it has by now
                 if room not in by_room:
-                    listed, given, beyond = with_room(its, self._end, room)
+                    listed, given, beyond = with_room(its, length, room)
                     has_fillers = min(active) < width or (beyond and listed is given)
                     by_room[room] = self._rows(listed, its.shape[1], has_fillers, offset, (decision.layer,))
                 route_layer(cache, index, by_room[room])

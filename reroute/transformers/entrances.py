@@ -85,7 +85,8 @@ class RoutedGenerator(RoutedModel):
             # For static caches generate makes the decoder's masks ahead, which do not tell what is padding.
             is_turn = kwargs.get("is_first_iteration") or num_tokens(inputs) > 1  # steps have no plan, and are compiled
             if is_turn and inputs.get("attention_mask") is not kwargs.get("attention_mask"):
-                is_causal = not hasattr(self, "create_masks_for_generate")
+                makes_its_own = hasattr(self, "create_masks_for_generate")
+                is_causal = not makes_its_own and inputs.get("block_sequence_ids") is None
                 inputs[MADE_MASK] = MadeMask(kwargs.get("attention_mask"), is_causal)
         return inputs
 

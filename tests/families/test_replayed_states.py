@@ -214,3 +214,77 @@ def test_it_would_be_noticed(
     spoil(monkeypatch)
     with pytest.raises(AssertionError):
         test_generation(name, 0.5, 1, {})
+
+
+# --- what does not fit into a graph -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tapes")
+def test_assisted_generation() -> None:
+    """Layers record all rows then, to give some back."""
+    family = family_of("lfm2_vl")
+    inputs = family.inputs(new(family, 1))
+    given = {**GENERATION, "max_new_tokens": 8}
+    with reroute.enable(family.tiny.model, keep=1.0, graphs=GRAPHS) as handle:
+        expected = family.tiny.model.generate(**inputs, **given)
+        for _ in range(3):
+            output = family.tiny.model.generate(**inputs, **given, prompt_lookup_num_tokens=3)
+        assert "not an empty DynamicCache" in handle.stats().graph.why
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@pytest.mark.usefixtures("tapes")
+@FAMILIES
+def test_memory_that_cannot_be_written_is_replaced(name: str) -> None:
+    """Of a cache that was filled in inference mode and emptied."""
+    family = family_of(name)
+    inputs, cache = family.inputs(new(family, 2)), DynamicCache(config=family.tiny.text.config)
+    with torch.inference_mode(), reroute.enable(family.tiny.model, **settings_of(family)):
+        expected = family.tiny.model(**inputs, **{CACHE: cache}).logits.clone()
+        cache.reset()
+    with captured(family, seen(family, 2), **settings_of(family)) as handle:
+        valid = inputs["attention_mask"].bool()
+        near(replayed(handle, family, {**inputs, CACHE: cache}).logits[valid], expected[valid])
+
+
+@pytest.mark.usefixtures("tapes")
+@FAMILIES
+def test_states_have_memory_of_their_own(name: str) -> None:
+    """Layers write there, also where gradients are recorded."""
+    family = family_of(name)
+    inputs = family.inputs(new(family, 1))
+    with captured(family, seen(family, 1), **settings_of(family)) as handle:
+        cache = getattr(replayed(handle, family, inputs), CACHE)
+        places = addresses(cache)[::2]
+        assert len(set(places)) == len(places)
+        embeds = family.tiny.model.get_input_embeddings()
+        embeds.weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                positions = family.tiny.spread(torch.tensor([[inputs["input_ids"].shape[1]]]))
+                family.tiny.model(input_ids=torch.tensor([[7]]), position_ids=positions, **{CACHE: cache})
+        finally:
+            embeds.weight.requires_grad_(False)
+
+
+@pytest.mark.usefixtures("tapes")
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("where", ["right", "between"])
+def test_padding_that_is_not_at_the_beginning(name: str, where: str) -> None:
+    """States and windows see where it is; elsewhere it is as if it were not there."""
+    family = family_of(name)
+    inputs = family.inputs([family.prompt(2, 6, 3)])
+    mask = inputs["attention_mask"].clone()
+    mask[:, -1 if where == "right" else 1] = 0
+    inputs["attention_mask"] = mask
+    settings: dict[str, Any] = {"keep": 1.0}
+    with reroute.enable(family.tiny.model, **settings):
+        eager = family.tiny.model(**inputs)
+    with reroute.enable(family.tiny.model, graphs=GRAPHS, **settings) as handle:
+        for _ in range(3):
+            mine = family.tiny.model(**inputs)
+        graph = handle.stats().graph
+    near(mine.logits[mask.bool()], eager.logits[mask.bool()])
+    sees = name in ("qwen3_5", "lfm2_vl") or (name == "gemma3" and where == "between")
+    assert graph.is_replayed != sees, graph
+    assert not sees or "there is padding" in graph.why

@@ -74,14 +74,17 @@ def check(kernel: Any, inputs: DiverseInputs) -> Selection:
     return got
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, pytest.param(FP16, marks=pytest.mark.slow)])
+
+
+@DTYPES
 def test_exactly(kernel: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Ragged: nothing, one, all and none kept; one pick a round, and several."""
     counts, k = [70, 0, 1, 33, 60, 9], [40, 0, 1, 0, 20, 9]
     check(kernel, DiverseCase(counts, k, dtype=dtype).inputs(device))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@DTYPES
 def test_any_cosines(kernel: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Where similarities are rounded, picks are right up to their rounding."""
     inputs = DiverseCase([80, 30], [24, 4], features=96, dtype=dtype, exact=False).inputs(device)
@@ -151,7 +154,9 @@ def test_a_row_equals_the_sample_alone(kernel: Any, device: torch.device) -> Non
         assert torch.equal(alone.kept[0], together.kept[b, : k[b]])
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(FP32, 1e30), (BF16, NAN), (BF16, INF)])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(FP32, 1e30), (BF16, NAN), pytest.param(BF16, INF, marks=pytest.mark.slow)]
+)
 def test_a_broken_row_shows_and_corrupts_nothing(
     kernel: Any, device: torch.device, dtype: torch.dtype, value: float
 ) -> None:

@@ -191,7 +191,7 @@ def test_many_parts_and_any_number_of_key_heads(
 
 
 @pytest.mark.parametrize(("heads", "groups", "dtype"), [(4, 2, FP32), (8, 8, BF16)])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF, pytest.param(-INF, marks=pytest.mark.slow)])
 def test_broken_keys_show_and_corrupt_nothing(
     kernel: Any, device: torch.device, heads: int, groups: int, dtype: torch.dtype, value: float
 ) -> None:
@@ -310,7 +310,7 @@ def test_what_cannot_be_is_refused(kernel: Any, device: torch.device) -> None:
         kernel.score_topk(*inputs._replace(spec=inputs.spec._replace(key_norm=norm)))
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(28, 4), (32, 32), (64, 8)])
+@pytest.mark.parametrize(("heads", "groups"), [(28, 4), (32, 32), pytest.param(64, 8, marks=pytest.mark.slow)])
 def test_two_launches_and_the_least_bytes(
     kernel: Any,
     device: torch.device,

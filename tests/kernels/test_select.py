@@ -89,13 +89,20 @@ def scores_of(kind: str, n: int) -> Tensor:
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["normal", "softmax", "special", "equal", "few", "one bin", "descending", "zeros"])
+def slow(*cases: Any) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+KINDS = ["special", "equal", "few", "one bin", *slow("normal", "softmax", "descending", "zeros")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_values(kernel: Any, device: torch.device, path: str, kind: str) -> None:
     """Thresholds in the midst of equal values, whose ties lie in several tiles and shares."""
     check(kernel, [scores_of(kind, 500), scores_of(kind, 400).flip(0)], [500 // 3, 130], device)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 299, 300])
+@pytest.mark.parametrize("keep", [0, 299, *slow(1, 300)])
 def test_all_none_and_the_edges(kernel: Any, device: torch.device, path: str, keep: int) -> None:
     check(kernel, [torch.randn(300), torch.randn(2)], [keep, 1], device)
 

@@ -31,9 +31,8 @@ def logits(tiny: Tiny, model: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(
-    ("name", "first"), [("llava", "compile"), pytest.param("qwen", "enable", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "first"), [("llava", "compile"), ("qwen", "enable")])
 @pytest.mark.filterwarnings("ignore")
 def test_routing_under_compile(name: str, first: str) -> None:
     """Whichever comes first; and ``disable`` gives the plain model back."""

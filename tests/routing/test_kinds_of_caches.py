@@ -21,6 +21,7 @@ from transformers.cache_utils import QuantizedCache
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
 from reroute.transformers.cache import RoutedLayer
+from reroute.transformers.generation import MADE_MASK
 
 NAMES = ("llava-gqa", "qwen")
 ROOM, STEPS = cache_kinds.ROOM, 4
@@ -296,7 +297,7 @@ def test_what_generate_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         inputs = prepare_routed(*args, **kwargs)
-        seen.append(inputs.get("reroute_padding"))
+        seen.append(inputs.get(MADE_MASK))
         return inputs
 
     with enable(tiny, Rules((1,), (0.5,))):
@@ -306,8 +307,9 @@ def test_what_generate_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         samples = samples_of(tiny)
         generate(tiny, samples, STEPS, cache_implementation="static", disable_compile=True)
         monkeypatch.undo()
-    mask, *steps = seen
-    assert torch.equal(mask, tiny.inputs(samples)["attention_mask"])
+    made, *steps = seen
+    assert made.is_causal
+    assert torch.equal(made.padding, tiny.inputs(samples)["attention_mask"])
     assert steps == [None] * (STEPS - 1)
 
 

@@ -230,7 +230,7 @@ def cost_of(handle: Any, tiny: Tiny, sample: Sample) -> float:
     return flops
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 @pytest.mark.parametrize("name", ["llava-gqa", "qwen"])
 def test_any_arrangement(name: str, tapes: list[Tape], data: st.DataObject) -> None:

@@ -66,6 +66,16 @@ class LayerKinds:
         """Whether ``layer`` has keys: neither a state nor an MLP alone."""
         return self.kind(layer) not in (*RECURRENT, *ROW_BY_ROW)
 
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """Layers that attend."""
+        return tuple(filter(self.attends, range(len(self.layers))))
+
+    @cached_property
+    def recurrent(self) -> tuple[int, ...]:
+        """Layers that keep a state."""
+        return tuple(filter(self.is_recurrent, range(len(self.layers))))
+
     def is_row_by_row(self, layer: int) -> bool:
         """Whether ``layer`` takes each row by itself, and keeps nothing."""
         return self.kind(layer) in ROW_BY_ROW
@@ -87,7 +97,7 @@ class LayerKinds:
         """What its layers make of a missing mask: whether a token sees what comes after it. More than one, if not all
         do the same.
         """
-        return frozenset(not self.sees_only_before(i) for i in range(len(self.layers)) if self.attends(i))
+        return frozenset(not self.sees_only_before(layer) for layer in self.attending)
 
     def is_known_kind(self, layer: int) -> bool:
         """Whether ``layer`` does not attend, or attends to all or to a part, as all agree that could tell."""

@@ -268,7 +268,7 @@ def room_of(cache: Cache | None, index: int, lacks: int, new: int, end: int) -> 
     it, and ``end`` is the logical length then.
     """
     layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    if not isinstance(layer, StaticLayer):
+    if StaticLayer not in type(layer).__mro__:  # ``isinstance`` of an ABC takes time
         return None
     rows = room_for(layer, lacks) if layer.keys is None else int(layer.keys.shape[-2])
     if not isinstance(layer, StaticSlidingWindowLayer):
@@ -327,10 +327,10 @@ def guard(cache: Cache, floor: int) -> None:
     """
     layer: Any
     for layer in cache.layers:
-        if isinstance(layer, RoutedLayer):  # perhaps by an earlier turn with other routing layers
+        if RoutedLayer in type(layer).__mro__:  # perhaps by an earlier turn with other routing layers
             if layer.rows.floor != floor:
                 layer.rows = replace(layer.rows, floor=floor)
-        elif not isinstance(layer, TornLayer) and _can_store(layer) and layer.keys is not None:
+        elif TornLayer not in type(layer).__mro__ and _can_store(layer) and layer.keys is not None:
             turn_into(layer, GuardedLayer)
             layer.floor = floor
     _guard_states(cache)

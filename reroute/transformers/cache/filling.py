@@ -43,7 +43,7 @@ def can_fill(cache: Any, hidden: torch.Tensor, recurrent: Iterable[int] = ()) ->
 
 def _is_empty(layer: Any) -> bool:
     if type(layer) is LinearAttentionLayer:
-        return not has_state(layer)
+        return _has_no_state(layer)
     return type(layer) is NOTHING or (
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.get_seq_length()
     )
@@ -51,13 +51,18 @@ def _is_empty(layer: Any) -> bool:
 
 def _may_take(layer: Any, hidden: torch.Tensor) -> bool:
     if type(layer) is LinearAttentionLayer:
-        return not has_state(layer) and all(_is_like(state, hidden) for state in states_in(layer).values())
+        return _has_no_state(layer) and all(_is_like(state, hidden) for state in states_in(layer).values())
     if type(layer) is NOTHING:
         return True
     if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) and not isinstance(layer, VacantLayer):
         return False
     keys: torch.Tensor | None = layer.keys
     return keys is None or (keys.dtype == hidden.dtype and _is_like(keys, hidden))
+
+
+def _has_no_state(layer: LinearAttentionLayer) -> bool:
+    """Whether it has none, and does not record either: then it would keep all rows of a prompt, to give some back."""
+    return not has_state(layer) and not layer.record_past
 
 
 def _is_like(held: torch.Tensor, hidden: torch.Tensor) -> bool:
@@ -80,7 +85,7 @@ def fill_layers(cache: Cache, indices: Sequence[int], keys_and_values: Sequence[
         _copy(cache, indices, filled, keys_and_values, lacks)
         return
     for layer, keys, values in zip(filled, keys_and_values[::2], keys_and_values[1::2], strict=True):
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        if type(layer) is DynamicSlidingWindowLayer:
             _fill_window(layer, keys, values)
             continue
         layer.keys, layer.values, layer.is_initialized = keys, values, True
@@ -96,27 +101,34 @@ def _fill_window(layer: DynamicSlidingWindowLayer, keys: torch.Tensor, values: t
 
 
 def fill_states(cache: Cache, indices: Sequence[int], held: Sequence[Mapping[StatePlace, torch.Tensor]]) -> None:
-    """Let layers ``indices`` of ``cache``, which keep states and have none, hold these, or copies where they have
-    memory.
+    """Let layers ``indices`` of ``cache``, which keep states and have none, hold copies of these, each in memory of its
+    own: layers write there. What they have allocated stays where it is, if it can be written here.
     """
     targets, states = [], []
     for index, its in zip(indices, held, strict=True):
         layer: Any = cache.layers[index]
         known = states_in(layer)
-        for (kind, number), state in its.items():
-            if (target := known.get((kind, number))) is not None:
-                targets.append(target)
-                states.append(state)
-                continue
-            getattr(layer, kind)[number] = state
-            getattr(layer, f"is_{kind}_initialized")[number] = True
-            torch._dynamo.mark_static_address(state)  # as that which layers allocate themselves
-            if kind == "conv_states":
-                layer.conv_kernel_size[number] = state.shape[-1]
-                layer.dtype, layer.device = state.dtype, state.device
+        for place, state in its.items():
+            target = known.get(place)
+            if target is None or target.shape != state.shape or target.is_inference():
+                target = _allocated(layer, place, state)
+            targets.append(target)
+            states.append(state)
         layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
-    if targets:
-        torch._foreach_copy_(targets, states)
+    torch._foreach_copy_(targets, states)
+
+
+def _allocated(layer: Any, place: StatePlace, state: torch.Tensor) -> torch.Tensor:
+    """Memory for ``state`` in ``layer``, as that allocates it itself."""
+    kind, number = place
+    target = torch.empty_like(state)
+    torch._dynamo.mark_static_address(target)
+    getattr(layer, kind)[number] = target
+    getattr(layer, f"is_{kind}_initialized")[number] = True
+    if kind == "conv_states":
+        layer.conv_kernel_size[number] = state.shape[-1]
+        layer.dtype, layer.device = state.dtype, state.device
+    return target
 
 
 def _copy(

@@ -86,7 +86,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _values(parts: list[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(part.values() for part in parts)
+    return chain.from_iterable(map(dict.values, parts))
 
 
 def has_hooks_of_others(text: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -60,6 +61,19 @@ def why_not_prompt(
     ids, axes = named.get("position_ids"), adapter.position_axes
     if plan.changes_nothing and is_packed(ids, plan.order >= 0, has_mask=has_mask, axes=axes):
         return "several prompts are packed in one row"
+    return _padding(adapter, plan)
+
+
+def _padding(adapter: ModelAdapter, plan: Plan) -> str:
+    """Why ``plan`` cannot be replayed, in whose graph there is no padding, if layers would see where that was."""
+    if min(plan.lengths) == plan.length:
+        return ""
+    is_token = plan.order >= 0
+    has_holes = bool((np.diff(is_token, axis=1, prepend=False, append=False).sum(1) > 2).any())
+    if adapter.recurrent and (has_holes or not is_token[:, -1].all()):
+        return "there is padding behind tokens, which changes what layers keep of them"
+    if has_holes and any(adapter.reach(layer) is not None for layer in adapter.attending):
+        return "there is padding between tokens, which windows and chunks count"
     return ""
 
 
@@ -112,14 +126,13 @@ def _attention(adapter: ModelAdapter) -> Iterator[str]:
 def _rotation(adapter: ModelAdapter) -> Iterator[str]:
     kinds = _rope_kinds(adapter)
     unknown = [kind for kind in kinds if "dynamic" in kind or "longrope" in kind]
-    rotating = filter(adapter.rotates, filter(adapter.attends, range(len(adapter.layers))))
-    if unknown or (not kinds and any(True for _ in rotating)):
+    if unknown or (not kinds and any(map(adapter.rotates, adapter.attending))):
         yield f"its rotary tables depend on the largest position ({', '.join(unknown) or 'no kind of RoPE is named'})"
 
 
 def _other_layers(adapter: ModelAdapter) -> dict[str, list[int]]:
     """Which layers attend to more than what comes before a token, or to a part that is not known; by what they do."""
-    attending = [i for i in range(len(adapter.layers)) if adapter.attends(i)]
+    attending = adapter.attending
     later = [i for i in attending if not adapter.sees_only_before(i)]
     is_flash = mask_format_of(adapter.text_config) == "padding"
     return {
@@ -203,7 +216,7 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
         yield "its position ids are not of the form that is known for this model"
     if features is not None and not _are_rows(features, embeds):
         yield "features that come between its layers are no rows of embeddings on its device"
-    if cache is not None and not can_fill(cache, embeds, filter(adapter.is_recurrent, range(len(adapter.layers)))):
+    if cache is not None and not can_fill(cache, embeds, adapter.recurrent):
         yield "its cache is not an empty DynamicCache or StaticCache of plain layers"
 
 

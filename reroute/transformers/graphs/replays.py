@@ -230,8 +230,7 @@ class Replays:
         if given.masks is not None or True in self._adapter.sees_later:
             return frozenset(range(len(self._adapter.layers)))
         if self._reaches is None:
-            attending = filter(self._adapter.attends, range(len(self._adapter.layers)))
-            reaches = {layer: self._adapter.reach(layer) for layer in attending}
+            reaches = {layer: self._adapter.reach(layer) for layer in self._adapter.attending}
             self._reaches = {layer: its for layer, its in reaches.items() if its is not None}
         if not self._reaches or mask_format_of(self._adapter.text_config) == "padding":
             return frozenset()

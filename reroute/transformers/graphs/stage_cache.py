@@ -140,14 +140,13 @@ class StageCache:
 
     def __init__(self, adapter: ModelAdapter, stages: Sequence[Sequence[int]]) -> None:
         """Without buffers: the first prefill shows what the layers of ``stages`` have to hold."""
-        layers = [index for stage in stages for index in stage]
-        recurrent = list(filter(adapter.is_recurrent, layers))
+        recurrent = adapter.recurrent
         usual: Any = DynamicCache(config=adapter.text_config).layers if recurrent else []
         self._layers: list[_RowLayer | _StateLayer] = [
             _StateLayer(usual[index].number_of_states) if index in recurrent else _RowLayer()  # type: ignore[no-untyped-call]
-            for index in layers
+            for index in range(len(adapter.layers))
         ]
-        self._rows = [_Part(list(filter(adapter.attends, stage)), self._layers) for stage in stages]
+        self._rows = [_Part([i for i in adapter.attending if i in stage], self._layers) for stage in stages]
         self._states = _Part(recurrent, self._layers)
         self._parts = [*self._rows, self._states]
 
@@ -187,6 +186,6 @@ class StageCache:
             if part.layers:
                 fill_layers(cache, part.indices, part.taken(partial(take, stage)), alignment.lacks(stage))
         if self._states.layers:
-            states = iter(self._states.taken(torch.clone))
+            states = iter(self._states.taken(lambda buffer: buffer))
             held = [{place: next(states) for place in layer.places} for layer in self._states.layers]
             fill_states(cache, self._states.indices, held)
