@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from .forward import FORWARD, ForwardContext
 from .generation import MADE_MASK, PROMPT_END, MadeMask, prompt_end
@@ -27,8 +28,11 @@ __all__ = [
     "Call",
     "Kwargs",
     "enter_layer",
+    "enter_layer_untraced",
     "is_reached",
+    "is_traced",
     "leave_layer",
+    "leave_layer_untraced",
     "run_base",
     "run_decoder",
     "run_model",
@@ -206,16 +210,22 @@ def run_tower_layer(layer: Any, proceed: Callable[..., Any], args: Args, kwargs:
     return output
 
 
-@_eager_throughout
 def enter_layer(layer: Any, forward: ForwardContext, args: Args, kwargs: Kwargs) -> Args:
     """The positional arguments of ``layer``; its keyword arguments are changed in place."""
     hidden, *others = args if args else (kwargs.pop("hidden_states"),)
     return forward.before_layer(layer._reroute.layer, hidden, kwargs), *others
 
 
-@_eager_throughout
 def leave_layer(layer: Any, forward: ForwardContext, output: Any) -> Any:
     """The ``output`` of ``layer`` as the next one gets it."""
     if isinstance(output, tuple):
         return forward.after_layer(layer._reroute.layer, output[0]), *output[1:]
     return forward.after_layer(layer._reroute.layer, output)
+
+
+enter_layer_untraced, leave_layer_untraced = _eager_throughout(enter_layer), _eager_throughout(leave_layer)
+
+
+def is_traced() -> bool:
+    """Whether Dynamo traces this call, or would compile what it calls: what keeps it from that is 11 calls for each."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None

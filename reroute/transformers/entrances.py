@@ -16,8 +16,11 @@ from .calls import (
     Call,
     Kwargs,
     enter_layer,
+    enter_layer_untraced,
     is_reached,
+    is_traced,
     leave_layer,
+    leave_layer_untraced,
     run_base,
     run_decoder,
     run_model,
@@ -162,6 +165,9 @@ class RoutedDecoderLayer(Intercepted):
             if state is not None:
                 state.forbid_update()
             return output
+        if is_traced():
+            args = enter_layer_untraced(self, forward, args, kwargs)
+            return leave_layer_untraced(self, forward, proceed(*args, **kwargs))
         args = enter_layer(self, forward, args, kwargs)
         return leave_layer(self, forward, proceed(*args, **kwargs))
 

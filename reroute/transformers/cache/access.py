@@ -221,8 +221,9 @@ def guarded_layer(cache: Cache | None, index: int) -> GuardedLayer | GuardedRecu
     """Layer ``index`` of ``cache`` if it takes tokens only when it is allowed to, else None."""
     if cache is None or index >= len(cache.layers):
         return None
-    layer = cache.layers[index]
-    return layer if isinstance(layer, GuardedLayer | GuardedRecurrentLayer) else None
+    layer: Any = cache.layers[index]
+    kinds = type(layer).__mro__
+    return layer if GuardedLayer in kinds or GuardedRecurrentLayer in kinds else None
 
 
 def allow_updates(cache: Cache, first: int, may: bool) -> None:
