@@ -70,7 +70,7 @@ def captured(family: Pictured, prompts: list[Prompt], **settings: Any) -> Any:
     return handle
 
 
-def replayed(handle: Any, family: Pictured, inputs: dict[str, Tensor]) -> Any:
+def replayed(handle: Any, family: Pictured, inputs: dict[str, Any]) -> Any:
     output = family.tiny.model(**inputs, use_cache=True)
     assert handle.stats().graph.is_replayed, handle.stats().graph
     return output

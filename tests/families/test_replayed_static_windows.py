@@ -96,7 +96,7 @@ def test_masks_that_the_model_makes_for_generate(beams: int, batch_size: int) ->
     """Gemma 3's say that pictures see themselves both ways: they are inputs, as wide as the prompt."""
     family = family_of("gemma3")
     prompts = [family.prompt(0, 3, 5), family.prompt(1, 2, 4)][:batch_size]
-    given = {"do_sample": False, "max_new_tokens": 6, "disable_compile": True, "num_beams": beams}
+    given: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "disable_compile": True, "num_beams": beams}
     given |= {"cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True}
     found = []
     for graphs in (False, GRAPHS):
