@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from executors import NAMES, Executor, poisoned
+from executors import NAMES, SCHEDULES, Executor, poisoned
 from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--executor", choices=NAMES, help="how Triton kernels run in this process")
     parser.addoption("--examples", type=int, help="random cases for each property of a kernel: 4, or 2 of a sample")
+    parser.addoption("--schedules", type=int, default=SCHEDULES, help="under how many simt runs each launch")
     parser.addoption("--all-executors", action="store_true", help="every test on every executor that can run here")
     parser.addoption("--sample", action="store_true", help="only the first case of each test that runs on executors")
 
@@ -35,7 +36,7 @@ def chosen(config: pytest.Config) -> Executor | None:
 def pytest_configure(config: pytest.Config) -> None:
     if (executor := chosen(config)) is not None:
         try:
-            executor.start()
+            executor.start(config.getoption("--schedules"))
         except RuntimeError as error:
             raise pytest.UsageError(f"--executor {executor.name}: {error}") from None
         # A new shape compiles, so a first example may take seconds.

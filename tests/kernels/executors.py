@@ -20,7 +20,8 @@ import torch
 from reroute_kernels.testing.find_simt import MISSING, SIMT_CACHE, import_simt, simt_path
 
 NAMES = ("interpreter", "simt:80", "simt:90", "cuda")
-SCHEDULES = (0, 1)  # seeds under which simt runs every launch; the outputs must agree bit for bit
+SCHEDULES = 2
+"""Under how many schedules simt runs every launch, unless told otherwise; the outputs must agree bit for bit."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,8 +41,11 @@ class Executor:
         """Where the tensors go."""
         return torch.device("cuda" if self.kind == "cuda" else "cpu")
 
-    def start(self) -> None:
-        """Make Triton use this executor, before anything imports triton; RuntimeError where it cannot."""
+    def start(self, schedules: int = SCHEDULES) -> None:
+        """Make Triton use this executor, before anything imports triton; RuntimeError where it cannot.
+
+        ``schedules``: of simt, which looks for races in each of them.
+        """
         if (why := unavailable(self.name)) is not None:
             raise RuntimeError(why)
         if self.kind == "interpreter":
@@ -53,7 +57,7 @@ class Executor:
             interpreter.repair()
         elif self.kind == "simt":
             os.environ.update(SIMT_CACHE)
-            import_simt().install(arch=int(self.name.partition(":")[2]), seeds=SCHEDULES)
+            import_simt().install(arch=int(self.name.partition(":")[2]), seeds=tuple(range(schedules)))
 
 
 def unavailable(name: str) -> str | None:
