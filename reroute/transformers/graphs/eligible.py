@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -72,8 +73,10 @@ def _padding(adapter: ModelAdapter, plan: Plan) -> str:
     has_holes = bool((np.diff(is_token, axis=1, prepend=False, append=False).sum(1) > 2).any())
     if adapter.recurrent and (has_holes or not is_token[:, -1].all()):
         return "there is padding behind tokens, which changes what layers keep of them"
-    if has_holes and any(adapter.reach(layer) is not None for layer in adapter.attending):
-        return "there is padding between tokens, which windows and chunks count"
+    if has_holes:
+        with suppress(RerouteError):  # of layers that are not known, which is said of the model
+            if any(adapter.reach(layer) is not None for layer in adapter.attending):
+                return "there is padding between tokens, which windows and chunks count"
     return ""
 
 
@@ -209,8 +212,10 @@ def _call(adapter: ModelAdapter, kwargs: Kwargs) -> Iterator[str]:
     asked = [name for name in OUTPUTS if getattr(adapter.text_config, name, False)]
     if asked or not getattr(adapter.text_config, "return_dict", True) or kwargs.get("return_dict") is False:
         yield f"it returns more, or otherwise, than is known ({', '.join(asked) or 'return_dict=False'})"
-    masks = masks_in(mask := kwargs.get("attention_mask"))
-    if not are_known(masks, embeds) if masks is not None else not isinstance(mask, torch.Tensor | None):
+    mask = kwargs.get("attention_mask")
+    masks = masks_in(mask)
+    is_known = isinstance(mask, torch.Tensor | None) if masks is None else are_known(masks, embeds)
+    if not is_known:
         yield "it has a mask of its own"
     if not _has_known_positions(adapter, kwargs.get("position_ids"), embeds.device):
         yield "its position ids are not of the form that is known for this model"
