@@ -72,19 +72,24 @@ def _pytest(hangs_after: int, *arguments: str) -> Arguments:
     return sys.executable, "-m", "pytest", *arguments, *options, *hanging
 
 
+def _parts(parts: int) -> list[Arguments]:
+    """Options of so many programs that run the tests of a file together."""
+    if parts == 1:
+        return [()]
+    return [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") for part in range(parts)]
+
+
 def _kernel_tests(name: str, estimate: float, parts: int = 1, group: str = "kernels", also: str = "") -> Step:
     """One file of kernel tests, in so many programs, or with another short one."""
     files = [f"tests/kernels/test_{file}.py" for file in (name, also) if file]
-    split = [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") if parts > 1 else () for part in range(parts)]
-    programs = tuple(_pytest(60, *files, *ON_CUDA, *options) for options in split)
+    programs = tuple(_pytest(60, *files, *ON_CUDA, *options) for options in _parts(parts))
     return Step(f"{group}/{name}", programs, estimate, limit=150, least=min(estimate, 30), shares=True)
 
 
 def _model_tests(path: str, estimate: float, parts: int = 1) -> Step:
     """One file of tests of whole models, which run on the GPU though they name no device; graphs are CUDA graphs."""
     plugin = ("-p", "bench.gpu_check.on_device", "-m", "not slow")
-    split = [("-p", "bench.gpu_check.parts", "--part", f"{part}/{parts}") if parts > 1 else () for part in range(parts)]
-    programs = tuple(_pytest(60, f"tests/{path}.py", *plugin, *options) for options in split)
+    programs = tuple(_pytest(60, f"tests/{path}.py", *plugin, *options) for options in _parts(parts))
     name = f"models/{path.rpartition('test_')[2]}"
     return Step(name, programs, estimate, limit=150, least=min(estimate, 30), shares=True)
 

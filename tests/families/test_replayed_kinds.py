@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from dense import near
 from models import CACHE
 from pictured import Pictured, Prompt
 from tape import Tape
-from tape_recorder import record_on_tapes
 from test_replayed_pictures import GRAPHS, captured, family_of, replayed, same, with_sdpa
 from test_types import ONE, TWO, batch, plan, prompt, step
 from tiny_types import PICTURE, RECURRENT, TYPES, TinyType, build
@@ -19,23 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reroute
-from reroute.transformers import router
 from reroute.transformers.adapters.kinds import LayerKinds
 from reroute.transformers.cache import states_in
-from reroute.transformers.graphs import forwards, masks, replays, why_not_prompt
+from reroute.transformers.graphs import forwards, masks, replays
 
 SEEN = prompt(9, 2, 7, 2, 2, 3), prompt(10, 2, 7, 2, 2, 4)
 SLIDING = ("cohere2_vision", "exaone4_5", "cohere_compass", "muse_glimmer", "idefics2", "llama4")
-STATES = (
-    "qwen3_5",
-    "lfm2_vl",
-    "qwen3_5_moe",
-    "lfm3_vl",
-    "minicpm_ocr",
-    "minicpmv4_6",
-    "minicpmv4_7",
-    "nemotron_h_omni",
-)
 EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")
 OTHERS = ("gemma4", "gemma4_unified", "paligemma", "molmo2")
 QUICK = ("cohere2_vision", "muse_glimmer", "qwen3_vl_moe", "qwen3_5", "lfm2_vl", "paligemma")
@@ -45,23 +33,7 @@ KINDS = [
     if kind in TYPES
 ]
 
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    return record_on_tapes(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-    reroute.disable()
-
-
-@pytest.fixture
-def _planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These types have no towers here, so their plans are made ahead; that is no reason to run eagerly meanwhile."""
-    monkeypatch.setattr(router, "why_not_prompt", lambda *args, is_given: why_not_prompt(*args, is_given=False))
+pytestmark = pytest.mark.usefixtures("_without_gradients")
 
 
 def settings_of(kind: str, action: Any = "route") -> dict[str, Any]:

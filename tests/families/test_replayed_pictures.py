@@ -15,7 +15,6 @@ from dense import near
 from models import CACHE, TRANSFORMERS
 from pictured import PICTURED, Pictured, Prompt
 from tape import Tape
-from tape_recorder import record_on_tapes
 from tiny_types import TinyType
 from torch import Tensor
 
@@ -36,17 +35,7 @@ ROUTED: dict[str, Any] = {"schedule": reroute.Schedule((2, 4), (0.5, 0.3))}
 GRAPHS = reroute.Graphs(max_waste=10)
 TOKENS = 4
 
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    return record_on_tapes(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-    reroute.disable()
+pytestmark = pytest.mark.usefixtures("_without_gradients")
 
 
 def with_sdpa(tiny: TinyType) -> TinyType:

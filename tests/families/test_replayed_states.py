@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from dense import near
 from models import CACHE, TRANSFORMERS
 from pictured import Pictured, Prompt
 from tape import Tape
-from tape_recorder import record_on_tapes
 from test_replayed_pictures import GRAPHS, captured, family_of, replayed
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -31,17 +30,7 @@ GENERATION: dict[str, Any] = {
     "return_dict_in_generate": True,
 }
 
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    return record_on_tapes(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-    reroute.disable()
+pytestmark = pytest.mark.usefixtures("_without_gradients")
 
 
 def settings_of(family: Pictured) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from dense import near
 from models import CACHE
-from tape import Tape
-from tape_recorder import record_on_tapes
 from test_replayed_pictures import GRAPHS, family_of
 from test_static_windows import WINDOWS, answer, static, window_of
 from test_types import ONE, TWO, batch, plan, prompt
@@ -18,30 +15,12 @@ from test_windows import LAYERS
 from torch import Tensor
 
 import reroute
-from reroute.transformers import router
 from reroute.transformers.generation import MadeMask
-from reroute.transformers.graphs import why_not_prompt
 
 SEEN = prompt(9, 2, 7, 2, 2, 3), prompt(10, 2, 7, 2, 2, 4)
 SCHEDULE = reroute.Schedule(LAYERS, (0.4, 0.7))
 
-
-@pytest.fixture(autouse=True)
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    return record_on_tapes(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-    reroute.disable()
-
-
-@pytest.fixture
-def _planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without towers plans are made ahead; that is no reason to run eagerly meanwhile."""
-    monkeypatch.setattr(router, "why_not_prompt", lambda *args, is_given: why_not_prompt(*args, is_given=False))
+pytestmark = pytest.mark.usefixtures("_without_gradients", "tapes")
 
 
 def prefill(handle: Any, tiny: Any, *prompts: list[int], cache: Any = None) -> tuple[Any, Tensor, dict[str, Tensor]]:

@@ -312,6 +312,12 @@ def test_replays_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert routed.count("0.0% more FLOPs for fillers") == 1
 
 
+def test_compiled_steps_that_are_none_are_found() -> None:
+    """On a CPU Transformers compiles none; tokens are compared before that shows."""
+    with pytest.raises(checks.CheckFailed, match=r"plain: .*; 0 graphs of Dynamo, 0 not recorded"):
+        checks.static_steps(CPU, SMALL)
+
+
 def test_replays_step_finds_stale_results(monkeypatch: pytest.MonkeyPatch) -> None:
     record_on_tapes(monkeypatch)
     monkeypatch.setattr(checks, "RUNS", 1)
