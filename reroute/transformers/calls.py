@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from .attention import MADE_MASK, MadeMask
 from .forward import FORWARD, ForwardContext
-from .generation import MADE_MASK, PROMPT_END, MadeMask, prompt_end
+from .generation import PROMPT_END, prompt_end
 from .interception import role_of
 from .vision import TowerRun, attach
 

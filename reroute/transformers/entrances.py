@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .attention import MADE_MASK, MadeMask
 from .cache import GuardedRecurrentLayer
 from .calls import (
     Args,
@@ -30,7 +31,7 @@ from .calls import (
 )
 from .compiled import CompiledStep, adapt_step, is_step, num_tokens
 from .forward import FORWARD
-from .generation import MADE_MASK, PROMPT_END, MadeMask, generating, prompt_end
+from .generation import PROMPT_END, generating, prompt_end
 from .interception import Intercepted, own_method, role_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from transformers.cache_utils import Cache
 from ..errors import RerouteError
 from ..graphs import GraphUse
 from .adapters import ModelAdapter
-from .attention import MaskFormat, mask_format_of
+from .attention import MadeMask, MaskFormat, mask_format_of
 from .cache import GuardedLayer, GuardedRecurrentLayer, RoutedLayer, allow_updates, guarded_layer, length_of, tear
-from .generation import MadeMask
 from .vision import Recording
 
 __all__ = ["FORWARD", "ForwardContext", "Kwargs"]

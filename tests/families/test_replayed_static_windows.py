@@ -15,7 +15,7 @@ from test_windows import LAYERS
 from torch import Tensor
 
 import reroute
-from reroute.transformers.generation import MadeMask
+from reroute.transformers.attention import MadeMask
 
 SEEN = prompt(9, 2, 7, 2, 2, 3), prompt(10, 2, 7, 2, 2, 4)
 SCHEDULE = reroute.Schedule(LAYERS, (0.4, 0.7))

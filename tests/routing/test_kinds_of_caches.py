@@ -20,8 +20,8 @@ from transformers.cache_utils import QuantizedCache
 
 import reroute
 from reroute.errors import RerouteError, UnsupportedCacheError
+from reroute.transformers.attention import MADE_MASK
 from reroute.transformers.cache import RoutedLayer
-from reroute.transformers.generation import MADE_MASK
 
 NAMES = ("llava-gqa", "qwen")
 ROOM, STEPS = cache_kinds.ROOM, 4

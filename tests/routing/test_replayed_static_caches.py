@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 from turns import turn
 
-from reroute.transformers.generation import MADE_MASK, MadeMask
+from reroute.transformers.attention import MADE_MASK, MadeMask
 
 pytestmark = pytest.mark.usefixtures("tapes")
 tiny = tiny_models("llava-gqa", "qwen")
