@@ -39,6 +39,14 @@ def capture(tiny: Tiny, *batches: Sequence[Sample], **settings: Any) -> None:
             tiny.model(**tiny.inputs(samples), **settings)
 
 
+def eagerly(tiny: Tiny, handle: Any, inputs: Any) -> Tensor:
+    """Logits of the same prompt, as it runs where it is not replayed."""
+    with handle.using(handle.plan(inputs["input_ids"], inputs["attention_mask"])):
+        logits: Tensor = tiny.model(**inputs).logits
+    assert not handle.stats().graph.is_replayed
+    return logits
+
+
 def same_outputs(mine: Any, eager: Any, valid: Tensor, *, exactly: bool = False) -> None:
     """Logits where there are tokens, and caches; within what other shapes of products explain, or ``exactly``."""
     _close(mine.logits[valid], eager.logits[valid], exactly)

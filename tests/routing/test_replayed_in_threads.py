@@ -1,10 +1,10 @@
-"""Graphs of a device take turns; those that are not used leave; what they were captured with is watched."""
+"""Graphs of a device take turns, share its memory, and leave when they are not used."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,11 @@ import pytest
 import torch
 from models import Sample, Tiny
 from oracle import Rules
-from replays import capture, replayed, route, same_outputs
+from replays import capture, eagerly, replayed, route, same_outputs
 from support import RULES, cache_of, close, generate, mixed_batch, schedule, tiny_models
 from tape import Tape
 
 import reroute
-from reroute.graphs import Arena
 
 tiny = tiny_models("llava-gqa", "qwen")
 OTHER = Rules((1, 4), (0.4, 0.2))
@@ -124,78 +123,6 @@ def test_memory_that_grows_is_held_once(tiny: Tiny, tapes: list[Tape]) -> None:
         for its, who, given in ((second, other, theirs), (handle, tiny, inputs), (second, other, theirs)):
             close(replayed(its, who, given).logits, eagerly(who, its, given))
         assert (handle.stats().graph.graphs, second.stats().graph.graphs) == (2, 1)
-
-
-def test_a_decoder_that_changes_is_captured_anew(tapes: list[Tape]) -> None:
-    tiny = models.llava()
-    sample, new = some(tiny, 2)
-    inputs = tiny.inputs([new])
-    text: Any = tiny.model.model.language_model
-    with route(tiny, RULES[0]) as handle:
-        capture(tiny, [sample])
-        changes: tuple[Callable[[], Any], ...] = (
-            lambda: text.layers[3].mlp.down_proj.weight.data.mul_(0.5),  # in place: read where it is
-            lambda: setattr(text.layers[3].mlp.down_proj.weight, "data", text.layers[3].mlp.down_proj.weight * 0.5),
-            lambda: setattr(text.layers[1].self_attn, "scaling", 0.1),
-            lambda: setattr(text, "norm", models.llava(seed=9).model.model.language_model.norm),
-        )
-        for change, recorded in zip(changes, (1, 2, 3, 4), strict=True):
-            change()
-            outputs = [tiny.model(**inputs) for _ in range(2)]
-            assert handle.stats().graph.is_replayed
-            assert len(tapes) == recorded
-            expected = eagerly(tiny, handle, inputs)
-            for output in outputs:
-                close(output.logits, expected)
-        called: list[Any] = []
-        hook = text.layers[2].register_forward_hook(lambda *_: called.append(None))
-        tiny.model(**inputs)
-        assert "have hooks" in handle.stats().graph.why
-        assert len(called) == 1
-        hook.remove()
-        for _ in range(2):
-            tiny.model(**inputs)
-        assert handle.stats().graph.is_replayed
-
-
-@pytest.mark.usefixtures("tapes")
-def test_a_graph_whose_weights_have_moved_is_never_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies at their old addresses may be gone. All else is compared later, and held until the device is done."""
-    tiny = models.llava()
-    sample, new = some(tiny, 2)
-    inputs, launched = tiny.inputs([new]), list[str]()
-    projection: Any = tiny.model.model.language_model.layers[3].mlp.down_proj
-    with route(tiny, RULES[0]) as handle:
-        capture(tiny, [sample])
-        (graph,) = handle._router._replays._store._held.values()
-        replay = graph._replay
-
-        def launch() -> None:
-            launched.append("it was")
-            replay()
-
-        graph._replay = launch
-        replayed(handle, tiny, inputs)
-        assert len(launched) == 1
-        projection.weight.data = projection.weight * 0.5
-        output = tiny.model(**inputs)
-        assert not handle.stats().graph.is_replayed
-        assert len(launched) == 1
-        close(output.logits, eagerly(tiny, handle, inputs))
-        tiny.model(**inputs)
-        store, held = handle._router._replays._store, []
-        monkeypatch.setattr(Arena, "wait", lambda self: held.append(len(store)))
-        tiny.model.model.language_model.layers[1].self_attn.scaling = 0.1
-        tiny.model(**inputs)
-        assert not handle.stats().graph.is_replayed
-        assert (held, len(store)) == ([1], 0)
-
-
-def eagerly(tiny: Tiny, handle: Any, inputs: Any) -> torch.Tensor:
-    with handle.using(handle.plan(inputs["input_ids"], inputs["attention_mask"])):
-        logits: torch.Tensor = tiny.model(**inputs).logits
-    assert not handle.stats().graph.is_replayed
-    return logits
 
 
 @pytest.mark.usefixtures("tapes")

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import chain
 from operator import is_, itemgetter
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch.nn.modules import module as torch_module
 
 from ...held import held_by, is_wrapper
 
-__all__ = ["DecoderState", "has_hooks_of_others"]
+__all__ = ["DecoderState", "forward_of", "has_hooks_of_others"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 PARTS = ("_modules", "_parameters", "_buffers", *HOOKS)
 OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
-INSTEAD = ("forward", "_hf_hook", "_compiled_call_impl")
-"""Attributes that a module has where its class does not decide what runs: accelerate's, ``module.compile()``'s."""
+INSTEAD = ("_hf_hook", "_compiled_call_impl")
+"""Attributes of modules around which something else runs: accelerate's, ``module.compile()``'s."""
 
 
 class DecoderState:
@@ -42,6 +43,7 @@ class DecoderState:
         self._reading = [vars(module) for module in text.modules() if type(module) is not nn.Linear]
         self._getters = [itemgetter("training", *_settings(its)) for its in self._reading]
         self._settings = copy.deepcopy(self._settings_now())
+        self._forwards = [(its, its["forward"]) for its in self._modules if "forward" in its]
         self.devices = {tensor.device for tensor in tensors}
         self.is_training = any(map(itemgetter("training"), self._modules))
 
@@ -59,6 +61,7 @@ class DecoderState:
             and all(map(is_, _values(self._filled), self._values))
             and self.is_in_place
             and self._settings_now() == self._settings
+            and all(its.get("forward") is forward for its, forward in self._forwards)
         )
 
     def _sizes_now(self) -> tuple[list[int], list[int]]:
@@ -98,6 +101,23 @@ def has_hooks_of_others(text: nn.Module) -> bool:
         hooks = (hook for name in HOOKS for hook in its[name].values())
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
             return True
-        if any(its.get(name) is not None for name in INSTEAD):
+        if any(its.get(name) is not None for name in INSTEAD) or not _is_its_own(forward_of(module), module):
             return True
     return False
+
+
+def forward_of(module: nn.Module) -> Any:
+    """What runs as the ``forward`` of ``module``: a function of its class, or what it has in place of that."""
+    return vars(module).get("forward", type(module).forward)
+
+
+def _is_its_own(forward: Any, module: nn.Module) -> bool:
+    """Whether ``forward`` is of the class of ``module``, or what libraries of kernels put there: a function bound to
+    it that holds nothing else, so that it is not around another and tells nobody.
+    """
+    if "forward" not in vars(module):
+        return True
+    function = forward.__func__ if isinstance(forward, MethodType) and forward.__self__ is module else None
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return False
+    return set(function.__code__.co_freevars) <= {"__class__"}

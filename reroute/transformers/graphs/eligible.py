@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..attention import mask_format_of
 from ..cache import cache_of, can_fill
 from ..forward import Kwargs
 from ..packing import is_packed
-from .decoder_state import HOOKS, DecoderState, has_hooks_of_others
+from .decoder_state import HOOKS, DecoderState, forward_of, has_hooks_of_others
 from .masks import are_known, masks_in
 
 __all__ = ["why_not_call", "why_not_decoder", "why_not_model", "why_not_prompt"]
@@ -96,7 +97,7 @@ def _decoder(adapter: ModelAdapter, state: DecoderState) -> Iterator[str]:
     if len(state.devices) > 1:
         yield f"its decoder is spread over {', '.join(sorted(map(str, state.devices)))}"
     if has_hooks_of_others(text):
-        yield "modules of its decoder have hooks, were compiled or are offloaded, and a replay runs no Python of theirs"
+        yield "its modules have hooks or wrappers, are compiled or offloaded, and a replay runs no Python of theirs"
     if state.is_training:
         yield "its decoder is in training mode"
     if adapter.decoder_embeds:
@@ -162,17 +163,20 @@ def _routing(adapter: ModelAdapter, settings: Settings, backend: Backend) -> Ite
 def _reading_on_the_host(text: nn.Module) -> set[str]:
     """Names of classes of modules whose code does."""
     found = set()
-    for kind, experts in {(type(module), _experts_of(module)) for module in text.modules()}:
-        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    for kind, code, experts in {(type(module), _code_of(module), _experts_of(module)) for module in text.modules()}:
         reads = kind is not type(text) and code is not None and HOST_READS.intersection(code.co_names)
         if reads and experts not in EXPERTS:
             found.add(kind.__name__)
     return found
 
 
+def _code_of(module: nn.Module) -> CodeType | None:
+    return getattr(inspect.unwrap(forward_of(module)), "__code__", None)
+
+
 def _experts_of(module: nn.Module) -> str | None:
     """What Transformers runs instead of the code of ``module``, if these are experts, and it has several ways to."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(forward_of(module), "__code__", None)
     dispatches = code is not None and "_experts_implementation" in code.co_names
     return str(module.config._experts_implementation) if dispatches else None  # type: ignore[union-attr]
 
