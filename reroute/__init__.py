@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .graphs import Graphs
     from .handle import Handle
     from .oracle import record_attention
+    from .process_handle import ProcessHandle
 
 __all__ = [
     "Graphs",
     "Handle",
+    "ProcessHandle",
     "RoutingConfig",
     "Schedule",
     "calibrate",
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Graphs": ".graphs",
     "Handle": ".handle",
+    "ProcessHandle": ".process_handle",
     "RoutingConfig": ".config",
     "Schedule": ".core.schedule",
     "calibrate": ".calibration",

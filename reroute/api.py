@@ -24,6 +24,7 @@ from .schedule_file import ScheduleFile, is_file
 
 if TYPE_CHECKING:
     from .handle import Handle
+    from .process_handle import ProcessHandle
 
 __all__ = ["disable", "enable", "handle_of"]
 
@@ -66,7 +67,7 @@ def enable(
     trace: bool = ...,
     reopens: bool = ...,
     graphs: bool | Graphs = ...,
-) -> None: ...
+) -> ProcessHandle: ...
 
 
 def enable(
@@ -82,7 +83,7 @@ def enable(
     trace: bool = False,
     reopens: bool = False,
     graphs: bool | Graphs = False,
-) -> Handle | None:
+) -> Handle | ProcessHandle:
     """Route the prefills of ``model``; without a model, of every supported model of this process, present and future.
 
     Args:
@@ -107,8 +108,8 @@ def enable(
         pool: where deferred tokens wait; default: one pool per width, dtype and device, shared and unlimited.
 
     Returns:
-        A handle with ``stats()``, ``totals()``, ``trace``, ``config`` and ``disable()``, also a context manager. None
-        without a model: ``handle_of`` gives the handle of each once it has been called.
+        A handle with ``stats()``, ``totals()``, ``trace``, ``config`` and ``disable()``, also a context manager.
+        Without a model one with ``config`` and ``disable()``: ``handle_of`` gives that of a model which was called.
 
     Raises:
         RerouteError: the model, the method, the schedule or the budget cannot be, or a call runs whose settings would
@@ -130,8 +131,7 @@ def enable(
             return _attached(handle, inner)
     if pool is not None:
         raise RerouteError("A pool belongs to one width, dtype and device: pass the model that it is for.")
-    _enable_all(chosen)
-    return None
+    return _enable_all(chosen)
 
 
 def disable(model: nn.Module | None = None) -> None:
@@ -191,8 +191,9 @@ def _attached(handle: Handle, model: nn.Module) -> Handle:
     return handle
 
 
-def _enable_all(config: RoutingConfig) -> None:
+def _enable_all(config: RoutingConfig) -> ProcessHandle:
     """Check the backend without a model, then route each model when it is next called."""
+    from .process_handle import ProcessHandle
     from .transformers import process_wide
 
     check_backend(config.backend)
@@ -207,9 +208,20 @@ def _enable_all(config: RoutingConfig) -> None:
             # Its text alone: a handler may keep the record, and an error keeps the frames that it went through.
             logger.warning("%s is not routed: %s", type(model).__name__, str(error))
 
+    def stop() -> None:
+        with _lock:
+            if process_wide.is_current(route):
+                _stop_all()
+
     with _lock:
-        _stop([handle for handle in _handles.values() if handle in _common])
+        _stop_all()
         process_wide.start(route)
+    return ProcessHandle(config, lambda: process_wide.is_current(route), stop)
+
+
+def _stop_all() -> None:
+    """Undo the last ``enable`` without a model; models that were enabled by themselves stay routed. With the lock."""
+    _stop([handle for handle in _handles.values() if handle in _common])
 
 
 def _stop(handles: Sequence[Handle]) -> None:

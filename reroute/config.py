@@ -87,6 +87,11 @@ class RoutingConfig:
             return "schedule"
         return get(self.method or DEFAULT_METHOD).name
 
+    @property
+    def in_words(self) -> str:
+        """Method, action and, if it is given, budget, as handles show themselves."""
+        return f"{self.method_name}, {self.action}" + ("" if self.keep is None else f", keep={self.keep:.4g}")
+
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of ``num_layers`` decoder layers.
 

@@ -127,9 +127,8 @@ class Handle:
 
     def __repr__(self) -> str:
         """What it does, for who looks at it in a notebook."""
-        config, state = self.config, "enabled" if self.is_enabled else "disabled"
-        budget = "" if config.keep is None else f", keep={config.keep:.4g}"
-        return f"<Handle: {config.method_name}, {config.action}{budget}, backend {self.backend.name}, {state}>"
+        state = "enabled" if self.is_enabled else "disabled"
+        return f"<Handle: {self.config.in_words}, backend {self.backend.name}, {state}>"
 
     @property
     def is_enabled(self) -> bool:

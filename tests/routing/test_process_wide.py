@@ -144,6 +144,36 @@ def test_the_handle_of_a_model(tiny: Tiny) -> None:
     assert reroute.handle_of(tiny.model) is None
 
 
+def test_the_handle_of_all_models() -> None:
+    """A block for all models, which ends what it began and nothing else."""
+    common, own = (models.llava(layers=4) for _ in range(2))
+    given = common.inputs([common.prompt(0, 5, common.grid, 4)])
+    plain = common.model(**given).logits
+    handle = reroute.enable(own.model, keep=0.75)
+    try:
+        with reroute.enable(method="fastv", keep=0.5) as all_models:
+            assert not torch.equal(common.model(**given).logits, plain)
+            assert repr(all_models) == "<ProcessHandle: fastv, route, keep=0.5, enabled>"
+            assert all_models.config.keep == 0.5
+        assert torch.equal(common.model(**given).logits, plain)
+        assert reroute.handle_of(own.model) is handle
+        assert repr(all_models).endswith("disabled>")
+        all_models.disable()  # once more
+        first, second = (reroute.enable(keep=keep) for keep in (0.5, 0.25))
+        first.disable()  # was replaced, and ends nothing
+        assert second.is_enabled
+        with pytest.raises(RerouteError, match="disabled or replaced"), first:
+            pass
+        common.model(**given)
+        routed = reroute.handle_of(common.model)
+        assert routed is not None
+        assert routed.config.keep == 0.25
+        second.disable()
+        assert torch.equal(common.model(**given).logits, plain)
+    finally:
+        reroute.disable()
+
+
 def test_a_backend_that_cannot_run_for_one_model(
     tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
