@@ -11,7 +11,7 @@ from random import Random
 from typing import Any, get_args
 
 from ..api import enable, handle_of
-from ..checks import check_name, is_count, shown
+from ..checks import check_name, is_count, shown, whole
 from ..core.cost import ModelShape
 from ..core.schedule import Action, Schedule
 from ..core.solver import check_keep
@@ -86,7 +86,7 @@ def calibrate(
         RerouteError: the model, a prompt, the budget or ``out`` cannot be, or the state beside ``out`` is of another
             calibration. Nothing has run then.
     """
-    keep = _budget(keep, action, evaluations, max_new_tokens, batch_tokens)
+    keep = _budget(keep, action, evaluations, max_new_tokens, batch_tokens, seed)
     path = None if out is None else Path(out)
     if path is not None:
         check_writable(path)
@@ -188,13 +188,17 @@ def _check_decoder_alone(published: Mapping[str, Schedule]) -> None:
             raise RerouteError(f"{name} has actions of its own, and calibrate finds schedules for one action.")
 
 
-def _budget(keep: float, action: str, evaluations: int, max_new_tokens: int, batch_tokens: int) -> float:
+def _budget(keep: float, action: str, evaluations: int, max_new_tokens: int, batch_tokens: int, seed: int) -> float:
     """``keep``, checked with the other numbers. RerouteError if one cannot be."""
     check_name("action", action, get_args(Action))
     counts = {"evaluations": evaluations, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     for name, value in counts.items():
         if not is_count(value):
             raise RerouteError(f"{name} must be a whole number of at least 1, not {shown(value)}.")
+    try:
+        whole(seed)
+    except TypeError:
+        raise RerouteError(f"seed must be a whole number, not {shown(seed)}.") from None
     keep = check_keep(keep)
     if keep == 1:
         raise RerouteError("keep=1 is the plain model, with nothing to calibrate: give a budget below 1, such as 0.33.")

@@ -240,6 +240,7 @@ def without(name: str) -> Callable[[list[Inputs]], Any]:
         (lambda p: p, {"action": "drop"}, "Unknown action 'drop'"),
         (lambda p: p, {"evaluations": 0}, "evaluations must be a whole number of at least 1, not 0"),
         (lambda p: p, {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        (lambda p: p, {"seed": "a"}, "seed must be a whole number, not 'a'"),
         (lambda p: p, {"methods": "pdrop"}, "methods must be several, such as ('pdrop', 'diverse'), not 'pdrop'"),
         (lambda p: p, {"methods": []}, "methods must be several"),
         (lambda p: p, {"methods": ["pdrop", "nothing"]}, "Unknown method 'nothing'"),
