@@ -133,4 +133,4 @@ class ForwardContext:
         self._writable = layer = guarded_layer(cache, index)
         if layer is not None:
             layer.allow_update()
-        return layer if isinstance(layer, RoutedLayer) else None
+        return layer if layer is not None and isinstance(layer, RoutedLayer) else None

@@ -127,7 +127,8 @@ class ModelAdapter(LayerKinds):
             raise RerouteError(_CHANGED)
         for index in scoring:
             self._facts[index] = self._known.proved(self, index)
-            check_scoring_layer(self.layers[index], index, self._scoring_parts(index))
+            if not self.parts[index].are_bare:
+                check_scoring_layer(self.layers[index], index, self._scoring_parts(index))
 
     def check_facts(self, scoring: Sequence[int], compact: Sequence[int], first: int) -> None:
         """Find out what must be known of the ``scoring`` layers and of those that run ``compact``, and prove it.

@@ -11,6 +11,7 @@ from ...rankers import Ranker
 from .recurrent import mixer_name
 
 if TYPE_CHECKING:
+    from .facts import LayerFacts
     from .layers import Layers
 
 __all__ = ["LayerKinds"]
@@ -27,6 +28,7 @@ class LayerKinds:
     layers: Sequence[Any]
     first_layer: int
     attention: ClassVar[str]
+    facts: Callable[[int], LayerFacts]
     _known: Layers
     _kinds: Sequence[str]
 
@@ -110,14 +112,17 @@ class LayerKinds:
         return kind == (FULL if self._window(layer) is None else SLIDING)
 
     def sees_all(self, layer: int, start: int, end: int) -> bool:
-        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``."""
-        reach = self.reach(layer)
+        """Whether the last of the tokens from position ``start`` to ``end`` attends to all of them in ``layer``.
+
+        The layer is one that ``ModelAdapter.check_layers`` has looked at in this call.
+        """
+        reach = self._chunk if self.kind(layer) == CHUNKED else self.facts(layer).window
         begin = 0 if self.kind(layer) == CHUNKED else start  # chunks begin behind the padding
         return reach is None or end - begin <= reach
 
     def reach(self, layer: int) -> int | None:
         """How many tokens the last one of a prompt may see in ``layer``: a window, or a chunk. None: all of them."""
-        return int(self.text_config.attention_chunk_size) if self.kind(layer) == CHUNKED else self._window(layer)
+        return self._chunk if self.kind(layer) == CHUNKED else self._window(layer)
 
     def may_decide(self, layer: int, ranker: Ranker) -> bool:
         """Whether a method's ``ranker`` may decide before ``layer``: by attention where it sees everything.
@@ -154,6 +159,10 @@ class LayerKinds:
     def kind(self, layer: int) -> str:
         """Of ``layer``, as Transformers names it."""
         return self._kinds[layer]
+
+    @property
+    def _chunk(self) -> int:
+        return int(self.text_config.attention_chunk_size)
 
     def _window(self, layer: int) -> int | None:
         """Of what the attention function is told."""

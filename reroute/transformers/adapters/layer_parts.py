@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..parallel import is_sharded
+
 __all__ = ["LayerParts"]
 
 _SIMPLE = frozenset((int, float, bool, str, type(None)))
@@ -30,6 +32,9 @@ class LayerParts:
         self._types, self._shapes, self._sizes = list(map(type, self._parts)), self._shapes_now(), self._sizes_now()
         self._values = list(self._values_now())
         self.kind = kinds.setdefault(tuple(map(_about, self._parts)), object())  # in one step, for other threads
+        inner = (vars(part) for block in layer.children() for part in block.children())
+        self._hooks = [its["_forward_pre_hooks"] for its in (*attributes, *inner)]
+        self._is_bare = "_hf_hook" not in attributes[0] and not is_sharded(layer)
 
     @property
     def still_are(self) -> bool:
@@ -40,6 +45,11 @@ class LayerParts:
             and all(map(is_, self._values_now(), self._values))
             and self._shapes_now() == self._shapes
         )
+
+    @property
+    def are_bare(self) -> bool:
+        """Whether nothing is around them now that would run before them, or that brings weights to the layer."""
+        return self._is_bare and not any(self._hooks)
 
     def _sizes_now(self) -> list[int]:
         return list(map(len, self._dicts))

@@ -48,7 +48,6 @@ class Layers:
         Raises:
             UnsupportedModelError: they cannot be found out.
         """
-        check_parts(adapter.layers[index], index, adapter.attention)
         key = self._key(adapter, index, has_place=not like_others)
         if key not in self._facts:
             with on_cpu():
@@ -117,7 +116,6 @@ class Layers:
         Raises:
             UnsupportedModelError: they are not, or the facts cannot be found out.
         """
-        check_parts(adapter.layers[index], index, adapter.attention)
         key = self._key(adapter, index, has_place=True)
         if key not in self._proved:
             with on_cpu():
@@ -128,11 +126,13 @@ class Layers:
         return self._proved[key]
 
     def _key(self, adapter: ModelAdapter, index: int, *, has_place: bool) -> Any:
-        """What the facts of a layer depend on."""
+        """What the facts of a layer depend on. UnsupportedModelError if it attends and lacks a part."""
         parts = adapter.parts.get(index)
         if parts is None or not parts.still_are:
-            parts = LayerParts(adapter.layers[index], adapter.mixer(index), self._kinds)
-            adapter.parts[index] = parts
+            layer, mixer = adapter.layers[index], adapter.mixer(index)
+            if mixer == adapter.attention:
+                check_parts(layer, index, mixer)
+            parts = adapter.parts[index] = LayerParts(layer, mixer, self._kinds)
         return type(adapter), has_place and index, parts.kind
 
 

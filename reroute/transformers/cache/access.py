@@ -253,7 +253,7 @@ def has_stored(cache: Cache, index: int, columns: int) -> bool:
     if index >= len(cache.layers):
         return False
     layer: Any = cache.layers[index]
-    is_static = issubclass(plain_class(layer), StaticLayer)
+    is_static = StaticLayer in plain_class(layer).__mro__  # ``issubclass`` of an ABC takes time
     return bool(layer.is_initialized) if is_static else columns_of(layer, 0) == columns
 
 
