@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from reroute_kernels import BackendUnavailable, PagedPool, check_backend
+from reroute_kernels import BackendUnavailable, PagedPool
 
 from .checks import shown
 from .config import RoutingConfig, check_arguments
@@ -35,6 +35,8 @@ _lock = threading.RLock()
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 _common: weakref.WeakSet[Handle] = weakref.WeakSet()
 """Those of ``enable`` without a model, which the next such call ends; settings of one model come first."""
+_last: list[ProcessHandle] = []
+"""What the last such call returned."""
 
 
 @overload
@@ -196,7 +198,7 @@ def _enable_all(config: RoutingConfig) -> ProcessHandle:
     from .process_handle import ProcessHandle
     from .transformers import process_wide
 
-    check_backend(config.backend)
+    config.check_backend()
 
     def route(model: nn.Module) -> None:
         try:
@@ -214,9 +216,12 @@ def _enable_all(config: RoutingConfig) -> ProcessHandle:
                 _stop_all()
 
     with _lock:
+        for last in _last:
+            last.check_replaced()
         _stop_all()
         process_wide.start(route)
-    return ProcessHandle(config, lambda: process_wide.is_current(route), stop)
+        _last[:] = [ProcessHandle(config, lambda: process_wide.is_current(route), stop)]
+        return _last[0]
 
 
 def _stop_all() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
-from reroute_kernels import BACKENDS, PagedPool
+import torch
+
+from reroute_kernels import BACKENDS, Backend, PagedPool, check_backend, resolve
 
 from .checks import check_name, shown
 from .core.moving import moved
@@ -58,7 +61,7 @@ class RoutingConfig:
         if not isinstance(self.schedule, Schedule | None):
             raise RerouteError(
                 f"schedule must be a reroute.Schedule, not {shown(self.schedule)}: pass Schedule(layers=(3, 7), "
-                "ratios=(0.5, 0.25)), of a dict Schedule(**settings), of JSON Schedule.from_json(text)."
+                "ratios=(0.5, 0.25)), of a dict Schedule.from_dict(its), of JSON Schedule.from_json(text)."
             )
         for name in ("trace", "reopens"):
             if not isinstance(value := getattr(self, name), bool):
@@ -91,6 +94,21 @@ class RoutingConfig:
     def in_words(self) -> str:
         """Method, action and, if it is given, budget, as handles show themselves."""
         return f"{self.method_name}, {self.action}" + ("" if self.keep is None else f", keep={self.keep:.4g}")
+
+    def backend_on(self, device: torch.device) -> Backend:
+        """What runs operations on ``device``.
+
+        Raises:
+            RerouteError: REROUTE_BACKEND asks for one that there is not.
+            reroute_kernels.BackendUnavailable: it cannot run there; says why.
+        """
+        with _of_environment():
+            return resolve(self.backend, device)
+
+    def check_backend(self) -> None:
+        """Raise what ``backend_on`` would raise for any device of this machine, but without touching a GPU."""
+        with _of_environment():
+            check_backend(self.backend)
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of ``num_layers`` decoder layers.
@@ -211,14 +229,23 @@ def check_arguments(config: object, pool: object) -> None:
     """
     if not isinstance(config, RoutingConfig | None):
         raise RerouteError(
-            f"config must be a reroute.RoutingConfig, not {shown(config)}: pass RoutingConfig(keep=0.33), of a dict "
-            "RoutingConfig(**settings), of JSON RoutingConfig.from_json(text)."
+            f"config must be a reroute.RoutingConfig, not {shown(config)}: pass RoutingConfig(keep=0.33), or "
+            "RoutingConfig.from_json(text) of what to_json wrote."
         )
     if not isinstance(pool, PagedPool | None):
         raise RerouteError(
             f"pool must be a reroute_kernels.PagedPool, not {shown(pool)}: to bound its memory pass "
             "PagedPool(4096, torch.float16, 'cuda', max_bytes=256 << 20), with the model's width and dtype."
         )
+
+
+@contextmanager
+def _of_environment() -> Iterator[None]:
+    """A backend that is not known here is one that the environment asks for: names of settings are checked."""
+    try:
+        yield
+    except ValueError as error:
+        raise RerouteError(f"{error}. Unset REROUTE_BACKEND, or set it to one of these.") from None
 
 
 def _unreadable(error: Exception) -> RerouteError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels, resolve
+from reroute_kernels import Backend, PagedPool, WarmUp, load_kernels
 from reroute_kernels.dispatch import recorded_by_autograd
 
 from .checks import is_count, shown
@@ -103,7 +103,7 @@ class Handle:
             self._choose_backend(device)
 
     def _choose_backend(self, device: torch.device) -> None:
-        self.backend: Backend = resolve(self.config.backend, device)
+        self.backend: Backend = self.config.backend_on(device)
         self._device = device
 
     def _backend_on(self, device: torch.device) -> Backend:

@@ -23,7 +23,7 @@ class ProcessHandle:
     def __init__(self, config: RoutingConfig, is_enabled: Callable[[], bool], stop: Callable[[], None]) -> None:
         """Use ``reroute.enable``. ``stop`` disables if ``is_enabled()``."""
         self.config = config
-        self._is_enabled, self._stop = is_enabled, stop
+        self._is_enabled, self._stop, self._blocks = is_enabled, stop, 0
 
     def __repr__(self) -> str:
         """What it does, for who looks at it in a notebook."""
@@ -50,10 +50,20 @@ class ProcessHandle:
         """
         if not self.is_enabled:
             raise RerouteError("Routing of all models was disabled or replaced. Call reroute.enable for a new handle.")
+        self._blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Disable."""
+        self._blocks -= 1
         self.disable()
+
+    def check_replaced(self) -> None:
+        """Check that all may be enabled anew. RerouteError in a block: what follows in it would not be routed."""
+        if self._blocks and self.is_enabled:
+            raise RerouteError(
+                "All models are routed in a with block that has not ended. Enable single models in it, or use "
+                "handle.at(…) of their handles to give calls other settings."
+            )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-__all__ = ["CudaRecorder"]
+__all__ = ["CannotRecordNow", "CudaRecorder"]
 
 Run = Callable[[], None]
 
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose captures CUDA refused to end. PyTorch's allocator of pinned memory goes on asking them for ever."""
+
+
+class CannotRecordNow(RuntimeError):
+    """A recording could not begin, for what others do on the GPU: another capture, say. It may later."""
 
 
 class CudaRecorder:
@@ -34,6 +41,16 @@ class CudaRecorder:
     def nbytes(self) -> int:
         """Of the memory that all graphs share: what PyTorch has reserved while they were recorded."""
         return self._nbytes
+
+    def give_back(self) -> None:
+        """Hold no memory any more. Nothing that was recorded may be left.
+
+        What a rehearsal or a capture that failed has freed stays in the pool, where PyTorch finds it for nobody else,
+        also when it runs out of memory.
+        """
+        self._begin_anew()
+        self._nbytes = 0
+        torch.cuda.empty_cache()
 
     def rehearse(self, run: Run) -> None:
         """Do ``run`` as it will be recorded, in the memory that the graph will use.
@@ -89,7 +106,7 @@ class CudaRecorder:
         """With another pool and stream. The pool is held, for a handle of it would die with its last graph."""
         with torch.cuda.device(self._device):
             self._pool: Any = torch.cuda.MemPool()
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = _new_stream(self._device)
 
     @contextmanager
     def _random_state_apart(self) -> Iterator[None]:
@@ -109,11 +126,36 @@ class CudaRecorder:
     def _alone(self) -> Iterator[None]:
         """On the stream of recordings, behind all other work, with all memory that is free."""
         with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # PyTorch gives no memory back to CUDA while it is looked for in one pool
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # PyTorch gives no memory back to CUDA while it is looked for in one pool
+            except RuntimeError as error:
+                raise CannotRecordNow(str(error)) from error
         before = torch.cuda.memory_reserved(self._device)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
             self._nbytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that is nobody else's, for as long as the process lives.
+
+    PyTorch has 32 of a priority and hands them out in turn: what another thread does on the one that is captured would
+    become a part of the graph.
+    """
+    driver, stream = _driver(), ctypes.c_void_p()
+    error = driver.cuStreamCreate(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+    if error:
+        raise RuntimeError(f"CUDA makes no stream on {device}: cuStreamCreate returns {error}")
+    return torch.cuda.ExternalStream(stream.value, device=device)
+
+
+_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: work on the default stream does not wait for it, nor break its captures."""
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

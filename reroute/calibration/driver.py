@@ -101,7 +101,7 @@ def calibrate(
     visual, may_decide = tuple(sorted({p.visual for p in read.all})), cache(adapter.may_decide)
     space = Space(keep, len(adapter.layers), action, visual, _chosen(methods), may_decide)
     about: dict[str, Any] = {"keep": keep, "action": action, "seed": seed, "max_new_tokens": max_new_tokens}
-    published = space.published()
+    published, left_out = space.published(), space.left_out()
     _check_decoder_alone(published)
     about["methods"] = {name: schedule.to_json() for name, schedule in published.items()}
     state = State.beside(path, {"model": digest_of(model), "prompts": read.digest, **about})
@@ -112,6 +112,8 @@ def calibrate(
     runs = (max(0, evaluations - len(history)), 2 * (1 + len(published)))
     parts = [[read.all[i] for i in half] for half in (choosing, judging)]
     tell(str(forecast(shape, parts, runs, space.starts()[0].schedule, max_new_tokens, batch_tokens)))
+    for note in left_out:
+        tell(note)
     if history:
         tell(f"{len(history)} schedules were tried before")
 
@@ -138,7 +140,7 @@ def calibrate(
         mean_chosen=best.mean,
         comparisons=tuple(comparisons),
         warnings=(*read.warnings, *doubts(comparisons)),
-        notes=tuple(notes),
+        notes=(*left_out, *notes),
     )
     if path is not None:
         ScheduleFile(path, result.schedule, space.num_layers).write(_about(result))
@@ -176,7 +178,11 @@ def _chosen(methods: Sequence[str | Method]) -> tuple[Method, ...]:
     """The methods to begin with. RerouteError if there is none, or one is not known."""
     if isinstance(methods, str) or not methods:
         raise RerouteError(f"methods must be several, such as ('pdrop', 'diverse'), not {shown(methods)}.")
-    return tuple(map(get, methods))
+    chosen = tuple(map(get, methods))
+    names = [method.name for method in chosen]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise RerouteError(f"methods are told apart by their names, and {twice!r} is there twice: calibrate with each.")
+    return chosen
 
 
 def _check_decoder_alone(published: Mapping[str, Schedule]) -> None:

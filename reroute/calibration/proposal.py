@@ -100,14 +100,21 @@ class Space:
 
     def published(self) -> dict[str, Schedule]:
         """The schedules of the methods at this budget, where they reach it, by name."""
-        found: dict[str, Schedule] = {}
+        return {name: its for name, its in self._tried().items() if isinstance(its, Schedule)}
+
+    def left_out(self) -> list[str]:
+        """Which of the methods have none, and why."""
+        failures = {name: its for name, its in self._tried().items() if not isinstance(its, Schedule)}
+        return [f"{name} is left out: {error}" for name, error in failures.items()]
+
+    def _tried(self) -> dict[str, Schedule | RerouteError]:
+        found: dict[str, Schedule | RerouteError] = {}
         for method in self.methods:
             try:
                 solved = method.with_budget(self.keep, self.num_layers, self.action)
-                schedule = self._movable(solved.schedule(self.num_layers, self.action))
-            except RerouteError:
-                continue
-            found[method.name] = schedule
+                found[method.name] = self._movable(solved.schedule(self.num_layers, self.action))
+            except RerouteError as error:
+                found[method.name] = error.with_traceback(None)
         return found
 
     def starts(self) -> list[Proposal]:

@@ -26,14 +26,14 @@ def run(options: argparse.Namespace) -> int:
     """Print a line per check; 1 if one fails, with what to do about it."""
     checks: tuple[tuple[str, Callable[[], str], str], ...] = (
         ("python", _python, ""),
-        ("packages", _packages, f"Run: pip install --upgrade {DISTRIBUTION}"),
+        ("packages", _packages, "Run in a clone: pip install --upgrade ."),
         ("cpu", _cpu, "Reinstall torch for this machine: https://pytorch.org/get-started"),
         ("cuda", _cuda, "Check the driver with nvidia-smi, or hide the GPU with CUDA_VISIBLE_DEVICES= (empty)."),
         ("environment", _environment, ""),
         ("backend", _backend, "Unset REROUTE_BACKEND, or set it to torch, which runs everywhere."),
         ("graphs", _graphs, "Leave graphs=True out: prefills are right without them."),
-        ("models", _models, f"Run: pip install --upgrade {DISTRIBUTION}"),
-        ("tinyvlm", _tinyvlm, f"Run: pip install --force-reinstall --no-deps {DISTRIBUTION}"),
+        ("models", _models, "Run in a clone: pip install --upgrade ."),
+        ("tinyvlm", _tinyvlm, "If the backend is well, run in a clone: pip install --force-reinstall --no-deps ."),
     )
     failed = 0
     for name, check, remedy in checks:

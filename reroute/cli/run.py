@@ -143,11 +143,13 @@ def _answer(
 def _print(scene: Scene, costs: Sequence[tuple[Setup, Cost]], about: str) -> None:
     print(f"\n{about}\n{scene.question}\n")
     answers = [("dense", scene.dense)] if scene.dense else []
-    for name, answer in [*answers, *((run.setup.name, run.answer) for run in scene.runs)]:
-        print(f"{name:15}{answer.text}")
+    answers += [(run.setup.name, run.answer) for run in scene.runs]
+    width = max(15, *(len(name) + 2 for name, _ in answers))
+    for name, answer in answers:
+        print(f"{name:{width}}{answer.text}")
     print(f"\n{text_costs(costs)}\n")
     for run in scene.runs:
-        print(f"{run.setup.name:15}active in layers {', '.join(map(str, run.stages))}")
+        print(f"{run.setup.name:{width}}active in layers {', '.join(map(str, run.stages))}")
     print()
 
 

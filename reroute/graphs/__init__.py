@@ -2,7 +2,7 @@
 where its memory is.
 """
 
-from .alignment import Alignment
+from .alignment import Alignment, in_one, picked
 from .arena import Arena
 from .class_plan import ClassPlan, class_tensors
 from .recorder import RECORDERS, Recorder, check_device
@@ -30,7 +30,9 @@ __all__ = [
     "Waste",
     "check_device",
     "class_tensors",
+    "in_one",
     "in_tiles",
     "needed_rows",
+    "picked",
     "waste",
 ]

@@ -15,7 +15,7 @@ from ..core.plan import Plan
 if TYPE_CHECKING:
     from ..core.plan import Ints
 
-__all__ = ["Alignment"]
+__all__ = ["Alignment", "in_one", "picked"]
 
 
 class Alignment:
@@ -50,17 +50,23 @@ class Alignment:
         return self._widths[0] - self._widths[stage + 1]
 
     def states(self, stage: int, buffer: torch.Tensor) -> torch.Tensor:
-        """(…, T, D) of ``buffer`` (…, S, D), whose first dimensions are (B, …) or (n, B, …)."""
-        states = self.to_copy(stage, buffer)
-        return states if self.is_ragged(stage) else states.clone(memory_format=torch.contiguous_format)
+        """(…, T, D) of ``buffer`` (…, S, D), which is (B, S, D) or (n, B, …, S, D)."""
+        wide = _wide(buffer)
+        states = self._cut(stage, wide)
+        states = states if self.is_ragged(stage) else states.clone(memory_format=torch.contiguous_format)
+        return states.view(buffer.dtype)
 
     def to_copy(self, stage: int, buffer: torch.Tensor) -> torch.Tensor:
         """As ``states``, but perhaps a view, for whoever copies it in this turn."""
+        return self._cut(stage, _wide(buffer)).view(buffer.dtype)
+
+    def _cut(self, stage: int, buffer: torch.Tensor) -> torch.Tensor:
         index, width = self._index.get(stage + 1), self._widths[stage + 1]
         if index is None:
             return buffer[..., :width, :]
-        batch_dimension = 0 if buffer.ndim == 3 else 1
-        shape = [1] * buffer.ndim
+        if buffer.ndim == 3:
+            return picked(buffer, in_one(index.clamp(min=0), buffer.shape[1]))
+        shape, batch_dimension = [1] * buffer.ndim, 1
         shape[batch_dimension], shape[-2] = index.shape
         index = index.clamp(min=0).view(shape).expand(*buffer.shape[:-2], width, buffer.shape[-1])
         return buffer.gather(-2, index)
@@ -85,6 +91,23 @@ class Alignment:
             else:
                 out.append(its.gather(1, index.clamp(min=0)).masked_fill_(index < 0, -1))
         return out
+
+
+def in_one(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """The ``rows`` (B, T) of samples with ``length`` rows each, numbered through all samples."""
+    return rows + torch.arange(len(rows), device=rows.device)[:, None] * length
+
+
+def picked(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(B, T, C) of ``states`` (B, S, C), by numbers as of ``in_one``: PyTorch copies rows of one matrix fastest."""
+    return states.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def _wide(buffer: torch.Tensor) -> torch.Tensor:
+    """Elements of up to 16 bytes in place of those of ``buffer``: PyTorch copies 16-bit ones slowly, one by one."""
+    nbytes = buffer.shape[-1] * buffer.element_size()
+    fitting = (its for its in (torch.complex128, torch.int64, torch.int32) if nbytes % its.itemsize == 0)
+    return buffer.view(next(fitting, buffer.dtype))
 
 
 def _right_aligned(width: int, counts: tuple[int, ...]) -> Ints:

@@ -95,6 +95,14 @@ class Arena:
         with torch.inference_mode(False):  # what was born in it could not be written outside it later
             self.memory = torch.empty(least, dtype=torch.uint8, device=self.device)
 
+    def give_back(self) -> None:
+        """Hold nothing, so that others have the memory: all of the ``stores`` let go of their graphs."""
+        self.wait()
+        for store in list(self.stores):
+            store.let_go()
+        self.memory = self.memory.new_empty(0)
+        self.recorder.give_back()
+
     def lend(self, *others: torch.Tensor) -> None:
         """Keep ``memory``, and ``others``, for what the current stream is asked to do with it."""
         stream = stream_on(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +29,9 @@ class Recorder(Protocol):
         It is undefined what memory holds until that is called.
         """
 
+    def give_back(self) -> None:
+        """Hold no memory. Nothing that was recorded may be left."""
+
     @property
     def nbytes(self) -> int:
         """Of the memory that all records share."""
@@ -37,6 +41,10 @@ RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder
 """By type of device. Where there is none, nothing is recorded."""
 
 
+SPLIT = "max_split_size_mb"
+"""A setting of PyTorch's allocator with which it gives back memory of a pool when it needs some, of graphs too."""
+
+
 def check_device(device: torch.device) -> None:
     """RerouteError if no run is recorded on ``device``."""
     if device.type not in RECORDERS:
@@ -44,7 +52,14 @@ def check_device(device: torch.device) -> None:
             f"graphs=True replays CUDA graphs, and the decoder is on {device.type}. Move the model to a GPU before "
             "reroute.enable, or leave graphs out: prefills are right without them."
         )
-    if device.type == "cuda" and (backend := torch.cuda.get_allocator_backend()) != "native":
+    if device.type != "cuda":
+        return
+    if any(SPLIT in os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        raise RerouteError(
+            f"graphs=True keeps memory of graphs in one pool of PyTorch's allocator, which may free it under {SPLIT}. "
+            f"Take {SPLIT} out of PYTORCH_ALLOC_CONF, or leave graphs out."
+        )
+    if (backend := torch.cuda.get_allocator_backend()) != "native":
         raise RerouteError(
             f"graphs=True keeps its memory in a pool of PyTorch's own allocator, and PYTORCH_ALLOC_CONF asks for "
             f"{backend}. Take backend:{backend} out of it, or leave graphs out."

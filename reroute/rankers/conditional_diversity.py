@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from reroute_kernels import Selection
 
+from ..checks import items, shown
 from ..errors import RerouteError
 from .base import RankContext, Ranker
 from .merging import projector_inputs
@@ -121,6 +122,18 @@ class ClipRelevance(ScoreRanker):
 
     embed: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
     texts: torch.Tensor | Sequence[torch.Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the texts. RerouteError if they are no tensors."""
+        try:
+            texts = [self.texts] if isinstance(self.texts, torch.Tensor) else items(self.texts)
+        except TypeError:
+            texts = [None]
+        if not all(isinstance(its, torch.Tensor) and its.ndim == 2 for its in texts):
+            raise RerouteError(
+                "ClipRelevance takes embeddings (chunks, E) of the question, or several for several samples, not "
+                f"{shown(self.texts)}: clip.get_text_features(…).pooler_output."
+            )
 
     def tower_states(self, tower: TowerShape) -> Sequence[int]:
         """See ``Ranker``."""

@@ -121,11 +121,12 @@ def _by_budget(results: Results) -> Iterator[tuple[str, list[Row]]]:
 def text_costs(costs: Sequence[tuple[Setup, Cost]]) -> str:
     """One line per setup, dense first, without accuracies."""
     dense = costs[0][1]
-    head = f"{'':15}{'avg_T':>6}{'prefill GFLOP':>16}{'KV cache KiB':>15}{'prefill ms':>12}{'÷ dense':>9}"
+    width = max(15, *(len(setup.name) + 2 for setup, _ in costs))
+    head = f"{'':{width}}{'avg_T':>6}{'prefill GFLOP':>16}{'KV cache KiB':>15}{'prefill ms':>12}{'÷ dense':>9}"
     return "\n".join(
         [head]
         + [
-            f"{setup.name:15}{cost.avg_tokens:6.1f}{_flops(cost, dense):>16}{_memory(cost, dense):>15}"
+            f"{setup.name:{width}}{cost.avg_tokens:6.1f}{_flops(cost, dense):>16}{_memory(cost, dense):>15}"
             f"{1e3 * cost.seconds:12.1f}{cost.time_ratio:9.2f}"
             for setup, cost in costs
         ]

@@ -107,10 +107,10 @@ class RoutedPrefill(ForwardContext):
         self._has_begun = True
         if self.prefill is None or (self.prefill.stage < 0 and not self.plan.reopened):
             return self._earlier_turns.adapt(index, hidden, kwargs)
-        if self._adapter.is_recurrent(index):
-            kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
-        elif self._adapter.attends(index):
+        if self._adapter.attends(index):
             kwargs.update(self._stage(self.prefill, index, hidden, kwargs).kwargs)
+        elif self._adapter.is_recurrent(index):
+            kwargs.update(self._rows_in_order(self.prefill, index, kwargs))
         for name in PER_TOKEN:
             if kwargs.get(name) is not None:
                 kwargs[name] = _at(self._given_rows(self.prefill), kwargs[name].unsqueeze(-1)).squeeze(-1)
@@ -321,7 +321,7 @@ class RoutedPrefill(ForwardContext):
             places["position_embeddings"] = in_form_of(tables, cos, sin)
         return places
 
-    @property
+    @cached_property
     def _end(self) -> int:
         """The logical length of the cache once the prompt is stored."""
         return self.plan.past + self.plan.length

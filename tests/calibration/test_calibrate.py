@@ -18,7 +18,7 @@ from reroute.calibration import Calibration, driver
 from reroute.calibration.dense import refer
 from reroute.core.solver import budget_of
 from reroute.errors import RerouteError
-from reroute.methods import PDrop
+from reroute.methods import FastV, PDrop
 from reroute.rankers import Norm
 
 Inputs = dict[str, Tensor]
@@ -62,6 +62,18 @@ def test_decisions_may_be_ranked_by_what_a_method_brings(few: Tiny, prompts: lis
     assert len(by) == 1 or all(f" {name}" in str(found) for name in by)
     with reroute.enable(few.model, schedule=file) as handle:
         assert handle.schedule == found.schedule
+
+
+def test_methods_that_have_no_such_schedule_are_named(few: Tiny, prompts: list[Inputs]) -> None:
+    """Not as a shorter table alone."""
+    told: list[str] = []
+    methods = ("pdrop", "cdpruner", FastV(layer=7))
+    settings = {**SETTINGS, "evaluations": 1, "methods": methods, "progress": told.append}
+    found = reroute.calibrate(few.model, prompts, **settings)
+    assert [row.name for row in found.comparisons if row.action == "route"] == ["calibrated", "pdrop"]
+    assert "cdpruner is left out: " in str(found)
+    assert "fastv is left out: " in str(found)
+    assert [line for line in told if "is left out" in line] == list(found.notes[:2])
 
 
 def test_the_model_is_as_it_was(few: Tiny, result: Calibration, prompts: list[Inputs]) -> None:
@@ -241,6 +253,7 @@ def without(name: str) -> Callable[[list[Inputs]], Any]:
         (lambda p: p, {"evaluations": 0}, "evaluations must be a whole number of at least 1, not 0"),
         (lambda p: p, {"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
         (lambda p: p, {"seed": "a"}, "seed must be a whole number, not 'a'"),
+        (lambda p: p, {"methods": ("fastv", "pdrop", "fastv")}, "'fastv' is there twice"),
         (lambda p: p, {"methods": "pdrop"}, "methods must be several, such as ('pdrop', 'diverse'), not 'pdrop'"),
         (lambda p: p, {"methods": []}, "methods must be several"),
         (lambda p: p, {"methods": ["pdrop", "nothing"]}, "Unknown method 'nothing'"),

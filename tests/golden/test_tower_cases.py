@@ -279,6 +279,9 @@ def test_several_texts_are_averaged() -> None:
     close(ClipRelevance(lambda x: x, [CIRCLE[:2], CIRCLE[3:4]]).scores(inputs)[0], first, 1e-6)
     with pytest.raises(RerouteError, match=r"texts for 1 samples, and the call has 2"):
         ClipRelevance(lambda x: x, [CIRCLE]).scores(inputs)
+    for wrong in ({"pooler_output": CIRCLE}, CIRCLE[0], [None], "a cup"):
+        with pytest.raises(RerouteError, match=r"get_text_features\(…\).pooler_output"):
+            ClipRelevance(lambda x: x, wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("relevance", [torch.ones(6), torch.arange(6.0)])

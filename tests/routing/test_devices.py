@@ -185,7 +185,7 @@ def test_the_backend_is_chosen_again_on_another_device(monkeypatch: pytest.Monke
         asked.append(device)
         return plain
 
-    monkeypatch.setattr("reroute.handle.resolve", resolved)
+    monkeypatch.setattr("reroute.config.resolve", resolved)
     places = [torch.device("pair", index) for index in (0, 1, 1, 0)]
     with enable(models.llava(layers=LAYERS), Rules((1,), (0.5,))) as handle, FakeTensorMode():
         for place in places:

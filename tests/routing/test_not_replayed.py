@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,6 +25,7 @@ import reroute
 from reroute import Schedule
 from reroute.errors import RerouteError
 from reroute.rankers import Diversity, RandomScores
+from reroute_kernels.recorder import CannotRecordNow
 
 DENSE = Rules((2,), (1.0,))
 
@@ -262,6 +264,7 @@ def test_what_is_not_on_cuda_is_refused() -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), 2),  # a smaller class may have room
         (RuntimeError("CUDA error: operation not permitted when stream is capturing"), 1),
+        (CannotRecordNow("another capture runs"), 4),  # at each prompt, but for the first of a class
     ],
 )
 def test_a_capture_that_fails_is_not_tried_again(
@@ -283,6 +286,34 @@ def test_a_capture_that_fails_is_not_tried_again(
             assert f"its capture fails ({type(error).__name__}: {error})" in handle.stats().graph.why
     assert len(tried) == tries
     assert not tapes
+
+
+def test_memory_that_a_capture_took_is_given_back(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the eager prefill, for which there is room without graphs, lacks it too."""
+    from tape_recorder import TapeRecorder
+
+    tiny, taken, given_back = models.tiny("llava-gqa"), list[weakref.ref[Tensor]](), list[bool]()
+
+    def fail(self: TapeRecorder, run: Callable[[], None]) -> None:
+        activations = torch.zeros(3)
+        taken.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small, large = (tiny.inputs([tiny.prompt(0, 5, tiny.grid, text)]) for text in (4, 104))
+    monkeypatch.setattr(TapeRecorder, "give_back", lambda self: given_back.append(taken[-1]() is None))
+    with route(tiny, RULES[0]) as handle:
+        capture(tiny, [tiny.prompt(0, 5, tiny.grid, 4)])
+        with monkeypatch.context() as patch:
+            patch.setattr(TapeRecorder, "rehearse", fail)
+            for _ in range(2):
+                tiny.model(**large)
+        assert "its capture fails (OutOfMemoryError" in handle.stats().graph.why
+        assert (handle.stats().graph.graphs, handle.stats().graph.nbytes) == (0, 0)
+        assert given_back == [True]
+        replayed(handle, tiny, small)  # captured anew
+        tiny.model(**large)
+        assert not handle.stats().graph.is_replayed
+    assert len(tapes) == 2
 
 
 class Unhashable(RandomScores):

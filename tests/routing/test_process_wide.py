@@ -155,6 +155,11 @@ def test_the_handle_of_all_models() -> None:
             assert not torch.equal(common.model(**given).logits, plain)
             assert repr(all_models) == "<ProcessHandle: fastv, route, keep=0.5, enabled>"
             assert all_models.config.keep == 0.5
+            with pytest.raises(RerouteError, match="in a with block that has not ended"):
+                reroute.enable(keep=0.25)
+            with reroute.enable(own.model, keep=0.5):
+                assert all_models.is_enabled
+            handle = reroute.enable(own.model, keep=0.75)
         assert torch.equal(common.model(**given).logits, plain)
         assert reroute.handle_of(own.model) is handle
         assert repr(all_models).endswith("disabled>")
@@ -180,7 +185,7 @@ def test_a_backend_that_cannot_run_for_one_model(
     """As for a model on the CPU of a machine with a GPU: it says so, and the forward goes on."""
     given = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])
     plain = tiny.model(**given).logits
-    monkeypatch.setattr("reroute.api.check_backend", lambda _: None)  # there is a GPU
+    monkeypatch.setattr("reroute.config.check_backend", lambda _: None)  # there is a GPU
     reroute.enable(backend="triton")
     try:
         with caplog.at_level(logging.WARNING, logger="reroute"):

@@ -79,8 +79,9 @@ def test_backend_by_environment(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     with reroute.enable(tiny.model, backend="triton") as handle:
         assert handle.stats().backend == "torch"
     monkeypatch.setenv("REROUTE_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="REROUTE_BACKEND"):
-        reroute.enable(tiny.model)
+    for model in (tiny.model, None):
+        with pytest.raises(RerouteError, match=r"'gpu' \(from REROUTE_BACKEND\).*Unset REROUTE_BACKEND"):
+            reroute.enable(model)
 
 
 def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +95,7 @@ def test_backend_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
             raise BackendUnavailable(name, "of the test")
         return plain
 
-    monkeypatch.setattr("reroute.handle.resolve", choose)
+    monkeypatch.setattr("reroute.config.resolve", choose)
     tiny = models.llava(layers=4)
     ids = tiny.inputs([tiny.prompt(0, 5, tiny.grid, 4)])["input_ids"]
     hidden = torch.zeros(*ids.shape, tiny.model.config.text_config.hidden_size)
@@ -123,6 +124,8 @@ def test_models() -> None:
             reroute.enable(model)
     with pytest.raises(UnsupportedModelError, match="ForConditionalGeneration"):
         reroute.enable(models.tiny("llava-gqa").model.model)
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel is a wrapper around the model. Pass its .module"):
+        reroute.enable(torch.nn.DataParallel(models.tiny("llava-gqa").model))
 
 
 def test_what_fsdp1_wraps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -165,6 +166,21 @@ def test_nothing_is_a_view_of_static_memory(tiny: Tiny, kind: str) -> None:
             replayed(handle, tiny, tiny.inputs(mixed_batch(tiny)[:batch]))
             assert all(map(torch.equal, held, before))
         same_outputs(output, eager, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("rules", [Rules((2,), (1.0,)), Rules((2,), (0.5,))])
+def test_few_layers_share_memory(rules: Rules) -> None:
+    """It is held until each of them has grown, in the first decoding step."""
+    tiny = models.llava(layers=20)
+    inputs = tiny.inputs(prompts(tiny)[:1])
+    with route(tiny, rules, graphs=False):
+        eager = tiny.model(**inputs)
+    with route(tiny, rules) as handle:
+        capture(tiny, mixed_batch(tiny)[:1])
+        output = replayed(handle, tiny, inputs)
+    same_outputs(output, eager, inputs["attention_mask"].bool())
+    sharing = Counter(layer.keys.untyped_storage().data_ptr() for layer in cache_of(output).layers)
+    assert max(sharing.values()) == 8
 
 
 def test_a_cache_of_the_callers_is_filled(tiny: Tiny) -> None:

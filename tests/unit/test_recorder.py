@@ -15,7 +15,7 @@ from reroute.errors import RerouteError
 from reroute.graphs import Arena
 from reroute.graphs.recorder import check_device
 from reroute_kernels import recorder
-from reroute_kernels.recorder import CudaRecorder
+from reroute_kernels.recorder import CannotRecordNow, CudaRecorder
 
 GPU = torch.device("cuda", 0)
 RESERVED_BY_A_RUN = 10
@@ -94,9 +94,14 @@ class Pytorch:
     def release(self, device: int, pool: Any) -> None:
         self.uses[pool] -= 1
 
-    def new_stream(self, device: torch.device) -> Stream:
+    def cuStreamCreate(self, made: Any, flags: Any) -> int:  # as CUDA's driver names it
+        assert flags.value == 1, "waits for the default stream"
         self.streams += 1
-        return Stream(f"side {self.streams}", self.log)
+        made._obj.value = self.streams
+        return 0
+
+    def external(self, pointer: int, device: torch.device) -> Stream:
+        return Stream(f"side {pointer}", self.log)
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -127,7 +132,7 @@ class Pytorch:
 def pytorch(monkeypatch: pytest.MonkeyPatch) -> Pytorch:
     its = Pytorch()
     for name, value in {
-        "Stream": its.new_stream,
+        "ExternalStream": its.external,
         "current_stream": lambda device: its.stream,
         "stream": its.on,
         "CUDAGraph": its.CUDAGraph,
@@ -143,6 +148,7 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Pytorch:
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", its.end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", its.release, raising=False)
     monkeypatch.setattr(recorder, "_ABANDONED", [])
+    monkeypatch.setattr(recorder, "_driver", lambda: its)
     return its
 
 
@@ -206,9 +212,46 @@ def test_a_rehearsal_that_fails(pytorch: Pytorch) -> None:
     assert pytorch.log[-1] == "caller waits for side 1"  # which may still write to what the caller reads
 
 
+def test_memory_is_given_back(pytorch: Pytorch) -> None:
+    """A pool keeps what a rehearsal has freed for as long as it is held."""
+    its = CudaRecorder(GPU)
+    its.rehearse(pytorch.run)
+    assert its.nbytes == RESERVED_BY_A_RUN
+    pytorch.log.clear()
+    its.give_back()
+    assert (its.nbytes, pytorch.log) == (0, ["empty"])
+    its.rehearse(pytorch.run)
+    assert "run on side 2 in [(0, 1)]" in pytorch.log
+
+
+def test_others_that_keep_a_recording_from_beginning(pytorch: Pytorch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    its = CudaRecorder(GPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", refuse)
+        for run in (its.rehearse, its.record):
+            with pytest.raises(CannotRecordNow, match="not permitted"):
+                run(pytorch.run)
+    its.record(pytorch.run)
+    assert pytorch.log[-1] == "captured"
+
+
+def test_a_stream_that_cannot_be_made(pytorch: Pytorch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch, "cuStreamCreate", lambda made, flags: 2)
+    with pytest.raises(RuntimeError, match="cuStreamCreate returns 2"):
+        CudaRecorder(GPU)
+
+
 def test_only_devices_with_a_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     check_device(GPU)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "expandable_segments:True,max_split_size_mb:512")
+            with pytest.raises(RerouteError, match="Take max_split_size_mb out of"):
+                check_device(GPU)
     with pytest.raises(RerouteError, match="the decoder is on mps"):
         check_device(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")

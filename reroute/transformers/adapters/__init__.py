@@ -60,6 +60,8 @@ def adapter_of(model: Any) -> ModelAdapter:
         UnsupportedModelError: it cannot be routed; says why.
     """
     config: Any = getattr(model, "config", None)
+    if config is None and getattr(getattr(model, "module", None), "config", None) is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is a wrapper around the model. Pass its .module.")
     check_type(config, type(model).__name__)
     return _family(config)(model)
 

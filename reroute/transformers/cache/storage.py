@@ -106,8 +106,9 @@ def most_columns(layer: Any) -> int | None:
 
 def visible_columns(layer: Any, length: int) -> int:
     """How many of its rows ``layer`` gives to the next tokens, apart from the room that a static one has left."""
-    columns = columns_of(layer, length)
-    most = None if plain_class(layer) is DynamicLayer else most_columns(layer)
+    if plain_class(layer) is DynamicLayer:
+        return rows_in(layer.keys)
+    columns, most = columns_of(layer, length), most_columns(layer)
     if most is None or columns < most:
         return columns
     if isinstance(layer, StaticSlidingWindowLayer):

@@ -12,6 +12,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from reroute_kernels import Backend
+from reroute_kernels.recorder import CannotRecordNow
 from reroute_kernels.upload import upload_to
 
 from ...config import Settings
@@ -22,12 +23,14 @@ from ..forward import FORWARD
 from .added import AddedStates
 from .forwards import DenseInGraph, InGraph, RoutedInGraph
 from .masks import GivenMasks
-from .refused import CannotCapture, CaptureFails
+from .refused import CannotCapture, CaptureFails, LacksMemory, NotNow
 from .stage_cache import StageCache
 
 __all__ = ["CapturedPrefill", "Given"]
 
 
+FAILURES = {torch.OutOfMemoryError: LacksMemory, CannotRecordNow: NotNow}
+"""What errors of a capture mean; others are CUDA's refusals."""
 NO_MASK = (0, 0, 0, 0)
 """Shape of a mask that Transformers takes as it is. Without one it makes one in a capture, of L x L in each replay."""
 
@@ -102,7 +105,7 @@ class CapturedPrefill:
                 self._fill(plan, given)
                 self._replay = recorder.record(lambda: self._run(decoder))
         except RuntimeError as error:
-            kind = CannotCapture if isinstance(error, torch.OutOfMemoryError) else CaptureFails
+            kind = next((its for of, its in FAILURES.items() if isinstance(error, of)), CaptureFails)
             raise kind(f"its capture fails ({type(error).__name__}: {error})") from error
 
     def replay(self, plan: Plan, given: Given) -> None:

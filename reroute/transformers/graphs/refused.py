@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CannotCapture", "CaptureFails"]
+__all__ = ["CannotCapture", "CaptureFails", "LacksMemory", "NotNow"]
 
 
 class CannotCapture(Exception):
@@ -11,3 +11,11 @@ class CannotCapture(Exception):
 
 class CaptureFails(CannotCapture):
     """CUDA has refused something that the decoder does, so it will with prompts of any class."""
+
+
+class LacksMemory(CannotCapture):
+    """There is no memory for it. What was taken until then has to be given back, or eager prefills lack it too."""
+
+
+class NotNow(CannotCapture):
+    """Others keep the device from being captured; it may be at the next prompt."""

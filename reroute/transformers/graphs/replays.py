@@ -26,7 +26,7 @@ from .captured import CapturedPrefill, Given
 from .decoder_state import DecoderState
 from .eligible import why_not_call, why_not_model
 from .masks import GivenMasks, masks_in
-from .refused import CannotCapture, CaptureFails
+from .refused import CannotCapture, CaptureFails, LacksMemory, NotNow
 from .stage_cache import EmptyCaches
 
 __all__ = ["Replays"]
@@ -198,6 +198,30 @@ class Replays:
         why = self._store.why_not(key, own, schedule, needed, at_once=at_once)
         if why:
             return why
+        graph = self._captured(own, settings, backend, arena, decoder, plan, given)
+        if isinstance(graph, CapturedPrefill):
+            self._store.put(key, own, graph)
+            return graph
+        why = str(graph)
+        if isinstance(graph, LacksMemory):
+            arena.give_back()
+        if isinstance(graph, CaptureFails) and not self._store:
+            self._refused[self._refusal_key(settings, backend)] = why
+        elif not isinstance(graph, NotNow):
+            self._store.note(key, own, why)
+        return why
+
+    def _captured(
+        self,
+        own: ShapeClass,
+        settings: Settings,
+        backend: Backend,
+        arena: Arena,
+        decoder: Decoder,
+        plan: Plan,
+        given: Given,
+    ) -> CapturedPrefill | CannotCapture:
+        """A graph of class ``own``, or why there is none: not raised, as a traceback would hold the memory it took."""
         try:
             graph = CapturedPrefill(
                 *(own, settings, self._adapter, backend, arena),
@@ -207,12 +231,8 @@ class Replays:
             )
             graph.capture(decoder, plan, given)
         except CannotCapture as error:
-            if isinstance(error, CaptureFails) and not self._store:
-                self._refused[self._refusal_key(settings, backend)] = str(error)
-            else:
-                self._store.note(key, own, str(error))
-            return str(error)
-        self._store.put(key, own, graph)
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
         return graph
 
     def _key(self, settings: Settings, backend: Backend, plan: Plan, given: Given, own: ShapeClass) -> Hashable:

@@ -15,6 +15,9 @@ from ..cache import StatePlace, fill_layers, fill_states, is_static, states_in
 
 __all__ = ["EmptyCaches", "StageCache"]
 
+TOGETHER = 8
+"""Most layers of a stage whose keys and values are one buffer: they leave a graph in one call, but the memory of their
+copies is held until each of them has grown."""
 T = TypeVar("T")
 _Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype: of keys or values (B, G, S, D), or of a state (B, …)."""
@@ -134,8 +137,8 @@ class _Part:
 class StageCache:
     """A cache for the layers of each stage, dense ones first.
 
-    States that are alike lie together, (m, B, G, S, D): keys and values of all layers of a stage, in most decoders; and
-    those of all layers that keep a state, whatever their stage.
+    States that are alike lie together, (m, B, G, S, D): keys and values of up to ``TOGETHER`` layers of a stage, in
+    most decoders; and those of all layers that keep a state, whatever their stage.
     """
 
     def __init__(self, adapter: ModelAdapter, stages: Sequence[Sequence[int]]) -> None:
@@ -146,9 +149,13 @@ class StageCache:
             _StateLayer(usual[index].number_of_states) if index in recurrent else _RowLayer()  # type: ignore[no-untyped-call]
             for index in range(len(adapter.layers))
         ]
-        self._rows = [_Part([i for i in adapter.attending if i in stage], self._layers) for stage in stages]
+        self._rows: list[tuple[int, _Part]] = []
+        for stage, layers in enumerate(stages, start=-1):
+            attending = [index for index in adapter.attending if index in layers]
+            some = (attending[begin : begin + TOGETHER] for begin in range(0, len(attending), TOGETHER))
+            self._rows += [(stage, _Part(indices, self._layers)) for indices in some]
         self._states = _Part(recurrent, self._layers)
-        self._parts = [*self._rows, self._states]
+        self._parts = [*(part for _, part in self._rows), self._states]
 
     def begin(self) -> Cache:
         """What a decoder is called with, in a run that begins."""
@@ -182,9 +189,8 @@ class StageCache:
     def copy_to(self, cache: Cache, alignment: Alignment) -> None:
         """Fill the empty layers of ``cache`` with copies."""
         take = alignment.to_copy if is_static(cache) else alignment.states  # static layers copy what they are given
-        for stage, part in enumerate(self._rows, start=-1):
-            if part.layers:
-                fill_layers(cache, part.indices, part.taken(partial(take, stage)), alignment.lacks(stage))
+        for stage, part in self._rows:
+            fill_layers(cache, part.indices, part.taken(partial(take, stage)), alignment.lacks(stage))
         if self._states.layers:
             states = iter(self._states.taken(lambda buffer: buffer))
             held = [{place: next(states) for place in layer.places} for layer in self._states.layers]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...graphs import in_one, picked
+
 __all__ = ["FillersFirst"]
 
 
@@ -20,18 +22,14 @@ class FillersFirst:
         length = is_real.shape[1]
         row = torch.arange(length, device=is_real.device)
         count = is_real.sum(1, keepdim=True)
-        self._there, self._back = torch.remainder(row + count, length), torch.remainder(row - count, length)
+        self._there, self._back = (in_one(torch.remainder(row + by, length), length) for by in (count, -count))
         self.mask = row >= length - count
         """(B, S): True of real rows, which come last."""
 
     def turned(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows (B, S, C) with fillers first."""
-        return _picked(hidden, self._there)
+        return picked(hidden, self._there)
 
     def restored(self, hidden: torch.Tensor) -> torch.Tensor:
         """What ``turned`` was given, of what it has returned."""
-        return _picked(hidden, self._back)
-
-
-def _picked(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        return picked(hidden, self._back)
