@@ -183,7 +183,7 @@ def test_a_method(name: str) -> None:
 
 
 def _fillers_last(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(states, "_picked", lambda hidden, rows: hidden)
+    patch.setattr(states, "picked", lambda hidden, rows: hidden)
 
 
 def _not_turned_back(patch: pytest.MonkeyPatch) -> None:
