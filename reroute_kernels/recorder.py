@@ -50,7 +50,8 @@ class CudaRecorder:
         """
         self._begin_anew()
         self._nbytes = 0
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # another capture runs: its end will do
+            torch.cuda.empty_cache()
 
     def rehearse(self, run: Run) -> None:
         """Do ``run`` as it will be recorded, in the memory that the graph will use.

@@ -219,7 +219,7 @@ class Planner:
         plan = self.plan(prompt, settings, has_picture=brings)
         if plan is None and brings:
             where = f"of its placeholders {self.adapter.visual_ids} in input_ids" if marks is None else f"in {marks}"
-            self._warn(f"there is a picture, but none {where}")
+            self._warn(f"there is a picture, but none {where}, or all are hidden as padding")
         elif plan is not None and not plan.changes_nothing:
             self._check_others(kwargs, plan)
         return plan
