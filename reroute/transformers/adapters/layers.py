@@ -130,7 +130,7 @@ class Layers:
         parts = adapter.parts.get(index)
         if parts is None or not parts.still_are:
             layer, mixer = adapter.layers[index], adapter.mixer(index)
-            if mixer == adapter.attention:
+            if adapter.attends(index):
                 check_parts(layer, index, mixer)
             parts = adapter.parts[index] = LayerParts(layer, mixer, self._kinds)
         return type(adapter), has_place and index, parts.kind
