@@ -35,8 +35,8 @@ _lock = threading.RLock()
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 _common: weakref.WeakSet[Handle] = weakref.WeakSet()
 """Those of ``enable`` without a model, which the next such call ends; settings of one model come first."""
-_last: list[ProcessHandle] = []
-"""What the last such call returned."""
+_process_handles: weakref.WeakSet[ProcessHandle] = weakref.WeakSet()
+"""What such calls returned: somebody who is in a block of one has it."""
 
 
 @overload
@@ -216,12 +216,13 @@ def _enable_all(config: RoutingConfig) -> ProcessHandle:
                 _stop_all()
 
     with _lock:
-        for last in _last:
-            last.check_replaced()
+        for its in _process_handles:
+            its._check_replaced()
         _stop_all()
         process_wide.start(route)
-        _last[:] = [ProcessHandle(config, lambda: process_wide.is_current(route), stop)]
-        return _last[0]
+        handle = ProcessHandle(config, _lock, lambda: process_wide.is_current(route), stop)
+        _process_handles.add(handle)
+        return handle
 
 
 def _stop_all() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 from .config import RoutingConfig
 from .errors import RerouteError
@@ -20,10 +22,16 @@ class ProcessHandle:
     - ``config``: the settings.
     """
 
-    def __init__(self, config: RoutingConfig, is_enabled: Callable[[], bool], stop: Callable[[], None]) -> None:
-        """Use ``reroute.enable``. ``stop`` disables if ``is_enabled()``."""
+    def __init__(
+        self,
+        config: RoutingConfig,
+        lock: AbstractContextManager[Any],
+        is_enabled: Callable[[], bool],
+        stop: Callable[[], None],
+    ) -> None:
+        """Use ``reroute.enable``. ``lock``: held while routing changes; ``stop`` disables if ``is_enabled()``."""
         self.config = config
-        self._is_enabled, self._stop, self._blocks = is_enabled, stop, 0
+        self._lock, self._is_enabled, self._stop, self._blocks = lock, is_enabled, stop, 0
 
     def __repr__(self) -> str:
         """What it does, for who looks at it in a notebook."""
@@ -48,19 +56,23 @@ class ProcessHandle:
         Raises:
             RerouteError: it was disabled or replaced meanwhile.
         """
-        if not self.is_enabled:
-            raise RerouteError("Routing of all models was disabled or replaced. Call reroute.enable for a new handle.")
-        self._blocks += 1
-        return self
+        with self._lock:
+            if not self.is_enabled:
+                raise RerouteError(
+                    "Routing of all models was disabled or replaced. Call reroute.enable for a new handle."
+                )
+            self._blocks += 1
+            return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Disable."""
-        self._blocks -= 1
-        self.disable()
+        with self._lock:
+            self._blocks -= 1
+            self.disable()
 
-    def check_replaced(self) -> None:
+    def _check_replaced(self) -> None:
         """Check that all may be enabled anew. RerouteError in a block: what follows in it would not be routed."""
         if self._blocks and self.is_enabled:
             raise RerouteError(

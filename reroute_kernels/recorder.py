@@ -19,6 +19,10 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose captures CUDA refused to end. PyTorch's allocator of pinned memory goes on asking them for ever."""
 
 
+_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: work on the default stream does not wait for such a stream, nor break its captures."""
+
+
 class CannotRecordNow(RuntimeError):
     """A recording could not begin, for what others do on the GPU: another capture, say. It may later."""
 
@@ -146,15 +150,12 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
     PyTorch has 32 of a priority and hands them out in turn: what another thread does on the one that is captured would
     become a part of the graph.
     """
+    torch.cuda.mem_get_info(device)  # any call by which PyTorch makes the device's context that of this thread
     driver, stream = _driver(), ctypes.c_void_p()
     error = driver.cuStreamCreate(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
     if error:
         raise RuntimeError(f"CUDA makes no stream on {device}: cuStreamCreate returns {error}")
     return torch.cuda.ExternalStream(stream.value, device=device)
-
-
-_NON_BLOCKING = 1
-"""CU_STREAM_NON_BLOCKING: work on the default stream does not wait for it, nor break its captures."""
 
 
 @functools.cache

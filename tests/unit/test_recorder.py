@@ -96,6 +96,7 @@ class Pytorch:
 
     def cuStreamCreate(self, made: Any, flags: Any) -> int:  # as CUDA's driver names it
         assert flags.value == 1, "waits for the default stream"
+        assert self.log.pop() == "context"
         self.streams += 1
         made._obj.value = self.streams
         return 0
@@ -139,6 +140,7 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Pytorch:
         "MemPool": its.MemPool,
         "use_mem_pool": its.use_mem_pool,
         "device": lambda device: nullcontext(),
+        "mem_get_info": lambda device: its.log.append("context"),
         "memory_reserved": lambda device: its.reserved,
         "synchronize": lambda: its.log.append("wait"),
         "empty_cache": its.empty_cache,

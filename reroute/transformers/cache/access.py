@@ -253,10 +253,8 @@ def has_stored(cache: Cache, index: int, columns: int) -> bool:
     if index >= len(cache.layers):
         return False
     layer: Any = cache.layers[index]
-    plain = plain_class(layer)
-    if plain is DynamicLayer:  # each layer asks
-        return rows_in(layer.keys) == columns
-    return bool(layer.is_initialized) if issubclass(plain, StaticLayer) else columns_of(layer, 0) == columns
+    is_static = StaticLayer in plain_class(layer).__mro__  # ``issubclass`` of an ABC takes time
+    return bool(layer.is_initialized) if is_static else columns_of(layer, 0) == columns
 
 
 def visible_rows(cache: Cache | None, index: int, past: int) -> int:

@@ -101,7 +101,7 @@ def has_hooks_of_others(text: nn.Module) -> bool:
         hooks = (hook for name in HOOKS for hook in its[name].values())
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
             return True
-        if any(its.get(name) is not None for name in INSTEAD) or not _is_its_own(forward_of(module), module):
+        if any(its.get(name) is not None for name in INSTEAD) or not _has_own_forward(module):
             return True
     return False
 
@@ -111,12 +111,13 @@ def forward_of(module: nn.Module) -> Any:
     return vars(module).get("forward", type(module).forward)
 
 
-def _is_its_own(forward: Any, module: nn.Module) -> bool:
-    """Whether ``forward`` is of the class of ``module``, or what libraries of kernels put there: a function bound to
-    it that holds nothing else, so that it is not around another and tells nobody.
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the ``forward`` of ``module`` is that of its class, or what libraries of kernels put there: a function
+    bound to it that holds nothing else, so that it is not around another and tells nobody.
     """
     if "forward" not in vars(module):
         return True
+    forward = forward_of(module)
     function = forward.__func__ if isinstance(forward, MethodType) and forward.__self__ is module else None
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
         return False

@@ -114,6 +114,7 @@ class Replays:
             if self._state is not None and self._state.still_is:
                 return self._results(at_hand, forward, kwargs), ""
             arena.wait()
+            at_hand = None  # its memory may be wanted for a capture
         why = self._why_not_model(settings, backend)
         if why:
             return None, why
