@@ -61,7 +61,7 @@ class RoutingConfig:
         if not isinstance(self.schedule, Schedule | None):
             raise RerouteError(
                 f"schedule must be a reroute.Schedule, not {shown(self.schedule)}: pass Schedule(layers=(3, 7), "
-                "ratios=(0.5, 0.25)), of a dict Schedule.from_dict(its), of JSON Schedule.from_json(text)."
+                "ratios=(0.5, 0.25)), Schedule.from_dict(columns) of a dict, or Schedule.from_json(text) of JSON."
             )
         for name in ("trace", "reopens"):
             if not isinstance(value := getattr(self, name), bool):

@@ -73,8 +73,8 @@ def test_rankers_of_another_type(method: Callable[..., Any], ranker: Any) -> Non
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("schedule", SCHEDULE.to_json(), r"must be a reroute\.Schedule, not '.*of JSON Schedule\.from_json\(text\)"),
-        ("schedule", {"layers": (2,), "ratios": (0.5,)}, r"not \{.*of a dict Schedule\(\*\*settings\)"),
+        ("schedule", SCHEDULE.to_json(), r"must be a reroute\.Schedule, not '.*Schedule\.from_json\(text\) of JSON"),
+        ("schedule", {"layers": (2,), "ratios": (0.5,)}, r"not \{.*Schedule\.from_dict\(columns\) of a dict"),
         ("schedule", ((2, 4), (0.5, 0.25)), r"pass Schedule\(layers="),
         ("schedule", Schedule, r"pass Schedule\(layers="),
         ("method", FastV, r"one of the names .* or a Method such as FastV\("),
