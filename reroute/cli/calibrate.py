@@ -124,8 +124,8 @@ def _asked(path: Path, number: int, line: str) -> Ask:
         images = [images] if isinstance(images, str) else list(images)
         question = entry["question"] if "question" in entry else entry["text"]
         files = [path.parent / image for image in images]
-        if not files or not isinstance(question, str):
-            raise TypeError
+        if not files or not question.strip():
+            raise ValueError("nothing is asked")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RerouteError(
             f'Line {number} of {path} is no prompt: write {{"image": "photo.jpg", "question": "Where is the cup?"}}, '

@@ -48,7 +48,7 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a device that holds no numbers is none to run on
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RerouteError(f"Device {name!r} cannot be used here ({shorten(error, 90)}). Try --device cpu.") from None
     return device

@@ -17,6 +17,7 @@ import torch
 from reroute_kernels import Backend, RopeTables, Selection, SelectRows
 
 from ..rankers import DecoderAdapter, Merge, RankContext, Ranker, Vision
+from ..rankers.vision import UNSEEN
 from ..trace import StageTrace, Trace
 from .decision import Decision
 from .home import Home
@@ -157,14 +158,14 @@ class Prefill:
         decision = replace(self.plan.decisions[schedule.next_stage(layer)], score_layer=layer)
         for ranker in schedule.looks[layer]:
             with torch.no_grad():
-                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, None, tables))
+                note = ranker.note(self._rank_context(replace(decision, ranker=ranker), hidden, UNSEEN, tables))
             self._notes.append((ranker, layer, note))
 
     def decide(
         self,
         decision: Decision,
         hidden: torch.Tensor,
-        vision: Vision | None = None,
+        vision: Vision = UNSEEN,
         tables: Tables | None = None,
     ) -> Decided:
         """Choose the rows of a stage from the home and ``hidden`` (B, S, C), the input of ``decision.score_layer``.
@@ -244,7 +245,7 @@ class Prefill:
         self._home.defer(self._pool_rows(rows.masked_fill(kept < 0, -1)), merged)
 
     def _rank_context(
-        self, decision: Decision, hidden: torch.Tensor, vision: Vision | None, own: Tables | None
+        self, decision: Decision, hidden: torch.Tensor, vision: Vision, own: Tables | None
     ) -> RankContext:
         cos, sin = self._scored_tables(own)
         positions = self._tensors.positions if self._left is None else self._left.positions.flatten()

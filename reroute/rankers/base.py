@@ -13,11 +13,12 @@ from reroute_kernels import AttentionSpec, Backend, RMSNorm, RopeTables, Selecti
 
 from ..checks import shown
 from ..errors import RerouteError
+from .vision import UNSEEN, Vision
 
 if TYPE_CHECKING:
     from ..core.cost import ModelShape
     from ..core.decision import Decision
-    from .vision import TowerShape, Vision
+    from .vision import TowerShape
 
 __all__ = ["DecoderAdapter", "Merge", "RankContext", "Ranker", "check_ranker"]
 
@@ -78,7 +79,7 @@ class RankContext(NamedTuple):
     - ``hidden()`` (R, C): latest hidden states of the scored rows, on the device of the index tensors.
     - ``normed()`` (R, C): the same after the input norm of ``decision.score_layer``, on the device of that layer.
     - ``questions``: of each sample, how many of the last rows that its query sees come after all visual tokens.
-    - ``vision``: the pictures, for rankers that need them.
+    - ``vision``: the pictures, for rankers that need them; others are refused what they ask of it.
     - ``notes``: what the ranker noted earlier in this prefill, by the layer before which it did (``Ranker.note``).
     """
 
@@ -91,7 +92,7 @@ class RankContext(NamedTuple):
     hidden: Callable[[], torch.Tensor]
     normed: Callable[[], torch.Tensor]
     questions: tuple[int, ...] = ()
-    vision: Vision | None = None
+    vision: Vision = UNSEEN
     notes: Mapping[int, Any] = MappingProxyType({})
 
     def candidates_of(self, states: torch.Tensor) -> list[torch.Tensor]:

@@ -145,7 +145,6 @@ class ClipRelevance(ScoreRanker):
         Raises:
             RerouteError: there are texts for another number of samples.
         """
-        assert inputs.vision is not None
         states = projector_inputs(inputs.vision)
         texts = [self.texts] * len(states) if isinstance(self.texts, torch.Tensor) else list(self.texts)
         if len(texts) != len(states):

@@ -88,7 +88,6 @@ class DominantContextual(Ranker):
             RerouteError: not the decision before layer 0.
         """
         of_samples = albums(self, context)
-        assert context.vision is not None
         layer = context.vision.shape.scored_layer
         salience = [attention.sum(0) for attention in context.vision.attention(layer)]
         keys = [its.mean(1) for its in context.vision.keys(layer)]

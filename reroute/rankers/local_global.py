@@ -51,7 +51,6 @@ class LocalGlobal(Ranker):
             RerouteError: not the decision before layer 0.
         """
         of_samples = albums(self, context)
-        assert context.vision is not None
         tower = context.vision.shape
         local, late = (
             [attention.mean(0) for attention in context.vision.attention(layer)]

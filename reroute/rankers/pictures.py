@@ -52,7 +52,6 @@ def albums(ranker: Ranker, context: RankContext) -> list[list[Picture]]:
             f"{type(ranker).__name__} chooses among all tokens of a picture, as they come from the vision tower, so it "
             f"has to decide before layer 0, not before layer {context.decision.layer}."
         )
-    assert context.vision is not None
     return [_album(k, grids) for k, grids in zip(context.decision.k, context.vision.grids, strict=True)]
 
 

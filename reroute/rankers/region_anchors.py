@@ -89,7 +89,6 @@ class RegionAnchors(Ranker):
             RerouteError: not the decision before layer 0.
         """
         of_samples = albums(self, context)
-        assert context.vision is not None
         salience, prominence = self._salience(context.vision)
         chosen = [
             [are_anchors(its[image.tokens], image.grid, image.k, self.per_region) for image in album]

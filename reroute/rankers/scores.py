@@ -12,11 +12,10 @@ from reroute_kernels import Selection
 
 from ..errors import RerouteError
 from .base import RankContext, Ranker
+from .vision import UNSEEN, Vision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from .vision import Vision
 
 __all__ = ["RankInputs", "ScoreRanker"]
 
@@ -37,7 +36,7 @@ class RankInputs:
     layer: int
     stage: int
     visual_indices: list[torch.Tensor] = field(default_factory=list)
-    vision: Vision | None = None
+    vision: Vision = UNSEEN
 
 
 class ScoreRanker(Ranker):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import torch
 
-__all__ = ["Grid", "TowerShape", "Vision"]
+from ..errors import RerouteError
+
+__all__ = ["UNSEEN", "Grid", "TowerShape", "Vision"]
 
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of the visual tokens of one image."""
@@ -84,3 +86,19 @@ class Vision(Protocol):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """What the model's projector makes of ``features`` (n, patches_per_token * hidden of each state): (n, C)."""
+
+
+class _Unseen:
+    """What stands for the pictures before rankers that did not ask for them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Vision, name):
+            raise AttributeError(name)
+        raise RerouteError(
+            f"A ranker asks for vision.{name} of pictures that it is not shown: set needs_vision = True in its class, "
+            "and let tower_states name the hidden states of the vision tower that it reads."
+        )
+
+
+UNSEEN: Final = cast(Vision, _Unseen())
+"""Pictures that nobody asked for: whatever is asked of them raises RerouteError."""

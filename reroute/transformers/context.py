@@ -16,6 +16,8 @@ from ..core.plan import Plan
 from ..core.prefill import Decided, PositionTables, Prefill, Tables
 from ..core.workspace import Workspace
 from ..errors import RerouteError
+from ..rankers import Vision
+from ..rankers.vision import UNSEEN
 from .adapters import PER_TOKEN, ModelAdapter, identity, in_form_of, tables_in
 from .attention import prefill_mask
 from .cache import (
@@ -100,8 +102,7 @@ class RoutedPrefill(ForwardContext):
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden, self._own_tables(kwargs))
         if self.prefill is not None and decision is not None:
-            vision = self.recording.on(self.prefill.tables.cos.device) if self.recording is not None else None
-            self._pending = self.prefill.decide(decision, hidden, vision, self._own_tables(kwargs))
+            self._pending = self.prefill.decide(decision, hidden, self._vision(decision), self._own_tables(kwargs))
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
         self._has_begun = True
@@ -212,6 +213,12 @@ class RoutedPrefill(ForwardContext):
         decided, self._pending = self._pending, None
         self._stages.clear()
         return self.prefill.advance(decided, hidden)
+
+    def _vision(self, decision: Decision) -> Vision:
+        """The pictures, if the ranker of ``decision`` asked for them."""
+        if self.recording is None or self.prefill is None or not decision.ranker.needs_vision:
+            return UNSEEN
+        return self.recording.on(self.prefill.tables.cos.device)
 
     def _forget_pictures(self, decision: Decision) -> None:
         """Let go of what is kept of them if no ranker after ``decision`` looks, and nothing waits to be merged."""

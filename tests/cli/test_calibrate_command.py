@@ -112,6 +112,7 @@ def test_the_demo_model_has_questions_of_its_own(
         '{"image": [], "question": "what is the background ?"}',
         '{"image": 3, "question": "what is the background ?"}',
         '{"image": "pictures/0.png", "question": 7}',
+        '{"image": "pictures/0.png", "question": " "}',
     ],
 )
 def test_a_line_that_is_no_prompt_is_refused(
@@ -138,7 +139,7 @@ def test_what_cannot_be_is_refused_early(prompts: Path, capsys: pytest.CaptureFi
         (["--prompts", str(prompts), "--keep", "0.2", "--out", str(tmp_path)], "it is a folder"),
         (["--prompts", str(prompts), "--keep", "0.2", "--out", out, "--device", "warp"], "cannot be used here"),
         (["--prompts", os.devnull, "--keep", "0.2", "--out", out], "0 prompts are too few"),
-        (["./nowhere", "--prompts", str(prompts), "--keep", "0.2", "--out", out], "./nowhere is no model folder"),
+        (["./nowhere", "--prompts", str(prompts), "--keep", "0.2", "--out", out], "'./nowhere' is no model folder"),
     ):
         assert main(["calibrate", *options]) == 2
         found = capsys.readouterr()

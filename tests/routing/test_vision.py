@@ -97,7 +97,6 @@ class Comparing(Looking):
     """Makes sure that what the projector makes of the tower's states is what the decoder begins with."""
 
     def select(self, context: RankContext) -> Selection:
-        assert context.vision is not None
         features = context.vision.states(context.vision.shape.features[0])
         for its, found in zip(features, context.candidates_of(context.hidden()), strict=True):
             close(context.vision.project(its), found)
@@ -253,7 +252,6 @@ class Diagonal(ScoreRanker):
     needs_vision: ClassVar[bool] = True
 
     def select(self, context: RankContext) -> Selection:
-        assert context.vision is not None
         scores = [
             torch.cat([torch.eye(*grid).flatten() for grid in its] or [torch.zeros(0)]) for its in context.vision.grids
         ]

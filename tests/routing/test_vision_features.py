@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import models
 import pytest
@@ -14,7 +14,11 @@ from support import close, enable, generate, mixed_batch, tiny_models
 from torch import Tensor
 from towers import RULES, Looking, layers_of, tower_of
 
+import reroute
+from reroute import Schedule
 from reroute.errors import RerouteError, UnsupportedModelError
+from reroute.rankers import LastTokenAttention, Ranker
+from reroute.rankers.vision import UNSEEN
 
 tiny = tiny_models("llava-gqa", "qwen")
 
@@ -23,6 +27,27 @@ def test_states_that_no_tower_has(tiny: Tiny) -> None:
     for index in (3, -4):
         with pytest.raises(RerouteError, match="has the hidden states 0 to 2, or -3 to -1"):
             enable(tiny, RULES, Looking(asks_for=(index,)))
+
+
+class Forgetful(Looking):
+    """Looks without having asked to."""
+
+    needs_vision: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("first", [LastTokenAttention(), Looking()], ids=["alone", "beside_one_that_asked"])
+def test_a_ranker_that_did_not_ask_for_pictures(tiny: Tiny, first: Ranker) -> None:
+    schedule, given = Schedule((0, 3), (0.5, 0.25), (first, Forgetful())), mixed_batch(tiny)
+    with (
+        reroute.enable(tiny.model, schedule=schedule),
+        pytest.raises(RerouteError, match=r"vision\.attention .* set needs_vision = True"),
+    ):
+        tiny.model(**tiny.inputs(given))
+
+
+def test_pictures_that_are_not_shown_have_no_other_attributes() -> None:
+    assert not hasattr(UNSEEN, "__deepcopy__")
+    assert not hasattr(UNSEEN, "pixels")
 
 
 def image_features(tiny: Tiny, given: dict[str, Tensor]) -> Any:

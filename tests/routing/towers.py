@@ -32,7 +32,6 @@ class Looking(ScoreRanker):
         return tuple(range(tower.num_layers + 1)) if self.asks_for is None else self.asks_for
 
     def scores(self, inputs: RankInputs) -> list[Tensor]:
-        assert inputs.vision is not None
         if self.look is not None:
             self.look(inputs.vision)
         attention = inputs.vision.attention(0)
