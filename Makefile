@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .DEFAULT_GOAL := help
 .PHONY: help demo check test lint bench accuracy gpu-check test-oldest test-triton weekly test-slow test-week interleavings \
 	matrix mutants upstream train clean
-# The release of Triton that a sample of each kernel test and all budgets run on before a merge: the oldest one.
+# The release of Triton that a sample of each kernel test and the budgets run on before a merge: the oldest one.
 # Those of `make test` run on the one of constraints-cpu.txt, and with `make weekly` all run on all of them.
 TRITON_SAMPLE := 3.6
 TRITON_ALL := 3.6 3.7 3.8 3.9
@@ -53,10 +53,10 @@ test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the o
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --durations=15 $(XDIST) \
 		tests/routing tests/golden tests/demo tests/training -m "not slow" -k "$(OLDEST)"
 
-test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel tests, and all budgets, on other releases of Triton
+test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel tests, and their budgets, on other releases of Triton
 
 $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
+	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels -m "not slow" --sample
 
 weekly: OLDEST :=
 weekly: $(TRITON_ALL:%=all-triton-%) test-slow test-oldest test-week interleavings matrix mutants ## All executors and Tritons, random cases, mutants (hours)

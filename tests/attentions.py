@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,12 +33,12 @@ def _flex_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations import flex_attention as theirs
 
     def attend(*args: Any, training: bool = False, **kwargs: Any) -> Any:
-        with warnings.catch_warnings(action="ignore"):  # that it is slow
-            return flex.flex_attention(*args, **kwargs)
+        return flex.flex_attention(*args, **kwargs)
 
     def mask(*args: Any, _compile: bool = False, **kwargs: Any) -> Any:
         return flex.create_block_mask(*args, **kwargs)
 
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # else Dynamo traces each call anew
     monkeypatch.setattr(theirs, "compile_friendly_flex_attention", attend)
     monkeypatch.setattr(masks, "create_block_mask", mask)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Tape"]
 
@@ -19,22 +18,22 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation. ``writes``: its outputs are memory that it was given or made; a view makes and writes none."""
+    """One operation. ``writes``: to memory that it was given or made; a view and an allocation do not.
+
+    ``outputs``: its tensors. ``memory``: what it reads and writes.
+    """
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    out: Any
+    outputs: list[Tensor]
+    memory: frozenset[int]
     writes: bool
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return _tensors((self.args, self.kwargs))
 
     @property
     def signature(self) -> tuple[Any, ...]:
         """What a graph has baked in: the operation, shapes, strides and dtypes, and every other argument."""
-        return str(self.func), *tree_leaves(tree_map(_described, (self.args, self.kwargs)))
+        return str(self.func), *map(_described, _leaves((self.args, self.kwargs)))
 
 
 class Tape(TorchDispatchMode):
@@ -53,15 +52,18 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and record."""
-        out = func(*args, **(kwargs or {}))
-        given = _tensors((args, kwargs or {}))
-        for tensor in given:
-            if _memory(tensor) not in self._made:
-                self._external.setdefault(_memory(tensor), tensor)
-        known = set(map(_memory, given))
-        is_view = all(_memory(t) in known for t in _tensors(out)) and not func._schema.is_mutable
-        self._made |= {_memory(t): t for t in _tensors(out) if _memory(t) not in known}
-        self._steps.append(_Step(func, args, kwargs or {}, out, not is_view))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = {_memory(tensor): tensor for tensor in _tensors((args, kwargs))}
+        for memory, tensor in given.items():
+            if memory not in self._made:
+                self._external.setdefault(memory, tensor)
+        outputs = _tensors(out)
+        made = {_memory(tensor): tensor for tensor in outputs if _memory(tensor) not in given}
+        self._made |= made
+        is_view = not made and not func._schema.is_mutable
+        writes = not is_view and func.overloadpacket.__name__ not in _ALLOCATIONS
+        self._steps.append(_Step(func, args, kwargs, outputs, frozenset((*given, *made)), writes))
         return out
 
     @property
@@ -79,9 +81,7 @@ class Tape(TorchDispatchMode):
         a graph gives it to others then.
         """
         kept = set(map(_memory, results))
-        last: dict[int, int] = {}
-        for index, step in enumerate(self._steps):
-            last |= {_memory(t): index for t in (*step.inputs, *_tensors(step.out))}
+        last = {memory: index for index, step in enumerate(self._steps) for memory in step.memory}
         ends: dict[int, list[Tensor]] = {}
         for memory, use in last.items():
             if memory in self._made and memory not in kept:
@@ -89,17 +89,27 @@ class Tape(TorchDispatchMode):
         for tensor in self._made.values():
             _poison(tensor)
         for index, step in enumerate(self._steps):
-            if step.writes and step.func.overloadpacket.__name__ not in _ALLOCATIONS:
-                new = step.func(*step.args, **step.kwargs)
-                for old, value in zip(_tensors(step.out), _tensors(new), strict=True):
+            if step.writes:
+                for old, value in zip(step.outputs, _tensors(step.func(*step.args, **step.kwargs)), strict=True):
                     if old is not value:
                         old.copy_(value)
             for tensor in ends.get(index, ()):
                 _poison(tensor)
 
 
+def _leaves(tree: Any) -> list[Any]:
+    """What is in ``tree``. PyTorch's own ``tree_leaves`` takes longer than the operations of a small model."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return [tree]
+    return [leaf for branch in tree for leaf in _leaves(branch)]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 from reroute import methods
 from reroute.core.cost import ModelShape, estimate_cost, prefill_cost
@@ -219,6 +220,7 @@ def _products(shape: ModelShape, rows: int) -> float:
     return sum(product_seconds(rows, columns, depth) for columns, depth in (*sizes, (hidden, inner)))
 
 
+@cache
 def product_seconds(rows: int, columns: int, depth: int) -> float:
     """Of (rows, depth) and (depth, columns)."""
     computing = min(_waves(rows, columns, depth, tile, split) for tile in TILES for split in SPLITS)

@@ -197,7 +197,7 @@ def test_rows_that_are_gibibytes_apart(executor: Any, kernel: Any, device: torch
     same(kernel.diverse_topk(far, inputs.rows), kernel.diverse_topk(*inputs))
 
 
-@pytest.mark.parametrize("resident", [1, 3])
+@pytest.mark.parametrize("resident", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_number_of_programs_may_be_resident(
     executor: Any, kernel: Any, device: torch.device, resident: int
 ) -> None:

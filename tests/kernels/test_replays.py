@@ -32,7 +32,7 @@ def backend(executor: Any, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @pytest.mark.parametrize(("ranker", "action"), DECISIONS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_replays(ranker: Ranker, action: Any, batch: int, backend: Backend, device: torch.device) -> None:
     """By a graph that was captured with another prompt: the same rows in the cache, logits to rounding.
 

@@ -175,7 +175,7 @@ def test_larger_and_smaller_decisions_in_turn(kernel: Any, device: torch.device,
         check(kernel, [torch.rand(n)], [n // 2], device)
 
 
-@pytest.mark.parametrize("resident", [1, 3, 40])
+@pytest.mark.parametrize("resident", [3, *slow(1, 40)])
 def test_any_number_of_programs_may_be_resident(
     executor: Any, kernel: Any, device: torch.device, path: str, resident: int
 ) -> None:

@@ -83,7 +83,7 @@ def test_one_graph(name: str, kind: str, graphs: int, backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 def test_a_batch(name: str, kind: str) -> None:
     """With padding and fillers, of which masks are made."""

@@ -93,7 +93,7 @@ def spread(tiny: Tiny, mode: FakeTensorMode) -> tuple[torch.device, torch.device
     return first, second
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 @pytest.mark.parametrize(
     "rules",

@@ -39,7 +39,7 @@ from world_settings import SETTINGS
 
 import reroute
 
-STEPS = int(os.environ.get("INTERLEAVINGS", "1000"))
+STEPS = int(os.environ.get("INTERLEAVINGS", "600"))
 """Of all families together. ``make weekly`` sets it."""
 
 LONGEST, USUAL = 40, 34

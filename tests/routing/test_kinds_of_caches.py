@@ -64,7 +64,7 @@ def rows_of(cache: Any, kind: str) -> list[int]:
     return [layer.keys.shape[-2] for layer in cache.layers]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
