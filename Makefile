@@ -56,7 +56,7 @@ test-oldest: .venv-oldest/.dev ## Run the tests that touch Transformers on the o
 test-triton: $(TRITON_SAMPLE:%=test-triton-%) ## Run a sample of the kernel tests, and their budgets, on other releases of Triton
 
 $(TRITON_ALL:%=test-triton-%): test-triton-%: $(VENV)/triton-%
-	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels -m "not slow" --sample
+	PYTHONPATH=$(CURDIR)/$< $(PYTEST) tests/kernels --sample
 
 weekly: OLDEST :=
 weekly: $(TRITON_ALL:%=all-triton-%) test-slow test-oldest test-week interleavings matrix mutants ## All executors and Tritons, random cases, mutants (hours)

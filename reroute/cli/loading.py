@@ -145,10 +145,10 @@ def check_model_name(name: str | None) -> None:
         return
     assert name is not None
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if folder.is_dir() and name:  # without a name it is the current one
         if not (folder / "config.json").is_file():
             raise RerouteError(f"The folder {name} holds no model: it has no config.json, as save_pretrained writes.")
-    elif (name and folder.exists()) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise RerouteError(f"{name!r} is no model folder, nor a name on the Hub such as llava-hf/llava-1.5-7b-hf.")
 
 

@@ -89,16 +89,17 @@ class Vision(Protocol):
 
 
 class _Unseen:
-    """What stands for the pictures before rankers that did not ask for them."""
+    """What stands for the pictures before rankers that did not ask for them, and in notes."""
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Vision, name):
             raise AttributeError(name)
         raise RerouteError(
             f"A ranker asks for vision.{name} of pictures that it is not shown: set needs_vision = True in its class, "
-            "and let tower_states name the hidden states of the vision tower that it reads."
+            "and let tower_states name the hidden states of the vision tower that it reads. While it makes a note, no "
+            "ranker is shown them."
         )
 
 
 UNSEEN: Final = cast(Vision, _Unseen())
-"""Pictures that nobody asked for: whatever is asked of them raises RerouteError."""
+"""Pictures that are not shown: whatever is asked of them raises RerouteError."""

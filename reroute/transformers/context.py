@@ -102,7 +102,9 @@ class RoutedPrefill(ForwardContext):
         if self.prefill is not None and looks:
             self.prefill.look(index, hidden, self._own_tables(kwargs))
         if self.prefill is not None and decision is not None:
-            self._pending = self.prefill.decide(decision, hidden, self._vision(decision), self._own_tables(kwargs))
+            self._pending = self.prefill.decide(
+                decision, hidden, self._vision(decision, self.prefill), self._own_tables(kwargs)
+            )
             hidden = self._enter(index, hidden)
             self._forget_pictures(decision)
         self._has_begun = True
@@ -214,11 +216,11 @@ class RoutedPrefill(ForwardContext):
         self._stages.clear()
         return self.prefill.advance(decided, hidden)
 
-    def _vision(self, decision: Decision) -> Vision:
+    def _vision(self, decision: Decision, prefill: Prefill) -> Vision:
         """The pictures, if the ranker of ``decision`` asked for them."""
-        if self.recording is None or self.prefill is None or not decision.ranker.needs_vision:
+        if self.recording is None or not decision.ranker.needs_vision:
             return UNSEEN
-        return self.recording.on(self.prefill.tables.cos.device)
+        return self.recording.on(prefill.tables.cos.device)
 
     def _forget_pictures(self, decision: Decision) -> None:
         """Let go of what is kept of them if no ranker after ``decision`` looks, and nothing waits to be merged."""

@@ -17,7 +17,7 @@ from towers import RULES, Looking, layers_of, tower_of
 import reroute
 from reroute import Schedule
 from reroute.errors import RerouteError, UnsupportedModelError
-from reroute.rankers import LastTokenAttention, Ranker
+from reroute.rankers import LastTokenAttention, RankContext, Ranker
 from reroute.rankers.vision import UNSEEN
 
 tiny = tiny_models("llava-gqa", "qwen")
@@ -41,6 +41,25 @@ def test_a_ranker_that_did_not_ask_for_pictures(tiny: Tiny, first: Ranker) -> No
     with (
         reroute.enable(tiny.model, schedule=schedule),
         pytest.raises(RerouteError, match=r"vision\.attention .* set needs_vision = True"),
+    ):
+        tiny.model(**tiny.inputs(given))
+
+
+class Noting(Looking):
+    """Looks while it makes a note, where there are no pictures."""
+
+    def looks_before(self, layer: int) -> tuple[int, ...]:
+        return (layer - 1,)
+
+    def note(self, context: RankContext) -> list[Any]:
+        return context.vision.grids
+
+
+def test_notes_see_no_pictures(tiny: Tiny) -> None:
+    schedule, given = Schedule((2,), (0.5,), (Noting(),)), mixed_batch(tiny)
+    with (
+        reroute.enable(tiny.model, schedule=schedule),
+        pytest.raises(RerouteError, match=r"vision\.grids .* While it makes a note, no ranker is shown them"),
     ):
         tiny.model(**tiny.inputs(given))
 
